@@ -1,0 +1,5 @@
+"""`python -m pipeline`, for torchrun."""
+
+from pipeline.cli import main
+
+main()

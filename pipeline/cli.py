@@ -1,0 +1,266 @@
+"""The command line. Each command imports its stage inside its body, so `--help` needs no torch."""
+
+import functools
+import sys
+from pathlib import Path
+
+import click
+
+from pipeline.errors import PipelineError, UsageError
+
+
+class _Group(click.Group):
+    """Tells the user's mistakes and the world's in one message each, without a traceback."""
+
+    def invoke(self, context: click.Context):
+        try:
+            return super().invoke(context)
+        except PipelineError as error:
+            click.echo(f"error: {error}", err=True)
+            context.exit(error.exit_code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="deit-offline-distillation")
+def main():
+    """Offline distillation of DeiT: a teacher's answers are computed once and stored; every student
+    after that trains against them without the teacher in the loop.
+
+    \b
+    The stages in their order (`dvc repro` runs them all):
+      prepare        images to WebDataset shards and their index
+      teacher        train the teacher, or read it from weights
+      teacher-logits its answers about every augmented view, into the store
+      train-student  a DeiT from shards and store
+      finetune       on at a higher resolution, from a second store
+      evaluate       what the paper reports, and report.html
+
+    \b
+    Example:
+      pipeline configure digits && dvc repro
+    """
+
+
+def _stage(with_device: bool = True):
+    """Options that every stage has; gives the body `config`, `device` and `dry_run`."""
+
+    def decorate(body):
+        @click.option(
+            "--config", "path", default="params.yaml", show_default=True, type=click.Path(dir_okay=False),
+            help="The experiment's whole configuration.",
+        )  # fmt: skip
+        @click.option(
+            "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE",
+            help="Override a key of it; may be given several times.",
+        )  # fmt: skip
+        @click.option("--dry-run", is_flag=True, help="Say what would be done, with sizes and counts, and do nothing.")
+        @functools.wraps(body)
+        def command(path, overrides, dry_run, device=None, **options):
+            from pipeline.config import load
+
+            config = load(path, overrides)
+            if with_device:
+                options["device"] = _device(device)
+            return body(config=config, dry_run=dry_run, **options)
+
+        if with_device:
+            command = click.option(
+                "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]",
+                help="auto takes a GPU where there is one; under torchrun, the one of the local rank.",
+            )(command)  # fmt: skip
+        return command
+
+    return decorate
+
+
+def _device(name: str):
+    import os
+
+    import torch
+
+    local = os.environ.get("LOCAL_RANK")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local is not None:
+        name = f"cuda:{local}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"--device {name}", expected="auto, cpu, cuda or cuda:N", found=str(error).splitlines()[0],
+            do="name a device that this machine has",
+        ) from None  # fmt: skip
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+@main.command()
+@_stage(with_device=False)
+def prepare(config, dry_run):
+    """Images to WebDataset shards (train and val) and their index.
+
+    Samples are shuffled by data.seed and cut into shards of equal size; every image is decoded once,
+    strictly, and what fails is named. Sources: digits (bundled), folder (class folders), shards
+    (WebDataset tars that are there already).
+
+    \b
+    Example:
+      pipeline prepare --set data.source=folder --set data.train=photos/train --set data.val=photos/val
+    """
+    from stages import prepare
+
+    prepare.run(config, dry_run)
+
+
+@main.command()
+@_stage()
+def teacher(config, device, dry_run):
+    """Train the teacher on the shards, or read it from teacher.weights; evaluate it.
+
+    It is refused below teacher.min_top1 on val: a wrong teacher must not label a million images.
+
+    \b
+    Example:
+      pipeline teacher --set teacher.weights=regnety_160.deit_in1k
+    """
+    from stages import teacher
+
+    teacher.run(config, device, dry_run)
+
+
+def _part(context, parameter, value):
+    if value is None:
+        return None
+    number, slash, parts = value.partition("/")
+    if not slash or not number.isdigit() or not parts.isdigit() or not int(number) < int(parts):
+        raise click.BadParameter("i/n with i from 0 to n-1, for example 0/4")
+    return int(number), int(parts)
+
+
+@main.command("teacher-logits")
+@click.option(
+    "--for", "purpose", type=click.Choice(["train-student", "finetune"]), default="train-student", show_default=True,
+    help="Which store: at recipe.size for the students, or at finetune.size.",
+)  # fmt: skip
+@click.option("--part", callback=_part, metavar="I/N", help="Compute every N-th missing unit only, from the I-th on.")
+@_stage()
+def teacher_logits(config, device, dry_run, purpose, part):
+    """Run the teacher over the augmented views of every training image, into the zarr store.
+
+    Stop it at any moment: the same command goes on where it was. Start it under torchrun, or several
+    times with --part, and the processes share the work.
+
+    \b
+    Examples:
+      pipeline teacher-logits --dry-run
+      torchrun --nproc-per-node 8 -m pipeline teacher-logits
+      pipeline teacher-logits --part 0/4
+    """
+    from stages import teacher_logits
+
+    teacher_logits.run(config, device, purpose, part, dry_run)
+
+
+@main.command("train-student")
+@click.option("--student", "name", metavar="NAME", help="One of `students`; all of them if not given.")
+@click.option("--distillation", type=click.Choice(["none", "soft", "hard"]), help="Instead of the student's own.")
+@click.option("--alpha", type=click.FloatRange(0, 1), help="Weight of the distillation loss.")
+@click.option("--tau", type=click.FloatRange(0, min_open=True), help="Temperature of soft distillation.")
+@click.option(
+    "--teacher", type=click.Choice(["stored", "online"]), default="stored", show_default=True,
+    help="online: the teacher in the loop over the same groups; the baseline, and the proof.",
+)  # fmt: skip
+@click.option("--store", metavar="PATH", help="A store named by hand; refused unless it is of this index and recipe.")
+@_stage()
+def train_student(config, device, dry_run, name, distillation, alpha, tau, teacher, store):
+    """Train a DeiT student from the shards and the store; the teacher is never run.
+
+    Killed anywhere, the same command goes on from the last checkpoint and ends with the same weights.
+
+    \b
+    Examples:
+      pipeline train-student --student hard
+      pipeline train-student --student hard --distillation soft --alpha 0.1 --tau 3
+      torchrun --nproc-per-node 4 -m pipeline train-student --student hard
+    """
+    from pipeline.config import Student, validate
+    from stages import train_student
+
+    changes = {"distillation": distillation, "alpha": alpha, "tau": tau}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if changes and name is None:
+        raise UsageError(
+            f"--{next(iter(changes))}", expected="--student NAME beside it", do="name the student that it changes"
+        )
+    for each in [name] if name else config.students:
+        settings = config.student_named(each)
+        if changes:
+            settings = validate(Student, settings.model_dump() | changes, "options", "student")
+        published = "-".join([each, *(f"{key}-{value}" for key, value in changes.items())])
+        if teacher == "online":
+            published += "-online"
+        train_student.run(config, device, published, settings, teacher, store, dry_run)
+
+
+@main.command()
+@click.option(
+    "--teacher", type=click.Choice(["stored", "online"]), default="stored", show_default=True,
+    help="online: the teacher in the loop.",
+)  # fmt: skip
+@_stage()
+def finetune(config, device, dry_run, teacher):
+    """Go on with the student that finetune.from names, at finetune.size pixels.
+
+    Needs the second store: pipeline teacher-logits --for finetune.
+
+    \b
+    Example:
+      pipeline finetune --set finetune.epochs=30
+    """
+    from stages import finetune
+
+    finetune.run(config, device, teacher, dry_run)
+
+
+@main.command()
+@_stage()
+def evaluate(config, device, dry_run):
+    """Evaluate teacher, students and the fine-tuned model; write metrics, pictures and report.html.
+
+    \b
+    Example:
+      pipeline evaluate --device cuda
+    """
+    from stages import evaluate
+
+    evaluate.run(config, device, dry_run)
+
+
+@main.command()
+@click.argument("name")
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+@click.option("--output", default="params.yaml", show_default=True, type=click.Path(dir_okay=False, path_type=Path))
+def configure(name, overrides, output):
+    """Write params.yaml from an experiment of configs/: the defaults, what it changes, what you change.
+
+    \b
+    Examples:
+      pipeline configure cifar10
+      pipeline configure imagenet-deit-tiny data.train=/data/train data.val=/data/val
+    """
+    from pipeline.config import dump, load
+
+    path = Path(name) if name.endswith((".yaml", ".yml")) else Path("configs") / f"{name}.yaml"
+    if not path.exists():
+        known = sorted(file.stem for file in Path("configs").glob("*.yaml"))
+        raise UsageError(f"configuration {name!r}", expected=f"one of {', '.join(known)}", found=f"no {path}")
+    config = load(path, overrides)
+    header = f"# Written by: pipeline configure {' '.join([name, *overrides])}\n# What the keys mean: pipeline/config.py\n"
+    output.write_text(header + dump(config))
+    click.echo(f"{output}: {config.name}; now run: dvc repro")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,483 @@
+"""The typed, frozen, strict configuration, and fingerprints.
+
+The defaults are the paper's (Touvron et al. 2020, arXiv 2012.12877, Table 9). `params.yaml` holds a
+whole configuration; `configs/*.yaml` hold only what differs from the defaults. Unknown keys, wrong
+types and impossible combinations are refused with the key's full name.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import UsageError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Triple = Annotated[tuple[float, float, float], Field(strict=False)]
+Range = Annotated[tuple[float, float], Field(strict=False)]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, populate_by_name=True
+    )
+
+
+class Data(Section):
+    """Where images come from and how they are cut into shards."""
+
+    source: Literal["digits", "folder", "shards"] = "folder"
+    """`digits` (bundled with scikit-learn), `folder` (class folders), `shards` (WebDataset tars of anyone's)."""
+    train: str = ""
+    """folder: the root of the training class folders. shards: a path or URL, {0000..1023} is expanded."""
+    val: str = ""
+    """The same for validation."""
+    seed: int = 0
+    """Orders the samples before they are cut into shards."""
+    shard_samples: Positive = 1252
+    """Samples a shard; the samples are spread evenly, so shards differ by one sample at most."""
+    max_bad: Annotated[int, Field(ge=0)] = 0
+    """How many undecodable images are tolerated (each is named in index.json) before indexing stops."""
+    max_per_class: Positive | None = None
+    """Take only the first N images of each class (folder only), for trials."""
+    workers: Positive = 8
+    """Processes that write and index shards."""
+
+
+class Recipe(Section):
+    """Everything that decides views, groups and mixing. Its fingerprint names the views."""
+
+    seed: int = 0
+    size: Annotated[int, Field(ge=8, le=4096)] = 224
+    """Pixels a side of a view."""
+    scale: Range = (0.08, 1.0)
+    """Area of the random resized crop, as a fraction of the image."""
+    ratio: Range = (3 / 4, 4 / 3)
+    """Aspect of the crop, drawn log-uniformly."""
+    hflip: Fraction = 0.5
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """timm's RandAugment string for the increasing set, or null."""
+    erase_prob: Fraction = 0.25
+    """Random erasing with pixel noise, area 2 % to 33 %."""
+    mean: Triple = IMAGENET_MEAN
+    """The recipe's own: fill colour and erasing noise; never a model's."""
+    std: Triple = IMAGENET_STD
+    mixup_alpha: Annotated[float, Field(ge=0, le=4)] = 0.8
+    """Beta parameter of Mixup; 0 switches it off."""
+    cutmix_alpha: Annotated[float, Field(ge=0, le=4)] = 1.0
+    """Beta parameter of CutMix; 0 switches it off."""
+    mix_prob: Fraction = 1.0
+    """Probability that a group is mixed at all."""
+    switch_prob: Fraction = 0.5
+    """Probability of CutMix where both are on."""
+    group_size: Annotated[int, Field(ge=2, le=1024, multiple_of=2)] = 64
+    """Slots of a group: samples that are mixed with one another (DeiT: one GPU's batch)."""
+    repeats: Positive = 3
+    """Repeated augmentation: views of an image in one visit (DeiT: 3; 1 switches it off)."""
+    block: Positive = 30
+    """Consecutive views that share groups and a decoding: what the teacher computes at once."""
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _ordered(cls, value):
+        if not 0 < value[0] <= value[1]:
+            raise ValueError(f"two numbers, 0 < low <= high, not {value}")
+        return value
+
+    @field_validator("auto_augment")
+    @classmethod
+    def _parses(cls, value):
+        if value is not None:
+            parse_rand_augment(value)
+        return value
+
+    @model_validator(mode="after")
+    def _block_holds_repeats(self):
+        if self.block % self.repeats:
+            raise ValueError(f"block must be a multiple of repeats: block {self.block}, repeats {self.repeats}")
+        return self
+
+
+class Training(Section):
+    """What the one training loop needs; shared by teacher, student and fine-tuning."""
+
+    epochs: Positive = 300
+    batch_size: Positive = 1024
+    """Global: over all ranks and accumulation steps, counting repeated copies (DeiT issue 95)."""
+    lr: NonNegative = 5e-4
+    """At a batch of 512; the rate used is lr * batch_size / 512."""
+    min_lr: NonNegative = 1e-5
+    """Not scaled, as in DeiT."""
+    warmup_lr: NonNegative = 1e-6
+    warmup_epochs: Annotated[int, Field(ge=0)] = 5
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: Fraction = 0.9
+    """SGD only."""
+    weight_decay: NonNegative = 0.05
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Label smoothing of true labels; never of the teacher's."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    clip_grad: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the gradient; null as in DeiT."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = 0.99996
+    """Tracked and evaluated beside the raw weights; results are of the raw weights, as in DeiT."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """bfloat16: autocast of forward and loss."""
+    compile: bool = False
+    channels_last: bool = False
+    accumulation: Positive = 1
+    """Slices that a rank's share of the batch is computed in."""
+    workers: Annotated[int, Field(ge=0)] = 8
+    """Rendering processes a rank."""
+    open_shards: Positive = 16
+    """Shards that the order keeps open at a time."""
+    seed: int = 0
+    """Initial weights, drop-path and the order of training."""
+    eval_epochs: Positive = 10
+    """Validate every so many epochs, and after the last."""
+    checkpoint_minutes: NonNegative = 10.0
+    log_steps: Positive = 50
+
+
+class Teacher(Training):
+    """The teacher: trained here, or read from weights."""
+
+    model: str = "regnety_160"
+    """Any timm classifier. Without weights it is trained on the shards."""
+    kwargs: dict[str, Any] = {}
+    """Passed to timm.create_model."""
+    weights: str | None = None
+    """A timm tag such as regnety_160.deit_in1k, or a local .safetensors / .pth file."""
+    mean: Triple = IMAGENET_MEAN
+    """What its input is normalised with."""
+    std: Triple = IMAGENET_STD
+    crop: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Centre crop when it is evaluated."""
+    min_top1: Fraction = 0.5
+    """It is refused below this top-1 on val: a wrong teacher must not label a million images."""
+
+
+class TeacherLogits(Section):
+    """The store of the teacher's answers."""
+
+    views: Positive = 300
+    """V: views 0..V-1 of every training image; a multiple of recipe.block."""
+    kind: Literal["argmax", "topk", "dense"] = "argmax"
+    """argmax: 2 bytes, all that hard distillation needs. topk and dense (float16): soft too."""
+    top_k: Positive = 10
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    batch_groups: Positive = 8
+    """Groups a forward of the teacher; 1 makes offline and online equal to the bit on a CPU."""
+    workers: Annotated[int, Field(ge=0)] = 8
+    channels_last: bool = False
+    compile: bool = False
+
+
+class Student(Training):
+    """A student. `variants` overrides these keys by name."""
+
+    model: str = "deit_tiny_distilled_patch16_224"
+    """A deit_* of timm; with `_distilled` it has the distillation token and head."""
+    kwargs: dict[str, Any] = {}
+    """Passed to timm.create_model: patch_size, embed_dim, depth, num_heads, ..."""
+    distillation: Literal["none", "soft", "hard"] = "hard"
+    alpha: Fraction = 0.5
+    """Weight of the distillation loss (paper's lambda); the paper's soft runs use 0.1."""
+    tau: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of soft distillation; the paper's is 3."""
+    soft_reduction: Literal["numel", "batchmean"] = "numel"
+    """numel divides by batch x classes as DeiT's code does, batchmean by the batch."""
+
+
+class Finetune(Training):
+    """Fine-tuning at a higher resolution; both heads learn from label and teacher."""
+
+    epochs: Positive = 30
+    batch_size: Positive = 512
+    lr: NonNegative = 5e-6
+    min_lr: NonNegative = 5e-6
+    weight_decay: NonNegative = 1e-8
+    student: str = Field(default="hard", alias="from")
+    """The name, out of `students`, that it starts from."""
+    size: Annotated[int, Field(ge=8, le=4096)] = 384
+    views: Positive = 30
+    """V of the second store."""
+    teacher_size: Positive | None = None
+    """Pixels the teacher sees: null for `size`, or its own, resized on the device."""
+    train_mode: bool = True
+    """false: dropout and drop-path off while the weights learn, as DeiT's first code did."""
+
+
+class Evaluate(Section):
+    batch_size: Positive = 256
+    crop: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Centre crop: an image is resized to int(size / crop) on its short side (DeiT 0.875; timm 0.9)."""
+    crop_finetuned: Annotated[float, Field(gt=0, le=1)] = 0.875
+    workers: Annotated[int, Field(ge=0)] = 8
+    throughput_seconds: NonNegative = 5.0
+
+
+class Config(Section):
+    """A whole experiment: what params.yaml holds."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "imagenet-deit-tiny"
+    """Outputs lie under outputs/<name>/."""
+    work: str = "work"
+    """Folder of shards, stores and training state, each in a folder named by its fingerprint."""
+    data: Data = Data()
+    recipe: Recipe = Recipe()
+    teacher: Teacher = Teacher()
+    teacher_logits: TeacherLogits = TeacherLogits()
+    student: Student = Student()
+    students: list[str] = ["hard"]
+    """The students of this experiment, each a name out of `variants`."""
+    variants: dict[str, dict[str, Any]] = {"hard": {}}
+    """What each named student changes of `student`."""
+    finetune: Finetune = Finetune()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        for problem in inconsistencies(self):
+            raise ValueError(problem)
+        return self
+
+    def student_named(self, name: str) -> Student:
+        """`student` with the overrides of `variants[name]`.
+
+        Raises:
+            UsageError: no such variant, or an override that `student` does not take.
+        """
+        if name not in self.variants:
+            raise UsageError(
+                f"student {name!r}",
+                expected=f"one of {', '.join(self.variants)}",
+                found="no such entry in `variants`",
+                do=f"add `variants.{name}: {{}}` to params.yaml or correct the name",
+            )
+        return validate(
+            Student, self.student.model_dump() | self.variants[name], f"variants.{name}", section="student"
+        )
+
+    def finetune_recipe(self) -> Recipe:
+        """The recipe of the views at the higher resolution."""
+        return self.recipe.model_copy(update={"size": self.finetune.size})
+
+
+def inconsistencies(config: Config) -> list[str]:
+    """What no single section can see is wrong; each names its keys in full."""
+    found = []
+    block, group = config.recipe.block, config.recipe.group_size
+    for key, views in (
+        ("teacher_logits.views", config.teacher_logits.views),
+        ("finetune.views", config.finetune.views),
+    ):
+        if views % block:
+            found.append(f"{key} must be a multiple of recipe.block: {views} views, block {block}")
+    runs = {"teacher": config.teacher, "student": config.student, "finetune": config.finetune}
+    for key, run in runs.items():
+        if run.batch_size % group:
+            found.append(
+                f"{key}.batch_size must be a multiple of recipe.group_size: {run.batch_size}, group_size {group}"
+            )
+        elif (run.batch_size // group) % run.accumulation:
+            found.append(
+                f"{key}.accumulation must divide the {run.batch_size // group} groups of a batch: {run.accumulation}"
+            )
+    if len(set(config.students)) != len(config.students):
+        found.append(f"students must be different names: {config.students}")
+    for name in config.students:
+        student = config.student_named(name)
+        if student.batch_size % group:
+            found.append(f"variants.{name}.batch_size must be a multiple of recipe.group_size ({group})")
+        if student.distillation == "soft" and config.teacher_logits.kind == "argmax":
+            found.append(
+                f"teacher_logits.kind must be topk or dense, because student {name} distils softly: found argmax"
+            )
+    if config.students and config.finetune.student not in config.students:
+        found.append(f"finetune.from must be one of students {config.students}: found {config.finetune.student!r}")
+    return found
+
+
+class RandAugment(Section):
+    """timm's `rand-...` string, read. magnitude in 0..10; std of the normal it is drawn from."""
+
+    magnitude: float = 9.0
+    std: float = 0.0
+    layers: int = 2
+    prob: float = 0.5
+    magnitude_max: float = 10.0
+
+
+def parse_rand_augment(text: str) -> RandAugment:
+    """Read timm's config string (timm.data.auto_augment.rand_augment_transform), increasing set only.
+
+    `rand-m9-mstd0.5-inc1`: m magnitude, mstd its standard deviation (>= 100: uniform), mmax its
+    upper bound, n ops a view, p probability of each, inc1 the increasing set.
+    Raises ValueError with the part that is not understood.
+    """
+    parts = text.split("-")
+    if parts[0] != "rand":
+        raise ValueError(f"a timm RandAugment string such as rand-m9-mstd0.5-inc1, not {text!r}")
+    fields: dict[str, Any] = {"magnitude": 10.0}
+    increasing = False
+    for part in parts[1:]:
+        match = re.fullmatch(r"(mstd|mmax|inc|m|n|p)(\d+(?:\.\d+)?)", part)
+        if not match:
+            raise ValueError(f"parts m, mstd, mmax, n, p, inc with a number, not {part!r} in {text!r}")
+        key, value = match[1], float(match[2])
+        if key == "inc":
+            increasing = bool(value)
+        elif key == "mstd":
+            fields["std"] = math.inf if value > 100 else value
+        elif key == "n":
+            fields["layers"] = int(value)
+        else:
+            fields[{"m": "magnitude", "mmax": "magnitude_max", "p": "prob"}[key]] = value
+    if not increasing:
+        raise ValueError(f"the increasing set only: add -inc1 to {text!r}")
+    return RandAugment(**fields)
+
+
+def fingerprint(value: Any) -> str:
+    """32 hex digits of BLAKE2b over canonical JSON: sorted keys, no spaces, floats by repr."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", by_alias=True)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+# How a run is computed, not what it computes: these change no result and no fingerprint.
+NOT_RESULT = {"workers", "accumulation", "checkpoint_minutes", "log_steps", "eval_epochs", "compile", "channels_last"}
+
+
+def result_fields(section: Section) -> dict[str, Any]:
+    """A section as JSON values, less the keys that only say how the work is carried out."""
+    return section.model_dump(mode="json", by_alias=True, exclude=NOT_RESULT)
+
+
+def validate(kind: type[Section], values: Any, source: str, section: str = "") -> Any:
+    """`values` as a `kind`, or a UsageError that names the key in full and the nearest valid one."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join([section] * bool(section) + location)
+    where = f"{source}: {key}" if key else source
+    if first["type"] == "extra_forbidden":
+        valid = _keys_beside(kind, location)
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.4)
+        raise UsageError(
+            where,
+            expected=f"did you mean {near[0]}? " * bool(near) + f"valid keys: {', '.join(sorted(valid))}",
+            found=f"an unknown key, {location[-1]}",
+            do="correct the key or remove it",
+        )
+    if first["type"] == "value_error":
+        raise UsageError(where, expected=str(first["ctx"]["error"]), do="change one of the two")
+    raise UsageError(
+        where,
+        expected=first["msg"].removeprefix("Input should be "),
+        found=f"{first['input']!r} ({type(first['input']).__name__})",
+        do="correct the value",
+    )
+
+
+def _keys_beside(kind: type[BaseModel], location: list[str]) -> list[str]:
+    for part in location[:-1]:
+        by_name = {(field.alias or name): field for name, field in kind.model_fields.items()}
+        kind = by_name[part].annotation
+    return [field.alias or name for name, field in kind.model_fields.items()]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats (5e-4 is a number) and no duplicate keys."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"),
+    list("-+0123456789."),
+)
+
+
+def _unique_mapping(loader, node, deep=False):
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Raises UsageError with line and column where `text` is no YAML."""
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise UsageError(f"{source}: not readable as YAML", found=" ".join(str(error).split()), do="mend it") from None
+
+
+def merge(base: dict, over: dict) -> dict:
+    """`base` with `over` laid on it, sections recursively; kwargs and variants are replaced whole."""
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merge(result[key], value) if both and key not in ("kwargs", "variants") else value
+    return result
+
+
+def load(path: str | Path = "params.yaml", overrides: tuple[str, ...] = ()) -> Config:
+    """The configuration in a file, `section.key=value` overrides laid on it.
+
+    Raises:
+        UsageError: missing file, no YAML, unknown key, wrong type, impossible combination.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UsageError(
+            f"{path}: the configuration cannot be read",
+            expected="a file such as params.yaml or one of configs/",
+            found=error.strerror or str(error),
+            do="name it with --config, or write one: pipeline configure digits",
+        ) from None
+    return resolve(parse_yaml(text, str(path)), overrides, str(path))
+
+
+def resolve(values: Any, overrides: tuple[str, ...], source: str) -> Config:
+    """The defaults with `values` and `overrides` laid on them, validated."""
+    if not isinstance(values or {}, dict):
+        raise UsageError(source, expected="a mapping of sections", found=type(values).__name__)
+    values = merge({"variants": Config().variants}, values or {})
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set {override}", expected="section.key=value", do="for example student.lr=1e-3")
+        value = parse_yaml(text, f"--set {override}")
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        values = merge(values, value)
+    return validate(Config, values, source)
+
+
+def dump(config: Config) -> str:
+    """The whole configuration as YAML; `resolve(parse_yaml(dump(c)))` is c again."""
+    values = config.model_dump(mode="json", by_alias=True)
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100)

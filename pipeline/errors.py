@@ -1,0 +1,31 @@
+"""What a user is told without a traceback.
+
+Every message says what was being read, what was expected, what was found and what to do.
+"""
+
+
+class PipelineError(Exception):
+    """The work failed for a reason outside the program: data, files, disk, another version.
+
+    Args:
+        what: what was being read or done, with the file's name.
+        expected: what should have been there.
+        found: what was there.
+        do: what the user can do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, expected: str = "", found: str = "", do: str = ""):
+        self.what = what
+        parts = [what]
+        for label, text in (("expected", expected), ("found", found), ("do", do)):
+            if text:
+                parts.append(f"  {label + ':':<10}{text}")
+        super().__init__("\n".join(parts))
+
+
+class UsageError(PipelineError):
+    """The command or its configuration asks for something impossible."""
+
+    exit_code = 2

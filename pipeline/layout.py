@@ -1,0 +1,47 @@
+"""Where everything lies, as pure functions of the configuration.
+
+Outputs that DVC knows lie under `outputs/<name>/`; what resumes lies under `<work>/`, in folders named
+by the fingerprint of all that they depend on.
+"""
+
+from pathlib import Path
+
+from pipeline.config import Config
+
+
+def outputs(config: Config) -> Path:
+    return Path("outputs") / config.name
+
+
+def index_path(config: Config, split: str) -> Path:
+    return outputs(config) / "data" / split / "index.json"
+
+
+def teacher_folder(config: Config) -> Path:
+    return outputs(config) / "teacher"
+
+
+def answers_folder(config: Config, purpose: str) -> Path:
+    """Of a store's manifest and summary; purpose is train-student or finetune."""
+    return outputs(config) / ("teacher-logits" if purpose == "train-student" else "teacher-logits-finetune")
+
+
+def student_folder(config: Config, name: str) -> Path:
+    return outputs(config) / "students" / name
+
+
+def finetune_folder(config: Config) -> Path:
+    return outputs(config) / "finetune"
+
+
+def evaluation_folder(config: Config) -> Path:
+    return outputs(config) / "evaluation"
+
+
+def store_path(config: Config, fingerprint: str) -> str:
+    """`work` may be a URL."""
+    return f"{config.work}/stores/{fingerprint}.zarr"
+
+
+def state_folder(config: Config, fingerprint: str) -> Path:
+    return Path(config.work) / "state" / fingerprint

@@ -1,0 +1,277 @@
+"""Items to rendered groups to device batches.
+
+Workers only render; the process that trains attaches the answers and compares checksums. On the
+device a group always has `group_size` slots; an unused slot has weight 0, so shapes never change.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from pipeline.config import Recipe
+from pipeline.errors import PipelineError
+from pipeline.plan import Item, Plan, Unit, group_members, unit_items
+from pipeline.recipe import draw_mix, draw_view, group_check, witness
+from pipeline.shards import Index
+from pipeline.store import Answers, Store
+from pipeline.views import center_view, render
+
+
+@dataclass
+class Groups:
+    """Some groups, each in one view. G groups, S slots, pixels P x P."""
+
+    items: list[Item]
+    members: list[np.ndarray]
+    """Positions in the shard, int64, in slot order."""
+    checks: list[int]
+    """recipe.group_check of each."""
+    images: torch.Tensor
+    """uint8 (G, S, 3, P, P): views before mixing."""
+    labels: torch.Tensor
+    """int64 (G, S)"""
+    weights: torch.Tensor
+    """float32 (G, S): 1 for a sample, 0 for an unused slot."""
+    partner: torch.Tensor
+    """int64 (G, S)"""
+    lam: torch.Tensor
+    """float32 (G,)"""
+    box: torch.Tensor
+    """int64 (G, 4): left, top, right, bottom; empty unless cutmix."""
+    decodes: int = 0
+    """Images decoded for these views."""
+
+    def _each(self, change) -> "Groups":
+        tensors = {
+            f.name: change(value)
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), torch.Tensor)
+        }
+        return dataclasses.replace(self, **tensors)
+
+    def pin_memory(self) -> "Groups":
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device) -> "Groups":
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+class Renderer:
+    """Renders items; keeps the last group's decoded images for its further views."""
+
+    def __init__(self, index: Index, recipe: Recipe):
+        self.index, self.recipe = index, recipe
+        self.names = tuple(index.names)
+        self.samples = tuple(int(samples) for samples in index.samples)
+        self._decoded: tuple[tuple, list[np.ndarray]] = ((), [])
+
+    def __getstate__(self):
+        return self.__dict__ | {"_decoded": ((), [])}
+
+    def members(self, item: Item) -> np.ndarray:
+        return group_members(self.recipe, self.names, self.samples, item)
+
+    def render(self, items: list[Item]) -> Groups:
+        """
+        Raises:
+            PipelineError: a shard or the index is damaged.
+        """
+        recipe, count, slots = self.recipe, len(items), self.recipe.group_size
+        groups = Groups(
+            items=items,
+            members=[self.members(item) for item in items],
+            checks=[],
+            images=torch.zeros(count, slots, 3, recipe.size, recipe.size, dtype=torch.uint8),
+            labels=torch.zeros(count, slots, dtype=torch.int64),
+            weights=torch.zeros(count, slots),
+            partner=torch.zeros(count, slots, dtype=torch.int64),
+            lam=torch.ones(count),
+            box=torch.zeros(count, 4, dtype=torch.int64),
+        )
+        for number, (item, members) in enumerate(zip(items, groups.members, strict=True)):
+            self._render_one(groups, number, item, members)
+        return groups
+
+    def _render_one(self, groups: Groups, number: int, item: Item, members: np.ndarray) -> None:
+        decoded, fresh = self._decode(item, members)
+        groups.decodes += fresh
+        rows = self.index.rows(item.shard)
+        keys = [rows["key"][position].decode() for position in members]
+        pictures = groups.images[number].numpy()
+        for slot, (key, image) in enumerate(zip(keys, decoded, strict=True)):
+            params = draw_view(self.recipe, key, item.view, image.shape[1], image.shape[0])
+            pictures[slot] = render(image, params, self.recipe)
+        mix = draw_mix(self.recipe, self.names[item.shard], item.group, item.view, len(members))
+        left, top, width, height = mix.box
+        groups.labels[number, : len(members)] = torch.from_numpy(rows["label"][members].astype(np.int64))
+        groups.weights[number, : len(members)] = 1
+        groups.partner[number] = torch.from_numpy(mix.partner)
+        groups.lam[number] = mix.lam
+        groups.box[number] = torch.tensor([left, top, left + width, top + height])
+        seen = witness(item.group, item.view, len(members))
+        groups.checks.append(group_check("\n".join(keys).encode(), mix, pictures[seen]))
+
+    def _decode(self, item: Item, members: np.ndarray) -> tuple[list[np.ndarray], int]:
+        """A group's images, and how many had to be decoded: none while its views follow one another."""
+        identity = (item.shard, item.group, item.view // self.recipe.block)
+        if self._decoded[0] == identity:
+            return self._decoded[1], 0
+        images = [self.index.image(item.shard, int(position)) for position in members]
+        self._decoded = (identity, images)
+        return images, len(images)
+
+
+def mixed(groups: Groups) -> torch.Tensor:
+    """The groups' pictures after Mixup or CutMix, float32 (G * S, 3, P, P) in 0..255.
+
+    timm.data.mixup.Mixup._mix_batch with the drawn lambda, box and partners. Elementwise, so the
+    same bits for any number of groups at a time.
+    """
+    own = groups.images
+    count, slots, _, size, _ = own.shape
+    other = own[torch.arange(count, device=own.device)[:, None], groups.partner]
+    left, top, right, bottom = (edge[:, None, None] for edge in groups.box.T)
+    place = torch.arange(size, device=own.device)
+    inside = (place >= left) & (place < right) & ((place[:, None] >= top) & (place[:, None] < bottom))
+    boxed = (groups.box[:, 2] > groups.box[:, 0])[:, None, None, None, None]
+    lam = groups.lam[:, None, None, None, None]
+    own, other = own.float(), other.float()
+    pasted = torch.where(inside[:, None, None], other, own)
+    result = torch.where(boxed, pasted, own * lam + other * (1 - lam))
+    return result.reshape(count * slots, 3, size, size)
+
+
+def targets(groups: Groups, classes: int, smoothing: float) -> torch.Tensor:
+    """Smoothed, mixed labels, float32 (G * S, classes): timm.data.mixup.mixup_target."""
+    off, on = smoothing / classes, 1 - smoothing + smoothing / classes
+    own = groups.labels
+    other = own.gather(1, groups.partner)
+    lam = groups.lam[:, None, None]
+    smooth = [
+        torch.full((*labels.shape, classes), off, device=labels.device).scatter_(2, labels[..., None], on)
+        for labels in (own, other)
+    ]
+    return (smooth[0] * lam + smooth[1] * (1 - lam)).flatten(0, 1)
+
+
+class _Steps(Dataset):
+    """Map from (step, part) to that slice of the step, rendered."""
+
+    def __init__(self, plan: Plan, index: Index, parts: int):
+        self.plan, self.parts = plan, parts
+        self.renderer = Renderer(index, plan.recipe)
+
+    def __getitem__(self, place: tuple[int, int]) -> Groups:
+        step, part = place
+        return self.renderer.render(self.plan.items(step, part, self.parts))
+
+
+class _Units(IterableDataset):
+    """The items of units, one at a time; worker w takes every n-th group, so images decode once."""
+
+    def __init__(self, units: list[Unit], index: Index, recipe: Recipe):
+        self.units, self.renderer = units, Renderer(index, recipe)
+
+    def __iter__(self) -> Iterator[Groups]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        block, count = self.renderer.recipe.block, 0
+        for unit in self.units:
+            items = unit_items(unit, self.renderer.recipe, self.renderer.samples[unit.shard])
+            for first in range(0, len(items), block):
+                if count % workers == worker:
+                    for item in items[first : first + block]:
+                        yield self.renderer.render([item])
+                count += 1
+
+
+def step_loader(
+    plan: Plan, index: Index, steps: Iterable[int], slices: range, parts: int, workers: int, pin: bool
+) -> Iterable[Groups]:
+    """Slices `slices` (this rank's, one an accumulation step) out of `parts`, of each step in turn."""
+    places = [(step, part) for step in steps for part in slices]
+    return _loader(_Steps(plan, index, parts), workers, pin, sampler=places)
+
+
+def unit_loader(units: list[Unit], index: Index, recipe: Recipe, workers: int, pin: bool) -> Iterable[Groups]:
+    """Every item of the units, each alone; several workers interleave groups."""
+    return _loader(_Units(units, index, recipe), workers, pin)
+
+
+class _EvaluationImages(Dataset):
+    def __init__(self, index: Index, size: int, crop: float):
+        self.index, self.size, self.crop = index, size, crop
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        shard = int(np.searchsorted(self.index.starts, number, side="right")) - 1
+        image = self.index.image(shard, number - int(self.index.starts[shard]))
+        return torch.from_numpy(center_view(image, self.size, self.crop))
+
+
+def evaluation_loader(
+    index: Index, size: int, crop: float, batch: int, workers: int, pin: bool
+) -> Iterable[torch.Tensor]:
+    """Every sample in index order, as uint8 (batch, 3, size, size)."""
+    return _loader(_EvaluationImages(index, size, crop), workers, pin, batch_size=batch)
+
+
+def _loader(dataset, workers: int, pin: bool, batch_size: int | None = None, sampler=None) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=_one_thread,
+        # its own generator: a loader must not draw from the global one, or resuming would shift it
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+
+
+def stored_answers(store: Store, groups: Groups, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the store holds for each slot: argmax int64 (G * S,), payload (G * S, width) or None.
+
+    Unused slots hold class 0 and zeros; their weight is 0.
+
+    Raises:
+        PipelineError: a unit is missing or damaged, or a group is not the one the teacher saw.
+    """
+    slots = groups.labels.shape[1]
+    argmax = np.zeros((len(groups.items), slots), np.int64)
+    payload = None
+    for number, (item, members) in enumerate(zip(groups.items, groups.members, strict=True)):
+        answers = store.read(item.shard, item.view, kind)
+        _compare(store, answers, groups, number)
+        argmax[number, : len(members)] = answers.argmax[members]
+        if answers.payload is not None:
+            if payload is None:
+                payload = np.zeros((*argmax.shape, answers.payload.shape[1]), answers.payload.dtype)
+            payload[number, : len(members)] = answers.payload[members]
+    flat = None if payload is None else torch.from_numpy(payload).flatten(0, 1)
+    return torch.from_numpy(argmax).flatten(), flat
+
+
+def _compare(store: Store, answers: Answers, groups: Groups, number: int) -> None:
+    item, here = groups.items[number], groups.checks[number]
+    stored = int(answers.check[item.group])
+    if stored != here:
+        versions = ", ".join(f"{name} {version}" for name, version in store.group.attrs["versions"].items())
+        raise PipelineError(
+            f"{store.path}: group {item.group} of shard {store.index.names[item.shard]}, view {item.view}",
+            expected=f"the pictures and mixing that the teacher saw (check {stored:016x}; written with {versions})",
+            found=f"check {here:016x}: another order, lambda, partner or pixel",
+            do="install the versions that wrote the store, or compute another with these",
+        )

@@ -1,0 +1,220 @@
+"""Teacher and student from timm; normalisation; weights in and out."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from timm.layers import trunc_normal_
+from torch import nn
+from torch.nn.functional import interpolate
+
+from pipeline.config import Section
+from pipeline.errors import PipelineError, UsageError
+
+HEADS = ("class", "distillation")
+
+
+class Normalised(nn.Module):
+    """A model behind its own normalisation: takes pictures in 0..255, gives two heads' logits.
+
+    A model without a distillation head gives its logits twice, so a plain student can be distilled
+    (Table 3's "usual" and "hard" rows).
+    """
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.model = model
+        self.distilled = hasattr(model, "head_dist")
+        self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std)[:, None, None], persistent=False)
+
+    def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Float pictures (N, 3, P, P) in 0..255 to class and distillation logits (N, classes)."""
+        x = (pictures - self.mean) / self.std
+        if not self.distilled:
+            logits = self.model(x)
+            return logits, logits
+        # timm averages the heads in eval mode; both are wanted in every mode
+        tokens = self.model.head_drop(self.model.forward_features(x)[:, :2])
+        return self.model.head(tokens[:, 0]), self.model.head_dist(tokens[:, 1])
+
+
+def build(
+    section: Section, classes: int, *, size: int | None = None, seed: int = 0, mean=None, std=None
+) -> Normalised:
+    """The timm model that a teacher or student section names, with fresh weights drawn from `seed`.
+
+    Args:
+        section: gives model, kwargs, drop_path, dropout, and mean and std where it has them.
+        size: pixels a side, for models with position embeddings (deit_*).
+
+    Raises:
+        UsageError: timm knows no such model, or it does not take these kwargs.
+    """
+    kwargs = dict(section.kwargs)
+    if size is not None:
+        kwargs["img_size"] = size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = timm.create_model(
+                section.model,
+                num_classes=classes,
+                drop_rate=section.dropout,
+                drop_path_rate=section.drop_path,
+                **kwargs,
+            )
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            close = timm.list_models(f"*{section.model.split('_')[0]}*")[:8]
+            raise UsageError(
+                f"model {section.model!r} with {kwargs}",
+                expected=f"a timm model and arguments it takes; near: {', '.join(close)}",
+                found=str(error),
+                do="correct model or kwargs",
+            ) from error
+        if hasattr(model, "cls_token"):
+            trunc_normal_(model.cls_token, std=0.02)  # as DeiT (timm 0.3.2); timm's is 1e-6 now
+    mean, std = mean or getattr(section, "mean", None), std or getattr(section, "std", None)
+    return Normalised(model, mean, std)
+
+
+def build_student(section: Section, recipe: Section, classes: int, size: int) -> Normalised:
+    """A deit_* student at `size` pixels, normalised with the recipe's mean and std."""
+    return build(section, classes, size=size, seed=section.seed, mean=recipe.mean, std=recipe.std)
+
+
+def build_teacher(section: Section, classes: int) -> Normalised:
+    return build(section, classes, seed=section.seed)
+
+
+@torch.no_grad()
+def teacher_logits(teacher: Normalised, pictures: torch.Tensor, slots: int, groups: int, bf16: bool) -> torch.Tensor:
+    """What the teacher answers: mixed pictures (N, 3, P, P) in 0..255 to float32 logits (N, classes).
+
+    Always in forwards of at most `groups` groups of `slots` pictures: offline and online use this one
+    function, so on a CPU in float32 with one group a forward they agree to the bit.
+    """
+    device = pictures.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        logits = [teacher(part)[0].float() for part in pictures.split(slots * groups)]
+    return torch.cat(logits)
+
+
+def resize_pictures(pictures: torch.Tensor, size: int | None) -> torch.Tensor:
+    """To the teacher's own size, where that is another: bilinear with antialias, on the device."""
+    if size is None or pictures.shape[-1] == size:
+        return pictures
+    return interpolate(pictures, (size, size), mode="bilinear", antialias=True)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """32 hex digits over names, types, shapes and bytes of all weights and buffers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_weights(path: Path, model: nn.Module, metadata: dict[str, str] | None = None) -> None:
+    """A state dict as safetensors; `path` is written directly, so give a temporary one."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    safetensors.torch.save_file(state, path, metadata)
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """A state dict from .safetensors, or from .pth with `weights_only` (DeiT's lie under `model`).
+
+    Raises:
+        PipelineError: missing, damaged, or no weights.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state.get("model", state)
+    except Exception as error:  # pickle, zip and safetensors errors share no base
+        raise PipelineError(
+            f"{path}: the weights cannot be read",
+            expected="a .safetensors file, or a .pth of tensors only",
+            found=f"{type(error).__name__}: {error}",
+            do="name the right file",
+        ) from error
+
+
+def load_weights(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Strictly.
+
+    Raises:
+        PipelineError: a name or shape differs; names the first few.
+    """
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise PipelineError(
+            f"{source}: weights of another model",
+            expected=f"those of {type(model).__name__} as configured",
+            found="; ".join(str(error).splitlines()[1:4]).strip(),
+            do="name the file that belongs to this model and number of classes",
+        ) from error
+
+
+def pretrained_teacher(section: Section, classes: int) -> Normalised:
+    """The teacher with `teacher.weights`: a local file, or a timm tag (downloaded by timm).
+
+    Raises:
+        UsageError, PipelineError: no such tag, no network, other shapes.
+    """
+    if Path(section.weights).suffix in (".safetensors", ".pth", ".pt"):
+        teacher = build_teacher(section, classes)
+        load_weights(teacher.model, read_weights(section.weights), section.weights)
+        return teacher
+    try:
+        model = timm.create_model(section.weights, pretrained=True, num_classes=classes, **section.kwargs)
+    except Exception as error:  # timm and the hub raise many kinds
+        raise PipelineError(
+            f"teacher.weights {section.weights!r}",
+            expected="a timm tag that can be downloaded, or a local .safetensors or .pth file",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            do="check the tag and the network, or download the file and name it",
+        ) from error
+    return Normalised(model, section.mean, section.std)
+
+
+def resize_position_embedding(embedding: torch.Tensor, grid: int, prefix: int) -> torch.Tensor:
+    """Position embeddings (1, prefix + n * n, D) for a grid x grid of patches, as DeiT resizes them.
+
+    Plain bicubic without antialias, the prefix tokens unchanged (DeiT main.py; timm antialiases).
+    """
+    kept, patches = embedding[:, :prefix], embedding[:, prefix:]
+    old = round(patches.shape[1] ** 0.5)
+    patches = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    patches = interpolate(patches, (grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([kept, patches.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+
+
+def load_resized(model: Normalised, state: dict[str, torch.Tensor], source: str) -> None:
+    """A student's weights of another resolution; only the position embeddings change."""
+    prefix = model.model.num_prefix_tokens
+    grid = round((model.model.pos_embed.shape[1] - prefix) ** 0.5)
+    state = state | {"pos_embed": resize_position_embedding(state["pos_embed"], grid, prefix)}
+    load_weights(model.model, state, source)
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def describe_teacher(section: Any, weights: str, size: int | None) -> dict[str, Any]:
+    """What of a teacher its answers depend on; part of the store's identity."""
+    return {
+        "model": section.model if not section.weights else section.weights,
+        "weights": weights,
+        "mean": list(section.mean),
+        "std": list(section.std),
+        "size": size,
+    }

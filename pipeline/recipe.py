@@ -1,0 +1,270 @@
+"""Draw: the parameters of views, groups and mixing, as pure functions of (recipe, identity).
+
+Raw words come from Philox4x64-10, keyed by BLAKE2b of (recipe seed, stream, identity), so nothing
+depends on a position in a list, a worker, or the state of any global generator. Every quantity is
+our own formula from those words, rounded to what is used (whole pixels, 1/65536), because numpy's
+distributions and the last bit of libm may change.
+
+The semantics are timm's (RandomResizedCropAndInterpolation, RandAugment, RandomErasing, Mixup) as
+DeiT uses them.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+
+import numpy as np
+
+from pipeline.config import RandAugment, Recipe, fingerprint, parse_rand_augment
+
+VIEWS_VERSION = 1  # bump on any change of a drawn number or a rendered bit
+
+UNITS = 65536  # magnitudes and lambdas are multiples of 1/65536
+ATTEMPTS = 10  # timm's, for crop and erasing
+
+# timm.data.auto_augment._RAND_INCREASING_TRANSFORMS, in its order
+INCREASING_OPS = (
+    "AutoContrast", "Equalize", "Invert", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing",
+    "SolarizeAdd", "ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing",
+    "SharpnessIncreasing", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel",
+)  # fmt: skip
+
+Box = tuple[int, int, int, int]  # left, top, width, height, in pixels
+
+
+@dataclass(frozen=True)
+class ViewParams:
+    """What makes one view of one image."""
+
+    crop: Box
+    """In the image, before it is resized to size x size."""
+    flip: bool
+    ops: tuple[tuple[str, float | None], ...]
+    """RandAugment's ops that fire, in order, each with its argument (degrees, bits, factor, ...)."""
+    erase: Box | None
+    """In the view."""
+    noise_key: bytes
+    """Seeds the erased box's pixels."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How one group is mixed in one view: x * lam + x[partner] * (1 - lam), or a box of x[partner]."""
+
+    kind: str
+    """none, mixup or cutmix"""
+    lam: float
+    """Weight of a sample's own image and label, in [0, 1]; for cutmix what the clipped box leaves."""
+    box: Box
+    """cutmix: the partner's pixels; else empty."""
+    partner: np.ndarray
+    """int64 (group_size,): an involution; slots that stay alone, and unused ones, name themselves."""
+
+
+def recipe_fingerprint(recipe: Recipe) -> str:
+    """Names the views: every field of the recipe, and the version of drawing and rendering."""
+    return fingerprint({"recipe": recipe.model_dump(mode="json"), "views_version": VIEWS_VERSION})
+
+
+def stream_key(seed: int, stream: str, identity: str) -> bytes:
+    """128 bits for one stream of one identity; the unit separator cannot stand in a stream's name."""
+    return hashlib.blake2b(f"{seed}\x1f{stream}\x1f{identity}".encode(), digest_size=16).digest()
+
+
+def philox(key: bytes) -> np.random.Philox:
+    """Philox4x64-10 at counter 0; only `random_raw` of it is used."""
+    return np.random.Philox(key=np.frombuffer(key, "<u8"))
+
+
+def uniforms(words: np.ndarray) -> list[float]:
+    """uint64 words as numbers in (0, 1): the upper 53 bits and a half."""
+    return (((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53).tolist()
+
+
+def permutation(key: bytes, length: int) -> np.ndarray:
+    """int64 (length,): the stable argsort of raw words."""
+    return np.argsort(philox(key).random_raw(length), kind="stable")
+
+
+def draw_view(recipe: Recipe, sample_key: str, view: int, width: int, height: int) -> ViewParams:
+    """The parameters of view number `view` of the sample, whose image is width x height pixels."""
+    key = stream_key(recipe.seed, "view", f"{sample_key}\x1f{view}")
+    augment = _rand_augment(recipe.auto_augment)
+    layers = augment.layers if augment else 0
+    numbers = uniforms(philox(key).random_raw(46 + 4 * layers))
+    return ViewParams(
+        crop=_draw_crop(recipe, width, height, numbers[:22]),
+        flip=numbers[22] < recipe.hflip,
+        ops=_draw_ops(augment, numbers[46:]) if augment else (),
+        erase=_draw_erase(recipe, numbers[23:46]),
+        noise_key=stream_key(recipe.seed, "noise", f"{sample_key}\x1f{view}"),
+    )
+
+
+@lru_cache
+def _rand_augment(text: str | None) -> RandAugment | None:
+    return parse_rand_augment(text) if text else None
+
+
+def _between(low: float, high: float, u: float) -> float:
+    return low + (high - low) * u
+
+
+def _draw_crop(recipe: Recipe, width: int, height: int, u: list[float]) -> Box:
+    """timm.data.transforms.RandomResizedCropAndInterpolation.get_params."""
+    low, high = math.log(recipe.ratio[0]), math.log(recipe.ratio[1])
+    for attempt in range(ATTEMPTS):
+        area = _between(*recipe.scale, u[2 * attempt]) * width * height
+        aspect = math.exp(_between(low, high, u[2 * attempt + 1]))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        # timm takes w = 0 too, and fails on it; a crop has a pixel
+        if 1 <= w <= width and 1 <= h <= height:
+            return int(u[20] * (width - w + 1)), int(u[21] * (height - h + 1)), w, h
+    in_ratio = width / height
+    if in_ratio < recipe.ratio[0]:
+        w, h = width, round(width / recipe.ratio[0])
+    elif in_ratio > recipe.ratio[1]:
+        w, h = round(height * recipe.ratio[1]), height
+    else:
+        w, h = width, height
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def _draw_ops(augment: RandAugment, u: list[float]) -> tuple[tuple[str, float | None], ...]:
+    """timm.data.auto_augment.RandAugment: ops with replacement, each fires with probability p."""
+    ops = []
+    for layer in range(augment.layers):
+        choice, fires, magnitude, sign = u[4 * layer : 4 * layer + 4]
+        if fires < augment.prob:
+            name = INCREASING_OPS[int(choice * len(INCREASING_OPS))]
+            ops.append((name, op_argument(name, _draw_magnitude(augment, magnitude), sign < 0.5)))
+    return tuple(ops)
+
+
+def _draw_magnitude(augment: RandAugment, u: float) -> float:
+    """Normal around the magnitude (uniform up to it where std is infinite), clipped, to 1/65536."""
+    if augment.std == math.inf:
+        magnitude = u * augment.magnitude
+    elif augment.std:
+        magnitude = augment.magnitude + augment.std * NormalDist().inv_cdf(u)
+    else:
+        magnitude = augment.magnitude
+    return round(max(0.0, min(magnitude, augment.magnitude_max)) * UNITS) / UNITS
+
+
+def op_argument(name: str, magnitude: float, negate: bool) -> float | None:
+    """What an op takes at a magnitude in 0..10 (timm.data.auto_augment.LEVEL_TO_ARG).
+
+    Degrees for Rotate, bits to keep for Posterize, a threshold for Solarize, an addend for
+    SolarizeAdd, a factor for the enhancements and shears, a fraction of the side for translations.
+    """
+    level, sign = magnitude / 10, -1.0 if negate else 1.0
+    match name:
+        case "Rotate":
+            return sign * level * 30
+        case "PosterizeIncreasing":
+            return 4 - int(level * 4)
+        case "SolarizeIncreasing":
+            return 256 - min(256, int(level * 256))
+        case "SolarizeAdd":
+            return min(128, int(level * 110))
+        case "ColorIncreasing" | "ContrastIncreasing" | "BrightnessIncreasing" | "SharpnessIncreasing":
+            return max(0.1, 1.0 + sign * level * 0.9)
+        case "ShearX" | "ShearY":
+            return sign * level * 0.3
+        case "TranslateXRel" | "TranslateYRel":
+            return sign * level * 0.45
+    return None
+
+
+def _draw_erase(recipe: Recipe, u: list[float]) -> Box | None:
+    """timm.data.random_erasing.RandomErasing._erase, one box."""
+    if not u[0] < recipe.erase_prob:
+        return None
+    size = recipe.size
+    for attempt in range(ATTEMPTS):
+        area = _between(0.02, 1 / 3, u[1 + 2 * attempt]) * size * size
+        aspect = math.exp(_between(math.log(0.3), math.log(1 / 0.3), u[2 + 2 * attempt]))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 1 <= w < size and 1 <= h < size:
+            return int(u[22] * (size - w + 1)), int(u[21] * (size - h + 1)), w, h
+    return None
+
+
+def group_count(samples: int, group_size: int) -> int:
+    """Groups of a shard: as few as hold its samples."""
+    return -(-samples // group_size)
+
+
+def draw_groups(recipe: Recipe, shard: str, block: int, samples: int) -> list[np.ndarray]:
+    """The rows of a shard, permuted and cut into groups of nearly equal size.
+
+    Returns `group_count` int64 arrays of positions in the shard; together each position once.
+    """
+    order = permutation(stream_key(recipe.seed, "groups", f"{shard}\x1f{block}"), samples)
+    return np.array_split(order, group_count(samples, recipe.group_size)) if samples else []
+
+
+def draw_mix(recipe: Recipe, shard: str, group: int, view: int, members: int) -> Mix:
+    """How group number `group` of a shard, with `members` used slots, is mixed in `view`.
+
+    timm.data.mixup.Mixup in batch mode: one lambda and one choice for the group. timm pairs slot i
+    with n-1-i; here the pairs are drawn for each view, because members keep their slots for a block.
+    """
+    bits = philox(stream_key(recipe.seed, "mix", f"{shard}\x1f{group}\x1f{view}"))
+    mixed, switch, centre_x, centre_y = uniforms(bits.random_raw(4))
+    slots = np.arange(recipe.group_size)
+    alone = Mix("none", 1.0, (0, 0, 0, 0), slots)
+    both = recipe.mixup_alpha > 0 and recipe.cutmix_alpha > 0
+    cutmix = switch < recipe.switch_prob if both else recipe.cutmix_alpha > 0
+    alpha = recipe.cutmix_alpha if cutmix else recipe.mixup_alpha
+    if not mixed < recipe.mix_prob or alpha == 0:
+        return alone
+    order = np.argsort(bits.random_raw(members), kind="stable")
+    partner = slots.copy()
+    partner[order] = order[::-1]
+    lam = _draw_beta(alpha, bits)
+    if not cutmix:
+        return Mix("mixup", lam, (0, 0, 0, 0), partner)
+    size = recipe.size
+    half = int(size * math.sqrt(1 - lam)) // 2
+    x, y = int(centre_x * size), int(centre_y * size)
+    left, right = max(x - half, 0), min(x + half, size)
+    top, bottom = max(y - half, 0), min(y + half, size)
+    box = (left, top, right - left, bottom - top)
+    return Mix("cutmix", 1 - box[2] * box[3] / (size * size), box, partner)
+
+
+def _draw_beta(alpha: float, bits: np.random.Philox) -> float:
+    """Beta(alpha, alpha) to 1/65536, by Johnk's rejection (accepts 61 % at 0.8, 50 % at 1)."""
+    while True:
+        u = uniforms(bits.random_raw(32))
+        for a, b in zip(u[::2], u[1::2], strict=True):
+            x, y = a ** (1 / alpha), b ** (1 / alpha)
+            if 0 < x + y <= 1:
+                return round(x / (x + y) * UNITS) / UNITS
+
+
+def witness(group: int, view: int, members: int) -> int:
+    """The member whose picture stands for the group's in its check: another one each view."""
+    return (group + view) % members
+
+
+def group_check(keys: bytes, mix: Mix, picture: np.ndarray) -> int:
+    """64 bits over what a group is in one view: its samples in order, its mixing, one picture.
+
+    Args:
+        keys: the members' keys in slot order, joined.
+        mix: how they are mixed; its integers count, so a changed lambda, box or partner shows.
+        picture: uint8 (3, size, size), the witness's view before mixing.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(len(keys).to_bytes(8, "little"))
+    digest.update(keys)
+    numbers = [("none", "mixup", "cutmix").index(mix.kind), round(mix.lam * 2**40), *mix.box]
+    digest.update(np.array(numbers, "<i8").tobytes())
+    digest.update(mix.partner.astype("<i8").tobytes())
+    digest.update(np.ascontiguousarray(picture))
+    return int.from_bytes(digest.digest(), "little")

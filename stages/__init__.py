@@ -1,0 +1,1 @@
+"""The pipeline's stages: one module each, `run(config, ...)` and no more."""

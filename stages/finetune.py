@@ -1,0 +1,71 @@
+"""Fine-tuning at a higher resolution, with both heads distilled from a second store.
+
+DeiT's own code raises NotImplementedError for distilled models here; this follows the paper's
+section 4: label and teacher, the teacher at the same resolution, position embeddings by plain bicubic.
+"""
+
+import torch
+
+from pipeline.config import Config, Student, fingerprint, result_fields
+from pipeline.errors import PipelineError
+from pipeline.layout import finetune_folder, index_path, state_folder, student_folder
+from pipeline.models import build_student, load_resized, read_weights, weights_hash
+from pipeline.plan import plan_of
+from pipeline.recipe import recipe_fingerprint
+from pipeline.shards import Index
+from pipeline.training import Run, describe_run
+from stages.train_student import find_teacher, finish
+
+
+def run(config: Config, device: torch.device, teacher: str = "stored", dry_run: bool = False) -> None:
+    """Write outputs/<name>/finetune/weights.safetensors, metrics.json and curve.csv.
+
+    Raises:
+        PipelineError: `finetune.from` was not trained yet; else as train-student.
+    """
+    settings, recipe = config.finetune, config.finetune_recipe()
+    train_index, val_index = (Index(index_path(config, split)) for split in ("train", "val"))
+    student = student_settings(config)
+    source = student_folder(config, settings.student) / "weights.safetensors"
+    if not source.exists():
+        raise PipelineError(
+            f"{source}: no student to start from", do=f"run: pipeline train-student --student {settings.student}"
+        )
+    model = build_student(student, config.recipe, len(train_index.classes), settings.size)
+    load_resized(model, read_weights(source), str(source))
+    teaching, taught_by = find_teacher(config, student, "finetune", train_index, device, teacher)
+    identity = fingerprint(
+        {
+            "finetune": result_fields(settings),
+            "student": {key: getattr(student, key) for key in ("model", "kwargs", "distillation", "alpha", "tau")},
+            "from": weights_hash(model.model),
+            "recipe": recipe_fingerprint(recipe),
+            "index": train_index.fingerprint,
+            "teacher": taught_by,
+        }
+    )
+    training = Run(
+        name=f"finetune {settings.student} at {settings.size}",
+        folder=state_folder(config, identity),
+        fingerprint=identity,
+        settings=settings,
+        plan=plan_of(train_index, recipe, settings, settings.views),
+        train=train_index,
+        val=val_index,
+        model=model,
+        size=settings.size,
+        crop=config.evaluate.crop_finetuned,
+        teacher=teaching,
+        distillation=student,
+        device=device,
+        train_mode=settings.train_mode,
+    )
+    print(describe_run(training))
+    if not dry_run:
+        finish(training, finetune_folder(config))
+
+
+def student_settings(config: Config) -> Student:
+    """The student that is fine-tuned, with fine-tuning's own dropout and drop-path."""
+    student = config.student_named(config.finetune.student)
+    return student.model_copy(update={"drop_path": config.finetune.drop_path, "dropout": config.finetune.dropout})

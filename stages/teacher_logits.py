@@ -1,0 +1,197 @@
+"""The teacher's answers about views 0..V-1 of every training image, into the store.
+
+Resumable at any moment: what exists is complete, and only missing units are computed. A larger V adds
+blocks. Several processes (torchrun, or `--part i/n`) share the units.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pipeline.answers import encode, payload_width
+from pipeline.config import Config, Recipe
+from pipeline.errors import PipelineError
+from pipeline.layout import answers_folder, index_path, store_path
+from pipeline.loader import Groups, mixed, unit_loader
+from pipeline.models import Normalised, describe_teacher, resize_pictures, teacher_logits, weights_hash
+from pipeline.plan import Unit, all_units, unit_items
+from pipeline.recipe import group_count
+from pipeline.shards import Index, replacing
+from pipeline.store import Identity, Store, lock, store_bytes, sweep, write_manifest
+from stages.teacher import load_teacher
+
+
+def run(
+    config: Config,
+    device: torch.device,
+    purpose: str = "train-student",
+    part: tuple[int, int] | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Fill the store for `train-student` or, at the higher resolution, for `finetune`.
+
+    Raises:
+        PipelineError: damaged shards, a full disk, a teacher that answers NaN.
+        UsageError: another process writes the same part.
+    """
+    index = Index(index_path(config, "train"))
+    recipe, views, own_size = _purpose(config, purpose)
+    teacher = load_teacher(config, len(index.classes), device)
+    identity = Identity(
+        index.fingerprint, recipe, describe_teacher(config.teacher, weights_hash(teacher.model), own_size)
+    )
+    path, settings = store_path(config, identity.fingerprint), config.teacher_logits
+    print(describe(config, index, recipe, views, path))
+    if dry_run:
+        return
+    number, parts = part or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    with lock(Path(f"{path}.part-{number}-of-{parts}.lock"), f"part {number} of {parts} of teacher-logits"):
+        if parts == 1:
+            sweep(path)
+        store = Store.create(path, identity, index, views, settings.kind, settings.top_k, settings.precision)
+        missing = store.missing(views, settings.kind)
+        if missing:
+            worker = UnitWorker(config, store, teacher, own_size, device)
+            worker.compute(missing[number::parts])
+    if store.missing(views, settings.kind):
+        print("this part is done; the last part to finish writes the manifest")
+        return
+    publish(config, purpose, store, views)
+
+
+def _purpose(config: Config, purpose: str) -> tuple[Recipe, int, int | None]:
+    if purpose == "train-student":
+        return config.recipe, config.teacher_logits.views, None
+    return config.finetune_recipe(), config.finetune.views, config.finetune.teacher_size
+
+
+def describe(config: Config, index: Index, recipe: Recipe, views: int, path: str) -> str:
+    """What would be done: units, views, bytes, folder."""
+    settings, classes = config.teacher_logits, len(index.classes)
+    shards, blocks = len(index.names), views // recipe.block
+    width = payload_width(settings.kind, classes, settings.top_k)
+    rows = shards * int(index.samples.max())
+    groups = shards * (-(-int(index.samples.max()) // recipe.group_size) + 3)
+    size = views * (rows * (2 + 2 * width) + groups * 8)
+    return (
+        f"teacher-logits: {len(index):,} images x {views} views at {recipe.size} px = {len(index) * views:,} views,"
+        f" {shards} shards x {blocks} blocks = {shards * blocks:,} units\n"
+        f"  {settings.kind}: about {size / 1e6:,.1f} MB, {size / max(views * len(index), 1):.2f} bytes a view: {path}"
+    )
+
+
+class UnitWorker:
+    """Renders, asks the teacher, and commits unit after unit."""
+
+    def __init__(self, config: Config, store: Store, teacher: Normalised, own_size: int | None, device: torch.device):
+        self.settings, self.store, self.device, self.own_size = config.teacher_logits, store, device, own_size
+        self.recipe, self.index = store.recipe, store.index
+        if self.settings.channels_last:
+            teacher = teacher.to(memory_format=torch.channels_last)
+        self.teacher = torch.compile(teacher) if self.settings.compile else teacher
+        self.open: dict[Unit, tuple[dict[str, np.ndarray], np.ndarray]] = {}
+        self.remaining: dict[Unit, int] = {}
+
+    def compute(self, units: list[Unit]) -> None:
+        """Compute and commit the units; each is visible only when it is whole."""
+        samples = self.index.samples
+        self.remaining = {
+            unit: len(unit_items(unit, self.recipe, int(samples[unit.shard]))) for unit in units
+        }
+        total = sum(int(samples[unit.shard]) for unit in units) * self.recipe.block
+        loader = unit_loader(units, self.index, self.recipe, self.settings.workers, self.device.type == "cuda")
+        with tqdm(total=total, desc="teacher-logits", unit="view", unit_scale=True, mininterval=1) as bar:
+            batch: list[Groups] = []
+            for groups in loader:
+                batch.append(groups)
+                if len(batch) == self.settings.batch_groups:
+                    bar.update(self._answer(batch))
+                    batch = []
+            if batch:
+                bar.update(self._answer(batch))
+
+    def _answer(self, batch: list[Groups]) -> int:
+        slots = self.recipe.group_size
+        pictures = torch.cat([mixed(groups.to(self.device)) for groups in batch])
+        pictures = resize_pictures(pictures, self.own_size)
+        if self.settings.channels_last:
+            pictures = pictures.contiguous(memory_format=torch.channels_last)
+        bf16 = self.settings.precision == "bfloat16"
+        logits = teacher_logits(self.teacher, pictures, slots, self.settings.batch_groups, bf16)
+        argmax, payload = encode(self.settings.kind, logits, self.settings.top_k)
+        finite = logits.isfinite().all(1).cpu().numpy()
+        done = 0
+        for number, groups in enumerate(batch):
+            place = slice(number * slots, number * slots + len(groups.members[0]))
+            if not finite[place].all():
+                raise self._not_finite(groups)
+            self._keep(groups, argmax[place], None if payload is None else payload[place])
+            done += len(groups.members[0])
+        return done
+
+    def _keep(self, groups: Groups, argmax: np.ndarray, payload: np.ndarray | None) -> None:
+        """Put a group's answers into its unit's buffers; commit the unit with its last group."""
+        item, members = groups.items[0], groups.members[0]
+        unit, place = Unit(item.shard, item.view // self.recipe.block), item.view % self.recipe.block
+        if unit not in self.open:
+            self.open[unit] = self._buffers(unit, payload)
+        buffers, checks = self.open[unit]
+        buffers["argmax"][place, members] = argmax
+        if payload is not None:
+            buffers[self.settings.kind][place, members] = payload
+        checks[place, item.group] = groups.checks[0]
+        self.remaining[unit] -= 1
+        if self.remaining[unit] == 0:
+            self.store.write_unit(unit, *self.open.pop(unit))
+
+    def _buffers(self, unit: Unit, payload: np.ndarray | None) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        block, samples = self.recipe.block, int(self.index.samples[unit.shard])
+        buffers = {"argmax": np.zeros((block, samples), np.uint16)}
+        if payload is not None:
+            buffers[self.settings.kind] = np.zeros((block, samples, payload.shape[1]), payload.dtype)
+        return buffers, np.zeros((block, group_count(samples, self.recipe.group_size)), np.uint64)
+
+    def _not_finite(self, groups: Groups) -> PipelineError:
+        item = groups.items[0]
+        return PipelineError(
+            f"the teacher's logits for group {item.group} of shard {self.index.names[item.shard]}, view {item.view}",
+            expected="finite numbers",
+            found="NaN or infinity",
+            do="use teacher_logits.precision float32, or mend the teacher",
+        )
+
+
+def publish(config: Config, purpose: str, store: Store, views: int) -> None:
+    """Write manifest and summary of a complete store into the outputs."""
+    kind, folder = config.teacher_logits.kind, answers_folder(config, purpose)
+    start = time.monotonic()
+    manifest = store.manifest(views, kind)
+    write_manifest(folder / "manifest.json", manifest)
+    agreement = _agreement(store, views)
+    summary = {
+        "rows": len(store.index),
+        "views": views,
+        "kind": kind,
+        "bytes": store_bytes(store.path),
+        "agreement_with_labels": agreement,
+    }
+    with replacing(folder / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=1) + "\n")
+    print(
+        f"store complete: {summary['rows']:,} rows x {views} views, {summary['bytes'] / 1e6:,.1f} MB;"
+        f" the teacher agrees with the label on {agreement:.1%} of the (mixed) views;"
+        f" checked in {time.monotonic() - start:.1f} s"
+    )
+
+
+def _agreement(store: Store, views: int) -> float:
+    """Share of views whose own label is the teacher's argmax; reads every unit, checksums tested."""
+    agree = 0
+    for unit in all_units(len(store.index.names), views, store.recipe):
+        agree += int((store.read_unit(unit) == store.index.rows(unit.shard)["label"]).sum())
+    return agree / (len(store.index) * views)

@@ -1,0 +1,142 @@
+"""A DeiT student, trained from the store and the shards; the teacher is never run."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from pipeline.config import Config, Recipe, Student, fingerprint, result_fields
+from pipeline.errors import PipelineError
+from pipeline.layout import answers_folder, index_path, state_folder, store_path, student_folder
+from pipeline.models import build_student, save_weights
+from pipeline.plan import plan_of
+from pipeline.recipe import recipe_fingerprint
+from pipeline.shards import Index, replacing
+from pipeline.store import Store
+from pipeline.training import (
+    NoTeacher,
+    OnlineTeacher,
+    Run,
+    StoredTeacher,
+    complete,
+    describe_run,
+    read_log,
+    write_curve,
+)
+
+
+def run(
+    config: Config,
+    device: torch.device,
+    name: str,
+    student: Student | None = None,
+    teacher: str = "stored",
+    store: str | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Write outputs/<name>/students/<student>/weights.safetensors, metrics.json and curve.csv.
+
+    Args:
+        name: one of `students`.
+        student: settings to use instead of those that `name` has.
+        teacher: `stored`, or `online`: the teacher in the loop over the same groups.
+        store: a store named by hand.
+
+    Raises:
+        PipelineError, UsageError: no complete store, another recipe's store, damaged data, ...
+    """
+    settings = student or config.student_named(name)
+    train_index, val_index = (Index(index_path(config, split)) for split in ("train", "val"))
+    teaching, taught_by = find_teacher(config, settings, "train-student", train_index, device, teacher, store)
+    views = config.teacher_logits.views
+    identity = fingerprint(
+        {
+            "student": result_fields(settings),
+            "recipe": recipe_fingerprint(config.recipe),
+            "index": train_index.fingerprint,
+            "views": views,
+            "teacher": taught_by,
+        }
+    )
+    training = Run(
+        name=f"student {name}",
+        folder=state_folder(config, identity),
+        fingerprint=identity,
+        settings=settings,
+        plan=plan_of(train_index, config.recipe, settings, views),
+        train=train_index,
+        val=val_index,
+        model=build_student(settings, config.recipe, len(train_index.classes), config.recipe.size),
+        size=config.recipe.size,
+        crop=config.evaluate.crop,
+        teacher=teaching,
+        distillation=settings,
+        device=device,
+    )
+    print(describe_run(training))
+    if not dry_run:
+        finish(training, student_folder(config, name))
+
+
+def find_teacher(
+    config: Config,
+    settings: Student,
+    purpose: str,
+    index: Index,
+    device: torch.device,
+    teacher: str = "stored",
+    named: str | None = None,
+) -> tuple[NoTeacher | StoredTeacher | OnlineTeacher, dict | None]:
+    """Who answers in training, and what of it the student's weights depend on."""
+    if settings.distillation == "none":
+        return NoTeacher(), None
+    recipe: Recipe = config.recipe if purpose == "train-student" else config.finetune_recipe()
+    if teacher == "online":
+        return _online(config, purpose, index, device)
+    path = answers_folder(config, purpose) / "manifest.json"
+    manifest = _read_manifest(path) if named is None else None
+    store = Store.open(named or store_path(config, manifest["fingerprint"]), index, recipe)
+    views = config.teacher_logits.views if purpose == "train-student" else config.finetune.views
+    kind = "argmax" if settings.distillation == "hard" else config.teacher_logits.kind
+    # completeness is of the store itself: a manifest cannot know that a unit was deleted since
+    current = store.manifest(views, kind)
+    if manifest and manifest["views"] == views and current["units"] != manifest["units"]:
+        raise PipelineError(
+            f"{store.path}: the answers",
+            expected=f"those that {path} names",
+            found="others: the store was computed anew since",
+            do="run teacher-logits again, so that its manifest is of this store",
+        )
+    return StoredTeacher(store, kind), {"store": store.fingerprint, "kind": kind, "units": current["units"]}
+
+
+def _read_manifest(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise PipelineError(f"{path}: no store is complete", do="run: pipeline teacher-logits") from None
+    except ValueError as error:
+        raise PipelineError(f"{path}: damaged", found=str(error), do="run: pipeline teacher-logits") from error
+
+
+def _online(config: Config, purpose: str, index: Index, device: torch.device) -> tuple[OnlineTeacher, dict]:
+    from stages.teacher import load_teacher  # the teacher's code is no dependency of a student
+
+    settings = config.teacher_logits
+    size = config.finetune.teacher_size if purpose == "finetune" else None
+    model = load_teacher(config, len(index.classes), device)
+    bf16 = settings.precision == "bfloat16"
+    return OnlineTeacher(model, size, settings.batch_groups, bf16), {"online": settings.precision}
+
+
+def finish(training: Run, folder: Path) -> None:
+    """Train to the end unless that was done before, and publish the results."""
+    complete(training)
+    epochs = [line for line in read_log(training.folder / "log.jsonl") if line["kind"] == "epoch"]
+    metrics = {key: value for key, value in epochs[-1].items() if key not in ("kind", "step")}
+    with replacing(folder / "weights.safetensors") as temporary:
+        save_weights(temporary, training.model.model)
+    write_curve(folder / "curve.csv", training.folder / "log.jsonl")
+    with replacing(folder / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
+    print(f"{training.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))

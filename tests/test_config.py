@@ -1,0 +1,391 @@
+"""Configuration: what is refused and how, YAML there and back, fingerprints, the paper's defaults."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import (
+    Config,
+    Recipe,
+    Student,
+    dump,
+    fingerprint,
+    load,
+    parse_rand_augment,
+    parse_yaml,
+    resolve,
+    result_fields,
+)
+from pipeline.errors import UsageError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+property_settings = settings(derandomize=True, deadline=None, max_examples=60)
+
+
+def refusal(values, overrides=()) -> str:
+    with pytest.raises(UsageError) as caught:
+        resolve(values, overrides, "trial.yaml")
+    return str(caught.value)
+
+
+def nested(key: str, value):
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def read(config: Config, key: str):
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("studnet", "student"),
+        ("recipe.sise", "size"),
+        ("student.epoch", "epochs"),
+        ("finetune.form", "from"),
+        ("teacher_logits.topk", "top_k"),
+    ],
+)
+def test_unknown_key_is_refused_with_its_full_name_and_the_nearest_key(key, nearest):
+    first_line, rest = refusal(nested(key, 1)).split("\n", 1)
+    assert first_line == f"trial.yaml: {key}"
+    assert f"did you mean {nearest}?" in rest
+
+
+def test_unknown_key_of_a_variant_is_refused_with_the_variant_named():
+    message = refusal({"variants": {"hard": {"epoch": 3}}})
+    assert "variants.hard" in message and "epoch" in message and "did you mean epochs?" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("student.epochs", "three"),
+        ("student.epochs", 3.0),
+        ("student.lr", "5e-4"),
+        ("student", 5),
+        ("student.compile", 1),
+        ("recipe.seed", True),
+        ("recipe.hflip", 1.5),
+        ("teacher.weights", 7),
+        ("teacher_logits.kind", "sparse"),
+        ("students", "hard"),
+        ("data.train", None),
+    ],
+)
+def test_wrong_type_or_value_is_refused_with_key_and_finding(key, value):
+    message = refusal(nested(key, value))
+    assert message.startswith(f"trial.yaml: {key}\n") and repr(value) in message
+
+
+@pytest.mark.parametrize("key", ["student.lr", "student.clip_grad"])
+def test_infinity_is_refused(key):
+    assert key in refusal(nested(key, float("inf")))
+
+
+def test_a_mean_that_is_no_number_is_refused():
+    assert "recipe.mean" in refusal({"recipe": {"mean": [float("nan"), 0.5, 0.5]}})
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"teacher_logits": {"views": 301}}, ["teacher_logits.views", "recipe.block", "301", "30"]),
+        ({"finetune": {"views": 31}}, ["finetune.views", "recipe.block", "31", "30"]),
+        ({"recipe": {"block": 31}}, ["recipe", "block 31", "repeats 3"]),
+        ({"student": {"batch_size": 1000}}, ["student.batch_size", "recipe.group_size", "1000", "64"]),
+        ({"teacher": {"batch_size": 32}}, ["teacher.batch_size", "recipe.group_size", "32", "64"]),
+        ({"finetune": {"batch_size": 100}}, ["finetune.batch_size", "recipe.group_size", "100", "64"]),
+        ({"student": {"accumulation": 3}}, ["student.accumulation", "16", "3"]),
+        ({"student": {"distillation": "soft"}}, ["teacher_logits.kind", "topk", "dense", "argmax", "hard"]),
+        (
+            {"variants": {"hard": {"distillation": "soft"}}},
+            ["teacher_logits.kind", "topk", "dense", "argmax", "hard"],
+        ),
+        ({"variants": {"hard": {"batch_size": 100}}}, ["variants.hard.batch_size", "recipe.group_size"]),
+        ({"finetune": {"from": "soft"}}, ["finetune.from", "students", "hard", "soft"]),
+        ({"students": ["hard", "hard"]}, ["students", "different"]),
+        ({"students": ["plain"]}, ["plain", "variants"]),
+        ({"recipe": {"scale": [0.9, 0.1]}}, ["recipe.scale", "low <= high"]),
+        ({"recipe": {"auto_augment": "rand-m9"}}, ["recipe.auto_augment", "-inc1"]),
+    ],
+)
+def test_impossible_combination_is_refused_with_the_keys_named(values, named):
+    message = refusal(values)
+    assert [part for part in named if part not in message] == []
+
+
+def test_variant_whose_batch_does_not_hold_the_accumulation_steps_is_refused():
+    values = {"student": {"accumulation": 16}, "variants": {"hard": {"batch_size": 64}}}
+    assert "accumulation" in refusal(values)
+
+
+def test_refusals_end_with_exit_code_2():
+    with pytest.raises(UsageError) as caught:
+        resolve({"nmae": "x"}, (), "trial.yaml")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["a: 1\na: 2", "s: {b: 1, b: 2}", "l:\n- b: 1\n  b: 1\n"])
+def test_duplicate_yaml_key_is_refused(text):
+    with pytest.raises(UsageError, match="stands twice"):
+        parse_yaml(text, "trial.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [1", "a: b: c", "\tx", "name: 2024-13-45", "seed: 0x_", "!!python/name:os.system"]
+)
+def test_text_that_is_no_yaml_is_refused_with_its_file(text):
+    with pytest.raises(UsageError, match="trial.yaml"):
+        parse_yaml(text, "trial.yaml")
+
+
+def test_file_that_is_no_text_is_refused_with_its_name(tmp_path):
+    path = tmp_path / "picture.yaml"
+    path.write_bytes(b"\xff\xd8\xff\xe0\x00")
+    with pytest.raises(UsageError, match="picture.yaml"):
+        load(path)
+
+
+def test_missing_file_is_refused_with_its_name(tmp_path):
+    with pytest.raises(UsageError, match="absent.yaml"):
+        load(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("5e-4", 5e-4), ("1e3", 1000.0), ("-1.5E+3", -1500.0), (".5", 0.5), ("2.", 2.0)]
+)
+def test_yaml_number_with_exponent_or_point_is_a_float(text, number):
+    value = parse_yaml(text, "trial.yaml")
+    assert type(value) is float and value == number
+
+
+@pytest.mark.parametrize("text", ["5e", "e5", "1-2", "5e-4x", "v1.0", "1.2.3"])
+def test_yaml_word_with_digits_stays_a_word(text):
+    assert parse_yaml(text, "trial.yaml") == text
+
+
+def test_file_and_overrides_are_laid_on_the_defaults(tmp_path):
+    path = tmp_path / "trial.yaml"
+    path.write_text("student: {epochs: 7, lr: 0.1}\n")
+    student = load(path, ("student.lr=1e-3",)).student
+    assert student == Student(epochs=7, lr=1e-3)
+
+
+def test_override_without_a_value_is_refused():
+    assert "section.key=value" in refusal({}, ("student.lr",))
+
+
+def test_empty_file_is_the_defaults():
+    assert resolve(parse_yaml("", "trial.yaml"), (), "trial.yaml") == Config()
+
+
+words = st.text(max_size=12).map("x".__add__)  # the x: words that look like numbers have their own test
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=5,
+)
+fractions = st.floats(0, 1)
+
+
+@st.composite
+def configs(draw) -> Config:
+    group = draw(st.sampled_from([2, 8, 64]))
+    repeats = draw(st.integers(1, 4))
+    block = repeats * draw(st.integers(1, 5))
+    names = draw(st.lists(words, min_size=1, max_size=3, unique=True))
+    accumulation = draw(st.integers(1, 3))
+    training = {"batch_size": group * accumulation * draw(st.integers(1, 9)), "accumulation": accumulation}
+    variants = st.fixed_dictionaries(
+        {}, optional={"lr": fractions, "alpha": fractions, "model": words, "distillation": st.just("none")}
+    )
+    return Config.model_validate(
+        {
+            "name": draw(st.from_regex(r"x[A-Za-z0-9._-]*", fullmatch=True)),
+            "data": {"train": draw(words), "max_per_class": draw(st.none() | st.integers(1, 9))},
+            "recipe": {
+                "seed": draw(st.integers()),
+                "size": draw(st.integers(8, 4096)),
+                "scale": sorted(draw(st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)))),
+                "hflip": draw(fractions),
+                "auto_augment": draw(st.sampled_from([None, "rand-inc1", "rand-m9-mstd0.5-inc1"])),
+                "mean": draw(st.lists(fractions, min_size=3, max_size=3)),
+                "group_size": group,
+                "repeats": repeats,
+                "block": block,
+            },
+            "teacher": training | {"kwargs": draw(st.dictionaries(words, json_values, max_size=3))},
+            "teacher_logits": {
+                "views": block * draw(st.integers(1, 9)),
+                "kind": draw(st.sampled_from(["topk", "dense"])),
+            },
+            "student": training
+            | {
+                "clip_grad": draw(st.none() | st.floats(1e-9, 1e9)),
+                "lr": draw(st.floats(0, 1)),
+                "weight_decay": draw(st.floats(0, 1e-5)),
+                "distillation": draw(st.sampled_from(["none", "soft", "hard"])),
+            },
+            "students": names,
+            "variants": {name: draw(variants) for name in names},
+            "finetune": training | {"from": draw(st.sampled_from(names)), "views": block},
+        }
+    )
+
+
+@property_settings
+@given(configs())
+def test_a_dumped_configuration_reads_back_as_itself(config):
+    assert resolve(parse_yaml(dump(config), "dumped"), (), "dumped") == config
+
+
+@pytest.mark.parametrize("word", ["1e3", "09", "5e-4", "1_0", "1:30", "null", "no", "~", "1.", "2024-01-01"])
+def test_a_word_that_yaml_may_read_otherwise_is_dumped_as_a_word(word):
+    config = Config(data={"train": word})
+    assert parse_yaml(dump(config), "dumped")["data"]["train"] == word
+
+
+def test_variant_overrides_the_student():
+    values = {"variants": {"hard": {}, "long": {"epochs": 1000}}, "student": {"lr": 1e-3}}
+    config = resolve(values, (), "trial.yaml")
+    assert config.student_named("long") == Student(lr=1e-3, epochs=1000)
+
+
+def test_student_that_is_no_variant_is_refused_with_the_variants():
+    with pytest.raises(UsageError, match="'soft'(.|\n)*one of hard"):
+        Config().student_named("soft")
+
+
+def test_finetune_recipe_differs_in_nothing_but_the_size():
+    assert Config().finetune_recipe() == Recipe(size=384)
+
+
+@property_settings
+@given(configs())
+def test_equal_configurations_have_equal_fingerprints(config):
+    assert fingerprint(resolve(parse_yaml(dump(config), "dumped"), (), "dumped")) == fingerprint(config)
+
+
+CHANGED = {
+    "seed": 1,
+    "size": 225,
+    "scale": (0.09, 1.0),
+    "ratio": (0.75, 1.3),
+    "hflip": 0.4,
+    "auto_augment": None,
+    "erase_prob": 0.0,
+    "mean": (0.5, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.5),
+    "mixup_alpha": 0.0,
+    "cutmix_alpha": 0.5,
+    "mix_prob": 0.9,
+    "switch_prob": 0.4,
+    "group_size": 32,
+    "repeats": 1,
+    "block": 60,
+}
+
+
+@pytest.mark.parametrize("field", Recipe.model_fields)
+def test_fingerprint_differs_for_a_changed_recipe_field(field):
+    assert fingerprint(Recipe(**{field: CHANGED[field]})) != fingerprint(Recipe())
+
+
+def test_fingerprint_tells_a_whole_number_written_as_float_or_int_for_the_same():
+    assert fingerprint(Recipe(cutmix_alpha=1)) == fingerprint(Recipe(cutmix_alpha=1.0))
+
+
+def test_result_fields_ignore_workers():
+    assert fingerprint(result_fields(Student(workers=1))) == fingerprint(result_fields(Student(workers=2)))
+
+
+def test_result_fields_heed_the_learning_rate():
+    assert fingerprint(result_fields(Student(lr=1e-3))) != fingerprint(result_fields(Student(lr=2e-3)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rand-m9-mstd0.5-inc1",
+        "rand-inc1",
+        "rand-inc1-p0.3-n3-m7",
+        "rand-m9-mstd100-inc1",
+        "rand-m9-mstd101-inc1",
+        "rand-m15-mmax20-mstd1-inc1",
+        "rand-m0-n1-p1-mstd0-inc1",
+    ],
+)
+def test_rand_augment_string_is_read_as_timm_reads_it(text):
+    from timm.data.auto_augment import rand_augment_transform  # seconds to import
+
+    ours, theirs = parse_rand_augment(text), rand_augment_transform(text)
+    by_timm = {
+        (op.magnitude, op.magnitude_std, op.prob, theirs.num_layers, op.magnitude_max or 10)
+        for op in theirs.ops
+    }
+    assert by_timm == {(ours.magnitude, ours.std, ours.prob, ours.layers, ours.magnitude_max)}
+
+
+@pytest.mark.parametrize(
+    "text", ["rand-m9-x3-inc1", "rand-mfoo-inc1", "augmix-m3", "rand-m9-mstd0.5", "rand-m9-inc0"]
+)
+def test_rand_augment_string_that_is_not_understood_is_refused(text):
+    with pytest.raises(ValueError, match=text):
+        parse_rand_augment(text)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("student.epochs", 300),
+        ("student.batch_size", 1024),
+        ("student.optimizer", "adamw"),
+        ("student.lr", 5e-4),
+        ("student.min_lr", 1e-5),
+        ("student.warmup_lr", 1e-6),
+        ("student.warmup_epochs", 5),
+        ("student.weight_decay", 0.05),
+        ("student.smoothing", 0.1),
+        ("student.dropout", 0.0),
+        ("student.drop_path", 0.1),
+        ("student.clip_grad", None),
+        ("student.ema_decay", 0.99996),
+        ("student.distillation", "hard"),
+        ("student.alpha", 0.5),
+        ("recipe.size", 224),
+        ("recipe.scale", (0.08, 1.0)),
+        ("recipe.ratio", (3 / 4, 4 / 3)),
+        ("recipe.hflip", 0.5),
+        ("recipe.auto_augment", "rand-m9-mstd0.5-inc1"),
+        ("recipe.erase_prob", 0.25),
+        ("recipe.mixup_alpha", 0.8),
+        ("recipe.cutmix_alpha", 1.0),
+        ("recipe.mix_prob", 1.0),
+        ("recipe.switch_prob", 0.5),
+        ("recipe.group_size", 64),
+        ("recipe.repeats", 3),
+        ("teacher.model", "regnety_160"),
+        ("finetune.size", 384),
+        ("finetune.epochs", 30),
+        ("finetune.batch_size", 512),
+        ("finetune.lr", 5e-6),
+        ("finetune.min_lr", 5e-6),
+        ("finetune.weight_decay", 1e-8),
+        ("evaluate.crop", 0.875),
+    ],
+)
+def test_default_is_the_papers(key, value):
+    assert read(Config(), key) == value
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configuration_loads(path):
+    assert isinstance(load(path), Config)
