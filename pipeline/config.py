@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UsageError
 
+# 0 switches mixing off; tiny parameters would make the rejection that draws from Beta endless
+Alpha = Annotated[float, Field(ge=0, le=4), AfterValidator(lambda value: _alpha(value))]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -28,9 +30,20 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def _alpha(value: float) -> float:
+    if 0 < value < 0.05:
+        raise ValueError(f"0 or at least 0.05, not {value}")
+    return value
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, populate_by_name=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        populate_by_name=True,
+        allow_inf_nan=False,
     )
 
 
@@ -73,9 +86,9 @@ class Recipe(Section):
     mean: Triple = IMAGENET_MEAN
     """The recipe's own: fill colour and erasing noise; never a model's."""
     std: Triple = IMAGENET_STD
-    mixup_alpha: Annotated[float, Field(ge=0, le=4)] = 0.8
+    mixup_alpha: Alpha = 0.8
     """Beta parameter of Mixup; 0 switches it off."""
-    cutmix_alpha: Annotated[float, Field(ge=0, le=4)] = 1.0
+    cutmix_alpha: Alpha = 1.0
     """Beta parameter of CutMix; 0 switches it off."""
     mix_prob: Fraction = 1.0
     """Probability that a group is mixed at all."""
@@ -267,9 +280,7 @@ class Config(Section):
                 found="no such entry in `variants`",
                 do=f"add `variants.{name}: {{}}` to params.yaml or correct the name",
             )
-        return validate(
-            Student, self.student.model_dump() | self.variants[name], f"variants.{name}", section="student"
-        )
+        return validate(Student, self.student.model_dump() | self.variants[name], section=f"variants.{name}")
 
     def finetune_recipe(self) -> Recipe:
         """The recipe of the views at the higher resolution."""
@@ -286,7 +297,8 @@ def inconsistencies(config: Config) -> list[str]:
     ):
         if views % block:
             found.append(f"{key} must be a multiple of recipe.block: {views} views, block {block}")
-    runs = {"teacher": config.teacher, "student": config.student, "finetune": config.finetune}
+    students = {f"variants.{name}": config.student_named(name) for name in config.variants}
+    runs = {"teacher": config.teacher, "student": config.student, "finetune": config.finetune} | students
     for key, run in runs.items():
         if run.batch_size % group:
             found.append(
@@ -299,10 +311,7 @@ def inconsistencies(config: Config) -> list[str]:
     if len(set(config.students)) != len(config.students):
         found.append(f"students must be different names: {config.students}")
     for name in config.students:
-        student = config.student_named(name)
-        if student.batch_size % group:
-            found.append(f"variants.{name}.batch_size must be a multiple of recipe.group_size ({group})")
-        if student.distillation == "soft" and config.teacher_logits.kind == "argmax":
+        if config.student_named(name).distillation == "soft" and config.teacher_logits.kind == "argmax":
             found.append(
                 f"teacher_logits.kind must be topk or dense, because student {name} distils softly: found argmax"
             )
@@ -314,6 +323,8 @@ def inconsistencies(config: Config) -> list[str]:
 class RandAugment(Section):
     """timm's `rand-...` string, read. magnitude in 0..10; std of the normal it is drawn from."""
 
+    model_config = ConfigDict(allow_inf_nan=True)
+
     magnitude: float = 9.0
     std: float = 0.0
     layers: int = 2
@@ -324,7 +335,7 @@ class RandAugment(Section):
 def parse_rand_augment(text: str) -> RandAugment:
     """Read timm's config string (timm.data.auto_augment.rand_augment_transform), increasing set only.
 
-    `rand-m9-mstd0.5-inc1`: m magnitude, mstd its standard deviation (>= 100: uniform), mmax its
+    `rand-m9-mstd0.5-inc1`: m magnitude, mstd its standard deviation (> 100: uniform), mmax its
     upper bound, n ops a view, p probability of each, inc1 the increasing set.
     Raises ValueError with the part that is not understood.
     """
@@ -334,10 +345,10 @@ def parse_rand_augment(text: str) -> RandAugment:
     fields: dict[str, Any] = {"magnitude": 10.0}
     increasing = False
     for part in parts[1:]:
-        match = re.fullmatch(r"(mstd|mmax|inc|m|n|p)(\d+(?:\.\d+)?)", part)
+        match = re.fullmatch(r"(mstd|p)(\d+(?:\.\d+)?)|(mmax|inc|m|n)(\d+)", part)
         if not match:
             raise ValueError(f"parts m, mstd, mmax, n, p, inc with a number, not {part!r} in {text!r}")
-        key, value = match[1], float(match[2])
+        key, value = match[1] or match[3], float(match[2] or match[4])
         if key == "inc":
             increasing = bool(value)
         elif key == "mstd":
@@ -368,7 +379,7 @@ def result_fields(section: Section) -> dict[str, Any]:
     return section.model_dump(mode="json", by_alias=True, exclude=NOT_RESULT)
 
 
-def validate(kind: type[Section], values: Any, source: str, section: str = "") -> Any:
+def validate(kind: type[Section], values: Any, source: str = "", section: str = "") -> Any:
     """`values` as a `kind`, or a UsageError that names the key in full and the nearest valid one."""
     try:
         return kind.model_validate(values)
@@ -376,7 +387,7 @@ def validate(kind: type[Section], values: Any, source: str, section: str = "") -
         first = error.errors(include_url=False)[0]
     location = [str(part) for part in first["loc"]]
     key = ".".join([section] * bool(section) + location)
-    where = f"{source}: {key}" if key else source
+    where = ": ".join(part for part in (source, key) if part)
     if first["type"] == "extra_forbidden":
         valid = _keys_beside(kind, location)
         near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.4)
@@ -387,7 +398,7 @@ def validate(kind: type[Section], values: Any, source: str, section: str = "") -
             do="correct the key or remove it",
         )
     if first["type"] == "value_error":
-        raise UsageError(where, expected=str(first["ctx"]["error"]), do="change one of the two")
+        raise UsageError(where, expected=str(first["ctx"]["error"]), do="change it")
     raise UsageError(
         where,
         expected=first["msg"].removeprefix("Input should be "),
@@ -407,11 +418,16 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2 floats (5e-4 is a number) and no duplicate keys."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would take for a number."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"),
+        list("-+0123456789."),
+    )
 
 
 def _unique_mapping(loader, node, deep=False):
@@ -429,7 +445,7 @@ def parse_yaml(text: str, source: str) -> Any:
     """Raises UsageError with line and column where `text` is no YAML."""
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
         raise UsageError(f"{source}: not readable as YAML", found=" ".join(str(error).split()), do="mend it") from None
 
 
@@ -451,11 +467,11 @@ def load(path: str | Path = "params.yaml", overrides: tuple[str, ...] = ()) -> C
     path = Path(path)
     try:
         text = path.read_text()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{path}: the configuration cannot be read",
-            expected="a file such as params.yaml or one of configs/",
-            found=error.strerror or str(error),
+            expected="a text file such as params.yaml or one of configs/",
+            found=getattr(error, "strerror", None) or str(error),
             do="name it with --config, or write one: pipeline configure digits",
         ) from None
     return resolve(parse_yaml(text, str(path)), overrides, str(path))
@@ -463,7 +479,7 @@ def load(path: str | Path = "params.yaml", overrides: tuple[str, ...] = ()) -> C
 
 def resolve(values: Any, overrides: tuple[str, ...], source: str) -> Config:
     """The defaults with `values` and `overrides` laid on them, validated."""
-    if not isinstance(values or {}, dict):
+    if values is not None and not isinstance(values, dict):
         raise UsageError(source, expected="a mapping of sections", found=type(values).__name__)
     values = merge({"variants": Config().variants}, values or {})
     for override in overrides:
@@ -480,4 +496,4 @@ def resolve(values: Any, overrides: tuple[str, ...], source: str) -> Config:
 def dump(config: Config) -> str:
     """The whole configuration as YAML; `resolve(parse_yaml(dump(c)))` is c again."""
     values = config.model_dump(mode="json", by_alias=True)
-    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)

@@ -79,8 +79,8 @@ def philox(key: bytes) -> np.random.Philox:
 
 
 def uniforms(words: np.ndarray) -> list[float]:
-    """uint64 words as numbers in (0, 1): the upper 53 bits and a half."""
-    return (((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53).tolist()
+    """uint64 words as numbers in (0, 1): the upper 52 bits and a half, which a float64 just holds."""
+    return (((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52).tolist()
 
 
 def permutation(key: bytes, length: int) -> np.ndarray:
@@ -124,9 +124,9 @@ def _draw_crop(recipe: Recipe, width: int, height: int, u: list[float]) -> Box:
             return int(u[20] * (width - w + 1)), int(u[21] * (height - h + 1)), w, h
     in_ratio = width / height
     if in_ratio < recipe.ratio[0]:
-        w, h = width, round(width / recipe.ratio[0])
+        w, h = width, max(1, min(height, round(width / recipe.ratio[0])))
     elif in_ratio > recipe.ratio[1]:
-        w, h = round(height * recipe.ratio[1]), height
+        w, h = max(1, min(width, round(height * recipe.ratio[1]))), height
     else:
         w, h = width, height
     return (width - w) // 2, (height - h) // 2, w, h

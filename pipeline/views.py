@@ -44,6 +44,8 @@ def decode(data: bytes) -> np.ndarray:
             if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")  # what Pillow asks for, else it warns
             return np.array(image.convert("RGB"))
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
         raise Undecodable(str(error) or type(error).__name__) from error
 
@@ -92,7 +94,7 @@ def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
     """Antialiased bicubic, as Pillow's to within 1 level (mean difference 0.02)."""
     if image.shape[:2] == (height, width):
         return np.ascontiguousarray(image)
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1)[None]
     out = interpolate(pixels, (height, width), mode="bicubic", antialias=True)
     return np.ascontiguousarray(out[0].permute(1, 2, 0).numpy())
 
@@ -242,8 +244,9 @@ def _translate_y(view, fraction, fill):
 def warp(view: np.ndarray, matrix: tuple[float, ...], fill: tuple[int, ...]) -> np.ndarray:
     """Pillow's Image.transform(AFFINE, matrix, BICUBIC): output pixel centres to input, bicubic.
 
-    The coordinates are ours, in integers at 1/32 pixel, and cv2.remap's weights for them are an
-    integer table, so the bits are the same everywhere; cv2.warpAffine's are not.
+    The coordinates are ours, in integers at 1/32 pixel, and the weights that OpenCV 4's remap has for
+    them are an integer table, so the bits are the same everywhere; those of its warpAffine, and of
+    OpenCV 5's remap, are not.
     """
     height, width = view.shape[:2]
     a, b, c, d, e, f = (round(value * (1 << FIXED)) for value in matrix)

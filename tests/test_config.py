@@ -22,7 +22,7 @@ from pipeline.errors import UsageError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
-property_settings = settings(derandomize=True, deadline=None, max_examples=60)
+property_settings = settings(derandomize=True, deadline=None, max_examples=40)
 
 
 def refusal(values, overrides=()) -> str:
@@ -245,6 +245,10 @@ def configs(draw) -> Config:
 @given(configs())
 def test_a_dumped_configuration_reads_back_as_itself(config):
     assert resolve(parse_yaml(dump(config), "dumped"), (), "dumped") == config
+
+
+def test_a_dumped_configuration_names_the_finetuned_student_by_from():
+    assert parse_yaml(dump(Config()), "dumped")["finetune"]["from"] == "hard"
 
 
 @pytest.mark.parametrize("word", ["1e3", "09", "5e-4", "1_0", "1:30", "null", "no", "~", "1.", "2024-01-01"])

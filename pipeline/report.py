@@ -1,0 +1,333 @@
+"""Pictures and tables of a finished run, and one self-contained report.html.
+
+Every file is written whole or not at all. Nothing here computes a result: it shows what it is given.
+"""
+
+import base64
+import csv
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from string import Template
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from pipeline.shards import replacing
+
+DPI = 150
+# Okabe and Ito's colours, told apart with any colour vision; yellow left out, it vanishes on white
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vP"
+DASHES = (0, (2, 1.5))
+INK, MUTED = "#1c1e21", "#5d6570"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row of the results: one way of one model to decide, and the model's cost."""
+
+    model: str
+    detail: str
+    """Architecture and resolution."""
+    classifier: str
+    top1: float
+    """Share in 0..1, as is top5."""
+    top5: float
+    parameters: int
+    macs: int
+    """Multiply-adds of one picture."""
+    throughput: float
+    """Pictures a second."""
+
+
+@dataclass(frozen=True)
+class SeenView:
+    """One view of a training image, as rendered and as the teacher judged it."""
+
+    number: int
+    picture: np.ndarray
+    """uint8 (P, P, 3), before mixing."""
+    mixed: np.ndarray
+    """uint8 (P, P, 3)"""
+    kind: str
+    """none, mixup or cutmix"""
+    lam: float
+    """Weight of the image's own label."""
+    partner: str
+    """Label of the image that it was mixed with."""
+    answer: str
+    """The teacher's class."""
+    probability: float | None
+    """What the teacher gave that class; None where the store holds the class alone."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A training image and some of its views."""
+
+    label: str
+    original: np.ndarray
+    """uint8 (height, width, 3)"""
+    views: list[SeenView]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of a Result: its heading, how it is printed, and which value is the best."""
+
+    heading: str
+    value: Callable[[Result], float]
+    text: Callable[[float], str]
+    best: Callable[[Iterable[float]], float]
+    of_model: bool = True
+    """The same for all classifiers of a model."""
+
+
+def _short(value: float) -> str:
+    """Three significant digits, never with an exponent where a reader would not want one."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+COLUMNS = (
+    Column("top-1 %", lambda row: 100 * row.top1, "{:.2f}".format, max, of_model=False),
+    Column("top-5 %", lambda row: 100 * row.top5, "{:.2f}".format, max, of_model=False),
+    Column("params M", lambda row: row.parameters / 1e6, _short, min),
+    Column("GMACs", lambda row: row.macs / 1e9, _short, min),
+    Column("images/s", lambda row: row.throughput, _short, max),
+)
+
+
+def _best(column: Column, results: list[Result]) -> str | None:
+    """The printed best of a column, so that ties on paper are ties; None where all are the same."""
+    values = [column.value(row) for row in results]
+    different = len({column.text(value) for value in values}) > 1
+    return column.text(column.best(values)) if different else None
+
+
+def format_table(results: list[Result]) -> str:
+    """The results as aligned plain text, a line for each classifier of each model."""
+    lines = [["model", "classifier", *(column.heading for column in COLUMNS)]]
+    for _, group in groupby(results, lambda row: row.model):
+        for number, row in enumerate(group):
+            shown = ["" if number and c.of_model else c.text(c.value(row)) for c in COLUMNS]
+            lines.append(["" if number else row.model, row.classifier, *shown])
+    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+    aligns = [str.ljust] * 2 + [str.rjust] * len(COLUMNS)
+    padded = [[align(*cell) for align, *cell in zip(aligns, line, widths, strict=True)] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
+def plot_curves(path: Path, curves: dict[str, Path]) -> None:
+    """Loss and validation top-1 against the epoch, as PNG.
+
+    Args:
+        curves: name of each run, and its CSV with columns epoch, loss, val_top1_class, val_top1_mean
+            (empty where there was no validation). A run without epochs is left out.
+    """
+    figure = Figure((10, 4.4), dpi=DPI, layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    handles, two_heads = [], False
+    for number, (name, source) in enumerate(curves.items()):
+        with open(source, newline="") as file:
+            epochs = list(csv.DictReader(file))
+        if not epochs:
+            continue
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        style = {"color": colour, "marker": marker, "lw": 1.6, "ms": 5}
+        _draw(loss, epochs, "loss", 1, style)
+        both = _draw(accuracy, epochs, "val_top1_mean", 100, style)
+        _draw(accuracy, epochs, "val_top1_class", 100, style | {"linestyle": DASHES if both else "-"})
+        handles.append(Line2D([], [], label=_plain(name), **style))
+        two_heads |= both
+    if two_heads:
+        handles.append(Line2D([], [], color=MUTED, label="mean of both heads"))
+        handles.append(Line2D([], [], color=MUTED, linestyle=DASHES, label="class head of the same"))
+    for axes, title in ((loss, "training loss"), (accuracy, "validation top-1, %")):
+        _plain_axes(axes, title)
+        axes.set_visible(bool(handles))
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, handlelength=2.6)
+    else:
+        figure.text(0.5, 0.5, "no training was logged", ha="center", color=MUTED)
+    _save(figure, path)
+
+
+def _draw(axes, epochs: list[dict[str, str]], column: str, scale: float, style: dict) -> bool:
+    """A column against the epoch, where it has values; False if it has none."""
+    rows = [row for row in epochs if row.get(column)]
+    values = [scale * float(row[column]) for row in rows]
+    if rows:
+        # a few marks a line tell runs apart without colour
+        axes.plot([float(row["epoch"]) for row in rows], values, markevery=-(-len(rows) // 8), **style)
+    return bool(rows)
+
+
+def _plain_axes(axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.set_xlabel("epoch", color=MUTED)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color="#e4e6ea", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#b9bec6")
+    axes.tick_params(colors=MUTED, length=0)
+
+
+def plot_disagreement(path: Path, table: dict[str, dict[str, float]]) -> None:
+    """The paper's Table 4 as a heat map, as PNG: share in 0..1 of samples that two decide differently."""
+    names = list(table)
+    shares = np.array([[table[a][b] for b in names] for a in names])
+    largest = max(shares.max(), 1e-9)
+    labels = [_short_name(name, 28) for name in names]
+    side, room = 0.9 * len(names), 0.08 * max(len(label) for label in labels)
+    figure = Figure((side + 1.6 * room + 1, 0.6 * side + room + 1), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    colours = colormaps["Blues"]
+    # 0.9: the darkest end looks black
+    axes.imshow(0.9 * shares / largest, cmap=colours, vmin=0, vmax=1, aspect="auto")
+    for (row, column), share in np.ndenumerate(shares):
+        red, green, blue = (part**2.2 for part in colours(0.9 * share / largest)[:3])
+        # the luminance at which black and white text contrast alike
+        dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.18
+        text = "0" if row == column else f"{100 * share:.1f}"
+        axes.text(column, row, text, ha="center", va="center", size=10, color="white" if dark else INK)
+    axes.set_xticks(range(len(names)), labels, rotation=35, ha="left", rotation_mode="anchor", color=INK)
+    axes.set_yticks(range(len(names)), labels, color=INK)
+    axes.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("decided differently, % of validation images", color=MUTED, labelpad=8)
+    _save(figure, path)
+
+
+CELL, CAPTION, HEADING, GAP, GROUP_GAP = 1.4, 0.66, 0.34, 0.1, 0.16  # inches
+
+
+def draw_views(path: Path, samples: list[Sample]) -> None:
+    """A contact sheet, as PNG: a row a sample, its original and then each view, plain and mixed."""
+    count = max(len(sample.views) for sample in samples)
+    width = GAP + (1 + 2 * count) * (CELL + GAP) + count * GROUP_GAP
+    height = HEADING + len(samples) * (CELL + CAPTION)
+    figure = Figure((width, height), dpi=DPI)
+    for row, sample in enumerate(samples):
+        bottom = height - HEADING - row * (CELL + CAPTION) - CELL
+        for place, (heading, picture, caption) in enumerate(_cells(sample)):
+            left = GAP + place * (CELL + GAP) + (place + 1) // 2 * GROUP_GAP
+            axes = figure.add_axes((left / width, bottom / height, CELL / width, CELL / height))
+            axes.imshow(_enlarged(picture))
+            axes.set_axis_off()
+            centre = (left + CELL / 2) / width
+            figure.text(centre, (bottom - 0.05) / height, caption, ha="center", va="top", size=8.5, color=INK)
+            if row == 0:
+                figure.text(centre, (height - 0.2) / height, heading, ha="center", size=9.5, color=MUTED)
+    _save(figure, path)
+
+
+def _cells(sample: Sample) -> list[tuple[str, np.ndarray, str]]:
+    """Heading, picture and caption of each cell of a row."""
+    label = _short_name(sample.label, 20)
+    cells = [("original", sample.original, label)]
+    for view in sample.views:
+        mixed = f"{view.kind}, λ {view.lam:.2f}\nwith {_short_name(view.partner, 16)}"
+        sure = "" if view.probability is None else f", {100 * view.probability:.0f} %"
+        answer = f"teacher: {_short_name(view.answer, 13 if sure == '' else 8)}{sure}"
+        cells.append((f"view {view.number}", view.picture, label))
+        caption = f"{'not mixed' if view.kind == 'none' else mixed}\n{answer}"
+        cells.append((f"view {view.number}, mixed", view.mixed, caption))
+    return cells
+
+
+def _enlarged(picture: np.ndarray) -> np.ndarray:
+    """Repeated to at least a cell's pixels, so that small pictures keep their hard edges."""
+    times = -(-int(CELL * DPI) // max(picture.shape[:2]))
+    return picture.repeat(times, 0).repeat(times, 1)
+
+
+def _short_name(text: str, length: int) -> str:
+    return _plain(text if len(text) <= length else text[: length - 1] + "…")
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib does not read as mathematics."""
+    return text.replace("$", r"\$")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", facecolor="white", metadata={"Software": None})
+
+
+def write_report(
+    path: Path,
+    title: str,
+    results: list[Result],
+    table: dict[str, dict[str, float]],
+    pictures: dict[str, Path],
+    facts: dict[str, dict[str, str]],
+) -> None:
+    """One HTML file that needs no other: styles and pictures are inside, there are no scripts.
+
+    Args:
+        table: as `plot_disagreement` takes it.
+        pictures: PNGs `curves` and `views`.
+        facts: what the run was: of each heading, terms and what they are.
+    """
+    template = Template(Path(__file__).with_name("report_template.html").read_text(encoding="utf-8"))
+    page = template.substitute(
+        title=escape(title),
+        summary=escape(_summary(results)),
+        results=_results_table(results),
+        disagreement=_disagreement_table(table),
+        facts="\n".join(_facts(heading, terms) for heading, terms in facts.items()),
+        **{name: base64.b64encode(picture.read_bytes()).decode() for name, picture in pictures.items()},
+    )
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _summary(results: list[Result]) -> str:
+    best = max(results, key=lambda row: row.top1)
+    return f"Best top-1: {100 * best.top1:.2f} %, {best.model} ({best.classifier})"
+
+
+def _results_table(results: list[Result]) -> str:
+    best = [_best(column, results) for column in COLUMNS]
+    heads = "".join(f'<th scope="col">{escape(column.heading)}</th>' for column in COLUMNS)
+    parts = [f'<thead><tr><th scope="col">model</th><th scope="col">classifier</th>{heads}</tr></thead>']
+    for _, group in groupby(results, lambda row: row.model):
+        rows = list(group)
+        span = f' rowspan="{len(rows)}"'
+        parts.append("<tbody>")
+        for number, row in enumerate(rows):
+            name = f'<th scope="rowgroup"{span}>{escape(row.model)}<small>{escape(row.detail)}</small></th>'
+            cells = ["" if number else name, f'<td class="text">{escape(row.classifier)}</td>']
+            for column, winner in zip(COLUMNS, best, strict=True):
+                if not column.of_model or number == 0:
+                    text = column.text(column.value(row))
+                    shown = f"<strong>{text}</strong>" if text == winner else text
+                    cells.append(f"<td{span if column.of_model else ''}>{shown}</td>")
+            parts.append(f"<tr>{''.join(cells)}</tr>")
+        parts.append("</tbody>")
+    return f"<table>{''.join(parts)}</table>"
+
+
+def _disagreement_table(table: dict[str, dict[str, float]]) -> str:
+    largest = max((share for row in table.values() for share in row.values()), default=0) or 1
+    lines = ["<th></th>" + "".join(f'<th scope="col">{escape(name)}</th>' for name in table)]
+    for name, row in table.items():
+        cells = [
+            f'<td style="--heat:{share / largest:.3f}">{"0" if other == name else f"{100 * share:.1f}"}</td>'
+            for other, share in row.items()
+        ]
+        lines.append(f'<th scope="row">{escape(name)}</th>{"".join(cells)}')
+    return '<table class="heat">' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def _facts(heading: str, terms: dict[str, str]) -> str:
+    entries = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in terms.items())
+    return f"<section><h3>{escape(heading)}</h3><dl>{entries}</dl></section>"

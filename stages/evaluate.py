@@ -1,0 +1,359 @@
+"""Every model of the experiment on the validation set: accuracy, agreement, cost, and the report."""
+
+import csv
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.answers import decode_logits
+from pipeline.config import Config, Student
+from pipeline.errors import PipelineError, UsageError
+from pipeline.evaluation import classifiers, disagreement, multiply_adds, predict, throughput, top_k_accuracy
+from pipeline.layout import (
+    answers_folder,
+    evaluation_folder,
+    finetune_folder,
+    index_path,
+    store_path,
+    student_folder,
+    teacher_folder,
+)
+from pipeline.loader import Groups, Renderer, mixed, stored_answers
+from pipeline.models import Normalised, build_student, load_weights, parameter_count, read_weights
+from pipeline.plan import Item
+from pipeline.recipe import group_count, recipe_fingerprint
+from pipeline.report import (
+    Result,
+    Sample,
+    SeenView,
+    draw_views,
+    format_table,
+    plot_curves,
+    plot_disagreement,
+    write_report,
+)
+from pipeline.shards import Index, replacing
+from pipeline.store import VERSIONS, Store
+from stages.finetune import student_settings
+from stages.teacher import load_teacher
+
+TEACHER, FINETUNED, TRUTH = "teacher", "finetuned", "truth"
+SHOWN_SAMPLES, SHOWN_VIEWS = 4, 3
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model to evaluate, and how."""
+
+    name: str
+    model: str
+    folder: Path
+    """Of its weights and curve."""
+    command: str
+    """What makes them."""
+    size: int
+    crop: float
+    precision: str
+    student: Student | None = None
+    """None: it is the teacher."""
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "weights.safetensors"
+
+
+def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
+    """Write metrics, tables, pictures and report.html into outputs/<name>/evaluation/.
+
+    metrics.json holds what is the same on every run; what depends on the machine's load is in
+    throughput.json.
+
+    Raises:
+        PipelineError: a model was not trained yet, the store is missing or damaged.
+        UsageError: a student is named as another row of the tables.
+    """
+    train_index, val_index = (Index(index_path(config, split)) for split in ("train", "val"))
+    entries = list_entries(config)
+    print(f"evaluate {len(entries)} models on {len(val_index):,} images")
+    for entry in entries:
+        there = "" if entry.weights.exists() else " (missing)"
+        print(f"  {entry.name}: {entry.model}, {entry.size} px, crop {entry.crop:g}: {entry.weights}{there}")
+    if dry_run:
+        return
+    refuse_missing(entries)
+    store, manifest = open_store(config, train_index)
+    labels = torch.from_numpy(val_index.labels())
+    results, decisions = [], {}
+    for entry in entries:
+        rows, decisions[entry.name] = evaluate(config, entry, val_index, labels, device)
+        results += rows
+    table = disagreement(deciders(config, decisions, labels.numpy()))
+    folder = evaluation_folder(config)
+    write_tables(folder, results, table)
+    curves = {entry.name: entry.folder / "curve.csv" for entry in entries}
+    plot_curves(folder / "curves.png", {name: path for name, path in curves.items() if path.exists()})
+    plot_disagreement(folder / "disagreement.png", table)
+    draw_views(folder / "views.png", shown_samples(config, store, manifest))
+    pictures = {name: folder / f"{name}.png" for name in ("curves", "views")}
+    facts = describe_experiment(config, train_index, val_index, store, device)
+    write_report(folder / "report.html", config.name, results, table, pictures, facts)
+    print(format_table(results))
+    print(f"report: {folder / 'report.html'}")
+
+
+def list_entries(config: Config) -> list[Entry]:
+    """The teacher, the students and the fine-tuned one, in the order of the tables.
+
+    Raises:
+        UsageError: a student's name is taken by another row.
+    """
+    taken = {TEACHER, FINETUNED, TRUTH} & set(config.students)
+    if taken:
+        raise UsageError(
+            f"students: {', '.join(sorted(taken))}",
+            expected="names that no other row of the results has",
+            found=f"{TEACHER}, {FINETUNED} and {TRUTH} are rows themselves",
+            do="rename the variant",
+        )
+    size, crop, section, tuned = config.recipe.size, config.evaluate.crop, config.teacher, config.finetune
+    named = section.weights or section.model
+    entries = [
+        Entry(TEACHER, named, teacher_folder(config), "teacher", size, section.crop, section.precision)
+    ]
+    for name in config.students:
+        student, command = config.student_named(name), f"train-student --student {name}"
+        folder = student_folder(config, name)
+        entries.append(Entry(name, student.model, folder, command, size, crop, student.precision, student))
+    if config.students:
+        student, crop = student_settings(config), config.evaluate.crop_finetuned
+        folder, size = finetune_folder(config), tuned.size
+        entries.append(
+            Entry(FINETUNED, student.model, folder, "finetune", size, crop, tuned.precision, student)
+        )
+    return entries
+
+
+def refuse_missing(entries: list[Entry]) -> None:
+    """Before hours of evaluation, not after."""
+    missing = [entry for entry in entries if not entry.weights.exists()]
+    if missing:
+        raise PipelineError(
+            f"{missing[0].weights}: no weights",
+            expected=f"those of {', '.join(entry.name for entry in missing)}",
+            found="nothing",
+            do=f"run: pipeline {missing[0].command} (or dvc repro)",
+        )
+
+
+def load_model(config: Config, entry: Entry, classes: int, device: torch.device) -> Normalised:
+    """An entry's model with its weights, in eval mode on the device."""
+    if entry.student is None:
+        return load_teacher(config, classes, device)
+    model = build_student(entry.student, config.recipe, classes, entry.size)
+    load_weights(model.model, read_weights(entry.weights), str(entry.weights))
+    return model.to(device).eval()
+
+
+def evaluate(
+    config: Config, entry: Entry, val: Index, labels: torch.Tensor, device: torch.device
+) -> tuple[list[Result], dict[str, np.ndarray]]:
+    """A model's rows of the results, and what each of its classifiers decided, int64 (samples,)."""
+    settings, batch, size = config.evaluate, config.evaluate.batch_size, entry.size
+    model = load_model(config, entry, len(val.classes), device)
+    heads = predict(model, val, size, entry.crop, batch, settings.workers, device, entry.precision)
+    macs = multiply_adds(model, size)
+    speed = throughput(model, size, batch, settings.throughput_seconds, entry.precision)
+    # without distillation a second head was never trained
+    taught = entry.student is not None and entry.student.distillation != "none"
+    rows, decided = [], {}
+    for name, scores in classifiers(heads, model.distilled and taught).items():
+        decided[name] = scores.argmax(1).numpy()
+        rows.append(
+            Result(
+                entry.name,
+                f"{entry.model}, {size} px",
+                name,
+                top_k_accuracy(scores, labels, 1),
+                top_k_accuracy(scores, labels, 5),
+                parameter_count(model.model),
+                macs,
+                speed,
+            )
+        )
+    return rows, decided
+
+
+def deciders(
+    config: Config, decisions: dict[str, dict[str, np.ndarray]], labels: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Table 4's rows: truth, teacher, a student without distillation, the distilled one's classifiers."""
+    chosen = {TRUTH: labels, TEACHER: decisions[TEACHER]["class"]}
+    if not config.students:
+        return chosen
+    source = config.finetune.student
+    plain = [name for name in config.students if config.student_named(name).distillation == "none"]
+    if plain and plain[0] != source:
+        chosen[f"{plain[0]} class"] = decisions[plain[0]]["class"]
+    for name in ("class", "distillation", "mean"):
+        if name in decisions[source]:
+            chosen[f"{source} {name}"] = decisions[source][name]
+    joint = "mean" if "mean" in decisions[FINETUNED] else "class"
+    chosen[f"{FINETUNED} {joint}"] = decisions[FINETUNED][joint]
+    return chosen
+
+
+def open_store(config: Config, index: Index) -> tuple[Store, dict[str, Any]]:
+    """The store that the students were taught from, and its manifest.
+
+    Raises:
+        PipelineError: it was not computed, or is gone.
+    """
+    path = answers_folder(config, "train-student") / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise PipelineError(
+            f"{path}: no complete store", found=str(error), do="run: pipeline teacher-logits"
+        ) from error
+    return Store.open(store_path(config, manifest["fingerprint"]), index, config.recipe), manifest
+
+
+def shown_samples(config: Config, store: Store, manifest: dict[str, Any]) -> list[Sample]:
+    """The first members of the first group of the first shard, in the first views."""
+    index, renderer = store.index, Renderer(store.index, config.recipe)
+    positions = renderer.members(Item(0, 0, 0))[:SHOWN_SAMPLES]
+    labels = index.rows(0)["label"]
+    samples = {
+        int(position): Sample(index.classes[labels[position]], index.image(0, int(position)), [])
+        for position in positions
+    }
+    for view in range(min(SHOWN_VIEWS, manifest["views"])):
+        # another block has other groups, so these samples may be spread over several
+        for group in range(group_count(int(index.samples[0]), config.recipe.group_size)):
+            item = Item(0, group, view)
+            wanted = [(slot, int(p)) for slot, p in enumerate(renderer.members(item)) if int(p) in samples]
+            if wanted:
+                groups = renderer.render([item])
+                for slot, seen in _seen(store, groups, manifest["kind"], [slot for slot, _ in wanted]):
+                    samples[dict(wanted)[slot]].views.append(seen)
+    return list(samples.values())
+
+
+def _seen(store: Store, groups: Groups, kind: str, slots: list[int]) -> Iterator[tuple[int, SeenView]]:
+    """Some slots of one group, each with its view."""
+    argmax, payload = stored_answers(store, groups, kind)
+    sure = None
+    if payload is not None:
+        sure = torch.from_numpy(decode_logits(kind, payload.numpy(), store.classes)).softmax(1)
+    pictures = mixed(groups).round().byte().permute(0, 2, 3, 1).numpy()
+    classes, labels = store.index.classes, groups.labels[0]
+    for slot in slots:
+        partner = int(groups.partner[0, slot])
+        cut, alone = bool(groups.box[0, 2] > groups.box[0, 0]), partner == slot or float(groups.lam[0]) == 1
+        yield slot, SeenView(
+            number=groups.items[0].view,
+            picture=groups.images[0, slot].permute(1, 2, 0).numpy(),
+            mixed=pictures[slot],
+            kind="none" if alone else "cutmix" if cut else "mixup",
+            lam=1.0 if alone else float(groups.lam[0]),
+            partner=classes[labels[partner]],
+            answer=classes[argmax[slot]],
+            probability=None if sure is None else float(sure[slot, argmax[slot]]),
+        )
+
+
+def write_tables(folder: Path, results: list[Result], table: dict[str, dict[str, float]]) -> None:
+    """metrics.json, throughput.json, accuracy.csv and disagreement.csv."""
+    metrics: dict[str, dict[str, Any]] = {}
+    for row in results:
+        model = metrics.setdefault(row.model, {})
+        model[row.classifier] = {"top1": row.top1, "top5": row.top5}
+        model |= {"parameters": row.parameters, "gmacs": row.macs / 1e9}
+    speeds = {row.model: {"images_per_second": round(row.throughput, 1)} for row in results}
+    for name, values in (("metrics", metrics), ("throughput", speeds)):
+        with replacing(folder / f"{name}.json") as temporary:
+            temporary.write_text(json.dumps(values, indent=1) + "\n")
+    accuracy = [{key: asdict(row)[key] for key in ("model", "classifier", "top1", "top5")} for row in results]
+    pairs = [
+        {"first": first, "second": second, "share": share}
+        for first, row in table.items()
+        for second, share in row.items()
+    ]
+    for name, lines in (("accuracy", accuracy), ("disagreement", pairs)):
+        with replacing(folder / f"{name}.csv") as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
+
+
+def describe_experiment(
+    config: Config, train: Index, val: Index, store: Store, device: torch.device
+) -> dict[str, dict[str, str]]:
+    """What the run was, for the report: headings, terms and what they are."""
+    recipe, teacher, tuned, evaluated = config.recipe, config.teacher, config.finetune, config.evaluate
+    students = {name: _taught(config.student_named(name)) for name in config.students}
+    if students:
+        students[FINETUNED] = f"{tuned.student} at {tuned.size} px, {tuned.epochs} epochs"
+    threads = torch.get_num_threads()
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads} threads"
+    return {
+        "Students": students,
+        "Teacher": {
+            "model": teacher.weights or teacher.model,
+            "trained": "elsewhere" if teacher.weights else f"here, {teacher.epochs} epochs",
+        },
+        "Store of its answers": _describe_store(config, store),
+        "Recipe": {
+            "views": f"{recipe.size} px, crops of {recipe.scale[0]:g} to {recipe.scale[1]:g} of the image",
+            "augmentation": f"{recipe.auto_augment or 'no RandAugment'}, flip {recipe.hflip:g},"
+            f" erasing {recipe.erase_prob:g}",
+            "mixing": f"mixup {recipe.mixup_alpha:g}, cutmix {recipe.cutmix_alpha:g},"
+            f" in groups of {recipe.group_size}",
+            "repeats": f"{recipe.repeats}, in blocks of {recipe.block} views",
+            "seed": str(recipe.seed),
+            "fingerprint": recipe_fingerprint(recipe),
+        },
+        "Data": {
+            "classes": f"{len(train.classes):,}",
+            "training": f"{len(train):,} images in {len(train.names):,} shards",
+            "validation": f"{len(val):,} images",
+            "fingerprint": train.fingerprint,
+        },
+        "Evaluated with": {
+            "device": on,
+            "batch": f"{evaluated.batch_size}, throughput over {evaluated.throughput_seconds:g} s",
+            "crop": f"{evaluated.crop:g}, fine-tuned {evaluated.crop_finetuned:g}, teacher {teacher.crop:g}",
+            "python": platform.python_version(),
+        }
+        | {name: importlib.metadata.version(name) for name in VERSIONS},
+    }
+
+
+def _taught(student: Student) -> str:
+    how = "labels only"
+    if student.distillation != "none":
+        how = f"{student.distillation} distillation, α {student.alpha:g}"
+    if student.distillation == "soft":
+        how += f", τ {student.tau:g}"
+    return f"{student.model}, {how}, {student.epochs} epochs"
+
+
+def _describe_store(config: Config, store: Store) -> dict[str, str]:
+    summary = json.loads((answers_folder(config, "train-student") / "summary.json").read_text())
+    rows, views, size = summary["rows"], summary["views"], summary["bytes"]
+    return {
+        "images": f"{rows:,}",
+        "views of each": f"{views:,}",
+        "kind": summary["kind"],
+        "size": f"{size / 1e6:,.1f} MB, {size / (rows * views):.1f} bytes a view",
+        "precision": str(store.group.attrs["precision"]),
+        "agreement": f"its answer is the image's own label for {summary['agreement_with_labels']:.1%}",
+        "fingerprint": store.fingerprint,
+    }

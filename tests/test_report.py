@@ -1,0 +1,322 @@
+"""Evaluation's numbers, the pictures and tables made of them, and the report that holds them all."""
+
+import json
+import re
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from pipeline.config import Recipe, Student, resolve
+from pipeline.errors import PipelineError, UsageError
+from pipeline.evaluation import classifiers, disagreement, multiply_adds, top_k_accuracy
+from pipeline.layout import evaluation_folder, finetune_folder, index_path, student_folder, teacher_folder
+from pipeline.models import build_student, build_teacher, parameter_count, save_weights
+from pipeline.report import (
+    Result,
+    Sample,
+    SeenView,
+    draw_views,
+    format_table,
+    plot_curves,
+    plot_disagreement,
+    write_report,
+)
+from pipeline.shards import Index
+from stages import evaluate, prepare, teacher_logits
+
+property_settings = settings(derandomize=True, deadline=None, max_examples=40)
+
+TOKEN = "token & <b>$x$</b>"
+RESULTS = [
+    Result("teacher", "regnety_160, 224 px", "class", 0.82, 0.961, 83_590_000, 15_911_000_000, 335.0),
+    Result(TOKEN, "deit_tiny, 224 px", "class", 0.739, 0.915, 5_910_800, 1_261_000_000, 2529.5),
+    Result(TOKEN, "deit_tiny, 224 px", "mean", 0.745, 0.97, 5_910_800, 1_261_000_000, 2529.5),
+]
+TABLE = {"truth": {"truth": 0.0, TOKEN: 0.182}, TOKEN: {"truth": 0.182, TOKEN: 0.0}}
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.array(image.convert("RGB"))
+
+
+def seen(number: int, kind: str, size: int, probability: float | None) -> SeenView:
+    picture = np.random.default_rng(number).integers(0, 256, (size, size, 3), np.uint8)
+    return SeenView(number, picture, 255 - picture, kind, 0.63, "a $dog$", "a long name of a cat", probability)
+
+
+# pictures
+
+
+def test_curves_show_every_run_that_was_logged(tmp_path):
+    header = "epoch,loss,lr,val_top1_class,val_top1_mean"
+    (tmp_path / "two.csv").write_text(f"{header}\n1,2.3,0.1,,\n2,1.9,0.1,0.5,0.6\n")
+    (tmp_path / "one.csv").write_text("epoch,loss,lr,val_top1_class\n1,3.3,0.1,0.4\n")
+    (tmp_path / "none.csv").write_text("\n")  # of a teacher that was not trained here
+    runs = {"two $heads$": "two.csv", "one head": "one.csv", "none": "none.csv"}
+    plot_curves(tmp_path / "curves.png", {name: tmp_path / file for name, file in runs.items()})
+    picture = pixels(tmp_path / "curves.png")
+    assert picture.shape[0] > 400 and picture.shape[1] > 1000
+    colours = {tuple(colour) for colour in picture.reshape(-1, 3)}
+    assert (0x00, 0x72, 0xB2) in colours and (0xD5, 0x5E, 0x00) in colours
+    assert (0x00, 0x9E, 0x73) not in colours
+
+
+def test_no_curve_at_all_is_a_picture_too(tmp_path):
+    plot_curves(tmp_path / "curves.png", {})
+    assert pixels(tmp_path / "curves.png").min() < 128
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_heat_map_darkens_with_disagreement(tmp_path, count):
+    names = [f"a student of a long name {number}" for number in range(count)]
+    table = {a: {b: float(a != b) * 0.2 for b in names} for a in names}
+    plot_disagreement(tmp_path / "map.png", table)
+    picture = pixels(tmp_path / "map.png").astype(int)
+    blue = picture[..., 2] - picture[..., 0] > 60
+    assert picture.shape[0] > 200 and blue.any() == (count > 1)
+
+
+@pytest.mark.parametrize(("size", "probability"), [(8, None), (32, 0.87), (300, 1.0)])
+def test_sheet_of_views_keeps_hard_edges_of_small_pictures(tmp_path, size, probability):
+    kinds = ("mixup", "cutmix", "none")
+    views = [seen(number, kind, size, probability) for number, kind in enumerate(kinds)]
+    original = np.zeros((10, 20, 3), np.uint8)
+    draw_views(tmp_path / "views.png", [Sample("a cat", original, views), Sample("$", original, views[:2])])
+    picture = pixels(tmp_path / "views.png")
+    assert picture.shape[1] > 1000 and picture.shape[0] > 500
+    if size == 8:
+        shown = {tuple(colour) for colour in picture.reshape(-1, 3)}
+        assert {tuple(colour) for colour in views[0].picture.reshape(-1, 3)} <= shown
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path):
+    for name in ("a.png", "b.png"):
+        plot_disagreement(tmp_path / name, TABLE)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+# tables and the report
+
+
+def report(tmp_path: Path, results: list[Result] = RESULTS) -> str:
+    picture = tmp_path / "picture.png"
+    plot_disagreement(picture, TABLE)
+    facts = {"Students": {TOKEN: "hard <i>"}, "Empty": {}}
+    pictures = {"curves": picture, "views": picture}
+    write_report(tmp_path / "report.html", "run <1>", results, TABLE, pictures, facts)
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_report_is_one_file_that_opens_offline(tmp_path):
+    page = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "PICTURE", report(tmp_path))
+    assert page.count('src="PICTURE"') == 2
+    assert "http" not in page and "<script" not in page and "<link" not in page and "url(" not in page
+    assert "$" not in page.replace("$x$", "")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_report_escapes_every_name(tmp_path):
+    page = report(tmp_path)
+    assert "<b>" not in page and "<i>" not in page and "<1>" not in page
+    assert unescape(page).count(TOKEN) >= 4  # results, twice in the matrix, the run
+
+
+def test_report_marks_the_best_of_each_column(tmp_path):
+    best = re.findall(r"<strong>(.*?)</strong>", report(tmp_path))
+    assert best == ["82.00", "5.91", "1.26", "2,530", "97.00"]
+
+
+def test_ties_are_marked_together_and_a_column_of_equals_not_at_all(tmp_path):
+    shares = {"a": 0.8, "b": 0.800001, "c": 0.7}
+    twins = [Result(name, "", "class", 0.5, top5, 10, 10, 1.0) for name, top5 in shares.items()]
+    assert re.findall(r"<strong>(.*?)</strong>", report(tmp_path, twins)) == ["80.00", "80.00"]
+
+
+def test_plain_table_has_a_line_a_classifier_and_aligned_columns():
+    lines = format_table(RESULTS).splitlines()
+    assert [line.split()[0] for line in lines] == ["model", "teacher", "token", "mean"]
+    top1 = ("top-1 %", "82.00", "73.90", "74.50")
+    assert len({line.index(text) + len(text) for line, text in zip(lines, top1, strict=True)}) == 1
+    assert lines[1].endswith("83.6   15.9       335") and lines[3].endswith("74.50    97.00")
+
+
+# numbers
+
+shapes = st.tuples(st.integers(2, 4), st.integers(1, 30))
+decisions = hnp.arrays(np.int64, shapes, elements=st.integers(0, 5))
+
+
+@property_settings
+@given(decisions)
+def test_disagreement_is_symmetric_with_zero_diagonal(decided):
+    table = disagreement({str(row): values for row, values in enumerate(decided)})
+    shares = np.array([list(row.values()) for row in table.values()])
+    assert (shares == shares.T).all() and not shares.diagonal().any()
+    assert ((shares >= 0) & (shares <= 1)).all()
+
+
+shapes = st.tuples(st.integers(1, 12), st.integers(2, 8))
+scores = hnp.arrays(np.float32, shapes, elements=st.integers(-50, 50).map(float), unique=True)  # no ties
+
+
+@property_settings
+@given(scores, st.data())
+def test_top_k_is_as_counted_one_by_one(values, data):
+    samples, classes = values.shape
+    labels = data.draw(hnp.arrays(np.int64, samples, elements=st.integers(0, classes - 1)))
+    found = {k: top_k_accuracy(torch.from_numpy(values), torch.from_numpy(labels), k) for k in (1, 2, 5)}
+    for k, share in found.items():
+        best = [sorted(range(classes), key=lambda c: -row[c])[:k] for row in values]
+        right = sum(label in few for label, few in zip(labels, best, strict=True))
+        assert share == pytest.approx(right / samples, abs=1e-12)
+    wrong = disagreement({"truth": labels, "model": values.argmax(1)})["truth"]["model"]
+    assert wrong == pytest.approx(1 - found[1])
+
+
+def test_mean_of_logits_and_sum_of_softmaxes_can_decide_differently():
+    own, taught = torch.tensor([[4.0, 0.0, 3.0]]), torch.tensor([[0.0, 3.5, 3.0]])
+    scores = classifiers((own, taught), distilled=True)
+    assert list(scores) == ["class", "distillation", "mean", "softmax"]
+    assert {name: int(values.argmax()) for name, values in scores.items()} == {
+        "class": 0, "distillation": 1, "mean": 2, "softmax": 0,
+    }  # fmt: skip
+
+
+def test_one_head_is_one_classifier():
+    logits = torch.eye(3)
+    assert list(classifiers((logits, logits), distilled=False)) == ["class"]
+
+
+def test_multiply_adds_count_attention():
+    """196 * 768 D + 12 (12 T D^2 + 2 T^2 D) + 2 * 1000 D for D = 192, T = 198: 1.261e9."""
+    model = build_student(Student(model="deit_tiny_distilled_patch16_224"), Recipe(), 1000, 224)
+    assert multiply_adds(model, 224) == pytest.approx(1.261e9, rel=0.005)
+    assert parameter_count(model.model) == 5_910_800
+
+
+# the stage
+
+
+def mini_config(work: Path):
+    """Two classes of a few small pictures, and models that take no time."""
+    plain = {"model": "deit_tiny_patch16_224", "distillation": "none"}
+    quick = {"batch_size": 8, "ema_decay": None, "precision": "float32", "workers": 0}
+    return resolve(
+        {
+            "name": "mini",
+            "data": {
+                "source": "folder", "train": str(work / "train"), "val": str(work / "val"),
+                "shard_samples": 8, "workers": 1,
+            },
+            "recipe": {"size": 16, "group_size": 4, "repeats": 1, "block": 1},
+            "teacher": {"model": "test_resnet", **quick},
+            "teacher_logits": {
+                "views": 2, "kind": "topk", "top_k": 1, "precision": "float32", "workers": 0,
+            },
+            "student": {"kwargs": {"patch_size": 8, "embed_dim": 12, "depth": 1}, **quick},
+            "students": ["token", "plain"],
+            "variants": {"token": {"distillation": "hard"}, "plain": plain},
+            "finetune": {"from": "token", "size": 24, "views": 1, **quick},
+            "evaluate": {"workers": 0, "throughput_seconds": 0, "batch_size": 4},
+        },
+        (),
+        "mini",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    """Everything that evaluate reads, the models untrained; outputs lie in the current folder."""
+    work, device = tmp_path_factory.mktemp("mini"), torch.device("cpu")
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 5)):
+        for name in ("cat", "dog"):
+            (work / split / name).mkdir(parents=True)
+            for number in range(count):
+                image = Image.fromarray(noise.integers(0, 256, (20, 24, 3), np.uint8))
+                image.save(work / split / name / f"{number}.png")
+    config = mini_config(work)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        prepare.run(config)
+        token, plain = (config.student_named(name) for name in config.students)
+        models = {
+            teacher_folder(config): build_teacher(config.teacher, 2),
+            student_folder(config, "token"): build_student(token, config.recipe, 2, 16),
+            student_folder(config, "plain"): build_student(plain, config.recipe, 2, 16),
+            finetune_folder(config): build_student(token, config.recipe, 2, 24),
+        }
+        for folder, model in models.items():
+            folder.mkdir(parents=True)
+            save_weights(folder / "weights.safetensors", model.model)
+        teacher_logits.run(config, device)
+        yield config, device
+
+
+def test_evaluate_writes_metrics_that_a_second_run_repeats(mini, capsys):
+    config, device = mini
+    folder = evaluation_folder(config)
+    same = ("metrics.json", "accuracy.csv", "disagreement.csv", "disagreement.png", "views.png", "curves.png")
+    first, second = [], []
+    for written in (first, second):
+        evaluate.run(config, device)
+        written += [(folder / name).read_bytes() for name in same]
+    assert first == second
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert list(metrics) == ["teacher", "token", "plain", "finetuned"]
+    assert {"class", "distillation", "mean", "softmax", "parameters", "gmacs"} == set(metrics["finetuned"])
+    assert {"class", "parameters", "gmacs"} == set(metrics["plain"])
+    assert metrics["finetuned"]["gmacs"] > metrics["token"]["gmacs"] > 0
+    assert all(model["class"]["top5"] == 1 for model in metrics.values())  # of two classes
+    rates = json.loads((folder / "throughput.json").read_text())
+    assert all(rates[name]["images_per_second"] > 0 for name in metrics)
+    pairs = (folder / "disagreement.csv").read_text().splitlines()
+    assert pairs[0] == "first,second,share" and len(pairs) == 1 + 7 * 7
+    wrong = float(next(line for line in pairs if line.startswith("truth,teacher,")).split(",")[2])
+    assert wrong == pytest.approx(1 - metrics["teacher"]["class"]["top1"])
+    page = unescape((folder / "report.html").read_text(encoding="utf-8"))
+    assert all(name in page for name in (*metrics, "test_resnet", "token distillation", "finetuned mean"))
+    assert str(folder / "report.html") in capsys.readouterr().out
+
+
+def test_shown_samples_are_what_the_store_answers_for(mini):
+    config, _ = mini
+    index = Index(index_path(config, "train"))
+    samples = evaluate.shown_samples(config, *evaluate.open_store(config, index))
+    assert len(samples) == 3  # 12 images in 2 shards of 6: groups of 3
+    assert all([view.number for view in sample.views] == [0, 1] for sample in samples)
+    for view in (view for sample in samples for view in sample.views):
+        assert view.answer in ("cat", "dog") and 0.5 <= view.probability <= 1
+        assert (view.kind == "none") == bool((view.picture == view.mixed).all()) or view.lam > 0.99
+
+
+def test_a_model_that_was_not_trained_is_named_with_its_command(mini, capsys):
+    config, device = mini
+    variants = config.variants | {"late": {"distillation": "none"}}
+    untrained = config.model_copy(update={"students": ["token", "late"], "variants": variants})
+    evaluate.run(untrained, device, dry_run=True)
+    assert "4 models on 10 images" in capsys.readouterr().out
+    with pytest.raises(PipelineError, match="pipeline train-student --student late"):
+        evaluate.run(untrained, device)
+
+
+def test_a_student_cannot_take_the_name_of_another_row(mini):
+    config, device = mini
+    with pytest.raises(UsageError, match="rename the variant"):
+        evaluate.run(config.model_copy(update={"students": ["teacher"]}), device)
+
+
+def test_a_missing_store_is_told(mini, tmp_path):
+    config, _ = mini
+    index = Index(index_path(config, "train"))
+    with pytest.raises(PipelineError, match="pipeline teacher-logits"):
+        evaluate.open_store(config.model_copy(update={"name": "elsewhere"}), index)
