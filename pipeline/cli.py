@@ -257,7 +257,8 @@ def configure(name, overrides, output):
         known = sorted(file.stem for file in Path("configs").glob("*.yaml"))
         raise UsageError(f"configuration {name!r}", expected=f"one of {', '.join(known)}", found=f"no {path}")
     config = load(path, overrides)
-    header = f"# Written by: pipeline configure {' '.join([name, *overrides])}\n# What the keys mean: pipeline/config.py\n"
+    command = " ".join(["pipeline configure", name, *overrides])
+    header = f"# Written by: {command}\n# What the keys mean: pipeline/config.py\n"
     output.write_text(header + dump(config))
     click.echo(f"{output}: {config.name}; now run: dvc repro")
 

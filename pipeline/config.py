@@ -282,6 +282,11 @@ class Config(Section):
             )
         return validate(Student, self.student.model_dump() | self.variants[name], section=f"variants.{name}")
 
+    def finetune_student(self) -> Student:
+        """The student that is fine-tuned, with fine-tuning's own dropout and drop-path."""
+        student = self.student_named(self.finetune.student)
+        return student.model_copy(update={"drop_path": self.finetune.drop_path, "dropout": self.finetune.dropout})
+
     def finetune_recipe(self) -> Recipe:
         """The recipe of the views at the higher resolution."""
         return self.recipe.model_copy(update={"size": self.finetune.size})
@@ -308,6 +313,9 @@ def inconsistencies(config: Config) -> list[str]:
             found.append(
                 f"{key}.accumulation must divide the {run.batch_size // group} groups of a batch: {run.accumulation}"
             )
+    for name in config.variants:
+        if name in ("truth", "teacher", "finetuned") or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            found.append(f"variants.{name}: a name in [A-Za-z0-9._-] other than truth, teacher and finetuned")
     if len(set(config.students)) != len(config.students):
         found.append(f"students must be different names: {config.students}")
     for name in config.students:

@@ -12,8 +12,9 @@ from timm.layers import trunc_normal_
 from torch import nn
 from torch.nn.functional import interpolate
 
-from pipeline.config import Section
+from pipeline.config import Config, Section
 from pipeline.errors import PipelineError, UsageError
+from pipeline.layout import teacher_folder
 
 HEADS = ("class", "distillation")
 
@@ -183,6 +184,23 @@ def pretrained_teacher(section: Section, classes: int) -> Normalised:
             do="check the tag and the network, or download the file and name it",
         ) from error
     return Normalised(model, section.mean, section.std)
+
+
+def load_teacher(config: Config, classes: int, device: torch.device) -> Normalised:
+    """The published teacher, in eval mode on the device.
+
+    Raises:
+        PipelineError: it was not computed yet, or is another model's.
+    """
+    path = teacher_folder(config) / "weights.safetensors"
+    if not path.exists():
+        raise PipelineError(f"{path}: no teacher", do="run: pipeline teacher")
+    section = config.teacher
+    if section.weights and not section.weights.endswith((".safetensors", ".pth", ".pt")):
+        section = section.model_copy(update={"model": section.weights})
+    teacher = build_teacher(section.model_copy(update={"drop_path": 0.0}), classes)
+    load_weights(teacher.model, read_weights(path), str(path))
+    return teacher.to(device).eval()
 
 
 def resize_position_embedding(embedding: torch.Tensor, grid: int, prefix: int) -> torch.Tensor:

@@ -13,7 +13,6 @@ from pathlib import Path
 from string import Template
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -145,14 +144,12 @@ def plot_curves(path: Path, curves: dict[str, Path]) -> None:
         _draw(accuracy, epochs, "val_top1_class", 100, style | {"linestyle": DASHES if both else "-"})
         handles.append(Line2D([], [], label=_plain(name), **style))
         two_heads |= both
-    if two_heads:
-        handles.append(Line2D([], [], color=MUTED, label="mean of both heads"))
-        handles.append(Line2D([], [], color=MUTED, linestyle=DASHES, label="class head of the same"))
-    for axes, title in ((loss, "training loss"), (accuracy, "validation top-1, %")):
+    note = " (dashed: class head alone)" * two_heads
+    for axes, title in ((loss, "training loss"), (accuracy, f"validation top-1, %{note}")):
         _plain_axes(axes, title)
         axes.set_visible(bool(handles))
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, handlelength=2.6)
+        figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, handlelength=2.4)
     else:
         figure.text(0.5, 0.5, "no training was logged", ha="center", color=MUTED)
     _save(figure, path)
@@ -188,15 +185,11 @@ def plot_disagreement(path: Path, table: dict[str, dict[str, float]]) -> None:
     side, room = 0.9 * len(names), 0.08 * max(len(label) for label in labels)
     figure = Figure((side + 1.6 * room + 1, 0.6 * side + room + 1), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    colours = colormaps["Blues"]
-    # 0.9: the darkest end looks black
-    axes.imshow(0.9 * shares / largest, cmap=colours, vmin=0, vmax=1, aspect="auto")
+    # up to the middle of the scale only, so that dark text is legible on every cell
+    axes.imshow(shares / largest, cmap="Blues", vmin=0, vmax=2, aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
-        red, green, blue = (part**2.2 for part in colours(0.9 * share / largest)[:3])
-        # the luminance at which black and white text contrast alike
-        dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.18
         text = "0" if row == column else f"{100 * share:.1f}"
-        axes.text(column, row, text, ha="center", va="center", size=10, color="white" if dark else INK)
+        axes.text(column, row, text, ha="center", va="center", color=INK)
     axes.set_xticks(range(len(names)), labels, rotation=35, ha="left", rotation_mode="anchor", color=INK)
     axes.set_yticks(range(len(names)), labels, color=INK)
     axes.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False)

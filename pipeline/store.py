@@ -412,3 +412,13 @@ def lock(path: Path, purpose: str):
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(manifest, sort_keys=True, indent=1) + "\n")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A complete store's manifest. Raises PipelineError where there is none, or it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise PipelineError(f"{path}: no store is complete", do="run: pipeline teacher-logits") from None
+    except ValueError as error:
+        raise PipelineError(f"{path}: damaged", found=str(error), do="run: pipeline teacher-logits") from error

@@ -5,8 +5,6 @@ number, what a step holds is the plan's, and what is drawn while training (drop-
 seeded from (seed, step, rank). A non-finite loss stops it before a checkpoint could hold it.
 """
 
-import csv
-import json
 import math
 import os
 import signal
@@ -26,75 +24,23 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from pipeline import checkpoint
-from pipeline.answers import decode_logits
 from pipeline.config import Student, Training
 from pipeline.errors import PipelineError
 from pipeline.evaluation import predict, top_k_accuracy
-from pipeline.loader import Groups, mixed, step_loader, stored_answers, targets
+from pipeline.loader import Groups, mixed, step_loader, targets
 from pipeline.losses import base_loss, hard_loss, soft_loss
-from pipeline.models import (
-    Normalised,
-    load_weights,
-    parameter_count,
-    read_weights,
-    resize_pictures,
-    save_weights,
-    teacher_logits,
-)
+from pipeline.models import Normalised, load_weights, parameter_count, read_weights, save_weights
 from pipeline.plan import Plan
 from pipeline.recipe import stream_key
+from pipeline.runlog import Log
 from pipeline.shards import Index, replacing
-from pipeline.store import Store
+from pipeline.teaching import Answer, NoTeacher
 
 
 class Interrupted(PipelineError):
     """SIGTERM came; a checkpoint was saved and the same command goes on from it."""
 
     exit_code = 143
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the teacher said about each slot: int64 (N,), and float32 logits (N, classes) or None."""
-
-    argmax: torch.Tensor
-    logits: torch.Tensor | None
-
-
-class NoTeacher:
-    def __call__(self, groups: Groups, pictures: torch.Tensor) -> None:
-        return None
-
-
-@dataclass
-class StoredTeacher:
-    """Answers out of the store: the teacher itself is never in the loop."""
-
-    store: Store
-    kind: str
-
-    def __call__(self, groups: Groups, pictures: torch.Tensor) -> Answer:
-        argmax, payload = stored_answers(self.store, groups, self.kind)
-        logits = None
-        if payload is not None:
-            logits = torch.from_numpy(decode_logits(self.kind, payload.numpy(), self.store.classes))
-            logits = logits.to(pictures.device)
-        return Answer(argmax.to(pictures.device), logits)
-
-
-@dataclass
-class OnlineTeacher:
-    """The teacher in the loop over the same groups: the proof of the store, and its baseline."""
-
-    model: Normalised
-    size: int | None
-    batch_groups: int
-    bf16: bool
-
-    def __call__(self, groups: Groups, pictures: torch.Tensor) -> Answer:
-        pictures = resize_pictures(pictures, self.size)
-        logits = teacher_logits(self.model, pictures, groups.labels.shape[1], self.batch_groups, self.bf16)
-        return Answer(logits.argmax(1), logits)
 
 
 @dataclass
@@ -134,6 +80,10 @@ class Rank:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(int(os.environ.get("RANK", "0")), world)
 
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
 
 def describe_run(run: Run) -> str:
     """What a run would do: images, steps, views, folder."""
@@ -170,10 +120,12 @@ def complete(run: Run) -> None:
 
     They stay with the run's state, so coming back to an earlier configuration costs nothing.
     """
-    final = run.folder / "final.safetensors"
+    final, rank = run.folder / "final.safetensors", Rank.start(run.device)
+    rank.barrier()  # so that all ranks see the same
     if not final.exists():
         train(run)
-        if int(os.environ.get("RANK", "0")) == 0:
+        rank.barrier()
+        if rank.rank == 0:
             with replacing(final) as temporary:
                 save_weights(temporary, run.model.model)
         return
@@ -207,6 +159,7 @@ class Trainer:
         self.steps = settings.epochs * run.plan.steps_per_epoch
         self.step = 0
         self.log = Log(run.folder / "log.jsonl") if self.rank.rank == 0 else None
+        self.epoch_loss = torch.zeros((), device=run.device)
         self.unchecked: tuple[int, torch.Tensor] | None = None
 
     def resume(self) -> None:
@@ -218,6 +171,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
+        self.epoch_loss = state["epoch_loss"]
         self.step = state["step"]
         if self.log:
             self.log.rewind(self.step)
@@ -227,6 +181,7 @@ class Trainer:
         self.refuse_non_finite()
         if self.rank.rank == 0:
             state = {"model": self.run.model.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            state["epoch_loss"] = self.epoch_loss
             if self.ema:
                 state["ema"] = self.ema.state_dict()
             checkpoint.save(self.run.folder, self.step, self.run.fingerprint, state)
@@ -247,18 +202,21 @@ class Trainer:
             loss = self.train_step(batches)
             self.refuse_non_finite()
             self.unchecked = (self.step, loss)
+            self.epoch_loss += loss
             if self.log and (self.step % settings.log_steps == 0 or settings.log_steps == 1):
                 self.log.write("step", self.step, epoch=self.step // per_epoch, loss=loss.item(), lr=self.lr())
             self.step += 1
             bar.update()
             if self.step % per_epoch == 0:
-                metrics = self.end_epoch(self.step // per_epoch, loss)
+                metrics = self.end_epoch(self.step // per_epoch)
             due = time.monotonic() - saved >= 60 * settings.checkpoint_minutes
             if due or terminated() or self.step == self.steps:
                 self.save()
                 saved = time.monotonic()
             if terminated() and self.step < self.steps:
-                raise Interrupted(f"{run.name}: ended by SIGTERM at step {self.step}; the same command goes on from there")
+                raise Interrupted(
+                    f"{run.name}: ended by SIGTERM at step {self.step}; the same command goes on from there"
+                )
         bar.close()
         return metrics
 
@@ -325,18 +283,18 @@ class Trainer:
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    def end_epoch(self, epoch: int, loss: torch.Tensor) -> dict[str, float]:
+    def end_epoch(self, epoch: int) -> dict[str, float]:
         settings = self.run.settings
-        metrics = {"loss": loss.item(), "lr": self.lr()}
+        metrics = {"loss": self.epoch_loss.item() / self.run.plan.steps_per_epoch, "lr": self.lr()}
+        self.epoch_loss.zero_()
         if epoch % settings.eval_epochs == 0 or epoch == settings.epochs:
             if self.rank.rank == 0:
                 metrics |= self.validate(self.run.model, "")
                 if self.ema:
                     metrics |= self.validate(self.ema.module, "ema_")
-            if self.rank.world > 1:
-                dist.barrier()
         if self.log:
             self.log.write("epoch", self.step, epoch=epoch, **metrics)
+        self.rank.barrier()
         return metrics
 
     def validate(self, model: Normalised, prefix: str) -> dict[str, float]:
@@ -346,7 +304,8 @@ class Trainer:
         )
         labels = torch.from_numpy(run.val.labels())
         both = {"class": logits[0], "mean": (logits[0] + logits[1]) / 2}
-        heads = both if model.distilled else {"class": logits[0]}
+        taught = run.distillation is not None and run.distillation.distillation != "none"
+        heads = both if model.distilled and taught else {"class": logits[0]}
         return {f"{prefix}val_top1_{head}": top_k_accuracy(values, labels, 1) for head, values in heads.items()}
 
 
@@ -380,45 +339,6 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: Training) -> Cosi
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Of what is drawn while a step trains, so a checkpoint needs no generator's state."""
     return int.from_bytes(stream_key(seed, "step", f"{step}\x1f{rank}")[:8], "little") >> 1
-
-
-class Log:
-    """JSON lines, one a logged step or an epoch; a resumed run drops what it will do again."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(self, kind: str, step: int, **values: Any) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-
-    def rewind(self, step: int) -> None:
-        """Keep the steps before `step`, and the epochs that had ended by then."""
-        lines = read_log(self.path)
-        kept = [x for x in lines if x["step"] < step or (x["kind"] == "epoch" and x["step"] == step)]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; a last line that a kill cut short is left out."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
-
-
-def write_curve(path: Path, log: Path) -> None:
-    """A log's epochs as CSV, for `dvc plots` and the report; validation only where there was one."""
-    epochs = [line for line in read_log(log) if line["kind"] == "epoch"]
-    columns = list(dict.fromkeys(key for line in epochs for key in line if key not in ("kind", "step")))
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(epochs)
 
 
 class _Termination:

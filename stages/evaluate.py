@@ -14,7 +14,7 @@ import torch
 
 from pipeline.answers import decode_logits
 from pipeline.config import Config, Student
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import PipelineError
 from pipeline.evaluation import classifiers, disagreement, multiply_adds, predict, throughput, top_k_accuracy
 from pipeline.layout import (
     answers_folder,
@@ -26,7 +26,14 @@ from pipeline.layout import (
     teacher_folder,
 )
 from pipeline.loader import Groups, Renderer, mixed, stored_answers
-from pipeline.models import Normalised, build_student, load_weights, parameter_count, read_weights
+from pipeline.models import (
+    Normalised,
+    build_student,
+    load_teacher,
+    load_weights,
+    parameter_count,
+    read_weights,
+)
 from pipeline.plan import Item
 from pipeline.recipe import group_count, recipe_fingerprint
 from pipeline.report import (
@@ -40,9 +47,7 @@ from pipeline.report import (
     write_report,
 )
 from pipeline.shards import Index, replacing
-from pipeline.store import VERSIONS, Store
-from stages.finetune import student_settings
-from stages.teacher import load_teacher
+from pipeline.store import VERSIONS, Store, read_manifest
 
 TEACHER, FINETUNED, TRUTH = "teacher", "finetuned", "truth"
 SHOWN_SAMPLES, SHOWN_VIEWS = 4, 3
@@ -77,7 +82,6 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
 
     Raises:
         PipelineError: a model was not trained yet, the store is missing or damaged.
-        UsageError: a student is named as another row of the tables.
     """
     train_index, val_index = (Index(index_path(config, split)) for split in ("train", "val"))
     entries = list_entries(config)
@@ -104,24 +108,14 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     pictures = {name: folder / f"{name}.png" for name in ("curves", "views")}
     facts = describe_experiment(config, train_index, val_index, store, device)
     write_report(folder / "report.html", config.name, results, table, pictures, facts)
-    print(format_table(results))
-    print(f"report: {folder / 'report.html'}")
+    text = f"{format_table(results)}\nreport: {folder / 'report.html'}\n"
+    with replacing(folder / "table.txt") as temporary:
+        temporary.write_text(text)
+    print(text)
 
 
 def list_entries(config: Config) -> list[Entry]:
-    """The teacher, the students and the fine-tuned one, in the order of the tables.
-
-    Raises:
-        UsageError: a student's name is taken by another row.
-    """
-    taken = {TEACHER, FINETUNED, TRUTH} & set(config.students)
-    if taken:
-        raise UsageError(
-            f"students: {', '.join(sorted(taken))}",
-            expected="names that no other row of the results has",
-            found=f"{TEACHER}, {FINETUNED} and {TRUTH} are rows themselves",
-            do="rename the variant",
-        )
+    """The teacher, the students and the fine-tuned one, in the order of the tables."""
     size, crop, section, tuned = config.recipe.size, config.evaluate.crop, config.teacher, config.finetune
     named = section.weights or section.model
     entries = [
@@ -132,7 +126,7 @@ def list_entries(config: Config) -> list[Entry]:
         folder = student_folder(config, name)
         entries.append(Entry(name, student.model, folder, command, size, crop, student.precision, student))
     if config.students:
-        student, crop = student_settings(config), config.evaluate.crop_finetuned
+        student, crop = config.finetune_student(), config.evaluate.crop_finetuned
         folder, size = finetune_folder(config), tuned.size
         entries.append(
             Entry(FINETUNED, student.model, folder, "finetune", size, crop, tuned.precision, student)
@@ -215,13 +209,7 @@ def open_store(config: Config, index: Index) -> tuple[Store, dict[str, Any]]:
     Raises:
         PipelineError: it was not computed, or is gone.
     """
-    path = answers_folder(config, "train-student") / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise PipelineError(
-            f"{path}: no complete store", found=str(error), do="run: pipeline teacher-logits"
-        ) from error
+    manifest = read_manifest(answers_folder(config, "train-student") / "manifest.json")
     return Store.open(store_path(config, manifest["fingerprint"]), index, config.recipe), manifest
 
 
@@ -273,9 +261,8 @@ def write_tables(folder: Path, results: list[Result], table: dict[str, dict[str,
     """metrics.json, throughput.json, accuracy.csv and disagreement.csv."""
     metrics: dict[str, dict[str, Any]] = {}
     for row in results:
-        model = metrics.setdefault(row.model, {})
-        model[row.classifier] = {"top1": row.top1, "top5": row.top5}
-        model |= {"parameters": row.parameters, "gmacs": row.macs / 1e9}
+        cost = {"parameters": row.parameters, "gmacs": row.macs / 1e9}
+        metrics.setdefault(row.model, cost)[row.classifier] = {"top1": row.top1, "top5": row.top5}
     speeds = {row.model: {"images_per_second": round(row.throughput, 1)} for row in results}
     for name, values in (("metrics", metrics), ("throughput", speeds)):
         with replacing(folder / f"{name}.json") as temporary:
@@ -300,14 +287,14 @@ def describe_experiment(
     recipe, teacher, tuned, evaluated = config.recipe, config.teacher, config.finetune, config.evaluate
     students = {name: _taught(config.student_named(name)) for name in config.students}
     if students:
-        students[FINETUNED] = f"{tuned.student} at {tuned.size} px, {tuned.epochs} epochs"
-    threads = torch.get_num_threads()
-    on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads} threads"
+        students[FINETUNED] = f"{tuned.student} at {tuned.size} px, epochs: {tuned.epochs}"
+    cpu = f"CPU, threads: {torch.get_num_threads()}"
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return {
         "Students": students,
         "Teacher": {
             "model": teacher.weights or teacher.model,
-            "trained": "elsewhere" if teacher.weights else f"here, {teacher.epochs} epochs",
+            "trained": "elsewhere" if teacher.weights else f"here, epochs: {teacher.epochs}",
         },
         "Store of its answers": _describe_store(config, store),
         "Recipe": {
@@ -342,7 +329,7 @@ def _taught(student: Student) -> str:
         how = f"{student.distillation} distillation, α {student.alpha:g}"
     if student.distillation == "soft":
         how += f", τ {student.tau:g}"
-    return f"{student.model}, {how}, {student.epochs} epochs"
+    return f"{student.model}, {how}, epochs: {student.epochs}"
 
 
 def _describe_store(config: Config, store: Store) -> dict[str, str]:

@@ -6,7 +6,7 @@ section 4: label and teacher, the teacher at the same resolution, position embed
 
 import torch
 
-from pipeline.config import Config, Student, fingerprint, result_fields
+from pipeline.config import Config, fingerprint, result_fields
 from pipeline.errors import PipelineError
 from pipeline.layout import finetune_folder, index_path, state_folder, student_folder
 from pipeline.models import build_student, load_resized, read_weights, weights_hash
@@ -25,7 +25,7 @@ def run(config: Config, device: torch.device, teacher: str = "stored", dry_run: 
     """
     settings, recipe = config.finetune, config.finetune_recipe()
     train_index, val_index = (Index(index_path(config, split)) for split in ("train", "val"))
-    student = student_settings(config)
+    student = config.finetune_student()
     source = student_folder(config, settings.student) / "weights.safetensors"
     if not source.exists():
         raise PipelineError(
@@ -63,9 +63,3 @@ def run(config: Config, device: torch.device, teacher: str = "stored", dry_run: 
     print(describe_run(training))
     if not dry_run:
         finish(training, finetune_folder(config))
-
-
-def student_settings(config: Config) -> Student:
-    """The student that is fine-tuned, with fine-tuning's own dropout and drop-path."""
-    student = config.student_named(config.finetune.student)
-    return student.model_copy(update={"drop_path": config.finetune.drop_path, "dropout": config.finetune.dropout})

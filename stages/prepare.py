@@ -36,10 +36,11 @@ def run(config: Config, dry_run: bool = False) -> None:
     content = {split: [listing.names, listing.labels, listing.sizes] for split, listing in listings.items()}
     root = Path(config.work) / "data" / fingerprint([identity, content])
     for split, listing in listings.items():
+        size = f", {sum(listing.sizes) / 1e6:,.1f} MB" if any(listing.sizes) else ""
         count = -(-len(listing.names) // config.data.shard_samples)
         print(
             f"{split}: {len(listing.names):,} images of {len(listing.classes)} classes"
-            f" in {count} shards, {sum(listing.sizes) / 1e6:,.1f} MB: {root / split}"
+            f" in {count} shards{size}: {root / split}"
         )
         if dry_run:
             continue

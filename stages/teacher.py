@@ -12,17 +12,16 @@ from pipeline.layout import index_path, state_folder, teacher_folder
 from pipeline.models import (
     Normalised,
     build_teacher,
-    load_weights,
     parameter_count,
     pretrained_teacher,
-    read_weights,
     save_weights,
     weights_hash,
 )
 from pipeline.plan import plan_of
 from pipeline.recipe import recipe_fingerprint
+from pipeline.runlog import write_curve
 from pipeline.shards import Index, replacing
-from pipeline.training import Run, complete, describe_run, write_curve
+from pipeline.training import Rank, Run, complete, describe_run
 
 
 def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
@@ -45,6 +44,8 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
             return
         complete(training)
         teacher = training.model
+    if Rank.start(device).rank:
+        return  # rank 0 evaluates and publishes
     metrics = _evaluate(config, teacher, val_index, device)
     if metrics["top1"] < section.min_top1:
         raise PipelineError(
@@ -102,20 +103,3 @@ def _evaluate(config: Config, teacher: Normalised, val: Index, device: torch.dev
         "parameters": parameter_count(teacher.model),
         "weights": weights_hash(teacher.model),
     }
-
-
-def load_teacher(config: Config, classes: int, device: torch.device) -> Normalised:
-    """The published teacher, in eval mode on the device.
-
-    Raises:
-        PipelineError: it was not computed yet, or is another model's.
-    """
-    path = teacher_folder(config) / "weights.safetensors"
-    if not path.exists():
-        raise PipelineError(f"{path}: no teacher", do="run: pipeline teacher")
-    section = config.teacher
-    if section.weights and not section.weights.endswith((".safetensors", ".pth", ".pt")):
-        section = section.model_copy(update={"model": section.weights})
-    teacher = build_teacher(section.model_copy(update={"drop_path": 0.0}), classes)
-    load_weights(teacher.model, read_weights(path), str(path))
-    return teacher.to(device).eval()

@@ -18,12 +18,18 @@ from pipeline.config import Config, Recipe
 from pipeline.errors import PipelineError
 from pipeline.layout import answers_folder, index_path, store_path
 from pipeline.loader import Groups, mixed, unit_loader
-from pipeline.models import Normalised, describe_teacher, resize_pictures, teacher_logits, weights_hash
+from pipeline.models import (
+    Normalised,
+    describe_teacher,
+    load_teacher,
+    resize_pictures,
+    teacher_logits,
+    weights_hash,
+)
 from pipeline.plan import Unit, all_units, unit_items
 from pipeline.recipe import group_count
 from pipeline.shards import Index, replacing
 from pipeline.store import Identity, Store, lock, store_bytes, sweep, write_manifest
-from stages.teacher import load_teacher
 
 
 def run(

@@ -8,21 +8,14 @@ import torch
 from pipeline.config import Config, Recipe, Student, fingerprint, result_fields
 from pipeline.errors import PipelineError
 from pipeline.layout import answers_folder, index_path, state_folder, store_path, student_folder
-from pipeline.models import build_student, save_weights
+from pipeline.models import build_student, load_teacher, save_weights
 from pipeline.plan import plan_of
 from pipeline.recipe import recipe_fingerprint
+from pipeline.runlog import read_log, write_curve
 from pipeline.shards import Index, replacing
-from pipeline.store import Store
-from pipeline.training import (
-    NoTeacher,
-    OnlineTeacher,
-    Run,
-    StoredTeacher,
-    complete,
-    describe_run,
-    read_log,
-    write_curve,
-)
+from pipeline.store import Store, read_manifest
+from pipeline.teaching import NoTeacher, OnlineTeacher, StoredTeacher
+from pipeline.training import Rank, Run, complete, describe_run
 
 
 def run(
@@ -94,7 +87,7 @@ def find_teacher(
     if teacher == "online":
         return _online(config, purpose, index, device)
     path = answers_folder(config, purpose) / "manifest.json"
-    manifest = _read_manifest(path) if named is None else None
+    manifest = read_manifest(path) if named is None else None
     store = Store.open(named or store_path(config, manifest["fingerprint"]), index, recipe)
     views = config.teacher_logits.views if purpose == "train-student" else config.finetune.views
     kind = "argmax" if settings.distillation == "hard" else config.teacher_logits.kind
@@ -110,18 +103,7 @@ def find_teacher(
     return StoredTeacher(store, kind), {"store": store.fingerprint, "kind": kind, "units": current["units"]}
 
 
-def _read_manifest(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise PipelineError(f"{path}: no store is complete", do="run: pipeline teacher-logits") from None
-    except ValueError as error:
-        raise PipelineError(f"{path}: damaged", found=str(error), do="run: pipeline teacher-logits") from error
-
-
 def _online(config: Config, purpose: str, index: Index, device: torch.device) -> tuple[OnlineTeacher, dict]:
-    from stages.teacher import load_teacher  # the teacher's code is no dependency of a student
-
     settings = config.teacher_logits
     size = config.finetune.teacher_size if purpose == "finetune" else None
     model = load_teacher(config, len(index.classes), device)
@@ -132,6 +114,8 @@ def _online(config: Config, purpose: str, index: Index, device: torch.device) ->
 def finish(training: Run, folder: Path) -> None:
     """Train to the end unless that was done before, and publish the results."""
     complete(training)
+    if Rank.start(training.device).rank:
+        return  # rank 0 publishes
     epochs = [line for line in read_log(training.folder / "log.jsonl") if line["kind"] == "epoch"]
     metrics = {key: value for key, value in epochs[-1].items() if key not in ("kind", "step")}
     with replacing(folder / "weights.safetensors") as temporary:

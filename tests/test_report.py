@@ -50,7 +50,7 @@ def pixels(path: Path) -> np.ndarray:
 
 def seen(number: int, kind: str, size: int, probability: float | None) -> SeenView:
     picture = np.random.default_rng(number).integers(0, 256, (size, size, 3), np.uint8)
-    return SeenView(number, picture, 255 - picture, kind, 0.63, "a $dog$", "a long name of a cat", probability)
+    return SeenView(number, picture, 255 - picture, kind, 0.63, "a $dog$", "a long-named cat", probability)
 
 
 # pictures
@@ -309,10 +309,9 @@ def test_a_model_that_was_not_trained_is_named_with_its_command(mini, capsys):
         evaluate.run(untrained, device)
 
 
-def test_a_student_cannot_take_the_name_of_another_row(mini):
-    config, device = mini
-    with pytest.raises(UsageError, match="rename the variant"):
-        evaluate.run(config.model_copy(update={"students": ["teacher"]}), device)
+def test_a_student_cannot_take_the_name_of_another_row():
+    with pytest.raises(UsageError, match="other than truth, teacher and finetuned"):
+        resolve({"variants": {"teacher": {}}}, (), "test")
 
 
 def test_a_missing_store_is_told(mini, tmp_path):

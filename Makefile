@@ -1,0 +1,26 @@
+# Two commands: `make demo` runs everything on bundled digits, `make test` the fast tests.
+# Both make .venv when it is missing or its pins changed, and need Python 3.11 or later and make.
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: demo test slow install
+
+demo: install
+	dvc repro
+	@echo
+	@cat outputs/$$(sed -n 's/^name: //p' params.yaml)/evaluation/table.txt
+
+test: install
+	pytest
+
+slow: install
+	pytest -m slow
+
+install: .venv/installed
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@

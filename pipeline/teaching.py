@@ -1,0 +1,54 @@
+"""Who answers while a student trains: nobody, the store, or the teacher itself."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.answers import decode_logits
+from pipeline.loader import Groups, stored_answers
+from pipeline.models import Normalised, resize_pictures, teacher_logits
+from pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the teacher said about each slot: int64 (N,), and float32 logits (N, classes) or None."""
+
+    argmax: torch.Tensor
+    logits: torch.Tensor | None
+
+
+class NoTeacher:
+    def __call__(self, groups: Groups, pictures: torch.Tensor) -> None:
+        return None
+
+
+@dataclass
+class StoredTeacher:
+    """Answers out of the store: the teacher itself is never in the loop."""
+
+    store: Store
+    kind: str
+
+    def __call__(self, groups: Groups, pictures: torch.Tensor) -> Answer:
+        argmax, payload = stored_answers(self.store, groups, self.kind)
+        logits = None
+        if payload is not None:
+            logits = torch.from_numpy(decode_logits(self.kind, payload.numpy(), self.store.classes))
+            logits = logits.to(pictures.device)
+        return Answer(argmax.to(pictures.device), logits)
+
+
+@dataclass
+class OnlineTeacher:
+    """The teacher in the loop over the same groups: the proof of the store, and its baseline."""
+
+    model: Normalised
+    size: int | None
+    batch_groups: int
+    bf16: bool
+
+    def __call__(self, groups: Groups, pictures: torch.Tensor) -> Answer:
+        pictures = resize_pictures(pictures, self.size)
+        logits = teacher_logits(self.model, pictures, groups.labels.shape[1], self.batch_groups, self.bf16)
+        return Answer(logits.argmax(1), logits)

@@ -1,0 +1,39 @@
+"""Run a command of the pipeline with its writes marked: for tests that kill it.
+
+`python killed.py FOLDER ARGUMENT...` appends a line to FOLDER/marks at the start and at the end of every
+unit's write and every training step, so that a test can tell what a SIGKILL hit, and slows them down
+a little so that kills hit them.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from pipeline.cli import main
+from pipeline.store import Store
+from pipeline.training import Trainer
+
+PAUSE_SECONDS = 0.03
+
+
+def marked(function, name: str, marks: Path):
+    def call(*arguments):
+        with open(marks, "a") as file:
+            file.write(f"{name} begins\n")
+        time.sleep(PAUSE_SECONDS)
+        result = function(*arguments)
+        time.sleep(PAUSE_SECONDS)
+        with open(marks, "a") as file:
+            file.write(f"{name} ends\n")
+        return result
+
+    return call
+
+
+if __name__ == "__main__":
+    marks = Path(sys.argv[1]) / "marks"
+    Store.write_unit = marked(Store.write_unit, "write", marks)
+    Store.remove_unit = marked(Store.remove_unit, "write", marks)  # in the midst of a unit's write
+    Trainer.train_step = marked(Trainer.train_step, "step", marks)
+    Trainer.save = marked(Trainer.save, "save", marks)
+    main(sys.argv[2:])

@@ -1,0 +1,127 @@
+"""The command line: what a mistake is told, its exit code, and that a dry run does nothing."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from conftest import picture, write_folders
+
+from pipeline.cli import main
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("--set", "data.source=folder", "--set", "data.train=train", "--set", "data.val=val")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """An empty project with the digits experiment's params.yaml and the configs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    return tmp_path
+
+
+def call(*arguments: str, code: int = 0) -> str:
+    """What a command says; its exit code is `code` and there is no traceback."""
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def files(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*")}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("*.yaml")))
+def test_configure_writes_a_whole_params_yaml_of_every_shipped_experiment(project, name):
+    call("configure", name)
+    assert yaml.safe_load((project / "params.yaml").read_text())["name"]
+
+
+def test_configure_lays_overrides_on_the_experiment(project):
+    call("configure", "digits", "student.lr=1e-3")
+    assert yaml.safe_load((project / "params.yaml").read_text())["student"]["lr"] == 1e-3
+
+
+def test_an_unknown_experiment_is_told_the_known_ones(project):
+    assert "digits" in call("configure", "digit", code=2)
+
+
+def test_a_typo_in_a_key_is_told_the_full_name_and_the_nearest_key(project):
+    said = call("prepare", "--set", "student.lrr=1", code=2)
+    assert "student.lrr" in said and "did you mean lr?" in said
+
+
+def test_a_missing_configuration_is_told_how_to_write_one(project):
+    assert "pipeline configure" in call("prepare", "--config", "absent.yaml", code=2)
+
+
+def test_a_device_that_is_not_there_is_refused(project):
+    assert "--device" in call("teacher", "--device", "cuda:93", code=2)
+
+
+@pytest.mark.parametrize("part", ["4", "4/4", "-1/2", "a/b"])
+def test_a_part_that_is_none_is_refused(project, part):
+    call("teacher-logits", "--part", part, code=2)
+
+
+def test_a_stage_before_its_time_names_the_one_to_run(project):
+    assert "run: pipeline prepare" in call("teacher", "--device", "cpu", code=1)
+
+
+@pytest.mark.parametrize("command", [["prepare"], ["teacher", "--device", "cpu"]])
+def test_a_dry_run_writes_nothing(project, command):
+    call("prepare")
+    before = files(project)
+    assert call(*command, "--dry-run")
+    assert files(project) == before
+
+
+def test_distillation_options_need_a_student_to_change(project):
+    assert "--student NAME" in call("train-student", "--distillation", "soft", "--device", "cpu", code=2)
+
+
+def test_a_folder_without_classes(project):
+    (project / "train").mkdir()
+    (project / "val").mkdir()
+    said = call("prepare", *FOLDERS, code=1)
+    assert "no classes" in said and "train" in said
+
+
+def test_an_empty_image_is_named_and_leaves_no_index(project):
+    write_folders(project / "train", {"cat": 3, "dog": 3})
+    write_folders(project / "val", {"cat": 1, "dog": 1})
+    (project / "train/cat/000.png").write_bytes(b"")
+    said = call("prepare", *FOLDERS, code=1)
+    assert "cat/000" in said and "data.max_bad" in said
+    assert not list(project.rglob("index.json"))
+
+
+def test_a_class_that_training_lacks_is_named(project):
+    write_folders(project / "train", {"cat": 2})
+    write_folders(project / "val", {"cat": 1, "emu": 1})
+    assert "emu" in call("prepare", *FOLDERS, code=1)
+
+
+def test_an_image_that_cannot_be_decoded_is_named_with_the_reason(project):
+    write_folders(project / "train", {"cat": 3, "dog": 3})
+    write_folders(project / "val", {"cat": 1, "dog": 1})
+    (project / "train/dog/001.jpg").write_bytes(picture(1, "jpg", 64, 64)[:200])
+    said = call("prepare", *FOLDERS, code=1)
+    assert "dog/001" in said and "truncated" in said.lower()
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_the_imagenet_experiments_have_the_papers_values(project, size):
+    call("configure", f"imagenet-deit-{size}")
+    values = yaml.safe_load((project / "params.yaml").read_text())
+    student, recipe = values["student"], values["recipe"]
+    assert (student["epochs"], student["batch_size"], student["lr"], student["weight_decay"]) == (300, 1024, 5e-4, 0.05)
+    assert (student["smoothing"], student["drop_path"], student["warmup_epochs"]) == (0.1, 0.1, 5)
+    assert (recipe["auto_augment"], recipe["erase_prob"]) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert (recipe["mixup_alpha"], recipe["cutmix_alpha"], recipe["repeats"], recipe["size"]) == (0.8, 1.0, 3, 224)
+    assert values["teacher"]["weights"] == "regnety_160.deit_in1k"
+    assert values["finetune"]["size"] == 384
+    assert student["model"] == f"deit_{size}_distilled_patch16_224"

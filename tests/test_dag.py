@@ -1,0 +1,170 @@
+"""The whole DAG under DVC, on 2,000 real CIFAR-10 images, and what a change runs again."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+CIFAR10 = Path(os.environ.get("CIFAR10_TAR", ROOT.parent / "shared/data/cifar10.tar"))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not CIFAR10.exists(),
+        reason=f"no {CIFAR10.name}: set CIFAR10_TAR to a tar of train/CLASS/*.jpg, test/CLASS/*.jpg",
+    ),
+]
+
+SETTINGS = (
+    "name=cifar", "data.train=images/train", "data.val=images/test", "data.max_per_class=200", "data.workers=1",
+    "data.shard_samples=500", "recipe.group_size=32", "recipe.repeats=2", "recipe.block=2",
+    "teacher.model=regnety_002", "teacher.kwargs={depth: 8, output_stride: 8}", "teacher.epochs=2",
+    "teacher.batch_size=64", "teacher.workers=0", "teacher.precision=float32", "teacher.min_top1=0.11",
+    "teacher_logits.views=2", "teacher_logits.precision=float32", "teacher_logits.workers=0",
+    "teacher_logits.batch_groups=1",
+    "student.kwargs={patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}", "student.epochs=2",
+    "student.batch_size=64", "student.workers=0", "student.precision=float32", "students=[none, soft, token]",
+    "finetune.views=2", "finetune.epochs=1", "finetune.batch_size=64", "finetune.workers=0",
+    "finetune.precision=float32", "evaluate.workers=0", "evaluate.throughput_seconds=0.1",
+)  # fmt: skip
+
+
+def environment(project: Path) -> dict[str, str]:
+    """With the tests' own `pipeline` and `dvc` first, on the copy's code."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "PYTHONPATH": str(project)}
+
+
+def call(project: Path, *command: str, code: int = 0) -> str:
+    done = subprocess.run(
+        command, cwd=project, env=environment(project), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A fresh copy of the project with 2,000 + 2,000 images, reproduced once."""
+    root = tmp_path_factory.mktemp("dag") / "project"
+    root.mkdir()
+    for name in ("pipeline", "stages", "configs", "dvc.yaml", ".dvc/config", ".dvcignore", ".gitignore"):
+        target = root / name
+        target.parent.mkdir(exist_ok=True)
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    with tarfile.open(CIFAR10) as tar:
+        counts: dict[str, int] = {}
+        for member in tar:
+            folder = member.name.rpartition("/")[0]
+            if member.isreg() and counts.get(folder, 0) < 200:
+                counts[folder] = counts.get(folder, 0) + 1
+                tar.extract(member, root / "images", filter="data")
+    call(root, "git", "init", "-q")
+    call(root, "pipeline", "configure", "cifar10", *SETTINGS)
+    call(root, "dvc", "repro")
+    return root
+
+
+def change(project: Path, **values) -> None:
+    """Set `section__key`s of params.yaml."""
+    path = project / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    for key, value in values.items():
+        *sections, last = key.split("__")
+        here = params
+        for section in sections:
+            here = here[section]
+        here[last] = value
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+@pytest.fixture
+def params(project):
+    """params.yaml and dvc.lock as they were, put back afterwards."""
+    kept = {name: (project / name).read_bytes() for name in ("params.yaml", "dvc.lock")}
+    yield
+    for name, data in kept.items():
+        (project / name).write_bytes(data)
+
+
+def would_run(project: Path) -> list[str]:
+    """Stages whose own dependencies or parameters changed."""
+    return ran(call(project, "dvc", "repro", "--dry"))
+
+
+def ran(said: str) -> list[str]:
+    return [line.split("'")[1] for line in said.splitlines() if "Running stage" in line]
+
+
+def test_the_whole_dag_makes_every_output(project):
+    folder = project / "outputs/cifar/evaluation"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics) == {"teacher", "none", "soft", "token", "finetuned"}
+    assert all((folder / name).stat().st_size > 10_000 for name in ("report.html", "views.png", "curves.png"))
+
+
+def test_a_second_repro_does_nothing(project):
+    assert "Running stage" not in call(project, "dvc", "repro")
+
+
+def test_metrics_plots_and_dag_are_shown(project):
+    assert "token" in call(project, "dvc", "metrics", "show")
+    assert "teacher-logits" in call(project, "dvc", "dag")
+    assert "index.html" in call(project, "dvc", "plots", "show")
+
+
+def test_a_students_learning_rate_runs_students_and_no_teacher(project, params):
+    change(project, student__lr=2e-3)
+    stages = set(would_run(project))
+    assert {"train-student@none", "train-student@soft", "train-student@token", "finetune"} <= stages
+    assert not {"prepare", "teacher", "teacher-logits", "teacher-logits-finetune"} & stages
+
+
+def test_a_student_added_to_the_list_is_the_only_one_to_run(project, params):
+    change(project, students=["none", "soft", "token", "hard"])
+    assert ran(call(project, "dvc", "repro")) == ["train-student@hard", "evaluate"]
+    assert "hard" in json.loads((project / "outputs/cifar/evaluation/metrics.json").read_text())
+
+
+def test_a_student_removed_from_the_list_leaves_the_report(project, params):
+    change(project, students=["soft", "token"])
+    assert ran(call(project, "dvc", "repro")) == ["evaluate"]
+    assert "none" not in json.loads((project / "outputs/cifar/evaluation/metrics.json").read_text())
+
+
+def test_another_recipe_fills_another_store_and_going_back_computes_nothing(project, params):
+    stores = project / "work/stores"
+    before = sorted(path.name for path in stores.glob("*.zarr"))
+    kept = (project / "params.yaml").read_bytes()
+    change(project, recipe__hflip=0.25)
+    call(project, "dvc", "repro", "teacher-logits")
+    assert len(list(stores.glob("*.zarr"))) == len(before) + 1
+    files = {path: path.stat().st_mtime_ns for path in stores.rglob("c/*/*") if path.is_file()}
+    (project / "params.yaml").write_bytes(kept)
+    said = call(project, "dvc", "repro", "teacher-logits")
+    assert "goes on" not in said and "view/s" not in said
+    assert files == {path: path.stat().st_mtime_ns for path in stores.rglob("c/*/*") if path.is_file()}
+
+
+def test_a_killed_repro_goes_on_where_it_was(project, params):
+    change(project, student__epochs=3, student__checkpoint_minutes=0.0, students=["token"])
+    process = subprocess.Popen(["dvc", "repro"], cwd=project, env=environment(project), start_new_session=True)
+    known = set((project / "work/state").glob("*/step-*.ckpt"))
+    while process.poll() is None and len(set((project / "work/state").glob("*/step-*.ckpt")) - known) < 2:
+        time.sleep(0.05)
+    assert process.poll() is None, "it ended before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert "goes on from step" in call(project, "dvc", "repro")

@@ -1,0 +1,393 @@
+"""Loading: a group is the same wherever it is rendered, mixed as timm mixes, and gets its own answers."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import timm.data.mixup
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pipeline.loader
+from pipeline.errors import PipelineError
+from pipeline.loader import (
+    Groups,
+    Renderer,
+    evaluation_loader,
+    mixed,
+    step_loader,
+    stored_answers,
+    targets,
+    unit_loader,
+)
+from pipeline.plan import Item, Plan, Unit, all_units, unit_items
+from pipeline.recipe import draw_mix, draw_view
+from pipeline.shards import Index
+from pipeline.store import Identity, Store
+from pipeline.views import center_view, render
+
+property_settings = settings(derandomize=True, deadline=None, max_examples=30)
+# the machine may have fewer cores than two
+workers_settings = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+ITEMS = [Item(0, 1, 2), Item(0, 1, 3), Item(2, 0, 7), Item(1, 1, 0), Item(0, 1, 2)]
+
+
+def plan_over(small_set, batch_groups=4) -> Plan:
+    config, index = small_set
+    return Plan(config.recipe, tuple(index.names), tuple(index.samples.tolist()), 8, batch_groups, 0, 2)
+
+
+def renderer(small_set) -> Renderer:
+    config, index = small_set
+    return Renderer(index, config.recipe)
+
+
+def values(groups: Groups) -> list:
+    """Everything but the count of decodings, so that it can be compared."""
+    tensors = [value for value in vars(groups).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 6
+    members = [positions.tolist() for positions in groups.members]
+    return [groups.items, members, groups.checks, *(tensor.tolist() for tensor in tensors)]
+
+
+def joined(parts: list[Groups]) -> list:
+    return [sum(each, []) for each in zip(*map(values, parts), strict=True)]
+
+
+# rendering
+
+
+def test_groups_are_the_same_alone_or_among_others(small_set):
+    alone = [renderer(small_set).render([item]) for item in ITEMS]
+    assert values(renderer(small_set).render(ITEMS)) == joined(alone)
+
+
+def test_groups_do_not_depend_on_what_was_rendered_before(small_set):
+    used = renderer(small_set)
+    used.render(ITEMS[::-1])
+    assert values(used.render(ITEMS)) == values(renderer(small_set).render(ITEMS))
+
+
+def test_each_slot_is_the_view_of_its_member(small_set):
+    config, index = small_set
+    groups = renderer(small_set).render(ITEMS)
+    for number, item in enumerate(ITEMS):
+        for slot, position in enumerate(groups.members[number]):
+            image, row = index.image(item.shard, int(position)), index.rows(item.shard)[position]
+            params = draw_view(config.recipe, row["key"].decode(), item.view, image.shape[1], image.shape[0])
+            assert np.array_equal(groups.images[number, slot].numpy(), render(image, params, config.recipe))
+            assert groups.labels[number, slot] == row["label"]
+
+
+def test_mixing_is_the_drawn_one(small_set):
+    config, index = small_set
+    groups = renderer(small_set).render(ITEMS)
+    for number, item in enumerate(ITEMS):
+        members = len(groups.members[number])
+        mix = draw_mix(config.recipe, index.names[item.shard], item.group, item.view, members)
+        left, top, right, bottom = groups.box[number].tolist()
+        assert (left, top, right - left, bottom - top) == mix.box
+        assert groups.lam[number].item() == np.float32(mix.lam)
+        assert groups.partner[number].tolist() == mix.partner.tolist()
+
+
+def test_unused_slots_have_no_weight_and_no_picture(small_set):
+    groups = renderer(small_set).render(ITEMS)
+    for number, members in enumerate(groups.members):
+        assert groups.weights[number].tolist() == [1] * len(members) + [0] * (4 - len(members))
+        assert not groups.images[number, len(members) :].any()
+        assert groups.images[number, : len(members)].flatten(1).any(1).all()
+    assert {len(members) for members in groups.members} == {2, 3}
+
+
+def test_repeats_of_a_group_share_a_decoding(small_set):
+    groups = renderer(small_set).render([Item(0, 0, 0), Item(0, 0, 1), Item(1, 0, 0), Item(1, 0, 1)])
+    assert groups.decodes == 3 + 3
+
+
+def test_all_views_of_a_unit_share_a_decoding(small_set):
+    config, index = small_set
+    one = renderer(small_set)
+    assert one.render(unit_items(Unit(0, 1), config.recipe, 6)).decodes == 6
+    assert sum(one.render([item]).decodes for item in unit_items(Unit(1, 1), config.recipe, 5)) == 5
+
+
+def test_group_of_another_block_is_decoded_afresh(small_set):
+    groups = renderer(small_set).render([Item(0, 0, 3), Item(0, 0, 4)])
+    assert groups.decodes == 6
+    assert groups.members[0].tolist() != groups.members[1].tolist()
+
+
+def test_damaged_shard_stops_rendering_and_is_named(small_set, monkeypatch):
+    _, index = small_set
+    one = renderer(small_set)
+    monkeypatch.setattr(Index, "_pread", lambda self, shard, offset, size: bytes(size))
+    with pytest.raises(PipelineError, match=index.names[0]):
+        one.render([ITEMS[0]])
+
+
+# loaders
+
+
+@workers_settings
+@pytest.mark.parametrize("workers", [1, 2])
+def test_number_of_workers_changes_nothing(small_set, workers):
+    a, (_, index) = plan_over(small_set), small_set
+    one, other = (list(step_loader(a, index, range(5), range(1), 1, n, False)) for n in (0, workers))
+    assert [values(groups) for groups in one] == [values(groups) for groups in other]
+
+
+def test_loader_gives_the_steps_asked_for(small_set):
+    a, (_, index) = plan_over(small_set), small_set
+    loaded = [groups.items for groups in step_loader(a, index, [7, 3, 4], range(1), 1, 0, False)]
+    assert loaded == [a.items(7), a.items(3), a.items(4)]
+
+
+def test_slices_of_a_step_are_the_step(small_set):
+    a, (_, index) = plan_over(small_set), small_set
+    whole = list(step_loader(a, index, range(2), range(1), 1, 0, False))
+    ranks = [list(step_loader(a, index, range(2), s, 4, 0, False)) for s in (range(0, 2), range(2, 4))]
+    for step in range(2):
+        slices = [groups for rank in ranks for groups in rank[2 * step : 2 * step + 2]]
+        assert values(whole[step]) == joined(slices)
+
+
+@workers_settings
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_item_of_the_units_is_rendered_once(small_set, workers):
+    config, index = small_set
+    units = all_units(3, 8, config.recipe)[2:]
+    items = [i for unit in units for i in unit_items(unit, config.recipe, int(index.samples[unit.shard]))]
+    loaded = [values(groups) for groups in unit_loader(units, index, config.recipe, workers, False)]
+    expected = [values(renderer(small_set).render([item])) for item in items]
+    assert sorted(loaded, key=str) == sorted(expected, key=str)
+
+
+@workers_settings
+def test_workers_decode_each_image_of_a_unit_once(small_set):
+    config, index = small_set
+    units = all_units(3, 4, config.recipe)
+    assert sum(g.decodes for g in unit_loader(units, index, config.recipe, 2, False)) == 16
+
+
+def test_loading_draws_nothing_from_the_global_generator(small_set):
+    a, (_, index) = plan_over(small_set), small_set
+    before = torch.get_rng_state()
+    list(step_loader(a, index, range(2), range(1), 1, 0, False))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@workers_settings
+def test_damage_found_by_a_worker_is_a_pipeline_error_that_names_the_shard(small_set, monkeypatch):
+    a, (_, index) = plan_over(small_set), small_set
+    monkeypatch.setattr(Index, "_pread", lambda self, shard, offset, size: bytes(size))
+    with pytest.raises(PipelineError, match=r"\.tar: sample"):
+        list(step_loader(a, index, range(1), range(1), 1, 1, False))
+
+
+@pytest.mark.parametrize("batch", [5, 16])
+def test_evaluation_gives_every_sample_in_index_order(small_set, batch):
+    _, index = small_set
+    loaded = torch.cat(list(evaluation_loader(index, 12, 0.875, batch, 0, False)))
+    images = [index.image(shard, i) for shard in range(3) for i in range(index.samples[shard])]
+    assert np.array_equal(loaded.numpy(), [center_view(image, 12, 0.875) for image in images])
+
+
+# mixing
+
+
+def random_groups(mixes: list[tuple[float, tuple]], slots=6, size=16, classes=5) -> Groups:
+    """Random pictures and labels whose partners are timm's; a mix is lambda and left, top, right, bottom."""
+    rng, count = torch.Generator().manual_seed(len(mixes)), len(mixes)
+    return Groups(
+        items=[Item(0, i, 0) for i in range(count)],
+        members=[np.arange(slots)] * count,
+        checks=[0] * count,
+        images=torch.randint(0, 256, (count, slots, 3, size, size), generator=rng, dtype=torch.uint8),
+        labels=torch.randint(0, classes, (count, slots), generator=rng),
+        weights=torch.ones(count, slots),
+        partner=torch.arange(slots).flip(0).expand(count, slots).clone(),
+        lam=torch.tensor([lam for lam, _ in mixes]),
+        box=torch.tensor([box for _, box in mixes]),
+    )
+
+
+NO_BOX = (0, 0, 0, 0)
+edges = st.integers(0, 16)
+mixes = st.one_of(
+    st.tuples(st.floats(0, 1, width=32), st.just(NO_BOX)),
+    st.tuples(edges, edges, edges, edges)
+    .map(lambda e: (min(e[:2]), min(e[2:]), max(e[:2]), max(e[2:])))
+    .filter(lambda b: b[2] > b[0] and b[3] > b[1])
+    .map(lambda b: (1 - (b[2] - b[0]) * (b[3] - b[1]) / 256, b)),
+)
+
+
+@property_settings
+@given(st.lists(mixes, min_size=1, max_size=4))
+def test_pictures_are_mixed_as_timm_mixes_them(drawn):
+    groups = random_groups(drawn)
+    result = mixed(groups).unflatten(0, (len(drawn), 6))
+    for number, (lam, (left, top, right, bottom)) in enumerate(drawn):
+        theirs = timm.data.mixup.Mixup(cutmix_alpha=1.0)
+        cutmix = right > left
+        theirs._params_per_batch = lambda lam=lam, cutmix=cutmix: (lam, cutmix)
+        pictures = groups.images[number].float()
+        with pytest.MonkeyPatch.context() as patch:
+            box = (top, bottom, left, right)
+            patch.setattr(timm.data.mixup, "cutmix_bbox_and_lam", lambda *_, b=box, lam=lam, **__: (b, lam))
+            theirs._mix_batch(pictures)
+        assert torch.allclose(result[number], pictures, rtol=1e-6, atol=1e-4)
+
+
+@property_settings
+@given(st.lists(mixes, min_size=1, max_size=4), st.sampled_from([0.0, 0.1, 0.3]))
+def test_labels_are_mixed_and_smoothed_as_timm_does(drawn, smoothing):
+    groups = random_groups(drawn)
+    result = targets(groups, 5, smoothing).unflatten(0, (len(drawn), 6))
+    for number, (lam, _) in enumerate(drawn):
+        theirs = timm.data.mixup.mixup_target(groups.labels[number], 5, lam, smoothing)
+        assert torch.allclose(result[number], theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_pictures_and_labels_of_a_pair_have_the_partner_of_their_slot():
+    groups = random_groups([(0.0, NO_BOX)])
+    groups.partner[0] = torch.tensor([0, 5, 4, 3, 2, 1])
+    assert torch.equal(mixed(groups), groups.images[0][groups.partner[0]].float())
+    assert torch.equal(targets(groups, 5, 0.0).argmax(1), groups.labels[0][groups.partner[0]])
+
+
+def test_group_that_is_not_mixed_keeps_its_pictures_and_labels():
+    groups = random_groups([(1.0, NO_BOX)])
+    assert torch.equal(mixed(groups), groups.images[0].float())
+    assert torch.equal(targets(groups, 5, 0.0).argmax(1), groups.labels[0])
+
+
+def part(groups: Groups, number: int) -> Groups:
+    return groups._each(lambda tensor: tensor[number : number + 1])
+
+
+def test_mixed_groups_are_the_same_bits_alone_or_among_others(small_set):
+    groups = renderer(small_set).render(ITEMS)
+    alone = [part(groups, number) for number in range(len(ITEMS))]
+    assert torch.equal(mixed(groups), torch.cat([mixed(one) for one in alone]))
+    assert torch.equal(targets(groups, 3, 0.1), torch.cat([targets(one, 3, 0.1) for one in alone]))
+
+
+def test_what_stands_in_unused_slots_does_not_reach_the_members(small_set):
+    groups = renderer(small_set).render(ITEMS)
+    used = groups.weights.flatten() > 0
+    before = mixed(groups)[used], targets(groups, 3, 0.1)[used]
+    groups.images[groups.weights == 0] = 255
+    groups.labels[groups.weights == 0] = 2
+    assert torch.equal(mixed(groups)[used], before[0])
+    assert torch.equal(targets(groups, 3, 0.1)[used], before[1])
+
+
+# answers
+
+
+def answer(shard: int, row: int, view: int) -> int:
+    """What the toy teacher says."""
+    return (7 * shard + 3 * row + view) % 3
+
+
+@pytest.fixture(scope="module")
+def store(small_set, tmp_path_factory) -> Store:
+    """A complete store of the toy teacher's answers about the small set."""
+    config, index = small_set
+    path = str(tmp_path_factory.mktemp("store") / "s.zarr")
+    made = Store.create(path, Identity(index.fingerprint, config.recipe, {}), index, 8, "dense", 1, "float32")
+    one = Renderer(index, config.recipe)
+    for unit in all_units(3, 8, config.recipe):
+        samples = int(index.samples[unit.shard])
+        items = unit_items(unit, config.recipe, samples)
+        checks = np.array(one.render(items).checks, np.uint64).reshape(-1, 4).T
+        views = range(4 * unit.block, 4 * unit.block + 4)
+        told = [[answer(unit.shard, row, view) for row in range(samples)] for view in views]
+        argmax = np.array(told, np.uint16)
+        made.write_unit(unit, {"argmax": argmax, "dense": np.eye(3, dtype=np.float16)[argmax]}, checks)
+    return Store.open(path, index, config.recipe)
+
+
+def test_each_slot_gets_the_answer_about_its_member(small_set, store):
+    groups = renderer(small_set).render(ITEMS)
+    argmax, payload = stored_answers(store, groups, "dense")
+    assert argmax.dtype == torch.int64 and payload.shape == (20, 3)
+    for number, item in enumerate(ITEMS):
+        told = [answer(item.shard, row, item.view) for row in groups.members[number].tolist()]
+        own = slice(4 * number, 4 * number + len(told))
+        assert argmax[own].tolist() == told == payload[own].argmax(1).tolist()
+
+
+def test_unused_slots_get_class_0(small_set, store):
+    groups = renderer(small_set).render(ITEMS)
+    argmax, payload = stored_answers(store, groups, "dense")
+    unused = groups.weights.flatten() == 0
+    assert unused.any() and not argmax[unused].any() and not payload[unused].any()
+
+
+def test_argmax_alone_has_no_payload(small_set, store):
+    assert stored_answers(store, renderer(small_set).render(ITEMS), "argmax")[1] is None
+
+
+def test_every_group_that_is_trained_on_is_the_one_the_teacher_saw(small_set, store):
+    a, (_, index) = plan_over(small_set), small_set
+    steps = range(2 * 8 * a.groups // a.batch_groups)  # views come round once
+    for groups in step_loader(a, index, steps, range(1), 1, 0, False):
+        stored_answers(store, groups, "argmax")
+
+
+def changed_mix(**changes):
+    def draw(*arguments):
+        mix = draw_mix(*arguments)
+        return dataclasses.replace(mix, **{name: change(mix) for name, change in changes.items()})
+
+    return draw
+
+
+def changed_pixel(image, params, recipe):
+    picture = render(image, params, recipe).copy()
+    picture[1, 3, 5] ^= 1
+    return picture
+
+
+GROUP_MEMBERS = pipeline.loader.group_members
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("draw_mix", changed_mix(lam=lambda mix: mix.lam + 1 / 65536)),
+        ("draw_mix", changed_mix(partner=lambda mix: np.roll(mix.partner, 1))),
+        ("draw_mix", changed_mix(box=lambda mix: (mix.box[0], mix.box[1], mix.box[2], mix.box[3] + 1))),
+        ("draw_mix", changed_mix(kind=lambda mix: {"mixup": "cutmix", "cutmix": "mixup"}[mix.kind])),
+        ("render", changed_pixel),
+        ("group_members", lambda *arguments: GROUP_MEMBERS(*arguments)[::-1]),
+        ("draw_view", lambda recipe, key, view, w, h: draw_view(recipe, key, view + 1, w, h)),
+    ],
+    ids=["lambda", "partner", "box", "kind", "pixel", "order", "view"],
+)
+def test_group_that_is_not_the_one_the_teacher_saw_is_refused(name, changed, small_set, store, monkeypatch):
+    monkeypatch.setattr(pipeline.loader, name, changed)
+    groups = renderer(small_set).render([Item(2, 1, 5)])
+    with pytest.raises(PipelineError) as caught:
+        stored_answers(store, groups, "argmax")
+    message = str(caught.value)
+    assert "group 1 of shard 000002.tar, view 5" in message
+    assert "another order, lambda, partner or pixel" in message
+
+
+def test_answers_of_another_unit_are_refused(small_set, store, monkeypatch):
+    read = Store.read
+    monkeypatch.setattr(Store, "read", lambda self, shard, view, kind: read(self, shard, view ^ 4, kind))
+    with pytest.raises(PipelineError, match="group 1 of shard 000000.tar, view 2"):
+        stored_answers(store, renderer(small_set).render(ITEMS), "argmax")
+
+
+def test_message_about_another_group_names_the_versions_that_wrote_the_store(small_set, store, monkeypatch):
+    monkeypatch.setattr(pipeline.loader, "render", changed_pixel)
+    with pytest.raises(PipelineError, match=f"numpy {np.__version__}"):
+        stored_answers(store, renderer(small_set).render(ITEMS), "argmax")

@@ -1,0 +1,282 @@
+"""Models: DeiT's sizes and initial weights, both heads in every mode, weights in and out."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch.nn.functional import interpolate
+
+from pipeline.config import Recipe, Student, Teacher
+from pipeline.errors import PipelineError, UsageError
+from pipeline.models import (
+    Normalised,
+    build,
+    build_student,
+    build_teacher,
+    load_resized,
+    load_weights,
+    parameter_count,
+    read_weights,
+    resize_pictures,
+    resize_position_embedding,
+    save_weights,
+    teacher_logits,
+    weights_hash,
+)
+
+SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+DISTILLED = Student(kwargs=SMALL, drop_path=0.0)
+PLAIN = Student(model="deit_tiny_patch16_224", kwargs=SMALL, drop_path=0.0)
+
+
+def student(section=DISTILLED, classes=5, size=32, **changes) -> Normalised:
+    return build_student(section.model_copy(update=changes), Recipe(), classes, size)
+
+
+def pictures(count=3, size=32) -> torch.Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0)) * 255
+
+
+def refusal(call, *arguments, kind=PipelineError) -> str:
+    with pytest.raises(kind) as caught:
+        call(*arguments)
+    return str(caught.value)
+
+
+# size and initial weights
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("deit_tiny_patch16_224", 5_717_416),
+        ("deit_small_patch16_224", 22_050_664),
+        ("deit_base_patch16_224", 86_567_656),
+        ("deit_base_patch16_384", 86_859_496),
+        ("deit_tiny_distilled_patch16_224", 5_910_800),
+        ("deit_small_distilled_patch16_224", 22_436_432),
+        ("deit_base_distilled_patch16_224", 87_338_192),
+        ("deit_base_distilled_patch16_384", 87_630_032),
+    ],
+)
+def test_students_have_as_many_parameters_as_deits(name, count):
+    with torch.device("meta"):
+        model = build(Student(model=name), 1000, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    assert parameter_count(model) == count
+
+
+def test_fine_tuned_student_has_as_many_parameters_as_deits():
+    with torch.device("meta"):
+        model = build_student(Student(model="deit_base_distilled_patch16_224"), Recipe(), 1000, 384)
+    assert parameter_count(model) == 87_630_032
+
+
+@pytest.mark.parametrize("name", ["cls_token", "dist_token", "pos_embed"])
+def test_tokens_begin_as_a_normal_of_std_002(name):
+    model = build_student(Student(kwargs={"depth": 1}), Recipe(), 10, 224).model
+    assert getattr(model, name).std().item() == pytest.approx(0.02, rel=0.15)
+    assert abs(getattr(model, name).mean().item()) < 0.004
+
+
+def test_same_seed_makes_the_same_weights_and_another_others():
+    assert weights_hash(student()) == weights_hash(student())
+    assert weights_hash(student()) != weights_hash(student(seed=1))
+
+
+def test_building_leaves_the_global_generators_as_they_were():
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    student()
+    build_teacher(Teacher(model="resnet10t"), 5)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+def test_seeding_the_global_generator_changes_no_weight():
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        seeded = weights_hash(student())
+    assert seeded == weights_hash(student())
+
+
+def test_unknown_model_is_refused_with_names_near_it():
+    message = refusal(student, Student(model="deit_tinny_patch16_224"), kind=UsageError)
+    assert "deit_tinny_patch16_224" in message and "deit_tiny_patch16_224" in message
+
+
+def test_kwargs_that_a_model_does_not_take_are_refused_by_name():
+    assert "no_such_thing" in refusal(student, Student(kwargs={"no_such_thing": 1}), kind=UsageError)
+
+
+# both heads, behind the model's own normalisation
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_both_heads_are_timms_in_every_mode(mode):
+    model = student().train(mode)
+    ours = model(pictures())
+    mean, std = (torch.tensor(t)[:, None, None] for t in (Recipe().mean, Recipe().std))
+    model.model.set_distilled_training(True)
+    theirs = model.model.train()((pictures() / 255 - mean) / std)
+    for own, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, their, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(*ours, atol=1e-3)
+
+
+def test_mean_of_the_heads_is_timms_output_when_evaluated():
+    model = student().eval()
+    ours = sum(model(pictures())) / 2
+    mean, std = (torch.tensor(t)[:, None, None] for t in (Recipe().mean, Recipe().std))
+    torch.testing.assert_close(ours, model.model((pictures() / 255 - mean) / std), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_before_the_heads_is_applied_when_training_alone():
+    model = student(dropout=0.5)
+    outputs = {mode: [model.train(mode)(pictures())[0] for _ in range(2)] for mode in (True, False)}
+    assert not torch.equal(*outputs[True]) and torch.equal(*outputs[False])
+
+
+def test_plain_student_gives_its_logits_twice():
+    one, other = student(PLAIN).eval()(pictures())
+    assert torch.equal(one, other) and one.shape == (3, 5)
+
+
+def test_model_is_normalised_with_its_own_mean_and_std():
+    teacher = build_teacher(Teacher(model="resnet10t", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)), 5).eval()
+    mean, std = (torch.tensor(t)[:, None, None] for t in ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
+    normalised = (pictures() / 255 - mean) / std
+    torch.testing.assert_close(teacher(pictures())[0], teacher.model(normalised), rtol=1e-4, atol=1e-5)
+
+
+def test_normalisation_is_no_part_of_the_weights():
+    assert set(student().state_dict()) == {f"model.{name}" for name in student().model.state_dict()}
+
+
+def test_teacher_answers_a_group_alone_as_among_others():
+    teacher = build_teacher(Teacher(model="resnet10t"), 5).eval()
+    many = pictures(12)
+    together = teacher_logits(teacher, many, 4, 1, False)
+    alone = [teacher_logits(teacher, group, 4, 1, False) for group in many.split(4)]
+    assert torch.equal(together, torch.cat(alone)) and together.dtype == torch.float32
+
+
+def test_pictures_of_the_teachers_own_size_are_not_resized():
+    many = pictures()
+    assert resize_pictures(many, None) is many and resize_pictures(many, 32) is many
+    assert resize_pictures(many, 16).shape == (3, 3, 16, 16)
+
+
+# position embeddings
+
+
+def test_position_embeddings_are_resized_by_plain_bicubic():
+    embedding = torch.randn(1, 2 + 14 * 14, 8, generator=torch.Generator().manual_seed(0))
+    resized = resize_position_embedding(embedding, 24, 2)
+    grid = embedding[:, 2:].transpose(1, 2).reshape(1, 8, 14, 14)
+    expected = interpolate(grid, (24, 24), mode="bicubic", align_corners=False, antialias=False)
+    assert torch.equal(resized[:, :2], embedding[:, :2])
+    torch.testing.assert_close(resized[:, 2:], expected.reshape(1, 8, 576).transpose(1, 2))
+
+
+@pytest.mark.parametrize("prefix", [1, 2])
+def test_position_embeddings_of_the_same_grid_stay_as_they_are(prefix):
+    embedding = torch.randn(1, prefix + 49, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(resize_position_embedding(embedding, 7, prefix), embedding)
+
+
+@pytest.mark.parametrize("section", [DISTILLED, PLAIN], ids=["distilled", "plain"])
+def test_student_of_another_resolution_takes_every_weight_but_the_positions(section):
+    small, large = student(section), student(section, size=48, seed=1)
+    state = small.model.state_dict()
+    load_resized(large, state, "trial")
+    prefix = small.model.num_prefix_tokens
+    expected = state | {"pos_embed": resize_position_embedding(state["pos_embed"], 6, prefix)}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in large.model.state_dict().items())
+
+
+# weights in and out
+
+
+def test_weights_are_loaded_as_they_were_saved(tmp_path):
+    model, other = student(), student(seed=1)
+    save_weights(tmp_path / "w.safetensors", model.model, {"step": "3"})
+    load_weights(other.model, read_weights(tmp_path / "w.safetensors"), "trial")
+    assert weights_hash(other.model) == weights_hash(model.model)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "as DeiT's"])
+def test_weights_of_a_pth_file_are_read(tmp_path, wrapped):
+    model, other = student(), student(seed=1)
+    state = model.model.state_dict()
+    torch.save({"model": state, "epoch": 3} if wrapped else state, tmp_path / "w.pth")
+    load_weights(other.model, read_weights(tmp_path / "w.pth"), "trial")
+    assert weights_hash(other.model) == weights_hash(model.model)
+
+
+def test_hash_of_weights_changes_with_any_bit_name_or_type():
+    model = student().model
+    hashes = {weights_hash(model)}
+    with torch.no_grad():
+        model.norm.bias[0] = -0.0
+    hashes.add(weights_hash(model))
+    hashes.add(weights_hash(model.double()))
+    hashes.add(weights_hash(student()))
+    assert len(hashes) == 4
+
+
+@pytest.mark.parametrize(
+    ("foreign", "told"),
+    [
+        (lambda: student(PLAIN).model, "dist_token"),
+        (lambda: student(classes=6).model, "head"),
+        (lambda: timm.create_model("resnet10t", num_classes=5), "cls_token"),
+    ],
+    ids=["plain", "classes", "another"],
+)
+def test_weights_of_another_model_are_refused_with_the_names(foreign, told):
+    message = refusal(load_weights, student().model, foreign().state_dict(), "file.pth")
+    assert "file.pth: weights of another model" in message and told in message
+
+
+class Bomb:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_pickle_with_code_is_refused_and_not_run(tmp_path):
+    torch.save({"model": student().model.state_dict(), "args": Bomb(tmp_path / "ran")}, tmp_path / "w.pth")
+    assert str(tmp_path / "w.pth") in refusal(read_weights, tmp_path / "w.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "text"])
+def test_damaged_weights_are_named(tmp_path, name, damage):
+    path = tmp_path / name
+    if name == "w.pth":
+        torch.save(student().model.state_dict(), path)
+    else:
+        save_weights(path, student().model)
+    match damage:
+        case "missing":
+            path.unlink()
+        case "empty":
+            path.write_bytes(b"")
+        case "cut":
+            path.write_bytes(path.read_bytes()[:-1000])
+        case "text":
+            path.write_text("no weights")
+    assert str(path) in refusal(read_weights, path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(2), {"model": 3}, {"model": {"epoch": 3}}], ids=str)
+def test_pth_file_of_anything_but_weights_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    refusal(lambda: load_weights(student().model, read_weights(tmp_path / "w.pth"), "w.pth"))

@@ -1,0 +1,493 @@
+"""Preparation: every image once, in even shards, the same bytes anywhere; what is wrong is named."""
+
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import make_data_set, picture, small_config, tree, write_folders
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import PipelineError, UsageError
+from pipeline.layout import index_path
+from pipeline.shards import Index, write_shard
+from pipeline.sources import sample_keys
+from stages import prepare
+
+TRAIN, VAL = {"cat": 7, "dog": 6, "eel": 4}, {"cat": 2, "dog": 1, "eel": 1}
+
+
+def index_of(config, split="train") -> Index:
+    return Index(index_path(config, split))
+
+
+def samples(index: Index) -> list[tuple[str, bytes, int]]:
+    return [
+        (row["key"].decode(), index.read(shard, position), int(row["label"]))
+        for shard in range(len(index.names))
+        for position, row in enumerate(index.rows(shard))
+    ]
+
+
+def shards(root: Path) -> dict[str, bytes]:
+    return {name: data for name, data in tree(root / "work").items() if name.endswith(".tar")}
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def refusal(config, kind=PipelineError) -> str:
+    with pytest.raises(kind) as caught:
+        prepare.run(config)
+    assert "do:" in str(caught.value)
+    return str(caught.value)
+
+
+def written(root: Path, train=TRAIN, val=VAL, **changes):
+    """A configuration over fresh class folders, not yet prepared."""
+    write_folders(root / "train", train)
+    write_folders(root / "val", val, seed=1)
+    return small_config(root, **changes)
+
+
+# class folders
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_image_of_a_folder_is_in_the_index_once_under_its_class(in_tmp, split):
+    config, _ = make_data_set(in_tmp, TRAIN, VAL)
+    files = sorted((in_tmp / split).rglob("*.*"))
+    expected = {(p.read_bytes(), p.parent.name) for p in files}
+    index = index_of(config, split)
+    found = [(image, index.classes[label]) for _, image, label in samples(index)]
+    assert set(found) == expected and len(found) == len(files)
+    assert index.classes == ["cat", "dog", "eel"]
+
+
+def test_key_is_the_path_without_extension(in_tmp):
+    _, index = make_data_set(in_tmp, {"cat": 2}, {"cat": 1})
+    assert {key for key, *_ in samples(index)} == {"cat/000", "cat/001"}
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(6, [5, 6, 6]), (17, [17]), (100, [17]), (1, 17 * [1]), (16, [8, 9])]
+)
+def test_shards_are_of_even_size_and_at_most_as_large_as_asked(in_tmp, size, expected):
+    _, index = make_data_set(in_tmp, TRAIN, VAL, data__shard_samples=size)
+    assert sorted(index.samples.tolist()) == expected
+
+
+def test_shards_mix_the_classes(in_tmp):
+    _, index = make_data_set(in_tmp, {"cat": 40, "dog": 40}, {"cat": 1, "dog": 1}, data__shard_samples=20)
+    assert all(3 < Counter(index.rows(shard)["label"].tolist())[0] < 17 for shard in range(4))
+
+
+def test_images_in_folders_below_a_class_are_found_and_other_files_passed_over(in_tmp):
+    config = written(in_tmp, {"cat": 1}, {"cat": 1})
+    (in_tmp / "train" / "cat" / "deep" / "er").mkdir(parents=True)
+    (in_tmp / "train" / "cat" / "deep" / "er" / "x.JPEG").write_bytes(picture(5, "jpg"))
+    (in_tmp / "train" / "cat" / "notes.txt").write_text("no image")
+    (in_tmp / "train" / ".hidden").mkdir()
+    (in_tmp / "train" / "readme.png").write_bytes(picture(6))
+    prepare.run(config)
+    assert {key for key, *_ in samples(index_of(config))} == {"cat/000", "cat/deep/er/x"}
+
+
+def test_only_the_first_images_of_each_class_are_taken_for_a_trial(in_tmp):
+    _, index = make_data_set(in_tmp, TRAIN, VAL, data__max_per_class=2)
+    assert sorted(key for key, *_ in samples(index)) == [f"{c}/00{i}" for c in TRAIN for i in range(2)]
+
+
+def test_same_images_make_the_same_shards_and_index_in_another_folder(in_tmp, monkeypatch):
+    built = []
+    for name in ("one", "other"):
+        (in_tmp / name).mkdir()
+        monkeypatch.chdir(in_tmp / name)
+        _, index = make_data_set(in_tmp / name, TRAIN, VAL)
+        built.append((shards(in_tmp / name), index.fingerprint))
+    assert built[0] == built[1] and len(built[0][0]) == 4
+
+
+def test_another_seed_orders_the_samples_otherwise(in_tmp, monkeypatch):
+    orders = []
+    for seed in (0, 1):
+        (in_tmp / str(seed)).mkdir()
+        monkeypatch.chdir(in_tmp / str(seed))
+        _, index = make_data_set(in_tmp / str(seed), TRAIN, VAL, data__seed=seed)
+        orders.append([key for key, *_ in samples(index)])
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+
+
+@pytest.mark.slow
+def test_number_of_processes_changes_no_byte(in_tmp, monkeypatch):
+    built = []
+    for workers in (1, 2):
+        (in_tmp / str(workers)).mkdir()
+        monkeypatch.chdir(in_tmp / str(workers))
+        _, index = make_data_set(in_tmp / str(workers), TRAIN, VAL, data__workers=workers)
+        built.append((shards(in_tmp / str(workers)), index.fingerprint))
+    assert built[0] == built[1]
+
+
+# running again
+
+
+def test_second_run_writes_no_shard_and_no_table(in_tmp):
+    config, index = make_data_set(in_tmp, TRAIN, VAL)
+    before = times(in_tmp / "work")
+    prepare.run(config)
+    assert times(in_tmp / "work") == before
+    assert index_of(config).fingerprint == index.fingerprint
+
+
+def test_deleted_index_output_comes_back_without_writing_shards(in_tmp):
+    config, index = make_data_set(in_tmp, TRAIN, VAL)
+    before = times(in_tmp / "work")
+    index_path(config, "train").unlink()
+    prepare.run(config)
+    assert times(in_tmp / "work") == before
+    assert samples(index_of(config)) == samples(index)
+
+
+def test_deleted_shard_alone_is_written_again(in_tmp):
+    config, index = make_data_set(in_tmp, TRAIN, VAL)
+    before, images = times(in_tmp / "work"), samples(index)
+    gone = Path(index.location) / index.names[1]
+    gone.unlink()
+    prepare.run(config)
+    after = times(in_tmp / "work")
+    assert {path for path in after if path.endswith(".tar") and after[path] != before[path]} == {str(gone)}
+    assert samples(index_of(config)) == images
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[:-3], lambda data: b"", lambda data: data[:-1] + b"\xff"],
+    ids=["cut", "empty", "flipped"],
+)
+def test_damaged_table_is_made_again(in_tmp, damage):
+    config, index = make_data_set(in_tmp, TRAIN, VAL)
+    images, table = samples(index), Path(index.table)
+    table.write_bytes(damage(table.read_bytes()))
+    prepare.run(config)
+    assert samples(index_of(config)) == images
+
+
+def test_running_prepare_again_mends_a_damaged_shard_as_its_message_says(in_tmp):
+    config, index = make_data_set(in_tmp, TRAIN, VAL)
+    images, path = samples(index), Path(index.location) / index.names[0]
+    data, row = bytearray(path.read_bytes()), index.rows(0)[0]
+    data[row["offset"] + row["size"] // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(PipelineError) as caught:
+        index_of(config).read(0, 0)
+    assert "run prepare again" in str(caught.value)
+    prepare.run(config)
+    assert samples(index_of(config)) == images
+
+
+def test_damaged_shard_is_not_indexed_as_if_it_were_whole(in_tmp):
+    config, index = make_data_set(in_tmp, TRAIN, VAL)
+    images, path = samples(index), Path(index.location) / index.names[0]
+    # a jpg, which decodes all the same
+    row = next(r for r in index.rows(0) if r["key"].decode().endswith(("1", "4")))
+    data = bytearray(path.read_bytes())
+    data[row["offset"] + row["size"] - 20] ^= 1
+    path.write_bytes(data)
+    (Path(index.location) / index.names[1]).unlink()  # so prepare has work to do
+    try:
+        prepare.run(config)
+    except PipelineError as error:
+        assert index.names[0] in str(error)
+    else:
+        assert samples(index_of(config)) == images
+
+
+@pytest.mark.parametrize("change", ["more", "fewer", "renamed", "another size", "moved"])
+def test_changed_folder_is_another_data_folder_and_leaves_the_old_one(in_tmp, change):
+    config, index = make_data_set(in_tmp, TRAIN, VAL)
+    before, cat = shards(in_tmp), in_tmp / "train" / "cat"
+    match change:
+        case "more":
+            (cat / "new.png").write_bytes(picture(77))
+        case "fewer":
+            (cat / "000.png").unlink()
+        case "renamed":
+            (cat / "000.png").rename(cat / "another.png")
+        case "another size":
+            (cat / "000.png").write_bytes(picture(78, width=50))
+        case "moved":
+            (cat / "000.png").rename(in_tmp / "train" / "dog" / "moved.png")
+    prepare.run(config)
+    again = index_of(config)
+    assert again.location != index.location and again.fingerprint != index.fingerprint
+    assert before.items() < shards(in_tmp).items()
+
+
+def test_dry_run_says_what_it_would_write_and_writes_nothing(in_tmp, capsys):
+    config = written(in_tmp)
+    before = tree(in_tmp)
+    prepare.run(config, dry_run=True)
+    assert tree(in_tmp) == before
+    assert "train: 17 images of 3 classes in 3 shards" in capsys.readouterr().out
+
+
+# digits
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    root = tmp_path_factory.mktemp("digits")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(root)
+        config = small_config(root, data={"source": "digits", "shard_samples": 480})
+        prepare.run(config)
+        yield config, {s: Index(index_path(config, s).absolute()) for s in ("train", "val")}
+
+
+def test_every_digit_is_in_one_split_once(digits):
+    numbers = [int(key) for split in digits[1].values() for key, *_ in samples(split)]
+    assert sorted(numbers) == list(range(1797))
+
+
+def test_digits_have_their_true_labels(digits):
+    from sklearn.datasets import load_digits
+
+    truth = load_digits().target
+    assert all(truth[int(key)] == label for split in digits[1].values() for key, _, label in samples(split))
+
+
+def test_a_fifth_of_each_digit_is_for_validation(digits):
+    train, val = (Counter(digits[1][split].labels().tolist()) for split in ("train", "val"))
+    assert all(val[digit] == -(-(train[digit] + val[digit]) // 5) for digit in range(10))
+
+
+def test_digits_are_cut_evenly(digits):
+    assert sorted(digits[1]["train"].samples.tolist()) == [477, 478, 478]
+
+
+# bad input
+
+
+def test_empty_key_says_which_to_set(in_tmp):
+    assert "set data.train" in refusal(small_config(in_tmp, data__train=""), UsageError)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_missing_folder_is_named(in_tmp, split):
+    config = written(in_tmp, data={split: str(in_tmp / "nowhere")})
+    message = refusal(config, UsageError)
+    assert f"data.{split}" in message and str(in_tmp / "nowhere") in message and "no such folder" in message
+
+
+def test_file_in_the_place_of_a_folder_is_refused(in_tmp):
+    (in_tmp / "file").write_text("")
+    assert "data.train" in refusal(written(in_tmp, data__train=str(in_tmp / "file")), UsageError)
+
+
+def test_folder_without_classes_is_named(in_tmp):
+    config = written(in_tmp, data__train=str(in_tmp / "flat"))
+    (in_tmp / "flat").mkdir()
+    (in_tmp / "flat" / "001.png").write_bytes(picture(1))
+    message = refusal(config)
+    assert f"{in_tmp}/flat: no classes" in message and "one folder of images a class" in message
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_class_without_images_is_named(in_tmp, split):
+    config = written(in_tmp)
+    (in_tmp / split / "fox").mkdir()
+    (in_tmp / split / "fox" / "notes.txt").write_text("no image")
+    assert f"{in_tmp}/{split}/fox: a class without images" in refusal(config)
+
+
+def test_class_that_only_validation_has_is_named(in_tmp):
+    message = refusal(written(in_tmp, {"cat": 1, "dog": 1}, {"cat": 1, "dog": 1, "fox": 1}))
+    assert "not in training: ['fox']" in message and str(in_tmp / "val") in message
+
+
+def test_class_that_validation_lacks_is_named(in_tmp):
+    assert "missing: ['eel']" in refusal(written(in_tmp, TRAIN, {"cat": 1, "dog": 1}))
+
+
+BAD = {
+    "empty": lambda data: b"",
+    "truncated": lambda data: data[: len(data) // 2],
+    "text": lambda data: b"not an image, and long enough to be one " * 9,
+}
+
+
+@pytest.mark.parametrize("damage", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("name", ["000.png", "001.jpg", "002.webp"])
+def test_bad_image_stops_preparation_and_is_named(in_tmp, damage, name):
+    config = written(in_tmp)
+    path = in_tmp / "train" / "dog" / name
+    path.write_bytes(damage(path.read_bytes()))
+    message = refusal(config)
+    assert f"dog/{path.stem} (" in message and "at most 0 (data.max_bad)" in message
+    assert not index_path(config, "train").exists()
+
+
+def test_tolerated_bad_images_are_named_in_the_index_and_left_out(in_tmp, capsys):
+    config = written(in_tmp, data__max_bad=2)
+    for name, damage in (("cat/000.png", BAD["empty"]), ("eel/001.jpg", BAD["truncated"])):
+        path = in_tmp / "train" / name
+        path.write_bytes(damage(path.read_bytes()))
+    prepare.run(config)
+    refused = json.loads(index_path(config, "train").read_text())["refused"]
+    assert {(bad["key"], bool(bad["reason"])) for bad in refused} == {("cat/000", True), ("eel/001", True)}
+    assert len(samples(index_of(config))) == 15
+    assert "refused" in (out := capsys.readouterr().out) and "cat/000" in out and "eel/001" in out
+
+
+def test_one_bad_image_more_than_tolerated_stops_preparation(in_tmp):
+    config = written(in_tmp, data__max_bad=1)
+    for name in ("cat/000.png", "eel/001.jpg"):
+        (in_tmp / "train" / name).write_bytes(b"")
+    message = refusal(config)
+    assert "found:    2" in message and "cat/000" in message and "eel/001" in message
+
+
+def test_image_that_vanishes_while_shards_are_written_is_named(in_tmp, monkeypatch):
+    config = written(in_tmp)
+    listed = prepare.list_split
+
+    def list_then_lose(data, split):
+        listing = listed(data, split)
+        (in_tmp / "train" / "cat" / "000.png").unlink(missing_ok=True)
+        return listing
+
+    monkeypatch.setattr(prepare, "list_split", list_then_lose)
+    assert str(in_tmp / "train" / "cat" / "000.png") in refusal(config)
+    assert not list(in_tmp.rglob("*.partial"))
+
+
+def test_file_names_that_are_no_utf8_are_prepared(in_tmp):
+    config = written(in_tmp, {"cat": 1}, {"cat": 1})
+    for i, name in enumerate([b"\xff.png", b"\xfe.png"]):
+        (in_tmp / "train" / "cat" / os.fsdecode(name)).write_bytes(picture(i))
+    prepare.run(config)
+    assert len(index_of(config)) == 3
+
+
+# shards by other hands
+
+
+def write_shards(root: Path, counts: list[int], split="train") -> list[tuple[str, bytes, int]]:
+    lots = [
+        [(f"{n}/{i}", "png", picture(100 * n + i), (n + i) % 3) for i in range(count)]
+        for n, count in enumerate(counts)
+    ]
+    for number, lot in enumerate(lots):
+        write_shard(root / f"{split}-{number:04d}.tar", lot)
+    return [(key, image, label) for lot in lots for key, _, image, label in lot]
+
+
+def shards_config(root: Path, train="train-{0000..0002}.tar", val="val-0000.tar", **changes):
+    data = {"source": "shards", "train": f"{root}/in/{train}", "val": f"{root}/in/{val}"}
+    return small_config(root, data=data | changes)
+
+
+def test_shards_that_are_there_are_indexed_in_place(in_tmp):
+    theirs = write_shards(in_tmp / "in", [4, 3, 5])
+    write_shards(in_tmp / "in", [3], "val")
+    before, changed = tree(in_tmp / "in"), times(in_tmp / "in")
+    (in_tmp / "in").chmod(0o500)
+    try:
+        config = shards_config(in_tmp)
+        prepare.run(config)
+        index = index_of(config)
+        assert samples(index) == theirs
+        assert index.names == ["train-0000.tar", "train-0001.tar", "train-0002.tar"]
+        assert index.classes == ["0", "1", "2"]
+    finally:
+        (in_tmp / "in").chmod(0o700)
+    assert (tree(in_tmp / "in"), times(in_tmp / "in")) == (before, changed)
+
+
+def test_shards_of_relative_paths_are_indexed(in_tmp):
+    theirs = write_shards(in_tmp / "in", [3])
+    write_shards(in_tmp / "in", [3], "val")
+    data = {"source": "shards", "train": "in/train-0000.tar", "val": "in/val-0000.tar"}
+    config = small_config(in_tmp, data=data)
+    prepare.run(config)
+    assert samples(index_of(config)) == theirs
+
+
+def test_changed_shard_is_noticed_when_preparing_again(in_tmp):
+    write_shards(in_tmp / "in", [4, 3, 5])
+    write_shards(in_tmp / "in", [3], "val")
+    config = shards_config(in_tmp)
+    prepare.run(config)
+    before = index_of(config).fingerprint
+    write_shards(in_tmp / "in", [4, 3, 6])
+    prepare.run(config)
+    assert index_of(config).fingerprint != before
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_empty_key_of_shards_says_which_to_set(in_tmp, split):
+    write_shards(in_tmp / "in", [2, 2, 2])
+    config = shards_config(in_tmp)
+    config = config.model_copy(update={"data": config.data.model_copy(update={split: ""})})
+    assert f"set data.{split}" in refusal(config, UsageError)
+
+
+def test_shard_that_is_missing_is_named(in_tmp):
+    write_shards(in_tmp / "in", [2, 2])
+    write_shards(in_tmp / "in", [3], "val")
+    assert f"{in_tmp}/in/train-0002.tar" in refusal(shards_config(in_tmp))
+
+
+def test_validation_label_that_training_lacks_is_refused(in_tmp):
+    write_shards(in_tmp / "in", [2], "train")
+    write_shards(in_tmp / "in", [3], "val")
+    message = refusal(shards_config(in_tmp, train="train-0000.tar"))
+    assert "a label below 2" in message and "'0/2'" in message
+
+
+def test_shard_without_a_sample_among_others_is_indexed(in_tmp):
+    theirs = write_shards(in_tmp / "in", [3, 0, 2])
+    write_shards(in_tmp / "in", [3], "val")
+    config = shards_config(in_tmp)
+    prepare.run(config)
+    assert samples(index_of(config)) == theirs
+
+
+def test_shards_of_several_folders_are_refused_or_read(in_tmp):
+    a, b = write_shards(in_tmp / "in" / "a", [3]), write_shards(in_tmp / "in" / "b", [4])
+    write_shards(in_tmp / "in", [3], "val")
+    config = shards_config(in_tmp, train="{a,b}/train-0000.tar")
+    try:
+        prepare.run(config)
+    except PipelineError as error:
+        assert "in/b" in str(error) or "data.train" in str(error)
+    else:
+        assert samples(index_of(config)) == a + b
+
+
+# keys
+
+letters = st.sampled_from("ab/.-_ é√\n|\"'{}0")
+names = st.lists(st.text(letters, min_size=1, max_size=12), min_size=1, max_size=12, unique=True)
+property_settings = settings(derandomize=True, deadline=None, max_examples=300)
+
+
+@property_settings
+@given(names)
+def test_keys_are_unique_and_of_legal_characters(names):
+    keys = sample_keys(names)
+    assert len(set(keys)) == len(names)
+    assert all(re.fullmatch(r"[A-Za-z0-9_/-]+", key) for key in keys)
+
+
+@property_settings
+@given(st.data())
+def test_key_of_a_name_does_not_depend_on_the_order_of_names(data):
+    some = data.draw(names)
+    order = data.draw(st.permutations(range(len(some))))
+    assert sample_keys([some[i] for i in order]) == [sample_keys(some)[i] for i in order]

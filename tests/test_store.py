@@ -1,0 +1,700 @@
+"""The store of answers: what is written is read; what is missing, damaged or another's is refused."""
+
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import full_disk, tree
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from pipeline.answers import KINDS, decode_logits, encode, payload_width
+from pipeline.config import Recipe
+from pipeline.errors import PipelineError, UsageError
+from pipeline.plan import Unit, all_units
+from pipeline.recipe import group_count
+from pipeline.store import Identity, Store, lock, read_manifest, store_bytes, sweep, write_manifest
+
+property_settings = settings(derandomize=True, deadline=None, max_examples=25)
+
+RECIPE = Recipe(size=16, group_size=4, repeats=1, block=2)
+BLOCK, CLASSES, TOP_K, VIEWS = 2, 7, 3, 4
+SAMPLES = (6, 5, 3)  # three shards; the last is ragged in its groups too
+TEACHER = {"model": "toy", "weights": "0" * 32}
+
+
+class Rows:
+    """Stands for an index: what a store asks of one."""
+
+    def __init__(self, samples=SAMPLES, fingerprint="f" * 32):
+        self.fingerprint = fingerprint
+        self.names = [f"{i:06d}.tar" for i in range(len(samples))]
+        self.samples = np.array(samples)
+        self.classes = [str(i) for i in range(CLASSES)]
+        self.shards = [{"name": n, "samples": s} for n, s in zip(self.names, samples, strict=True)]
+
+    def __len__(self):
+        return int(self.samples.sum())
+
+
+def create(path, kind="argmax", views=VIEWS, top_k=TOP_K, precision="float32", **identity) -> Store:
+    recipe, index = identity.get("recipe", RECIPE), identity.get("index", Rows())
+    named = Identity(index.fingerprint, recipe, identity.get("teacher", TEACHER))
+    return Store.create(str(path), named, index, views, kind, top_k, precision)
+
+
+def opened(path) -> Store:
+    return Store.open(str(path), Rows(), RECIPE)
+
+
+def answers(unit: Unit, kind: str, seed=0) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Seeded buffers and checks of a unit."""
+    rng = np.random.default_rng([seed, unit.shard, unit.block])
+    samples = SAMPLES[unit.shard]
+    logits = torch.from_numpy(rng.normal(0, 3, (BLOCK * samples, CLASSES)).astype(np.float32))
+    argmax, payload = encode(kind, logits, TOP_K)
+    buffers = {"argmax": argmax.reshape(BLOCK, samples)}
+    if payload is not None:
+        buffers[kind] = payload.reshape(BLOCK, samples, -1)
+    return buffers, rng.integers(0, 2**63, (BLOCK, group_count(samples, 4)), np.uint64)
+
+
+def fill(store: Store, kind: str, views=VIEWS, seed=0, units=None) -> Store:
+    for unit in units or all_units(len(SAMPLES), views, RECIPE):
+        store.write_unit(unit, *answers(unit, kind, seed))
+    return store
+
+
+def chunks(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file() and p.name != "zarr.json")
+
+
+def unit_of(chunk: Path, path: Path) -> Unit:
+    """Of ARRAY/c/BLOCK/SHARD/..."""
+    parts = chunk.relative_to(path).parts
+    return Unit(shard=int(parts[3]), block=int(parts[2]))
+
+
+def damaged_units(path: Path, kind: str, views=VIEWS) -> list[Unit]:
+    return [unit for unit, _ in opened(path).damaged(views, kind)]
+
+
+def refusal(call, *arguments, kind=PipelineError) -> str:
+    with pytest.raises(kind) as caught:
+        call(*arguments)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """A complete store of a kind, made once; give it to `copy` before changing it."""
+    made = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind) / "s.zarr"
+            fill(create(made[kind], kind), kind)
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture
+def copy(filled, tmp_path):
+    return lambda kind: Path(shutil.copytree(filled(kind), tmp_path / f"{kind}.zarr"))
+
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+# write and read
+
+
+@st.composite
+def whole_units(draw, kind: str):
+    unit = Unit(draw(st.integers(0, 2)), draw(st.integers(0, 1)))
+    samples, width = SAMPLES[unit.shard], payload_width(kind, CLASSES, TOP_K)
+    buffers = {"argmax": draw(hnp.arrays(np.uint16, (BLOCK, samples), elements=st.integers(0, CLASSES - 1)))}
+    bits = hnp.arrays(np.uint16, (BLOCK, samples, width), elements=st.integers(0, 65535))
+    if kind != "argmax":
+        payload = draw(bits)
+        # any bits, NaN and infinity too
+        buffers[kind] = payload if kind == "topk" else payload.view(np.float16)
+    shape = (BLOCK, group_count(samples, 4))
+    return unit, buffers, draw(hnp.arrays(np.uint64, shape, elements=st.integers(0, 2**64 - 1)))
+
+
+@every_kind
+def test_answers_are_read_as_they_were_written(kind, tmp_path):
+    store = create(tmp_path / "s.zarr", kind)
+
+    @property_settings
+    @given(whole_units(kind))
+    def holds(written):
+        unit, buffers, checks = written
+        store.write_unit(unit, buffers, checks)
+        reader = opened(tmp_path / "s.zarr")
+        for place in range(BLOCK):
+            found = reader.read(unit.shard, BLOCK * unit.block + place, kind)
+            assert np.array_equal(found.argmax, buffers["argmax"][place])
+            assert np.array_equal(found.check, checks[place])
+            assert kind == "argmax" or found.payload.tobytes() == buffers[kind][place].tobytes()
+        assert np.array_equal(reader.read_unit(unit), buffers["argmax"])
+
+    holds()
+
+
+@every_kind
+def test_units_do_not_touch_one_another(kind, filled):
+    reader = opened(filled(kind))
+    for unit in all_units(len(SAMPLES), VIEWS, RECIPE):
+        buffers, checks = answers(unit, kind)
+        for place in range(BLOCK):
+            found = reader.read(unit.shard, BLOCK * unit.block + place, kind)
+            assert np.array_equal(found.argmax, buffers["argmax"][place])
+            assert np.array_equal(found.check, checks[place])
+            assert kind == "argmax" or np.array_equal(found.payload, buffers[kind][place])
+
+
+@pytest.mark.parametrize("kind", ["topk", "dense"])
+def test_argmax_is_in_every_kind(kind, filled):
+    expected = answers(Unit(1, 1), kind)[0]["argmax"][1]
+    assert np.array_equal(opened(filled(kind)).read(1, 3).argmax, expected)
+
+
+def test_kind_that_was_not_stored_is_refused_with_what_there_is(filled):
+    message = refusal(opened(filled("argmax")).read, 0, 0, "dense")
+    assert "no dense" in message and "argmax" in message and "teacher_logits.kind" in message
+
+
+def test_answer_whose_bits_are_the_fill_values_is_stored_all_the_same(tmp_path):
+    store = create(tmp_path / "s.zarr", "topk")
+    buffers, checks = answers(Unit(0, 0), "topk")
+    buffers["topk"][:] = 65535
+    store.write_unit(Unit(0, 0), buffers, checks)
+    assert (opened(tmp_path / "s.zarr").read(0, 1, "topk").payload == 65535).all()
+
+
+def test_store_at_a_url_is_written_listed_and_read():
+    path = "memory://stores/s.zarr"
+    store = create(path, "topk")
+    assert len(store.missing(VIEWS, "topk")) == 6
+    fill(store, "topk")
+    reader = opened(path)
+    assert reader.missing(VIEWS, "topk") == []
+    assert reader.read(2, 3, "topk").argmax.tolist() == answers(Unit(2, 1), "topk")[0]["argmax"][1].tolist()
+
+
+@every_kind
+def test_xarray_opens_it_with_named_dimensions(kind, filled):
+    import xarray
+
+    with xarray.open_zarr(filled(kind), consolidated=False) as data:
+        assert data["argmax"].dims == ("view", "row") and data["check"].dims == ("view", "shard", "slot")
+        if kind != "argmax":
+            assert data[kind].dims == ("view", "row", {"topk": "packed", "dense": "class"}[kind])
+        row = 1 * max(SAMPLES) + 4  # shard by shard, with equal capacity
+        assert int(data["argmax"][3, row]) == answers(Unit(1, 1), kind)[0]["argmax"][1, 4]
+
+
+def test_attributes_say_what_the_store_is_of(filled):
+    attributes = opened(filled("dense")).group.attrs
+    assert attributes["recipe_settings"] == RECIPE.model_dump(mode="json")
+    assert attributes["teacher"] == TEACHER
+    assert (attributes["classes"], attributes["precision"]) == (CLASSES, "float32")
+    assert attributes["versions"]["numpy"] == np.__version__
+
+
+# missing and resuming
+
+
+def test_unit_that_was_never_written_is_an_error_not_a_fill_value(tmp_path):
+    create(tmp_path / "s.zarr")
+    message = refusal(opened(tmp_path / "s.zarr").read, 1, 3)
+    assert "000001.tar" in message and "block 1" in message and "missing" in message and "do:" in message
+
+
+def test_unit_that_was_never_written_is_an_error_when_it_is_read_whole(tmp_path):
+    create(tmp_path / "s.zarr")
+    assert "000001.tar" in refusal(opened(tmp_path / "s.zarr").read_unit, Unit(1, 1))
+
+
+def test_view_beyond_the_store_is_an_error(filled):
+    assert "view 4" in refusal(opened(filled("argmax")).read, 0, 4)
+
+
+@every_kind
+def test_list_of_missing_units_shrinks_by_what_is_written(kind, tmp_path):
+    store = create(tmp_path / "s.zarr", kind)
+    left = all_units(len(SAMPLES), VIEWS, RECIPE)
+    assert store.missing(VIEWS, kind) == left
+    for unit in random.Random(3).sample(left, len(left)):
+        store.write_unit(unit, *answers(unit, kind))
+        left.remove(unit)
+        assert store.missing(VIEWS, kind) == opened(tmp_path / "s.zarr").missing(VIEWS, kind) == left
+    assert left == []
+
+
+def test_fewer_views_miss_fewer_units(tmp_path):
+    store = fill(create(tmp_path / "s.zarr"), "argmax", views=2)
+    assert store.missing(2, "argmax") == []
+    assert store.missing(4, "argmax") == [Unit(shard, 1) for shard in range(3)]
+
+
+def test_removed_unit_is_missing(copy):
+    path = copy("topk")
+    create(path, "topk").remove_unit(Unit(1, 0))
+    assert opened(path).missing(VIEWS, "topk") == [Unit(1, 0)]
+    assert "missing" in refusal(opened(path).read, 1, 0)
+
+
+def test_removing_a_unit_that_is_not_there_changes_nothing(tmp_path):
+    store = create(tmp_path / "s.zarr")
+    before = tree(tmp_path)
+    store.remove_unit(Unit(1, 0))
+    assert tree(tmp_path) == before
+
+
+class Dying(dict):
+    """Buffers of a process that dies when it comes to the argmax."""
+
+    def __getitem__(self, name):
+        if name == "argmax":
+            raise KeyboardInterrupt
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize("kind", ["topk", "dense"])
+@pytest.mark.parametrize("rewriting", [False, True])
+def test_unit_of_a_writer_that_died_is_missing(kind, rewriting, copy, tmp_path):
+    path = copy(kind) if rewriting else tmp_path / "s.zarr"
+    store = create(path, kind)
+    buffers, checks = answers(Unit(1, 1), kind, seed=8)
+    with pytest.raises(KeyboardInterrupt):
+        store.write_unit(Unit(1, 1), Dying(buffers), checks)
+    assert Unit(1, 1) in {unit_of(chunk, path) for chunk in chunks(path / kind)}  # there already
+    assert Unit(1, 1) in opened(path).missing(VIEWS, kind)
+    refusal(opened(path).read, 1, 2, kind)
+
+
+@every_kind
+def test_unit_of_a_writer_that_died_is_written_again(kind, copy):
+    path = copy(kind)
+    buffers, checks = answers(Unit(1, 1), kind, seed=8)
+    with pytest.raises(KeyboardInterrupt):
+        create(path, kind).write_unit(Unit(1, 1), Dying(buffers), checks)
+    fill(create(path, kind), kind, units=[Unit(1, 1)])
+    assert damaged_units(path, kind) == []
+
+
+@every_kind
+def test_more_views_add_blocks_and_keep_the_old_bytes(kind, tmp_path):
+    path = tmp_path / "s.zarr"
+    fill(create(path, kind, views=2), kind, views=2)
+    before = {name: data for name, data in tree(path).items() if "/c/" in name}
+    store = create(path, kind, views=4)
+    assert store.missing(4, kind) == [Unit(shard, 1) for shard in range(3)]
+    assert {name: data for name, data in tree(path).items() if "/c/" in name} == before
+    fill(store, kind, units=store.missing(4, kind))
+    assert before.items() < tree(path).items()
+    assert damaged_units(path, kind) == []
+
+
+def test_fewer_views_keep_the_further_ones(copy):
+    path = copy("topk")
+    before = tree(path)
+    assert create(path, "topk", views=2).views == 4
+    assert tree(path) == before
+
+
+def test_another_kind_is_added_beside_the_first(copy):
+    path = copy("argmax")
+    store = create(path, "topk")
+    assert store.missing(VIEWS, "argmax") == [] and len(store.missing(VIEWS, "topk")) == 6
+    fill(store, "topk")
+    assert damaged_units(path, "argmax") == damaged_units(path, "topk") == []
+
+
+def test_writing_the_argmax_again_leaves_the_payload_valid(copy):
+    path = copy("topk")
+    buffers, checks = answers(Unit(0, 0), "topk")
+    create(path, "argmax").write_unit(Unit(0, 0), {"argmax": buffers["argmax"]}, checks)
+    assert damaged_units(path, "topk") == []
+
+
+# another's
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"recipe": RECIPE.model_copy(update={"seed": 1})}, ["store's recipe"]),
+        ({"recipe": RECIPE.model_copy(update={"mixup_alpha": 0.7})}, ["store's recipe"]),
+        ({"index": Rows(fingerprint="e" * 32)}, ["store's index", "f" * 32, "e" * 32]),
+        ({"teacher": TEACHER | {"model": "other"}}, ["store's teacher", '"toy"', '"other"']),
+        ({"teacher": TEACHER | {"weights": "1" * 32}}, ["store's teacher", "0" * 32, "1" * 32]),
+        ({"precision": "bfloat16"}, ["precision", "float32", "bfloat16"]),
+        ({"top_k": 4}, ["top_k", "width 8", "10"]),
+    ],
+)
+def test_store_of_another_experiment_is_refused_with_both_values(changes, told, copy):
+    path = copy("topk")
+    before = tree(path)
+    with pytest.raises(UsageError) as caught:
+        create(path, "topk", **changes)
+    message = str(caught.value)
+    assert str(path) in message and all(part in message for part in told), message
+    assert tree(path) == before
+
+
+@pytest.mark.parametrize(
+    ("index", "recipe", "told"),
+    [
+        (Rows(fingerprint="e" * 32), RECIPE, ["store's index", "f" * 32, "e" * 32]),
+        (Rows(), RECIPE.model_copy(update={"size": 32}), ["store's recipe"]),
+    ],
+)
+def test_another_experiment_does_not_open_the_store(index, recipe, told, filled):
+    message = refusal(Store.open, str(filled("argmax")), index, recipe, kind=UsageError)
+    assert all(part in message for part in told)
+
+
+def test_no_store_says_what_to_run(tmp_path):
+    message = refusal(opened, tmp_path / "none.zarr")
+    assert f"{tmp_path}/none.zarr: no store" in message and "pipeline teacher-logits" in message
+
+
+def test_opening_to_read_changes_nothing(copy):
+    path = copy("topk")
+    before = tree(path)
+    opened(path).read(0, 0, "topk")
+    assert tree(path) == before
+
+
+# damage
+
+
+@every_kind
+def test_store_as_written_has_no_damage(kind, filled):
+    assert damaged_units(filled(kind), kind) == []
+
+
+@every_kind
+def test_any_flipped_bit_of_a_chunk_is_found_in_its_unit(kind, copy):
+    path, rng = copy(kind), random.Random(5)
+    files = chunks(path)
+    for number in range(30):
+        chunk = files[number % len(files)]
+        whole = chunk.read_bytes()
+        place, bit = rng.randrange(len(whole)), rng.randrange(8)
+        chunk.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+        assert damaged_units(path, kind) == [unit_of(chunk, path)], f"bit {bit} of byte {place} of {chunk}"
+        chunk.write_bytes(whole)
+
+
+@every_kind
+@pytest.mark.parametrize("damage", ["cut", "half", "empty", "longer", "deleted"])
+def test_cut_or_deleted_chunk_is_found_in_its_unit(kind, damage, copy):
+    path = copy(kind)
+    for chunk in (c for c in chunks(path) if unit_of(c, path) == Unit(1, 1)):
+        whole = chunk.read_bytes()
+        match damage:
+            case "deleted":
+                chunk.unlink()
+            case "longer":
+                chunk.write_bytes(whole + bytes(4))
+            case _:
+                chunk.write_bytes(whole[: {"cut": -1, "half": len(whole) // 2, "empty": 0}[damage]])
+        assert damaged_units(path, kind) == [unit_of(chunk, path)], chunk
+        chunk.write_bytes(whole)
+
+
+@every_kind
+def test_deleted_chunk_makes_its_unit_missing(kind, copy):
+    path = copy(kind)
+    for chunk in chunks(path):
+        whole = chunk.read_bytes()
+        chunk.unlink()
+        assert opened(path).missing(VIEWS, kind) == [unit_of(chunk, path)]
+        chunk.write_bytes(whole)
+
+
+@every_kind
+def test_chunk_of_another_unit_is_found(kind, copy):
+    path = copy(kind)
+    for name in {"argmax", "check", kind}:
+        own, other = ({unit_of(c, path): c for c in chunks(path / name)}[Unit(0, block)] for block in (0, 1))
+        whole = own.read_bytes()
+        shutil.copyfile(other, own)
+        assert damaged_units(path, kind) == [Unit(0, 0)], name
+        own.write_bytes(whole)
+
+
+@every_kind
+def test_damaged_chunk_is_found_when_the_view_is_read_or_the_unit(kind, copy):
+    path = copy(kind)
+    chunk = next(c for c in chunks(path / "argmax") if unit_of(c, path) == Unit(2, 1))
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"\x99")
+    for read in (lambda s: s.read(2, 2, kind), lambda s: s.read_unit(Unit(2, 1))):
+        message = refusal(read, opened(path))
+        assert f"{path}/argmax" in message and "block 1 of shard 000002.tar" in message and "do:" in message
+
+
+@every_kind
+@pytest.mark.parametrize("name", ["argmax", "check", "payload"])
+def test_damaged_unit_is_mended_by_writing_it_again(kind, name, copy):
+    path = copy(kind)
+    name = kind if name == "payload" else name
+    chunk = next(c for c in chunks(path / name) if unit_of(c, path) == Unit(1, 0))
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"\x99")
+    assert damaged_units(path, kind) == [Unit(1, 0)]
+    store = create(path, kind)
+    store.remove_unit(Unit(1, 0))
+    fill(store, kind, units=[Unit(1, 0)])
+    assert damaged_units(path, kind) == []
+
+
+@every_kind
+def test_bit_flipped_in_the_descriptions_is_refused_or_changes_no_answer(kind, copy):
+    path, rng = copy(kind), random.Random(7)
+    expected = [opened(path).read(2, view, kind) for view in range(VIEWS)]
+    unfound = []
+    for number in range(75):
+        file = (path / "zarr.json", path / "argmax" / "zarr.json", path / kind / "zarr.json")[number % 3]
+        whole = file.read_bytes()
+        place = rng.randrange(len(whole))
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(7)]) + whole[place + 1 :])
+        try:
+            for view, answer in enumerate(expected):
+                found = opened(path).read(2, view, kind)
+                for name, value in vars(answer).items():
+                    if value is not None and getattr(found, name).tobytes() != value.tobytes():
+                        unfound.append(f"{file.parent.name} {place}: another {name}")
+        except PipelineError:
+            pass
+        except Exception as error:
+            unfound.append(f"{file.parent.name} {place}: {error!r}")
+        file.write_bytes(whole)
+    assert not unfound
+
+
+def test_full_disk_is_told_plainly_and_leaves_the_unit_missing(tmp_path):
+    store = create(tmp_path / "s.zarr", "dense")
+    with full_disk(100):
+        message = refusal(store.write_unit, Unit(0, 0), *answers(Unit(0, 0), "dense"))
+    assert f"{tmp_path}/s.zarr: the store cannot be written" in message and "make room" in message
+    assert Unit(0, 0) in opened(tmp_path / "s.zarr").missing(VIEWS, "dense")
+
+
+def test_store_that_cannot_be_made_is_told_plainly(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refusal(create, tmp_path / "file" / "s.zarr")
+
+
+def test_sweep_removes_what_killed_writers_left_and_nothing_else(copy):
+    path = copy("argmax")
+    before = tree(path)
+    (path / "argmax" / "c" / "0" / "1.0123abc.partial").write_bytes(b"half")
+    sweep(str(path))
+    assert tree(path) == before
+
+
+def test_bytes_of_a_store_are_those_on_disk(filled):
+    path = filled("dense")
+    assert store_bytes(str(path)) == sum(len(data) for data in tree(path).values())
+
+
+# the manifest
+
+
+@every_kind
+def test_manifest_is_the_same_bytes_whatever_the_order_of_writing(kind, filled, tmp_path):
+    units = all_units(len(SAMPLES), VIEWS, RECIPE)
+    other = fill(create(tmp_path / "s.zarr", kind), kind, units=units[::-1])
+    write_manifest(tmp_path / "one.json", opened(filled(kind)).manifest(VIEWS, kind))
+    write_manifest(tmp_path / "other.json", other.manifest(VIEWS, kind))
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "other.json").read_bytes()
+
+
+@every_kind
+def test_manifest_lists_every_unit(kind, filled):
+    units = opened(filled(kind)).manifest(VIEWS, kind)["units"]
+    assert {name: len(blocks) for name, blocks in units.items()} == {f"{i:06d}.tar": 2 for i in range(3)}
+    assert len({digest for blocks in units.values() for digest in blocks}) == 6
+
+
+@every_kind
+def test_manifest_changes_in_the_unit_that_another_answer_stands_in(kind, copy):
+    path = copy(kind)
+    before = opened(path).manifest(VIEWS, kind)["units"]
+    fill(create(path, kind), kind, seed=1, units=[Unit(1, 0)])
+    after = opened(path).manifest(VIEWS, kind)["units"]
+    assert [(n, b) for n in before for b in range(2) if before[n][b] != after[n][b]] == [("000001.tar", 0)]
+
+
+def test_manifest_of_fewer_views_is_that_of_a_smaller_store(filled, tmp_path):
+    small = fill(create(tmp_path / "s.zarr", views=2), "argmax", views=2)
+    assert opened(filled("argmax")).manifest(2, "argmax") == small.manifest(2, "argmax")
+
+
+def test_manifest_of_a_kind_does_not_change_when_another_kind_is_added(copy):
+    path = copy("argmax")
+    before = opened(path).manifest(VIEWS, "argmax")
+    fill(create(path, "topk"), "topk")
+    assert opened(path).manifest(VIEWS, "argmax") == before
+
+
+@every_kind
+def test_incomplete_store_has_no_manifest_and_names_the_missing_unit(kind, copy):
+    path = copy(kind)
+    create(path, kind).remove_unit(Unit(2, 1))
+    message = refusal(opened(path).manifest, VIEWS, kind)
+    assert "1 units missing" in message and "shard 2, block 1" in message
+    assert "run teacher-logits again" in message
+
+
+def test_manifest_is_read_as_it_was_written(filled, tmp_path):
+    manifest = opened(filled("topk")).manifest(VIEWS, "topk")
+    write_manifest(tmp_path / "manifest.json", manifest)
+    assert read_manifest(tmp_path / "manifest.json") == manifest
+
+
+def test_missing_manifest_says_what_to_run(tmp_path):
+    assert "pipeline teacher-logits" in refusal(read_manifest, tmp_path / "manifest.json")
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe"])
+def test_damaged_manifest_is_named(tmp_path, data):
+    (tmp_path / "manifest.json").write_bytes(data)
+    assert f"{tmp_path}/manifest.json" in refusal(read_manifest, tmp_path / "manifest.json")
+
+
+# encoding
+
+logits = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=9),
+    elements=st.floats(-60, 60, width=32),
+)
+
+
+@property_settings
+@given(logits)
+def test_argmax_is_that_of_the_unrounded_logits(values):
+    for kind in KINDS:
+        argmax = encode(kind, torch.from_numpy(values), 2)[0]
+        assert argmax.dtype == np.uint16
+        assert np.array_equal(values[np.arange(len(values)), argmax], values.max(1))
+
+
+def test_argmax_tells_apart_what_float16_does_not():
+    close = torch.tensor([[30.0, 30.001]])
+    assert close.half()[0, 0] == close.half()[0, 1]
+    assert [encode(kind, close, 1)[0].item() for kind in KINDS] == [1, 1, 1]
+
+
+@property_settings
+@given(logits)
+def test_dense_keeps_every_logit_as_float16(values):
+    payload = encode("dense", torch.from_numpy(values), 1)[1]
+    decoded = decode_logits("dense", payload, values.shape[1])
+    assert np.array_equal(decoded, values.astype(np.float16).astype(np.float32))
+
+
+@property_settings
+@given(logits)
+def test_top_k_of_all_classes_keeps_every_logit_as_float16(values):
+    classes = values.shape[1]
+    payload = encode("topk", torch.from_numpy(values), classes)[1]
+    assert payload.shape == (len(values), payload_width("topk", classes, classes))
+    decoded = decode_logits("topk", payload, classes)
+    assert np.array_equal(decoded, values.astype(np.float16).astype(np.float32))
+
+
+@property_settings
+@given(logits, st.data())
+def test_top_k_keeps_the_largest_and_the_mass_of_the_tail(values, data):
+    classes = values.shape[1]
+    k = data.draw(st.integers(1, classes - 1))
+    payload = encode("topk", torch.from_numpy(values), k)[1]
+    decoded = decode_logits("topk", payload, classes).astype(np.float64)
+    for row, true in zip(decoded, np.sort(values.astype(np.float64), 1), strict=True):
+        tail = np.log(np.exp(true[:-k]).sum())
+        # the k largest, rounded, aside, all others are equal and have the tail's mass
+        others = row.tolist()
+        for value in true[-k:].astype(np.float16):
+            others.remove(value)
+        assert len(set(others)) == 1
+        assert math.log(len(others)) + others[0] == pytest.approx(tail, rel=1e-5, abs=1e-5)
+
+
+def test_top_k_has_the_probabilities_of_the_rounded_logits_at_tau_1():
+    values = torch.randn(50, CLASSES, generator=torch.Generator().manual_seed(0)) * 3
+    values = values.half().float()
+    decoded = torch.from_numpy(decode_logits("topk", encode("topk", values, 3)[1], CLASSES)).double()
+    top = values.topk(3, 1).indices
+    assert torch.allclose(
+        decoded.softmax(1).gather(1, top), values.double().softmax(1).gather(1, top), rtol=1e-6, atol=0
+    )
+
+
+# the lock
+
+
+def test_second_holder_is_refused_and_told_the_first(tmp_path):
+    with lock(tmp_path / "new" / "a.lock", "part 0 of 1"):
+        with pytest.raises(UsageError) as caught, lock(tmp_path / "new" / "a.lock", "part 0 of 1"):
+            pass
+    message = str(caught.value)
+    assert f"process {os.getpid()} on " in message and "part 0 of 1" in message and "a.lock" in message
+
+
+def test_lock_is_free_after_its_block(tmp_path):
+    for _ in range(2):
+        with lock(tmp_path / "a.lock", "work"):
+            assert (tmp_path / "a.lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_lock_is_free_after_its_block_raised(tmp_path):
+    with pytest.raises(ValueError), lock(tmp_path / "a.lock", "work"):
+        raise ValueError
+    with lock(tmp_path / "a.lock", "work"):
+        pass
+
+
+def test_parts_have_locks_of_their_own(tmp_path):
+    with lock(tmp_path / "a.lock", "work"), lock(tmp_path / "b.lock", "work"):
+        pass
+
+
+def test_lock_of_a_killed_process_is_free(tmp_path):
+    code = f"""
+import sys, time
+from pathlib import Path
+from pipeline.store import lock
+with lock(Path({str(tmp_path / "a.lock")!r}), "work"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            told = f"process {holder.pid} on "
+            with pytest.raises(UsageError, match=told), lock(tmp_path / "a.lock", "work"):
+                pass
+        finally:
+            holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    with lock(tmp_path / "a.lock", "work"):
+        pass

@@ -1,0 +1,384 @@
+"""Training: offline equals online, exact resume, the schedule, and what stops a run."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_data_set
+
+from pipeline import checkpoint
+from pipeline.config import Config, Training, dump, resolve
+from pipeline.errors import PipelineError, UsageError
+from pipeline.layout import answers_folder, finetune_folder, index_path, student_folder, teacher_folder
+from pipeline.models import build_student, read_weights
+from pipeline.plan import plan_of
+from pipeline.runlog import Log, read_log
+from pipeline.shards import Index
+from pipeline.training import Run, Trainer, build_optimizer, build_schedule, train
+from stages import finetune, teacher, teacher_logits, train_student
+
+CPU = torch.device("cpu")
+TINY_TEACHER = {
+    "model": "regnety_002", "kwargs": {"depth": 8, "output_stride": 8}, "epochs": 1, "batch_size": 8,
+    "precision": "float32", "workers": 0, "ema_decay": None, "min_top1": 0.0, "crop": 1.0, "drop_path": 0.0,
+}  # fmt: skip
+TINY_STUDENT = {
+    "kwargs": {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}, "epochs": 7, "batch_size": 8,
+    "precision": "float32", "workers": 0, "ema_decay": 0.9, "lr": 0.05, "warmup_epochs": 1, "log_steps": 1,
+    "drop_path": 0.1, "checkpoint_minutes": 0.0, "eval_epochs": 7,
+}  # fmt: skip
+CHANGES = {
+    "teacher": TINY_TEACHER,
+    "teacher_logits": {"views": 8, "kind": "dense", "precision": "float32", "batch_groups": 1, "workers": 0},
+    "student": TINY_STUDENT,
+    "students": ["hard", "soft", "none"],
+    "variants": {
+        "hard": {},
+        "soft": {"distillation": "soft", "alpha": 0.5, "tau": 3.0, "soft_reduction": "batchmean"},
+        "none": {"distillation": "none", "model": "deit_tiny_patch16_224"},
+    },
+    "finetune": {**{k: v for k, v in TINY_STUDENT.items() if k != "kwargs"}, "size": 24, "views": 4, "epochs": 1, "from": "hard"},
+    "evaluate": {"workers": 0, "crop": 1.0, "crop_finetuned": 1.0, "throughput_seconds": 0.0},
+}
+
+
+@pytest.fixture(scope="session")
+def taught_template(tmp_path_factory) -> Path:
+    """A folder with 20 images prepared, a tiny teacher, and a complete dense store."""
+    root = tmp_path_factory.mktemp("taught")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(root)
+        config, _ = make_data_set(
+            root, {"cat": 8, "dog": 6, "eel": 6}, {"cat": 2, "dog": 1, "eel": 1}, work="work", **CHANGES
+        )
+        teacher.run(config, CPU)
+        teacher_logits.run(config, CPU)
+        Path("params.yaml").write_text(dump(config))
+    return root
+
+
+@pytest.fixture
+def taught(taught_template, tmp_path, monkeypatch) -> Config:
+    """A copy of it, of one's own, as the current folder."""
+    root = tmp_path / "taught"
+    shutil.copytree(taught_template, root)
+    monkeypatch.chdir(root)
+    return loaded()
+
+
+def loaded(*overrides: str) -> Config:
+    from pipeline.config import load
+
+    return load("params.yaml", overrides)
+
+
+def losses(config: Config) -> list[float]:
+    """Losses of every step of the only run that has a log of steps."""
+    logs = [read_log(path) for path in Path(config.work).glob("state/*/log.jsonl")]
+    longest = max(logs, key=lambda lines: len([x for x in lines if x["kind"] == "step"]))
+    return [line["loss"] for line in longest if line["kind"] == "step"]
+
+
+def trained_losses(config: Config, name: str, how: str) -> list[float]:
+    shutil.rmtree(Path(config.work) / "state")
+    train_student.run(config, CPU, name, teacher=how)
+    return losses(config)
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    first, second = read_weights(a), read_weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_hard_distillation_offline_equals_online_to_the_bit(taught):
+    offline = trained_losses(taught, "hard", "stored")
+    assert len(offline) >= 20
+    assert offline == trained_losses(taught, "hard", "online")
+
+
+def test_soft_distillation_offline_equals_online_up_to_float16(taught):
+    offline = trained_losses(taught, "soft", "stored")
+    assert offline == pytest.approx(trained_losses(taught, "soft", "online"), rel=2e-3)
+
+
+def test_an_undistilled_student_sees_the_same_pictures(taught, monkeypatch):
+    seen = []
+    real = Trainer.loss
+    monkeypatch.setattr(Trainer, "loss", lambda self, groups: seen.append(groups.checks) or real(self, groups))
+    train_student.run(taught, CPU, "none")
+    none, seen[:] = list(seen), []
+    train_student.run(taught, CPU, "hard")
+    assert none == seen
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [0, 1, 5, 19])
+def test_a_run_that_stops_anywhere_and_goes_on_ends_with_the_same_weights(taught, monkeypatch, at):
+    undisturbed = taught.model_copy(update={"work": "undisturbed"})
+    shutil.copytree("work/stores", "undisturbed/stores")
+    train_student.run(undisturbed, CPU, "hard")
+    expected = read_weights(student_folder(taught, "hard") / "weights.safetensors")
+    real = Trainer.train_step
+
+    def stopping(self, batches):
+        if self.step == at:
+            raise Stop
+        return real(self, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Trainer, "train_step", stopping)
+        train_student.run(taught, CPU, "hard")
+    train_student.run(taught, CPU, "hard")
+    found = read_weights(student_folder(taught, "hard") / "weights.safetensors")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_resumed_run_logs_every_step_once(taught, monkeypatch):
+    real = Trainer.train_step
+
+    def stopping(self, batches):
+        if self.step == 7:
+            raise Stop
+        return real(self, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Trainer, "train_step", stopping)
+        train_student.run(taught, CPU, "hard")
+    train_student.run(taught, CPU, "hard")
+    count = len(losses(taught))
+    logs = [path for path in Path("work/state").glob("*/log.jsonl")]
+    steps = max(([x["step"] for x in read_log(path) if x["kind"] == "step"] for path in logs), key=len)
+    assert steps == list(range(count))
+
+
+def test_a_finished_run_is_not_trained_again(taught, monkeypatch):
+    train_student.run(taught, CPU, "hard")
+    monkeypatch.setattr(Trainer, "train", lambda *_: pytest.fail("trained again"))
+    train_student.run(taught, CPU, "hard")
+
+
+def test_accumulation_changes_only_rounding(taught):
+    whole = trained_losses(loaded("student.drop_path=0"), "hard", "stored")
+    parts = trained_losses(loaded("student.drop_path=0", "student.accumulation=2"), "hard", "stored")
+    assert parts == pytest.approx(whole, rel=1e-4)
+
+
+def test_workers_change_nothing(taught):
+    alone = trained_losses(loaded(), "hard", "stored")
+    assert alone == trained_losses(loaded("student.workers=2"), "hard", "stored")
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_step_and_groups(taught, monkeypatch):
+    real = Trainer.train_step
+
+    def broken(self, batches):
+        loss = real(self, batches)
+        return loss * math.nan if self.step == 4 else loss
+
+    monkeypatch.setattr(Trainer, "train_step", broken)
+    with pytest.raises(PipelineError, match=r"(?s)step 4.*finite loss.*nan over 2 groups \(\d{6}\.tar group"):
+        train_student.run(taught, CPU, "hard")
+
+
+def test_the_last_good_checkpoint_survives_a_non_finite_loss(taught, monkeypatch):
+    real = Trainer.train_step
+    broken = lambda self, batches: real(self, batches) * (math.nan if self.step == 4 else 1)  # noqa: E731
+    monkeypatch.setattr(Trainer, "train_step", broken)
+    with pytest.raises(PipelineError):
+        train_student.run(taught, CPU, "hard")
+    newest = max(Path("work/state").glob("*/step-*.ckpt"))
+    assert newest.name == "step-000000004.ckpt"
+
+
+def test_another_runs_checkpoint_is_refused(taught):
+    train_student.run(taught, CPU, "hard")
+    newest = max(Path("work/state").glob("*/step-*.ckpt"))
+    with pytest.raises(PipelineError, match="checkpoint of another run"):
+        checkpoint.load(newest.parent, "0" * 32, CPU)
+
+
+def test_a_teacher_below_min_top1_is_refused_with_both_numbers(taught):
+    shutil.rmtree(teacher_folder(taught))
+    with pytest.raises(PipelineError, match=r"(?s)at least 1\.0000.*found: +0\.\d{4}"):
+        teacher.run(loaded("teacher.min_top1=1.0"), CPU)
+    assert not teacher_folder(taught).exists()
+
+
+def test_a_missing_unit_stops_a_student_before_it_trains(taught):
+    chunk = next(Path("work/stores").glob("*.zarr/argmax/c/0/0"))
+    chunk.unlink()
+    with pytest.raises(PipelineError, match=r"(?s)incomplete.*1 units missing.*run teacher-logits again"):
+        train_student.run(taught, CPU, "hard")
+
+
+def test_teacher_logits_computes_only_what_is_missing(taught, monkeypatch):
+    before = {path: path.read_bytes() for path in Path("work/stores").rglob("c/*/*") if path.is_file()}
+    next(Path("work/stores").glob("*.zarr/argmax/c/1/2")).unlink()
+    computed = []
+    real = teacher_logits.Store.write_unit
+    monkeypatch.setattr(
+        teacher_logits.Store, "write_unit", lambda self, unit, *rest: computed.append(unit) or real(self, unit, *rest)
+    )
+    teacher_logits.run(taught, CPU)
+    assert [(unit.shard, unit.block) for unit in computed] == [(2, 1)]
+    assert before == {path: path.read_bytes() for path in Path("work/stores").rglob("c/*/*") if path.is_file()}
+
+
+def test_more_views_add_blocks_to_the_same_store(taught):
+    before = json.loads((answers_folder(taught, "train-student") / "manifest.json").read_text())
+    teacher_logits.run(loaded("teacher_logits.views=12"), CPU)
+    after = json.loads((answers_folder(taught, "train-student") / "manifest.json").read_text())
+    assert after["fingerprint"] == before["fingerprint"]
+    assert all(after["units"][name][:2] == units for name, units in before["units"].items())
+    assert len(after["units"]["000000.tar"]) == 3
+
+
+def test_parts_fill_the_same_store_as_one_process(taught):
+    answers = answers_folder(taught, "train-student") / "manifest.json"
+    before = answers.read_bytes()
+    shutil.rmtree("work/stores")
+    for part in range(3):
+        teacher_logits.run(taught, CPU, part=(part, 3))
+    # later parts count from what is missing then, so a last pass takes what is left
+    teacher_logits.run(taught, CPU)
+    assert answers.read_bytes() == before
+
+
+def test_a_store_named_by_hand_of_another_recipe_is_refused(taught):
+    store = next(Path("work/stores").glob("*.zarr"))
+    with pytest.raises(UsageError, match="the store's recipe"):
+        train_student.run(loaded("recipe.hflip=0.25"), CPU, "hard", store=str(store))
+
+
+def test_a_changed_recipe_fills_another_store_and_leaves_the_first(taught):
+    first = next(Path("work/stores").glob("*.zarr"))
+    files = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    teacher_logits.run(loaded("recipe.hflip=0.25"), CPU)
+    assert len(list(Path("work/stores").glob("*.zarr"))) == 2
+    assert files == {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+
+
+def test_changed_pixels_stop_training_at_the_first_group(taught, monkeypatch):
+    from pipeline import loader
+
+    real = loader.render
+    monkeypatch.setattr(loader, "render", lambda *given: real(*given) ^ 1)
+    with pytest.raises(PipelineError, match="(?s)the pictures and mixing that the teacher saw.*pixel"):
+        train_student.run(taught, CPU, "hard")
+
+
+def test_fine_tuning_goes_on_from_the_named_student_at_the_higher_resolution(taught):
+    train_student.run(taught, CPU, "hard")
+    teacher_logits.run(taught, CPU, "finetune")
+    finetune.run(taught, CPU)
+    tuned = read_weights(finetune_folder(taught) / "weights.safetensors")
+    assert tuned["pos_embed"].shape == (1, 2 + 9, 24)
+
+
+def test_fine_tuning_offline_equals_online_with_the_teacher_at_its_own_size(taught):
+    config = loaded("finetune.teacher_size=16")
+    train_student.run(config, CPU, "hard")
+    teacher_logits.run(config, CPU, "finetune")
+    finetune.run(config, CPU)
+    offline = read_weights(finetune_folder(config) / "weights.safetensors")
+    finetune.run(config, CPU, teacher="online")
+    online = read_weights(finetune_folder(config) / "weights.safetensors")
+    assert all(torch.equal(offline[key], online[key]) for key in offline)
+
+
+def test_the_learning_rate_follows_deit_epoch_by_epoch():
+    settings = Training()
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), settings)
+    schedule = build_schedule(optimizer, settings)
+    expected = {
+        0: 1e-6, 1: 1e-6, 2: 2.008e-4, 3: 4.006e-4, 4: 6.004e-4, 5: 8.002e-4, 6: 9.993e-4,
+        50: 9.36e-4, 100: 7.57e-4, 150: 5.10e-4, 200: 2.62e-4, 250: 7.89e-5, 299: 1.01e-5,
+    }  # fmt: skip
+    for epoch, rate in expected.items():
+        schedule.step(max(epoch - 1, 0))
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate, rel=2e-3), epoch
+
+
+def test_biases_norms_and_tokens_are_not_decayed():
+    config = resolve({"student": {"kwargs": TINY_STUDENT["kwargs"]}}, (), "test")
+    model = build_student(config.student, config.recipe, 3, 16).model
+    decayed = {
+        id(parameter)
+        for group in build_optimizer(model, config.student).param_groups
+        for parameter in group["params"]
+        if group["weight_decay"]
+    }
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim > 1 and name not in ("pos_embed", "cls_token", "dist_token")
+        assert (id(parameter) in decayed) == plain, name
+
+
+def test_a_log_line_that_a_kill_cut_short_is_left_out(tmp_path):
+    log = Log(tmp_path / "log.jsonl")
+    log.write("step", 0, loss=1.0)
+    with open(log.path, "a") as file:
+        file.write('{"kind": "step", "st')
+    assert [line["step"] for line in read_log(log.path)] == [0]
+
+
+def test_sigterm_saves_and_the_run_goes_on_from_there(taught, monkeypatch):
+    from pipeline.training import Interrupted
+
+    real = Trainer.train_step
+
+    def terminated(self, batches):
+        if self.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="at step 7") as caught:
+        patch.setattr(Trainer, "train_step", terminated)
+        train_student.run(taught, CPU, "hard")
+    assert caught.value.exit_code == 143
+    assert max(Path("work/state").glob("*/step-*.ckpt")).name == "step-000000007.ckpt"
+
+
+def launch(*arguments: str, ranks: int = 1, **environment: str) -> subprocess.Popen:
+    module = ["-m", "pipeline"]
+    if ranks > 1:
+        module = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=29711", *module]
+    return subprocess.Popen(
+        [sys.executable, *module, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+def test_two_ranks_train_like_one(taught):
+    Path("params.yaml").write_text(dump(loaded("student.drop_path=0")))
+    one = trained_losses(loaded(), "hard", "stored")
+    shutil.rmtree("work/state")
+    process = launch("train-student", "--student", "hard", "--device", "cpu", ranks=2)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert losses(loaded()) == pytest.approx(one, rel=1e-4)
+
+
+def test_run_names_a_batch_that_ranks_do_not_divide(taught):
+    settings = taught.student.model_copy(update={"accumulation": 4})
+    index = Index(index_path(taught, "train"))
+    run = Run(
+        "odd", Path("odd"), "f", settings, plan_of(index, taught.recipe, taught.student, 8), index, index,
+        build_student(taught.student, taught.recipe, 3, 16), 16, 1.0,
+    )  # fmt: skip
+    with pytest.raises(PipelineError, match="ranks x accumulation"):
+        train(run)
