@@ -56,7 +56,7 @@ def _stage(with_device: bool = True):
         @click.option("--dry-run", is_flag=True, help="Say what would be done, with sizes and counts, and do nothing.")
         @functools.wraps(body)
         def command(path, overrides, dry_run, device=None, **options):
-            from pipeline.config import load
+            from pipeline.params import load
 
             config = load(path, overrides)
             if with_device:
@@ -185,7 +185,8 @@ def train_student(config, device, dry_run, name, distillation, alpha, tau, teach
       pipeline train-student --student hard --distillation soft --alpha 0.1 --tau 3
       torchrun --nproc-per-node 4 -m pipeline train-student --student hard
     """
-    from pipeline.config import Student, validate
+    from pipeline.config import Student
+    from pipeline.strict import validate
     from stages import train_student
 
     changes = {"distillation": distillation, "alpha": alpha, "tau": tau}
@@ -250,7 +251,7 @@ def configure(name, overrides, output):
       pipeline configure cifar10
       pipeline configure imagenet-deit-tiny data.train=/data/train data.val=/data/val
     """
-    from pipeline.config import dump, load
+    from pipeline.params import dump, load
 
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path("configs") / f"{name}.yaml"
     if not path.exists():

@@ -1,22 +1,17 @@
-"""The typed, frozen, strict configuration, and fingerprints.
+"""The typed configuration: every key, with its meaning.
 
-The defaults are the paper's (Touvron et al. 2020, arXiv 2012.12877, Table 9). `params.yaml` holds a
-whole configuration; `configs/*.yaml` hold only what differs from the defaults. Unknown keys, wrong
-types and impossible combinations are refused with the key's full name.
+The defaults are the paper's (Touvron et al. 2020, arXiv 2012.12877, Table 9). Unknown keys, wrong types
+and impossible combinations are refused with the key's full name; see pipeline.strict and pipeline.params.
 """
 
-import difflib
-import hashlib
-import json
 import math
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.errors import UsageError
+from pipeline.strict import Section, validate
 
 # 0 switches mixing off; tiny parameters would make the rejection that draws from Beta endless
 Alpha = Annotated[float, Field(ge=0, le=4), AfterValidator(lambda value: _alpha(value))]
@@ -34,17 +29,6 @@ def _alpha(value: float) -> float:
     if 0 < value < 0.05:
         raise ValueError(f"0 or at least 0.05, not {value}")
     return value
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        use_attribute_docstrings=True,
-        populate_by_name=True,
-        allow_inf_nan=False,
-    )
 
 
 class Data(Section):
@@ -370,14 +354,6 @@ def parse_rand_augment(text: str) -> RandAugment:
     return RandAugment(**fields)
 
 
-def fingerprint(value: Any) -> str:
-    """32 hex digits of BLAKE2b over canonical JSON: sorted keys, no spaces, floats by repr."""
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json", by_alias=True)
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
 # How a run is computed, not what it computes: these change no result and no fingerprint.
 NOT_RESULT = {"workers", "accumulation", "checkpoint_minutes", "log_steps", "eval_epochs", "compile", "channels_last"}
 
@@ -385,123 +361,3 @@ NOT_RESULT = {"workers", "accumulation", "checkpoint_minutes", "log_steps", "eva
 def result_fields(section: Section) -> dict[str, Any]:
     """A section as JSON values, less the keys that only say how the work is carried out."""
     return section.model_dump(mode="json", by_alias=True, exclude=NOT_RESULT)
-
-
-def validate(kind: type[Section], values: Any, source: str = "", section: str = "") -> Any:
-    """`values` as a `kind`, or a UsageError that names the key in full and the nearest valid one."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    location = [str(part) for part in first["loc"]]
-    key = ".".join([section] * bool(section) + location)
-    where = ": ".join(part for part in (source, key) if part)
-    if first["type"] == "extra_forbidden":
-        valid = _keys_beside(kind, location)
-        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.4)
-        raise UsageError(
-            where,
-            expected=f"did you mean {near[0]}? " * bool(near) + f"valid keys: {', '.join(sorted(valid))}",
-            found=f"an unknown key, {location[-1]}",
-            do="correct the key or remove it",
-        )
-    if first["type"] == "value_error":
-        raise UsageError(where, expected=str(first["ctx"]["error"]), do="change it")
-    raise UsageError(
-        where,
-        expected=first["msg"].removeprefix("Input should be "),
-        found=f"{first['input']!r} ({type(first['input']).__name__})",
-        do="correct the value",
-    )
-
-
-def _keys_beside(kind: type[BaseModel], location: list[str]) -> list[str]:
-    for part in location[:-1]:
-        by_name = {(field.alias or name): field for name, field in kind.model_fields.items()}
-        kind = by_name[part].annotation
-    return [field.alias or name for name, field in kind.model_fields.items()]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats (5e-4 is a number) and no duplicate keys."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what the loader would take for a number."""
-
-
-for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"),
-        list("-+0123456789."),
-    )
-
-
-def _unique_mapping(loader, node, deep=False):
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """Raises UsageError with line and column where `text` is no YAML."""
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
-        raise UsageError(f"{source}: not readable as YAML", found=" ".join(str(error).split()), do="mend it") from None
-
-
-def merge(base: dict, over: dict) -> dict:
-    """`base` with `over` laid on it, sections recursively; kwargs and variants are replaced whole."""
-    result = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merge(result[key], value) if both and key not in ("kwargs", "variants") else value
-    return result
-
-
-def load(path: str | Path = "params.yaml", overrides: tuple[str, ...] = ()) -> Config:
-    """The configuration in a file, `section.key=value` overrides laid on it.
-
-    Raises:
-        UsageError: missing file, no YAML, unknown key, wrong type, impossible combination.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path}: the configuration cannot be read",
-            expected="a text file such as params.yaml or one of configs/",
-            found=getattr(error, "strerror", None) or str(error),
-            do="name it with --config, or write one: pipeline configure digits",
-        ) from None
-    return resolve(parse_yaml(text, str(path)), overrides, str(path))
-
-
-def resolve(values: Any, overrides: tuple[str, ...], source: str) -> Config:
-    """The defaults with `values` and `overrides` laid on them, validated."""
-    if values is not None and not isinstance(values, dict):
-        raise UsageError(source, expected="a mapping of sections", found=type(values).__name__)
-    values = merge({"variants": Config().variants}, values or {})
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UsageError(f"--set {override}", expected="section.key=value", do="for example student.lr=1e-3")
-        value = parse_yaml(text, f"--set {override}")
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        values = merge(values, value)
-    return validate(Config, values, source)
-
-
-def dump(config: Config) -> str:
-    """The whole configuration as YAML; `resolve(parse_yaml(dump(c)))` is c again."""
-    values = config.model_dump(mode="json", by_alias=True)
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)

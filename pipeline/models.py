@@ -1,5 +1,6 @@
 """Teacher and student from timm; normalisation; weights in and out."""
 
+import difflib
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from timm.layers import trunc_normal_
 from torch import nn
 from torch.nn.functional import interpolate
 
-from pipeline.config import Config, Section
+from pipeline.config import Config
 from pipeline.errors import PipelineError, UsageError
 from pipeline.layout import teacher_folder
+from pipeline.strict import Section
 
 HEADS = ("class", "distillation")
 
@@ -70,7 +72,7 @@ def build(
                 **kwargs,
             )
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-            close = timm.list_models(f"*{section.model.split('_')[0]}*")[:8]
+            close = difflib.get_close_matches(section.model, timm.list_models(), n=5, cutoff=0.5)
             raise UsageError(
                 f"model {section.model!r} with {kwargs}",
                 expected=f"a timm model and arguments it takes; near: {', '.join(close)}",
@@ -137,7 +139,10 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return state.get("model", state)
+        state = state.get("model", state)
+        if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+            raise ValueError("not a mapping of names to tensors")
+        return state
     except Exception as error:  # pickle, zip and safetensors errors share no base
         raise PipelineError(
             f"{path}: the weights cannot be read",

@@ -17,7 +17,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from pipeline.config import RandAugment, Recipe, fingerprint, parse_rand_augment
+from pipeline.config import RandAugment, Recipe, parse_rand_augment
+from pipeline.strict import fingerprint
 
 VIEWS_VERSION = 1  # bump on any change of a drawn number or a rendered bit
 

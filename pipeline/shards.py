@@ -25,8 +25,8 @@ import google_crc32c
 import numpy as np
 import webdataset
 
-from pipeline.config import fingerprint
 from pipeline.errors import PipelineError
+from pipeline.strict import fingerprint
 from pipeline.views import Undecodable, decode
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
@@ -140,13 +140,13 @@ def _members(data: bytes) -> list[tuple[str, dict[str, tuple[int, int]]]]:
                 continue
             folder, _, base = member.name.rpartition("/")
             stem, _, extension = base.partition(".")
-            key = f"{folder}/{stem}" if folder else stem
-            if not samples or samples[-1][0] != key:
+            key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
+            if not samples or samples[-1][0] != key or extension in samples[-1][1]:
                 samples.append((key, {}))
-            samples[-1][1][extension.lower()] = (member.offset_data, member.size)
-    # tarfile ends quietly where a header is damaged: a whole tar ends with zeros only
-    end = max((offset + size for _, parts in samples for offset, size in parts.values()), default=0)
-    if end > len(data) or not data.endswith(bytes(1024)) or any(data[-(-end // 512) * 512 :]):
+            samples[-1][1][extension] = (member.offset_data, member.size)
+        end = tar.offset
+    # tarfile ends quietly where a header is damaged or the data is cut
+    if len(data) - end < 1024 or any(data[end:]):
         raise tarfile.ReadError(f"damaged or cut after byte {end}: a tar ends with 1,024 zero bytes")
     return samples
 
@@ -155,7 +155,12 @@ def _label(data: bytes, part: tuple[int, int] | None) -> int | None:
     if part is None:
         return None
     text = data[part[0] : part[0] + part[1]].strip()
-    return int(text) if text.isdigit() and int(text) < MAX_CLASSES else None
+    return int(text) if text.isdigit() and len(text) < 6 and int(text) < MAX_CLASSES else None
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_index(path: Path, location: str, classes: list[str], shards: list[ShardIndex]) -> None:
@@ -223,7 +228,7 @@ class Index:
                 raise ValueError("its fingerprint is not that of its contents")
         except FileNotFoundError:
             raise PipelineError(f"{path}: no index", do="run: pipeline prepare") from None
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise PipelineError(
                 f"{path}: not a whole index of format {FORMAT}",
                 found=str(error),
@@ -258,10 +263,10 @@ class Index:
     def _table(self) -> np.ndarray:
         try:
             table = np.load(self.table, mmap_mode="r")
-            if len(table) != len(self):
-                raise ValueError(f"{len(table)} rows instead of {len(self)}")
+            if len(table) != len(self) or table.dtype != row_type(table.dtype["key"].itemsize):
+                raise ValueError(f"{len(table)} rows of {table.dtype}")
             return table
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged header makes numpy raise nearly anything
             raise PipelineError(
                 f"{self.table}: the table of {self.path} cannot be read",
                 expected=f"{len(self)} rows",

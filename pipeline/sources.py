@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -66,7 +67,7 @@ def sample_keys(names: list[str]) -> list[str]:
     for key in keys:
         counts[key] = counts.get(key, 0) + 1
     return [
-        key if counts[key] == 1 else f"{key}_{hashlib.blake2b(name.encode(), digest_size=6).hexdigest()}"
+        key if counts[key] == 1 else f"{key}_{hashlib.blake2b(os.fsencode(name), digest_size=6).hexdigest()}"
         for key, name in zip(keys, names, strict=True)
     ]
 

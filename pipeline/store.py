@@ -27,11 +27,12 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from pipeline.answers import FILL, KINDS, payload_width
-from pipeline.config import Recipe, fingerprint
+from pipeline.config import Recipe
 from pipeline.errors import PipelineError, UsageError
 from pipeline.plan import Unit, all_units
 from pipeline.recipe import group_count, recipe_fingerprint
 from pipeline.shards import Index, replacing
+from pipeline.strict import fingerprint
 
 FORMAT = 1
 NO_CHECK = 2**64 - 1
@@ -103,7 +104,7 @@ class Store:
                     "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
                 }
                 zarr.create_group(path, attributes=attributes)
-            group = zarr.open_group(path, mode="r+")
+            group = _opened(path, "r+")
             store = cls(path, group, index, identity.recipe)
             store._refuse_other(identity.described())
             if group.attrs["precision"] != precision:
@@ -131,7 +132,7 @@ class Store:
                 found="nothing",
                 do="compute it: dvc repro -f teacher-logits (or pipeline teacher-logits)",
             )
-        store = cls(path, zarr.open_group(path, mode="r"), index, recipe)
+        store = cls(path, _opened(path, "r"), index, recipe)
         store._refuse_other({"index": index.fingerprint, "recipe": recipe_fingerprint(recipe)})
         return store
 
@@ -224,8 +225,8 @@ class Store:
         views = slice(unit.block * block, (unit.block + 1) * block)
         rows = slice(unit.shard * self.capacity, (unit.shard + 1) * self.capacity)
         with _writing(self.path):
-            slots = np.array(self.group["check"][views, unit.shard])
-            self.remove_unit(unit)
+            slots = self._other_slots(unit, set(buffers))
+            self.remove_unit(unit, ("argmax", *buffers, "check"))
             slots[:, : checks.shape[1]] = checks
             for name in sorted(buffers, key=lambda name: name == "argmax"):
                 array = self.group[name]
@@ -236,12 +237,25 @@ class Store:
                     self.group["check"][views, unit.shard] = slots
                 array[views, rows] = whole
 
-    def remove_unit(self, unit: Unit) -> None:
-        """Take a unit back: delete its argmax, which says that it is complete."""
+    def _other_slots(self, unit: Unit, written: set[str]) -> np.ndarray:
+        """The unit's check with the checksums of kinds that are there and not written now."""
+        block = self.recipe.block
+        slots = np.full((block, self.slots + len(KINDS)), NO_CHECK, np.uint64)
+        views = slice(unit.block * block, (unit.block + 1) * block)
+        with contextlib.suppress(ValueError, OSError, RuntimeError):  # damaged: they are lost with it
+            slots = np.array(self.group["check"][views, unit.shard])
+        for kind in written:
+            slots[:, self.slots + KINDS.index(kind)] = NO_CHECK
+        return slots
+
+    def remove_unit(self, unit: Unit, names: tuple[str, ...] = ("argmax",)) -> None:
+        """Take a unit back: delete chunks of it, its argmax first, which says that it is complete."""
         filesystem, root = fsspec.core.url_to_fs(self.path)
-        path = f"{root}/argmax/c/{unit.block}/{unit.shard}"
-        if filesystem.exists(path):
-            filesystem.rm(path)
+        for name in names:
+            dimensions = len(self.group[name].shape) - 2
+            path = f"{root}/{name}/c/{unit.block}/{unit.shard}" + "/0" * dimensions
+            if filesystem.exists(path):
+                filesystem.rm(path)
 
     def read(self, shard: int, view: int, kind: str = "argmax") -> Answers:
         """A view of a shard. The returned arrays are a cache's: don't write into them.
@@ -289,7 +303,11 @@ class Store:
         return argmax
 
     def _fetch(self, name: str, selection: tuple, shard: int, view: int) -> np.ndarray:
-        if name not in self.group:
+        try:
+            array = self.group[name] if name in self.group else None
+        except Exception as error:  # zarr raises nearly anything about damaged metadata
+            raise self._damage(name, shard, view, f"damaged metadata: {error}") from error
+        if array is None:
             raise UsageError(
                 f"{self.path}: no {name} in the store",
                 expected=name,
@@ -297,8 +315,8 @@ class Store:
                 do=f"set teacher_logits.kind to {name} and run teacher-logits again",
             )
         try:
-            return np.asarray(self.group[name][selection])
-        except (ValueError, OSError, RuntimeError, IndexError) as error:
+            return np.asarray(array[selection])
+        except Exception as error:  # codecs, too, raise nearly anything
             raise self._damage(name, shard, view, str(error)) from error
 
     def _damage(self, name: str, shard: int, view: int, found: str) -> PipelineError:
@@ -334,11 +352,13 @@ class Store:
                 found=f"{len(missing)} units missing, the first: shard {missing[0].shard}, block {missing[0].block}",
                 do="run teacher-logits again: it goes on where it was",
             )
-        digests = {}
+        digests: dict[str, list[str]] = {}
+        # the groups' checks and what this kind consists of: another kind beside it changes nothing
+        chosen = [*range(self.slots), *(self.slots + KINDS.index(name) for name in sorted({"argmax", kind}))]
         for block in range(views // self.recipe.block):
             slots = self.group["check"][block * self.recipe.block : (block + 1) * self.recipe.block]
             for shard, name in enumerate(self.index.names):
-                digest = hashlib.blake2b(np.ascontiguousarray(slots[:, shard]), digest_size=8).hexdigest()
+                digest = hashlib.blake2b(np.ascontiguousarray(slots[:, shard, chosen]), digest_size=8).hexdigest()
                 digests.setdefault(name, []).append(digest)
         return {
             "format": FORMAT,
@@ -352,6 +372,23 @@ class Store:
 
 def _checksum(values: np.ndarray) -> int:
     return google_crc32c.value(np.ascontiguousarray(values).tobytes())
+
+
+def _opened(path: str, mode: str) -> zarr.Group:
+    try:
+        group = zarr.open_group(path, mode=mode)
+        group.attrs["fingerprint"], int(group.attrs["capacity"]), int(group.attrs["classes"])
+        dict(group.arrays())
+        return group
+    except OSError:
+        raise
+    except Exception as error:  # zarr raises nearly anything about damaged metadata
+        raise PipelineError(
+            f"{path}: damaged metadata",
+            expected="a store of answers",
+            found=f"{type(error).__name__}: {error}",
+            do="move it away and compute it again: dvc repro -f teacher-logits",
+        ) from error
 
 
 def _exists(path: str) -> bool:

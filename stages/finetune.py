@@ -6,13 +6,14 @@ section 4: label and teacher, the teacher at the same resolution, position embed
 
 import torch
 
-from pipeline.config import Config, fingerprint, result_fields
+from pipeline.config import Config, result_fields
 from pipeline.errors import PipelineError
 from pipeline.layout import finetune_folder, index_path, state_folder, student_folder
 from pipeline.models import build_student, load_resized, read_weights, weights_hash
 from pipeline.plan import plan_of
 from pipeline.recipe import recipe_fingerprint
 from pipeline.shards import Index
+from pipeline.strict import fingerprint
 from pipeline.training import Run, describe_run
 from stages.train_student import find_teacher, finish
 

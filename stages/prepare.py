@@ -13,11 +13,12 @@ from pathlib import Path
 import webdataset
 from tqdm import tqdm
 
-from pipeline.config import Config, Data, fingerprint
+from pipeline.config import Config, Data
 from pipeline.errors import PipelineError, UsageError
 from pipeline.recipe import permutation, stream_key
-from pipeline.shards import Index, ShardIndex, index_shard, replacing, write_index, write_shard
+from pipeline.shards import Index, ShardIndex, file_sha256, index_shard, replacing, write_index, write_shard
 from pipeline.sources import Listing, list_split, load_sample, sample_keys
+from pipeline.strict import fingerprint
 
 SPLITS = ("train", "val")
 
@@ -86,7 +87,15 @@ def _index_shards(config: Config, dry_run: bool) -> None:
                 do=f"set data.{split} in params.yaml",
             )
         paths = webdataset.shardlists.expand_urls(getattr(config.data, split))
-        location = paths[0].rpartition("/")[0] or "."
+        folders = {path.rpartition("/")[0] or "." for path in paths}
+        if len(folders) > 1:
+            raise UsageError(
+                f"data.{split}: {getattr(config.data, split)}",
+                expected="shards of one folder",
+                found=", ".join(sorted(folders)),
+                do="move or link them into one folder",
+            )
+        location = folders.pop()
         names = [path.rpartition("/")[2] for path in paths]
         print(f"{split}: {len(paths)} shards at {location}")
         if dry_run:
@@ -109,7 +118,7 @@ def _build(config, split, root, classes, work, jobs, location=None) -> list[str]
             for shard in tqdm(map_jobs(work, jobs), total=len(jobs), desc=f"{split} shards", unit="shard"):
                 shards.append(shard)
                 _check_bad(config.data, [bad for done in shards for bad in done.refused], root)
-        classes = classes or [str(n) for n in range(1 + max(int(s.rows["label"].max()) for s in shards))]
+        classes = classes or [str(n) for n in range(1 + max(s.rows["label"].max(initial=-1) for s in shards))]
         write_index(path, location or str(root), classes, shards)
     for bad in Index(path).refused:
         print(f"{split}: refused {bad['shard']} {bad['key']}: {bad['reason']}")
@@ -120,17 +129,19 @@ def _build(config, split, root, classes, work, jobs, location=None) -> list[str]
 
 
 def _complete(path: Path) -> bool:
-    """Whether an index is whole and its shards have their bytes; contents are checked when read."""
+    """Whether an index and its shards are whole; a damaged shard is removed, to be written again."""
     try:
         index = Index(path)
         index.labels()
     except PipelineError:
         return False
-    files = [Path(index.location) / shard["name"] for shard in index.shards]
-    return all(
-        file.exists() and file.stat().st_size == shard["bytes"]
-        for file, shard in zip(files, index.shards, strict=True)
-    )
+    complete = True
+    for shard in tqdm(index.shards, desc=f"check {path.parent}", unit="shard"):
+        file = Path(index.location) / shard["name"]
+        if not file.exists() or file_sha256(file) != shard["sha256"]:
+            file.unlink(missing_ok=True)
+            complete = False
+    return complete
 
 
 def _check_bad(data: Data, refused: list[dict[str, str]], root: Path) -> None:

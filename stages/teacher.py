@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import Config, fingerprint, result_fields
+from pipeline.config import Config, result_fields
 from pipeline.errors import PipelineError
 from pipeline.evaluation import classifiers, predict, top_k_accuracy
 from pipeline.layout import index_path, state_folder, teacher_folder
@@ -21,6 +21,7 @@ from pipeline.plan import plan_of
 from pipeline.recipe import recipe_fingerprint
 from pipeline.runlog import write_curve
 from pipeline.shards import Index, replacing
+from pipeline.strict import fingerprint
 from pipeline.training import Rank, Run, complete, describe_run
 
 

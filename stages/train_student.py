@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import Config, Recipe, Student, fingerprint, result_fields
+from pipeline.config import Config, Recipe, Student, result_fields
 from pipeline.errors import PipelineError
 from pipeline.layout import answers_folder, index_path, state_folder, store_path, student_folder
 from pipeline.models import build_student, load_teacher, save_weights
@@ -14,6 +14,7 @@ from pipeline.recipe import recipe_fingerprint
 from pipeline.runlog import read_log, write_curve
 from pipeline.shards import Index, replacing
 from pipeline.store import Store, read_manifest
+from pipeline.strict import fingerprint
 from pipeline.teaching import NoTeacher, OnlineTeacher, StoredTeacher
 from pipeline.training import Rank, Run, complete, describe_run
 

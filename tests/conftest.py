@@ -39,7 +39,7 @@ def write_folders(root: Path, counts: dict[str, int], seed: int = 0) -> Path:
 
 def small_config(root: Path, **changes):
     """A configuration over root/train and root/val; `changes` are sections or `section__key`s."""
-    from pipeline.config import merge, resolve
+    from pipeline.params import merge, resolve
 
     values = merge(SMALL, {"work": str(root / "work"), "data": {s: str(root / s) for s in ("train", "val")}})
     for key, value in changes.items():

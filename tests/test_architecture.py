@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config, parse_yaml
+from pipeline.config import Config
+from pipeline.params import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 
 # A module imports only modules listed above it.
 ORDER = (
-    "errors", "config", "layout", "recipe", "views", "shards", "sources", "plan", "answers", "store",
+    "errors", "strict", "config", "params", "layout", "recipe", "views", "shards", "sources", "plan", "answers", "store",
     "loader", "models", "teaching", "losses", "checkpoint", "evaluation", "runlog", "training", "report", "cli",
 )  # fmt: skip
 
@@ -101,7 +102,7 @@ def test_help_loads_no_torch():
 
 def test_params_yaml_is_the_digits_experiment():
     written, experiment = (parse_yaml((ROOT / p).read_text(), p) for p in ("params.yaml", "configs/digits.yaml"))
-    from pipeline.config import resolve
+    from pipeline.params import resolve
 
     assert resolve(written, (), "params.yaml") == resolve(experiment, (), "digits")
 

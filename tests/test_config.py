@@ -6,19 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import (
-    Config,
-    Recipe,
-    Student,
-    dump,
-    fingerprint,
-    load,
-    parse_rand_augment,
-    parse_yaml,
-    resolve,
-    result_fields,
-)
+from pipeline.config import Config, Recipe, Student, parse_rand_augment, result_fields
 from pipeline.errors import UsageError
+from pipeline.params import dump, load, parse_yaml, resolve
+from pipeline.strict import fingerprint
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -194,6 +185,9 @@ json_values = st.recursive(
     max_leaves=5,
 )
 fractions = st.floats(0, 1)
+student_names = st.from_regex(r"[A-Za-z0-9._-]{1,12}", fullmatch=True).filter(
+    lambda name: name not in ("truth", "teacher", "finetuned")
+)
 
 
 @st.composite
@@ -201,7 +195,7 @@ def configs(draw) -> Config:
     group = draw(st.sampled_from([2, 8, 64]))
     repeats = draw(st.integers(1, 4))
     block = repeats * draw(st.integers(1, 5))
-    names = draw(st.lists(words, min_size=1, max_size=3, unique=True))
+    names = draw(st.lists(student_names, min_size=1, max_size=3, unique=True))
     accumulation = draw(st.integers(1, 3))
     training = {"batch_size": group * accumulation * draw(st.integers(1, 9)), "accumulation": accumulation}
     variants = st.fixed_dictionaries(

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from test_training import loaded, taught, taught_template  # noqa: F401  (fixtures)
 
-from pipeline.config import dump
 from pipeline.layout import student_folder
+from pipeline.params import dump
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow

@@ -291,7 +291,7 @@ def test_what_stands_in_unused_slots_does_not_reach_the_members(small_set):
 
 def answer(shard: int, row: int, view: int) -> int:
     """What the toy teacher says."""
-    return (7 * shard + 3 * row + view) % 3
+    return (shard + row * row + 2 * row + view) % 3
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from pipeline.config import Recipe, Student, resolve
+from pipeline.config import Recipe, Student
 from pipeline.errors import PipelineError, UsageError
 from pipeline.evaluation import classifiers, disagreement, multiply_adds, top_k_accuracy
 from pipeline.layout import evaluation_folder, finetune_folder, index_path, student_folder, teacher_folder
 from pipeline.models import build_student, build_teacher, parameter_count, save_weights
+from pipeline.params import resolve
 from pipeline.report import (
     Result,
     Sample,
@@ -311,7 +312,7 @@ def test_a_model_that_was_not_trained_is_named_with_its_command(mini, capsys):
 
 def test_a_student_cannot_take_the_name_of_another_row():
     with pytest.raises(UsageError, match="other than truth, teacher and finetuned"):
-        resolve({"variants": {"teacher": {}}}, (), "test")
+        resolve({"variants": {"hard": {}, "teacher": {}}}, (), "test")
 
 
 def test_a_missing_store_is_told(mini, tmp_path):

@@ -527,6 +527,14 @@ def test_file_appears_when_the_block_ends_well(tmp_path):
     assert os.listdir(tmp_path / "new") == ["file"]
 
 
+def test_file_is_replaced_by_name_so_a_reader_goes_on_with_the_old_one(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with open(tmp_path / "file") as reader:
+        with replacing(tmp_path / "file") as temporary:
+            temporary.write_text("new")
+        assert (reader.read(), (tmp_path / "file").read_text()) == ("old", "new")
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError(28, "No space left on device")])
 @pytest.mark.parametrize("old", ["old", None])
 def test_block_that_raises_leaves_everything_as_it_was(tmp_path, error, old):

@@ -631,7 +631,7 @@ def test_top_k_keeps_the_largest_and_the_mass_of_the_tail(values, data):
         tail = np.log(np.exp(true[:-k]).sum())
         # the k largest, rounded, aside, all others are equal and have the tail's mass
         others = row.tolist()
-        for value in true[-k:].astype(np.float16):
+        for value in true[-k:].astype(np.float16).tolist():
             others.remove(value)
         assert len(set(others)) == 1
         assert math.log(len(others)) + others[0] == pytest.approx(tail, rel=1e-5, abs=1e-5)

@@ -14,10 +14,11 @@ import torch
 from conftest import make_data_set
 
 from pipeline import checkpoint
-from pipeline.config import Config, Training, dump, resolve
+from pipeline.config import Config, Training
 from pipeline.errors import PipelineError, UsageError
 from pipeline.layout import answers_folder, finetune_folder, index_path, student_folder, teacher_folder
 from pipeline.models import build_student, read_weights
+from pipeline.params import dump, resolve
 from pipeline.plan import plan_of
 from pipeline.runlog import Log, read_log
 from pipeline.shards import Index
@@ -74,7 +75,7 @@ def taught(taught_template, tmp_path, monkeypatch) -> Config:
 
 
 def loaded(*overrides: str) -> Config:
-    from pipeline.config import load
+    from pipeline.params import load
 
     return load("params.yaml", overrides)
 

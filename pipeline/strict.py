@@ -1,0 +1,64 @@
+"""Strict, frozen settings: validation that names what is wrong, and fingerprints."""
+
+import difflib
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import UsageError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        populate_by_name=True,
+        allow_inf_nan=False,
+    )
+
+
+def fingerprint(value: Any) -> str:
+    """32 hex digits of BLAKE2b over canonical JSON: sorted keys, no spaces, floats by repr."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", by_alias=True)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def validate(kind: type[Section], values: Any, source: str = "", section: str = "") -> Any:
+    """`values` as a `kind`, or a UsageError that names the key in full and the nearest valid one."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join([section] * bool(section) + location)
+    where = ": ".join(part for part in (source, key) if part)
+    if first["type"] == "extra_forbidden":
+        valid = _keys_beside(kind, location)
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.4)
+        raise UsageError(
+            where,
+            expected=f"did you mean {near[0]}? " * bool(near) + f"valid keys: {', '.join(sorted(valid))}",
+            found=f"an unknown key, {location[-1]}",
+            do="correct the key or remove it",
+        )
+    if first["type"] == "value_error":
+        raise UsageError(where, expected=str(first["ctx"]["error"]), do="change it")
+    raise UsageError(
+        where,
+        expected=first["msg"].removeprefix("Input should be "),
+        found=f"{first['input']!r} ({type(first['input']).__name__})",
+        do="correct the value",
+    )
+
+
+def _keys_beside(kind: type[BaseModel], location: list[str]) -> list[str]:
+    for part in location[:-1]:
+        by_name = {(field.alias or name): field for name, field in kind.model_fields.items()}
+        kind = by_name[part].annotation
+    return [field.alias or name for name, field in kind.model_fields.items()]
