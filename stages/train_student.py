@@ -93,15 +93,15 @@ def find_teacher(
     views = config.teacher_logits.views if purpose == "train-student" else config.finetune.views
     kind = "argmax" if settings.distillation == "hard" else config.teacher_logits.kind
     # completeness is of the store itself: a manifest cannot know that a unit was deleted since
-    current = store.manifest(views, kind)
-    if manifest and manifest["views"] == views and current["units"] != manifest["units"]:
+    units = store.manifest(views, kind)["units"]
+    if manifest and manifest["views"] == views and store.manifest(views, manifest["kind"]) != manifest:
         raise PipelineError(
             f"{store.path}: the answers",
             expected=f"those that {path} names",
             found="others: the store was computed anew since",
             do="run teacher-logits again, so that its manifest is of this store",
         )
-    return StoredTeacher(store, kind), {"store": store.fingerprint, "kind": kind, "units": current["units"]}
+    return StoredTeacher(store, kind), {"store": store.fingerprint, "kind": kind, "units": units}
 
 
 def _online(config: Config, purpose: str, index: Index, device: torch.device) -> tuple[OnlineTeacher, dict]:

@@ -13,16 +13,15 @@ from pipeline.cli import main
 from pipeline.store import Store
 from pipeline.training import Trainer
 
-PAUSE_SECONDS = 0.03
 
 
-def marked(function, name: str, marks: Path):
+def marked(function, name: str, marks: Path, pause_seconds: float = 0.03):
     def call(*arguments):
         with open(marks, "a") as file:
             file.write(f"{name} begins\n")
-        time.sleep(PAUSE_SECONDS)
+        time.sleep(pause_seconds)
         result = function(*arguments)
-        time.sleep(PAUSE_SECONDS)
+        time.sleep(pause_seconds)
         with open(marks, "a") as file:
             file.write(f"{name} ends\n")
         return result
@@ -33,7 +32,7 @@ def marked(function, name: str, marks: Path):
 if __name__ == "__main__":
     marks = Path(sys.argv[1]) / "marks"
     Store.write_unit = marked(Store.write_unit, "write", marks)
-    Store.remove_unit = marked(Store.remove_unit, "write", marks)  # in the midst of a unit's write
+    Store.remove_unit = marked(Store.remove_unit, "removal", marks, 0.15)  # in the midst of a unit's write
     Trainer.train_step = marked(Trainer.train_step, "step", marks)
     Trainer.save = marked(Trainer.save, "save", marks)
     main(sys.argv[2:])

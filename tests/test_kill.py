@@ -45,8 +45,11 @@ def kill_at_random(chance: random.Random, span_seconds: float, *arguments: str) 
         return None
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    last = marks.read_text().splitlines()[-1].split()
-    return last[0] if last[1] == "begins" else "between"
+    under_way = []
+    for line in marks.read_text().splitlines():
+        name, what = line.split()
+        under_way.append(name) if what == "begins" else under_way.pop()
+    return under_way[0] if under_way else "between"
 
 
 def finish(*arguments: str) -> None:

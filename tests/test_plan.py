@@ -32,7 +32,7 @@ def plans(draw) -> Plan:
     repeats = draw(st.integers(1, 3))
     block = repeats * draw(st.integers(1, 3))
     return plan(
-        samples=draw(st.lists(st.integers(1, 14), min_size=1, max_size=8)),
+        samples=draw(st.lists(st.integers(0, 14), min_size=1, max_size=8).filter(any)),
         views=block * draw(st.integers(1, 3)),
         batch_groups=draw(st.integers(1, 12)),
         seed=draw(st.integers(0, 5)),

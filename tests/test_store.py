@@ -250,6 +250,11 @@ def test_fewer_views_miss_fewer_units(tmp_path):
     assert store.missing(4, "argmax") == [Unit(shard, 1) for shard in range(3)]
 
 
+def test_shard_without_a_sample_misses_nothing(tmp_path):
+    store = create(tmp_path / "s.zarr", index=Rows((6, 0, 3)))
+    assert [unit.shard for unit in store.missing(VIEWS, "argmax")] == [0, 2, 0, 2]
+
+
 def test_removed_unit_is_missing(copy):
     path = copy("topk")
     create(path, "topk").remove_unit(Unit(1, 0))
@@ -294,6 +299,16 @@ def test_unit_of_a_writer_that_died_is_written_again(kind, copy):
         create(path, kind).write_unit(Unit(1, 1), Dying(buffers), checks)
     fill(create(path, kind), kind, units=[Unit(1, 1)])
     assert damaged_units(path, kind) == []
+
+
+def test_kind_whose_checksums_a_dead_writer_of_another_kind_lost_is_missing_or_whole(copy):
+    path = copy("dense")
+    fill(create(path, "topk"), "topk")
+    buffers, checks = answers(Unit(1, 1), "topk")
+    with pytest.raises(KeyboardInterrupt):
+        create(path, "topk").write_unit(Unit(1, 1), Dying(buffers), checks)
+    create(path, "topk").write_unit(Unit(1, 1), buffers, checks)
+    assert opened(path).missing(VIEWS, "dense") == damaged_units(path, "dense")
 
 
 @every_kind
