@@ -140,6 +140,8 @@ def _members(data: bytes) -> list[tuple[str, dict[str, tuple[int, int]]]]:
                 continue
             folder, _, base = member.name.rpartition("/")
             stem, _, extension = base.partition(".")
+            if not stem or not extension:
+                continue  # README, ._x.jpg: no sample to webdataset either
             key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
             if not samples or samples[-1][0] != key or extension in samples[-1][1]:
                 samples.append((key, {}))

@@ -200,8 +200,11 @@ class Store:
         """Units of views 0..views-1 that are not there for a kind, in the order to compute them."""
         needed = ["argmax", "check"] + [kind] * (kind != "argmax")
         written = [self._written(name) for name in needed]
-        units = all_units(len(self.index.names), views, self.recipe)
-        return [unit for unit in units if not all((unit.block, unit.shard) in chunks for chunks in written)]
+        return [u for u in self.units(views) if not all((u.block, u.shard) in chunks for chunks in written)]
+
+    def units(self, views: int) -> list[Unit]:
+        """Every unit of views 0..views-1; a shard without a sample has none."""
+        return [u for u in all_units(len(self.index.names), views, self.recipe) if self.index.samples[u.shard]]
 
     def _written(self, name: str) -> set[tuple[int, int]]:
         """(block, shard) of a kind's chunks, from one listing."""
@@ -225,8 +228,8 @@ class Store:
         views = slice(unit.block * block, (unit.block + 1) * block)
         rows = slice(unit.shard * self.capacity, (unit.shard + 1) * self.capacity)
         with _writing(self.path):
-            slots = self._other_slots(unit, set(buffers))
-            self.remove_unit(unit, ("argmax", *buffers, "check"))
+            slots = self._other_slots(unit)
+            self.remove_unit(unit, ("argmax", *buffers))
             slots[:, : checks.shape[1]] = checks
             for name in sorted(buffers, key=lambda name: name == "argmax"):
                 array = self.group[name]
@@ -237,16 +240,15 @@ class Store:
                     self.group["check"][views, unit.shard] = slots
                 array[views, rows] = whole
 
-    def _other_slots(self, unit: Unit, written: set[str]) -> np.ndarray:
-        """The unit's check with the checksums of kinds that are there and not written now."""
+    def _other_slots(self, unit: Unit) -> np.ndarray:
+        """The unit's check as it is, for the checksums of kinds that are not written now."""
         block = self.recipe.block
-        slots = np.full((block, self.slots + len(KINDS)), NO_CHECK, np.uint64)
-        views = slice(unit.block * block, (unit.block + 1) * block)
-        with contextlib.suppress(ValueError, OSError, RuntimeError):  # damaged: they are lost with it
-            slots = np.array(self.group["check"][views, unit.shard])
-        for kind in written:
-            slots[:, self.slots + KINDS.index(kind)] = NO_CHECK
-        return slots
+        try:
+            return np.array(self.group["check"][unit.block * block : (unit.block + 1) * block, unit.shard])
+        except (ValueError, OSError, RuntimeError):
+            # damaged: without their checksums the other kinds' answers are lost too
+            self.remove_unit(unit, tuple(name for name in KINDS if name in self.group))
+            return np.full((block, self.slots + len(KINDS)), NO_CHECK, np.uint64)
 
     def remove_unit(self, unit: Unit, names: tuple[str, ...] = ("argmax",)) -> None:
         """Take a unit back: delete chunks of it, its argmax first, which says that it is complete."""
@@ -331,7 +333,7 @@ class Store:
     def damaged(self, views: int, kind: str) -> list[tuple[Unit, str]]:
         """Read everything; the units that are missing or damaged, each with what was found."""
         found = []
-        for unit in all_units(len(self.index.names), views, self.recipe):
+        for unit in self.units(views):
             try:
                 for view in range(unit.block * self.recipe.block, (unit.block + 1) * self.recipe.block):
                     self._read(unit.shard, view, kind)

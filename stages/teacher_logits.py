@@ -26,7 +26,7 @@ from pipeline.models import (
     teacher_logits,
     weights_hash,
 )
-from pipeline.plan import Unit, all_units, unit_items
+from pipeline.plan import Unit, unit_items
 from pipeline.recipe import group_count
 from pipeline.shards import Index, replacing
 from pipeline.store import Identity, Store, lock, store_bytes, sweep, write_manifest
@@ -60,14 +60,27 @@ def run(
         if parts == 1:
             sweep(path)
         store = Store.create(path, identity, index, views, settings.kind, settings.top_k, settings.precision)
+        # by its place among all units: other parts commit theirs meanwhile
+        own = set(store.units(views)[number::parts])
         missing = store.missing(views, settings.kind)
+        if not missing:
+            missing = remove_damaged(store, views, settings.kind, own)
+        missing = [unit for unit in missing if unit in own]
         if missing:
-            worker = UnitWorker(config, store, teacher, own_size, device)
-            worker.compute(missing[number::parts])
+            UnitWorker(config, store, teacher, own_size, device).compute(missing)
     if store.missing(views, settings.kind):
         print("this part is done; the last part to finish writes the manifest")
         return
     publish(config, purpose, store, views)
+
+
+def remove_damaged(store: Store, views: int, kind: str, own: set[Unit]) -> list[Unit]:
+    """Read a complete store whole; take back what is damaged, so that it is computed again."""
+    damaged = [(unit, found) for unit, found in store.damaged(views, kind) if unit in own]
+    for unit, found in damaged:
+        print(f"computed again: {found}")
+        store.remove_unit(unit)
+    return [unit for unit, _ in damaged]
 
 
 def _purpose(config: Config, purpose: str) -> tuple[Recipe, int, int | None]:
@@ -130,7 +143,7 @@ class UnitWorker:
         bf16 = self.settings.precision == "bfloat16"
         logits = teacher_logits(self.teacher, pictures, slots, self.settings.batch_groups, bf16)
         argmax, payload = encode(self.settings.kind, logits, self.settings.top_k)
-        finite = logits.isfinite().all(1).cpu().numpy()
+        finite = (logits.abs() <= torch.finfo(torch.float16).max).all(1).cpu().numpy()
         done = 0
         for number, groups in enumerate(batch):
             place = slice(number * slots, number * slots + len(groups.members[0]))
@@ -166,8 +179,8 @@ class UnitWorker:
         item = groups.items[0]
         return PipelineError(
             f"the teacher's logits for group {item.group} of shard {self.index.names[item.shard]}, view {item.view}",
-            expected="finite numbers",
-            found="NaN or infinity",
+            expected="finite numbers that float16 holds",
+            found="NaN, infinity or beyond 65,504",
             do="use teacher_logits.precision float32, or mend the teacher",
         )
 
@@ -198,6 +211,6 @@ def publish(config: Config, purpose: str, store: Store, views: int) -> None:
 def _agreement(store: Store, views: int) -> float:
     """Share of views whose own label is the teacher's argmax; reads every unit, checksums tested."""
     agree = 0
-    for unit in all_units(len(store.index.names), views, store.recipe):
+    for unit in store.units(views):
         agree += int((store.read_unit(unit) == store.index.rows(unit.shard)["label"]).sum())
     return agree / (len(store.index) * views)

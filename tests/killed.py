@@ -14,7 +14,6 @@ from pipeline.store import Store
 from pipeline.training import Trainer
 
 
-
 def marked(function, name: str, marks: Path, pause_seconds: float = 0.03):
     def call(*arguments):
         with open(marks, "a") as file:

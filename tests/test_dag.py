@@ -26,8 +26,8 @@ pytestmark = [
 SETTINGS = (
     "name=cifar", "data.train=images/train", "data.val=images/test", "data.max_per_class=200", "data.workers=1",
     "data.shard_samples=500", "recipe.group_size=32", "recipe.repeats=2", "recipe.block=2",
-    "teacher.model=regnety_002", "teacher.kwargs={depth: 8, output_stride: 8}", "teacher.epochs=2",
-    "teacher.batch_size=64", "teacher.workers=0", "teacher.precision=float32", "teacher.min_top1=0.11",
+    "teacher.model=regnety_002", "teacher.kwargs={depth: 8, output_stride: 8}", "teacher.epochs=6",
+    "teacher.warmup_epochs=1", "teacher.lr=8e-3", "teacher.batch_size=64", "teacher.workers=0", "teacher.precision=float32", "teacher.min_top1=0.12",
     "teacher_logits.views=2", "teacher_logits.precision=float32", "teacher_logits.workers=0",
     "teacher_logits.batch_groups=1",
     "student.kwargs={patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}", "student.epochs=2",

@@ -16,7 +16,13 @@ from PIL import Image
 from pipeline.config import Recipe, Student
 from pipeline.errors import PipelineError, UsageError
 from pipeline.evaluation import classifiers, disagreement, multiply_adds, top_k_accuracy
-from pipeline.layout import evaluation_folder, finetune_folder, index_path, student_folder, teacher_folder
+from pipeline.layout import (
+    evaluation_folder,
+    finetune_folder,
+    index_path,
+    student_folder,
+    teacher_folder,
+)
 from pipeline.models import build_student, build_teacher, parameter_count, save_weights
 from pipeline.params import resolve
 from pipeline.report import (

@@ -22,7 +22,15 @@ from pipeline.config import Recipe
 from pipeline.errors import PipelineError, UsageError
 from pipeline.plan import Unit, all_units
 from pipeline.recipe import group_count
-from pipeline.store import Identity, Store, lock, read_manifest, store_bytes, sweep, write_manifest
+from pipeline.store import (
+    Identity,
+    Store,
+    lock,
+    read_manifest,
+    store_bytes,
+    sweep,
+    write_manifest,
+)
 
 property_settings = settings(derandomize=True, deadline=None, max_examples=25)
 

@@ -19,7 +19,15 @@ from PIL import Image
 
 from pipeline.config import Recipe
 from pipeline.recipe import INCREASING_OPS, ViewParams, draw_view, op_argument, philox
-from pipeline.views import OPS, Undecodable, apply_op, center_view, decode, render, resize
+from pipeline.views import (
+    OPS,
+    Undecodable,
+    apply_op,
+    center_view,
+    decode,
+    render,
+    resize,
+)
 
 FILL = (124, 116, 104)
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
