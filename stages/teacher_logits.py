@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pipeline.answers import encode, payload_width
 from pipeline.config import Config, Recipe
 from pipeline.errors import PipelineError
-from pipeline.layout import answers_folder, index_path, store_path
+from pipeline.layout import answers_folder, index_path, store_path, teacher_folder
 from pipeline.loader import Groups, mixed, unit_loader
 from pipeline.models import (
     Normalised,
@@ -47,6 +47,9 @@ def run(
     """
     index = Index(index_path(config, "train"))
     recipe, views, own_size = _purpose(config, purpose)
+    if dry_run and not (teacher_folder(config) / "weights.safetensors").exists():
+        print(describe(config, index, recipe, views, "a store that is named when the teacher is there"))
+        return
     teacher = load_teacher(config, len(index.classes), device)
     identity = Identity(
         index.fingerprint, recipe, describe_teacher(config.teacher, weights_hash(teacher.model), own_size)

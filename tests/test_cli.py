@@ -125,3 +125,18 @@ def test_the_imagenet_experiments_have_the_papers_values(project, size):
     assert values["teacher"]["weights"] == "regnety_160.deit_in1k"
     assert values["finetune"]["size"] == 384
     assert student["model"] == f"deit_{size}_distilled_patch16_224"
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_the_imagenet_experiments_dry_run_before_anything_is_computed(project, size):
+    write_folders(project / "train", {"cat": 3, "dog": 3})
+    write_folders(project / "val", {"cat": 1, "dog": 1})
+    call("configure", f"imagenet-deit-{size}", "data.train=train", "data.val=val", "data.workers=1")
+    call("prepare")
+    assert "timm" not in call("teacher", "--dry-run", "--device", "cpu")
+    assert "at 224 px" in call("teacher-logits", "--dry-run", "--device", "cpu")
+    assert "at 384 px" in call("teacher-logits", "--for", "finetune", "--dry-run", "--device", "cpu")
+    said = call("train-student", "--dry-run", "--device", "cpu")
+    assert "300 epochs" in said and "not yet" in said
+    assert "at 384 px, 30 epochs" in call("finetune", "--dry-run", "--device", "cpu")
+    assert "evaluate 3 models" in call("evaluate", "--dry-run", "--device", "cpu")
