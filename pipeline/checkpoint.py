@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import PipelineError
-from pipeline.shards import replacing
+from pipeline.files import replacing
 
 KEPT = 2
 

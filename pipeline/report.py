@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.shards import replacing
+from pipeline.files import replacing
 
 DPI = 150
 # Okabe and Ito's colours, told apart with any colour vision; yellow left out, it vanishes on white

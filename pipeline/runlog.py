@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.shards import replacing
+from pipeline.files import replacing
 
 
 class Log:

@@ -15,7 +15,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,38 +26,13 @@ import numpy as np
 import webdataset
 
 from pipeline.errors import PipelineError
+from pipeline.files import replacing
 from pipeline.strict import fingerprint
 from pipeline.views import Undecodable, decode
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 MAX_CLASSES = 65535  # class numbers are uint16 in the store, whose fill value is 65535
 FORMAT = 1
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, on disk, when the block ends well.
-
-    Raises:
-        PipelineError: the disk is full, read-only or forbidden; `path` is as it was before.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        descriptor = os.open(temporary, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-        temporary.replace(path)
-    except OSError as error:
-        raise PipelineError(
-            f"{path}: cannot be written",
-            found=error.strerror or str(error),
-            do="make room or correct the permissions, then run the same command again: it goes on",
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, str, bytes, int]]) -> None:
@@ -158,11 +133,6 @@ def _label(data: bytes, part: tuple[int, int] | None) -> int | None:
         return None
     text = data[part[0] : part[0] + part[1]].strip()
     return int(text) if text.isdigit() and len(text) < 6 and int(text) < MAX_CLASSES else None
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_index(path: Path, location: str, classes: list[str], shards: list[ShardIndex]) -> None:

@@ -74,7 +74,9 @@ def sample_keys(names: list[str]) -> list[str]:
 
 @lru_cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits  # a second to import, needed for this source only
+    from sklearn.datasets import (
+        load_digits,  # a second to import, needed for this source only
+    )
 
     bunch = load_digits()
     return bunch.images, bunch.target

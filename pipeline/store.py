@@ -9,12 +9,9 @@ chunk as the fill value, silently; here that is an error.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
-import os
-import socket
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +26,10 @@ from zarr.codecs import Crc32cCodec
 from pipeline.answers import FILL, KINDS, payload_width
 from pipeline.config import Recipe
 from pipeline.errors import PipelineError, UsageError
+from pipeline.files import replacing
 from pipeline.plan import Unit, all_units
 from pipeline.recipe import group_count, recipe_fingerprint
-from pipeline.shards import Index, replacing
+from pipeline.shards import Index
 from pipeline.strict import fingerprint
 
 FORMAT = 1
@@ -422,30 +420,6 @@ def sweep(path: str) -> None:
     """Remove the temporary files that killed writers of a local store left."""
     for partial in Path(path).rglob("*.partial"):
         partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def lock(path: Path, purpose: str):
-    """Hold a file lock; it goes with the process, however that ends.
-
-    Raises:
-        UsageError: another process holds it; names host and process.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UsageError(
-                f"{path}: {purpose} is under way already",
-                found=file.read().strip() or "another process holds the lock",
-                do="wait for it, or end that process",
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:

@@ -27,14 +27,24 @@ from pipeline import checkpoint
 from pipeline.config import Student, Training
 from pipeline.errors import PipelineError
 from pipeline.evaluation import predict, top_k_accuracy
+from pipeline.files import replacing
 from pipeline.loader import Groups, mixed, step_loader, targets
 from pipeline.losses import base_loss, hard_loss, soft_loss
-from pipeline.models import Normalised, load_weights, parameter_count, read_weights, save_weights
+from pipeline.models import (
+    Normalised,
+    load_weights,
+    parameter_count,
+    read_weights,
+    save_weights,
+)
 from pipeline.plan import Plan
 from pipeline.recipe import stream_key
 from pipeline.runlog import Log
-from pipeline.shards import Index, replacing
+from pipeline.shards import Index
+from pipeline.strict import fingerprint
 from pipeline.teaching import Answer, NoTeacher
+
+TRAINING_VERSION = 1  # bump on any change of what a step computes, or finished runs would be taken for it
 
 
 class Interrupted(PipelineError):
@@ -83,6 +93,11 @@ class Rank:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+
+def run_fingerprint(**parts: Any) -> str:
+    """Names a run by all that its weights depend on, this module's version too."""
+    return fingerprint({**parts, "training_version": TRAINING_VERSION})
 
 
 def describe_run(run: Run) -> str:

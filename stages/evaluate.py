@@ -15,7 +15,15 @@ import torch
 from pipeline.answers import decode_logits
 from pipeline.config import Config, Student
 from pipeline.errors import PipelineError
-from pipeline.evaluation import classifiers, disagreement, multiply_adds, predict, throughput, top_k_accuracy
+from pipeline.evaluation import (
+    classifiers,
+    disagreement,
+    multiply_adds,
+    predict,
+    throughput,
+    top_k_accuracy,
+)
+from pipeline.files import replacing
 from pipeline.layout import (
     answers_folder,
     evaluation_folder,
@@ -46,7 +54,7 @@ from pipeline.report import (
     plot_disagreement,
     write_report,
 )
-from pipeline.shards import Index, replacing
+from pipeline.shards import Index
 from pipeline.store import VERSIONS, Store, read_manifest
 
 TEACHER, FINETUNED, TRUTH = "teacher", "finetuned", "truth"

@@ -13,10 +13,12 @@ from pipeline.models import build_student, load_resized, read_weights, weights_h
 from pipeline.plan import plan_of
 from pipeline.recipe import recipe_fingerprint
 from pipeline.shards import Index
-from pipeline.strict import fingerprint
 from pipeline.teaching import NoTeacher
-from pipeline.training import Run, describe_run
+from pipeline.training import Run, describe_run, run_fingerprint
 from stages.train_student import find_teacher, finish
+
+# what fine-tuning keeps of the student's own settings
+TAKEN_OVER = ("model", "kwargs", "distillation", "alpha", "tau", "soft_reduction")
 
 
 def run(config: Config, device: torch.device, teacher: str = "stored", dry_run: bool = False) -> None:
@@ -42,15 +44,13 @@ def run(config: Config, device: torch.device, teacher: str = "stored", dry_run: 
             raise
         print(f"not yet: {error.what}")
         teaching, taught_by = NoTeacher(), None
-    identity = fingerprint(
-        {
-            "finetune": result_fields(settings),
-            "student": {key: getattr(student, key) for key in ("model", "kwargs", "distillation", "alpha", "tau")},
-            "from": weights_hash(model.model),
-            "recipe": recipe_fingerprint(recipe),
-            "index": train_index.fingerprint,
-            "teacher": taught_by,
-        }
+    identity = run_fingerprint(
+        finetune=result_fields(settings),
+        student={key: getattr(student, key) for key in TAKEN_OVER},
+        start=weights_hash(model.model),
+        recipe=recipe_fingerprint(recipe),
+        index=train_index.fingerprint,
+        teacher=taught_by,
     )
     training = Run(
         name=f"finetune {settings.student} at {settings.size}",

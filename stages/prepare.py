@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from pipeline.config import Config, Data
 from pipeline.errors import PipelineError, UsageError
+from pipeline.files import file_sha256, replacing
 from pipeline.recipe import permutation, stream_key
-from pipeline.shards import Index, ShardIndex, file_sha256, index_shard, replacing, write_index, write_shard
+from pipeline.shards import Index, ShardIndex, index_shard, write_index, write_shard
 from pipeline.sources import Listing, list_split, load_sample, sample_keys
 from pipeline.strict import fingerprint
 

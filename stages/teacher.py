@@ -8,6 +8,7 @@ import torch
 from pipeline.config import Config, result_fields
 from pipeline.errors import PipelineError
 from pipeline.evaluation import classifiers, predict, top_k_accuracy
+from pipeline.files import replacing
 from pipeline.layout import index_path, state_folder, teacher_folder
 from pipeline.models import (
     Normalised,
@@ -20,9 +21,8 @@ from pipeline.models import (
 from pipeline.plan import plan_of
 from pipeline.recipe import recipe_fingerprint
 from pipeline.runlog import write_curve
-from pipeline.shards import Index, replacing
-from pipeline.strict import fingerprint
-from pipeline.training import Rank, Run, complete, describe_run
+from pipeline.shards import Index
+from pipeline.training import Rank, Run, complete, describe_run, run_fingerprint
 
 
 def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
@@ -69,12 +69,10 @@ def _training(config: Config, train_index: Index, val_index: Index, device: torc
     plan = plan_of(train_index, config.recipe, section, block)
     # a teacher stores nothing, so it sees as many views as its epochs want
     plan = plan_of(train_index, config.recipe, section, -(-plan.views_seen(section.epochs) // block) * block)
-    identity = fingerprint(
-        {
-            "teacher": {k: v for k, v in result_fields(section).items() if k not in ("min_top1", "crop")},
-            "recipe": recipe_fingerprint(config.recipe),
-            "index": train_index.fingerprint,
-        }
+    identity = run_fingerprint(
+        teacher={k: v for k, v in result_fields(section).items() if k not in ("min_top1", "crop")},
+        recipe=recipe_fingerprint(config.recipe),
+        index=train_index.fingerprint,
     )
     return Run(
         name="teacher",

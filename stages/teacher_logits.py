@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pipeline.answers import encode, payload_width
 from pipeline.config import Config, Recipe
 from pipeline.errors import PipelineError
+from pipeline.files import lock, replacing
 from pipeline.layout import answers_folder, index_path, store_path, teacher_folder
 from pipeline.loader import Groups, mixed, unit_loader
 from pipeline.models import (
@@ -28,8 +29,8 @@ from pipeline.models import (
 )
 from pipeline.plan import Unit, unit_items
 from pipeline.recipe import group_count
-from pipeline.shards import Index, replacing
-from pipeline.store import Identity, Store, lock, store_bytes, sweep, write_manifest
+from pipeline.shards import Index
+from pipeline.store import Identity, Store, store_bytes, sweep, write_manifest
 
 
 def run(

@@ -7,16 +7,22 @@ import torch
 
 from pipeline.config import Config, Recipe, Student, result_fields
 from pipeline.errors import PipelineError
-from pipeline.layout import answers_folder, index_path, state_folder, store_path, student_folder
+from pipeline.files import replacing
+from pipeline.layout import (
+    answers_folder,
+    index_path,
+    state_folder,
+    store_path,
+    student_folder,
+)
 from pipeline.models import build_student, load_teacher, save_weights
 from pipeline.plan import plan_of
 from pipeline.recipe import recipe_fingerprint
 from pipeline.runlog import read_log, write_curve
-from pipeline.shards import Index, replacing
+from pipeline.shards import Index
 from pipeline.store import Store, read_manifest
-from pipeline.strict import fingerprint
 from pipeline.teaching import NoTeacher, OnlineTeacher, StoredTeacher
-from pipeline.training import Rank, Run, complete, describe_run
+from pipeline.training import Rank, Run, complete, describe_run, run_fingerprint
 
 
 def run(
@@ -49,14 +55,12 @@ def run(
             raise
         print(f"not yet: {error.what}")
         teaching, taught_by = NoTeacher(), None
-    identity = fingerprint(
-        {
-            "student": result_fields(settings),
-            "recipe": recipe_fingerprint(config.recipe),
-            "index": train_index.fingerprint,
-            "views": views,
-            "teacher": taught_by,
-        }
+    identity = run_fingerprint(
+        student=result_fields(settings),
+        recipe=recipe_fingerprint(config.recipe),
+        index=train_index.fingerprint,
+        views=views,
+        teacher=taught_by,
     )
     training = Run(
         name=f"student {name}",

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only modules listed above it.
 ORDER = (
-    "errors", "strict", "config", "params", "layout", "recipe", "views", "shards", "sources", "plan",
+    "errors", "files", "strict", "config", "params", "layout", "recipe", "views", "shards", "sources", "plan",
     "answers", "store", "loader", "models", "teaching", "losses", "checkpoint", "evaluation", "runlog",
     "training", "report", "cli",
 )  # fmt: skip

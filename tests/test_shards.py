@@ -15,14 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import PipelineError
-from pipeline.shards import (
-    MAX_CLASSES,
-    Index,
-    index_shard,
-    replacing,
-    write_index,
-    write_shard,
-)
+from pipeline.files import replacing
+from pipeline.shards import MAX_CLASSES, Index, index_shard, write_index, write_shard
 from pipeline.views import decode
 
 property_settings = settings(

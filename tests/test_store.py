@@ -20,12 +20,12 @@ from hypothesis.extra import numpy as hnp
 from pipeline.answers import KINDS, decode_logits, encode, payload_width
 from pipeline.config import Recipe
 from pipeline.errors import PipelineError, UsageError
+from pipeline.files import lock
 from pipeline.plan import Unit, all_units
 from pipeline.recipe import group_count
 from pipeline.store import (
     Identity,
     Store,
-    lock,
     read_manifest,
     store_bytes,
     sweep,
@@ -703,7 +703,7 @@ def test_lock_of_a_killed_process_is_free(tmp_path):
     code = f"""
 import sys, time
 from pathlib import Path
-from pipeline.store import lock
+from pipeline.files import lock
 with lock(Path({str(tmp_path / "a.lock")!r}), "work"):
     print("held", flush=True)
     time.sleep(60)
