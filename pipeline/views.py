@@ -245,7 +245,7 @@ def warp(view: np.ndarray, matrix: tuple[float, ...], fill: tuple[int, ...]) -> 
     """Pillow's Image.transform(AFFINE, matrix, BICUBIC): output pixel centres to input, bicubic.
 
     The coordinates are ours, in integers at 1/32 pixel, and the weights that OpenCV 4's remap has for
-    them are an integer table, so the bits are the same everywhere; those of its warpAffine, and of
+    them are an integer table, so the bits hold with and without AVX2; those of its warpAffine, and of
     OpenCV 5's remap, are not.
     """
     height, width = view.shape[:2]
