@@ -240,6 +240,36 @@ def evaluate(config, device, dry_run):
 
 
 @main.command()
+@click.option("--key", help="A sample's key; one at random if not given.")
+@click.option("--seed", default=0, show_default=True, help="Of the random choice.")
+@click.option("--first", default=0, show_default=True, type=click.IntRange(0), help="The first view's number.")
+@click.option("--count", default=7, show_default=True, type=click.IntRange(1, 99), help="How many views.")
+@click.option("--members", default=8, show_default=True, type=click.IntRange(0), help="Of the mixed group, shown.")
+@click.option("--ops", is_flag=True, help="The sample under every op of RandAugment instead, at four magnitudes.")
+@click.option("--zoom", default=1.0, show_default=True, type=click.FloatRange(0.25, 16), help="Enlargement.")
+@click.option("--split", type=click.Choice(["train", "val"]), default="train", show_default=True)
+@click.option("--output", default="views.png", show_default=True, type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--config", "path", default="params.yaml", show_default=True, type=click.Path(dir_okay=False))
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Try another recipe.")
+def views(key, seed, first, count, members, ops, zoom, split, output, path, overrides):
+    """Draw a contact sheet: a training image, its views with their parameters in words, its mixed group.
+
+    Needs shards (pipeline prepare) and no teacher: look at a recipe before you pay for it.
+
+    \b
+    Examples:
+      pipeline views --zoom 2
+      pipeline views --ops --set recipe.size=224
+      pipeline views --key n01440764_10026 --set recipe.auto_augment=original
+    """
+    from pipeline.params import load
+    from stages import views
+
+    config = load(path, overrides)
+    views.run(config, split, key, seed, range(first, first + count), members, ops, zoom, output)
+
+
+@main.command()
 @click.argument("name")
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--output", default="params.yaml", show_default=True, type=click.Path(dir_okay=False, path_type=Path))
@@ -255,7 +285,7 @@ def configure(name, overrides, output):
 
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path("configs") / f"{name}.yaml"
     if not path.exists():
-        known = sorted(file.stem for file in Path("configs").glob("*.yaml"))
+        known = sorted(str(file.relative_to("configs").with_suffix("")) for file in Path("configs").rglob("*.yaml"))
         raise UsageError(f"configuration {name!r}", expected=f"one of {', '.join(known)}", found=f"no {path}")
     config = load(path, overrides)
     command = " ".join(["pipeline configure", name, *overrides])

@@ -4,13 +4,13 @@ The defaults are the paper's (Touvron et al. 2020, arXiv 2012.12877, Table 9). U
 and impossible combinations are refused with the key's full name; see pipeline.strict and pipeline.params.
 """
 
-import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline.errors import UsageError
+from pipeline.policies import parse_policy
 from pipeline.strict import Section, validate
 
 # 0 switches mixing off; tiny parameters would make the rejection that draws from Beta endless
@@ -64,7 +64,9 @@ class Recipe(Section):
     """Aspect of the crop, drawn log-uniformly."""
     hflip: Fraction = 0.5
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    """timm's RandAugment string for the increasing set, or null."""
+    """timm's string: rand-... for RandAugment's increasing set; original, v0 for AutoAugment; or null."""
+    color_jitter: Fraction = 0.3
+    """Brightness, contrast and saturation, factors 1 - x to 1 + x; inert beside auto_augment, as in timm."""
     erase_prob: Fraction = 0.25
     """Random erasing with pixel noise, area 2 % to 33 %."""
     mean: Triple = IMAGENET_MEAN
@@ -96,7 +98,7 @@ class Recipe(Section):
     @classmethod
     def _parses(cls, value):
         if value is not None:
-            parse_rand_augment(value)
+            parse_policy(value)
         return value
 
     @model_validator(mode="after")
@@ -310,48 +312,6 @@ def inconsistencies(config: Config) -> list[str]:
     if config.students and config.finetune.student not in config.students:
         found.append(f"finetune.from must be one of students {config.students}: found {config.finetune.student!r}")
     return found
-
-
-class RandAugment(Section):
-    """timm's `rand-...` string, read. magnitude in 0..10; std of the normal it is drawn from."""
-
-    model_config = ConfigDict(allow_inf_nan=True)
-
-    magnitude: float = 9.0
-    std: float = 0.0
-    layers: int = 2
-    prob: float = 0.5
-    magnitude_max: float = 10.0
-
-
-def parse_rand_augment(text: str) -> RandAugment:
-    """Read timm's config string (timm.data.auto_augment.rand_augment_transform), increasing set only.
-
-    `rand-m9-mstd0.5-inc1`: m magnitude, mstd its standard deviation (> 100: uniform), mmax its
-    upper bound, n ops a view, p probability of each, inc1 the increasing set.
-    Raises ValueError with the part that is not understood.
-    """
-    parts = text.split("-")
-    if parts[0] != "rand":
-        raise ValueError(f"a timm RandAugment string such as rand-m9-mstd0.5-inc1, not {text!r}")
-    fields: dict[str, Any] = {"magnitude": 10.0}
-    increasing = False
-    for part in parts[1:]:
-        match = re.fullmatch(r"(mstd|p)(\d+(?:\.\d+)?)|(mmax|inc|m|n)(\d+)", part)
-        if not match:
-            raise ValueError(f"parts m, mstd, mmax, n, p, inc with a number, not {part!r} in {text!r}")
-        key, value = match[1] or match[3], float(match[2] or match[4])
-        if key == "inc":
-            increasing = bool(value)
-        elif key == "mstd":
-            fields["std"] = math.inf if value > 100 else value
-        elif key == "n":
-            fields["layers"] = int(value)
-        else:
-            fields[{"m": "magnitude", "mmax": "magnitude_max", "p": "prob"}[key]] = value
-    if not increasing:
-        raise ValueError(f"the increasing set only: add -inc1 to {text!r}")
-    return RandAugment(**fields)
 
 
 # How a run is computed, not what it computes: these change no result and no fingerprint.

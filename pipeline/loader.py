@@ -103,9 +103,12 @@ class Renderer:
         rows = self.index.rows(item.shard)
         keys = [rows["key"][position].decode() for position in members]
         pictures = groups.images[number].numpy()
-        for slot, (key, image) in enumerate(zip(keys, decoded, strict=True)):
-            params = draw_view(self.recipe, key, item.view, image.shape[1], image.shape[0])
-            pictures[slot] = render(image, params, self.recipe)
+        drawn = [
+            draw_view(self.recipe, key, item.view, image.shape[1], image.shape[0])
+            for key, image in zip(keys, decoded, strict=True)
+        ]
+        for image, params, picture in zip(decoded, drawn, pictures, strict=False):  # there may be more slots
+            render(image, params, self.recipe, out=picture)
         mix = draw_mix(self.recipe, self.names[item.shard], item.group, item.view, len(members))
         left, top, width, height = mix.box
         groups.labels[number, : len(members)] = torch.from_numpy(rows["label"][members].astype(np.int64))

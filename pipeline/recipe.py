@@ -11,43 +11,41 @@ DeiT uses them.
 
 import hashlib
 import math
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import permutations
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.config import RandAugment, Recipe, parse_rand_augment
+from pipeline.config import Recipe
+from pipeline.policies import INCREASING_OPS, AutoAugment, RandAugment, op_argument, parse_policy
 from pipeline.strict import fingerprint
 
-VIEWS_VERSION = 1  # bump on any change of a drawn number or a rendered bit
+VIEWS_VERSION = 2  # bump on any change of a drawn number or a rendered bit
 
 UNITS = 65536  # magnitudes and lambdas are multiples of 1/65536
 ATTEMPTS = 10  # timm's, for crop and erasing
-
-# timm.data.auto_augment._RAND_INCREASING_TRANSFORMS, in its order
-INCREASING_OPS = (
-    "AutoContrast", "Equalize", "Invert", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing",
-    "SolarizeAdd", "ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing",
-    "SharpnessIncreasing", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel",
-)  # fmt: skip
+NORMAL = NormalDist()
 
 Box = tuple[int, int, int, int]  # left, top, width, height, in pixels
+Ops = tuple[tuple[str, float | None], ...]
 
 
-@dataclass(frozen=True)
-class ViewParams:
+class ViewParams(NamedTuple):
     """What makes one view of one image."""
 
     crop: Box
     """In the image, before it is resized to size x size."""
     flip: bool
-    ops: tuple[tuple[str, float | None], ...]
-    """RandAugment's ops that fire, in order, each with its argument (degrees, bits, factor, ...)."""
+    ops: Ops
+    """Those that fire, in order, each with its argument (degrees, bits, factor, ...)."""
     erase: Box | None
     """In the view."""
     noise_key: bytes
-    """Seeds the erased box's pixels."""
+    """The view's key, 16 bytes: `noise_words` draws the erased box's pixels from it."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,34 @@ def philox(key: bytes) -> np.random.Philox:
     return np.random.Philox(key=np.frombuffer(key, "<u8"))
 
 
+_of_thread = threading.local()
+
+
+def raw_words(key: bytes, count: int, stream: int = 0) -> np.ndarray:
+    """The first `count` words, uint64, of one of the 2^64 streams of a key.
+
+    A thread's one generator is put to the key: making a new one would cost five times as much.
+    """
+    try:
+        bits = _of_thread.philox
+    except AttributeError:
+        bits = _of_thread.philox = np.random.Philox(key=0)
+    bits.state = {
+        "bit_generator": "Philox",
+        "state": {"counter": (0, stream, 0, 0), "key": np.frombuffer(key, "<u8")},
+        "buffer": (0, 0, 0, 0), "buffer_pos": 4, "has_uint32": 0, "uinteger": 0,
+    }  # fmt: skip
+    return bits.random_raw(count)
+
+
+def noise_words(key: bytes, count: int) -> np.ndarray:
+    """uint16 (count,): uniform words, from a stream of the key that `draw_view` leaves alone."""
+    return raw_words(key, -(-count // 4), stream=1).astype("<u8", copy=False).view("<u2")[:count]
+
+
 def uniforms(words: np.ndarray) -> list[float]:
     """uint64 words as numbers in (0, 1): the upper 52 bits and a half, which a float64 just holds."""
-    return (((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52).tolist()
+    return ((words >> 11 | 1) * 2.0**-53).tolist()
 
 
 def permutation(key: bytes, length: int) -> np.ndarray:
@@ -92,21 +115,26 @@ def permutation(key: bytes, length: int) -> np.ndarray:
 def draw_view(recipe: Recipe, sample_key: str, view: int, width: int, height: int) -> ViewParams:
     """The parameters of view number `view` of the sample, whose image is width x height pixels."""
     key = stream_key(recipe.seed, "view", f"{sample_key}\x1f{view}")
-    augment = _rand_augment(recipe.auto_augment)
-    layers = augment.layers if augment else 0
-    numbers = uniforms(philox(key).random_raw(46 + 4 * layers))
+    draw_ops, words = _augmentation(recipe.auto_augment, recipe.color_jitter)
+    numbers = uniforms(raw_words(key, 46 + words))
     return ViewParams(
         crop=_draw_crop(recipe, width, height, numbers[:22]),
         flip=numbers[22] < recipe.hflip,
-        ops=_draw_ops(augment, numbers[46:]) if augment else (),
+        ops=draw_ops(numbers[46:]),
         erase=_draw_erase(recipe, numbers[23:46]),
-        noise_key=stream_key(recipe.seed, "noise", f"{sample_key}\x1f{view}"),
+        noise_key=key,
     )
 
 
 @lru_cache
-def _rand_augment(text: str | None) -> RandAugment | None:
-    return parse_rand_augment(text) if text else None
+def _augmentation(text: str | None, jitter: float):
+    """What draws the ops of a view from uniform numbers, and how many numbers it takes."""
+    policy = parse_policy(text) if text else None
+    if isinstance(policy, RandAugment):
+        return lambda u: _draw_rand_augment(policy, u), 4 * policy.layers
+    if isinstance(policy, AutoAugment):
+        return lambda u: _draw_auto_augment(policy, u), 7
+    return lambda u: _draw_jitter(jitter, u), 4
 
 
 def _between(low: float, high: float, u: float) -> float:
@@ -133,51 +161,47 @@ def _draw_crop(recipe: Recipe, width: int, height: int, u: list[float]) -> Box:
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def _draw_ops(augment: RandAugment, u: list[float]) -> tuple[tuple[str, float | None], ...]:
+def _draw_rand_augment(augment: RandAugment, u: list[float]) -> Ops:
     """timm.data.auto_augment.RandAugment: ops with replacement, each fires with probability p."""
     ops = []
-    for layer in range(augment.layers):
-        choice, fires, magnitude, sign = u[4 * layer : 4 * layer + 4]
+    for layer in range(0, 4 * augment.layers, 4):
+        choice, fires, magnitude, sign = u[layer : layer + 4]
         if fires < augment.prob:
             name = INCREASING_OPS[int(choice * len(INCREASING_OPS))]
-            ops.append((name, op_argument(name, _draw_magnitude(augment, magnitude), sign < 0.5)))
+            drawn = _draw_magnitude(augment.magnitude, augment.std, augment.magnitude_max, magnitude)
+            ops.append((name, op_argument(name, drawn, sign < 0.5)))
     return tuple(ops)
 
 
-def _draw_magnitude(augment: RandAugment, u: float) -> float:
+def _draw_auto_augment(augment: AutoAugment, u: list[float]) -> Ops:
+    """timm.data.auto_augment.AutoAugment: one sub-policy, each op of it with its own probability."""
+    ops = []
+    chosen = augment.policy[int(u[6] * len(augment.policy))]
+    for (name, prob, magnitude), fires, spread, sign in zip(chosen, u[0:2], u[2:4], u[4:6], strict=True):
+        if fires < prob:
+            drawn = _draw_magnitude(magnitude, augment.std, 10, spread)
+            ops.append((name, op_argument(name, drawn, sign < 0.5)))
+    return tuple(ops)
+
+
+JITTER_ORDERS = tuple(permutations(("Brightness", "Contrast", "Color")))
+
+
+def _draw_jitter(strength: float, u: list[float]) -> Ops:
+    """torchvision's ColorJitter(strength, strength, strength): three factors, in any order."""
+    if not strength:
+        return ()
+    factors = [round(_between(1 - strength, 1 + strength, part) * UNITS) / UNITS for part in u[:3]]
+    return tuple(zip(JITTER_ORDERS[int(u[3] * len(JITTER_ORDERS))], factors, strict=True))
+
+
+def _draw_magnitude(magnitude: float, std: float, highest: float, u: float) -> float:
     """Normal around the magnitude (uniform up to it where std is infinite), clipped, to 1/65536."""
-    if augment.std == math.inf:
-        magnitude = u * augment.magnitude
-    elif augment.std:
-        magnitude = augment.magnitude + augment.std * NormalDist().inv_cdf(u)
-    else:
-        magnitude = augment.magnitude
-    return round(max(0.0, min(magnitude, augment.magnitude_max)) * UNITS) / UNITS
-
-
-def op_argument(name: str, magnitude: float, negate: bool) -> float | None:
-    """What an op takes at a magnitude in 0..10 (timm.data.auto_augment.LEVEL_TO_ARG).
-
-    Degrees for Rotate, bits to keep for Posterize, a threshold for Solarize, an addend for
-    SolarizeAdd, a factor for the enhancements and shears, a fraction of the side for translations.
-    """
-    level, sign = magnitude / 10, -1.0 if negate else 1.0
-    match name:
-        case "Rotate":
-            return sign * level * 30
-        case "PosterizeIncreasing":
-            return 4 - int(level * 4)
-        case "SolarizeIncreasing":
-            return 256 - min(256, int(level * 256))
-        case "SolarizeAdd":
-            return min(128, int(level * 110))
-        case "ColorIncreasing" | "ContrastIncreasing" | "BrightnessIncreasing" | "SharpnessIncreasing":
-            return max(0.1, 1.0 + sign * level * 0.9)
-        case "ShearX" | "ShearY":
-            return sign * level * 0.3
-        case "TranslateXRel" | "TranslateYRel":
-            return sign * level * 0.45
-    return None
+    if std == math.inf:
+        magnitude = u * magnitude
+    elif std:
+        magnitude += std * NORMAL.inv_cdf(u)
+    return round(max(0.0, min(magnitude, highest)) * UNITS) / UNITS
 
 
 def _draw_erase(recipe: Recipe, u: list[float]) -> Box | None:

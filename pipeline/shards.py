@@ -17,7 +17,6 @@ import os
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import fsspec
@@ -28,11 +27,12 @@ import webdataset
 from pipeline.errors import PipelineError
 from pipeline.files import replacing
 from pipeline.strict import fingerprint
-from pipeline.views import Undecodable, decode
+from pipeline.views import Undecodable, decode, decode_again
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 MAX_CLASSES = 65535  # class numbers are uint16 in the store, whose fill value is 65535
 FORMAT = 1
+OPEN = 64  # shards whose rows and files stay at hand: a few times Training.open_shards
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, str, bytes, int]]) -> None:
@@ -220,24 +220,20 @@ class Index:
         return int(self.starts[-1])
 
     def __getstate__(self):
-        return self.__dict__ | {"_rows": {}, "_files": {}, "_table": None}
-
-    def __setstate__(self, state):
-        state.pop("_table")
-        self.__dict__.update(state)
+        return self.__dict__ | {"_rows": {}, "_files": {}}
 
     def __del__(self):
         for descriptor in getattr(self, "_files", {}).values():
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
-    @cached_property
-    def _table(self) -> np.ndarray:
+    def _read_rows(self, shard: int) -> np.ndarray:
+        """A shard's rows out of the table, which is mapped only for so long: it counts as no one's memory."""
         try:
             table = np.load(self.table, mmap_mode="r")
             if len(table) != len(self) or table.dtype != row_type(table.dtype["key"].itemsize):
                 raise ValueError(f"{len(table)} rows of {table.dtype}")
-            return table
+            return np.array(table[self.starts[shard] : self.starts[shard + 1]])
         except Exception as error:  # a damaged header makes numpy raise nearly anything
             raise PipelineError(
                 f"{self.table}: the table of {self.path} cannot be read",
@@ -253,7 +249,7 @@ class Index:
             PipelineError: the table is missing or damaged.
         """
         if shard not in self._rows:
-            rows = np.array(self._table[self.starts[shard] : self.starts[shard + 1]])
+            rows = self._read_rows(shard)
             if google_crc32c.value(rows.tobytes()) != self.shards[shard]["rows_crc32c"]:
                 raise PipelineError(
                     f"{self.table}: the rows of {self.names[shard]}",
@@ -261,7 +257,7 @@ class Index:
                     found="another: the table was damaged or replaced",
                     do="run prepare again (dvc repro -f prepare)",
                 )
-            if len(self._rows) >= 256:  # a worker walks through shards; a few hundred stay at hand
+            if len(self._rows) >= OPEN:
                 self._rows.pop(next(iter(self._rows)))
             self._rows[shard] = rows
         return self._rows[shard]
@@ -301,11 +297,11 @@ class Index:
         if "://" in where:
             return fsspec.open(where).fs.cat_file(where, start=offset, end=offset + size)
         if shard not in self._files:
-            if len(self._files) >= 64:
+            if len(self._files) >= OPEN:
                 os.close(self._files.pop(next(iter(self._files))))
             self._files[shard] = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
         return os.pread(self._files[shard], size, offset)
 
     def image(self, shard: int, position: int) -> np.ndarray:
         """A sample's decoded image, uint8 (height, width, 3)."""
-        return decode(self.read(shard, position))
+        return decode_again(self.read(shard, position))

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only modules listed above it.
 ORDER = (
-    "errors", "files", "strict", "config", "params", "layout", "recipe", "views", "shards", "sources", "plan",
+    "errors", "files", "strict", "policies", "config", "params", "layout", "recipe", "ops", "views", "shards", "sources", "plan",
     "answers", "store", "loader", "models", "teaching", "losses", "checkpoint", "evaluation", "runlog",
-    "training", "report", "cli",
+    "training", "contact_sheet", "report", "cli",
 )  # fmt: skip
 
 STAGE_MODULES = {

@@ -34,7 +34,12 @@ def files(root: Path) -> set[str]:
     return {str(path.relative_to(root)) for path in root.rglob("*")}
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("*.yaml")))
+EXPERIMENTS = sorted(
+    str(path.relative_to(ROOT / "configs").with_suffix("")) for path in (ROOT / "configs").rglob("*.yaml")
+)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_configure_writes_a_whole_params_yaml_of_every_shipped_experiment(project, name):
     call("configure", name)
     assert yaml.safe_load((project / "params.yaml").read_text())["name"]

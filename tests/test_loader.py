@@ -348,10 +348,8 @@ def changed_mix(**changes):
     return draw
 
 
-def changed_pixel(image, params, recipe):
-    picture = render(image, params, recipe).copy()
-    picture[1, 3, 5] ^= 1
-    return picture
+def changed_pixel(image, params, recipe, out):
+    render(image, params, recipe, out)[1, 3, 5] ^= 1
 
 
 GROUP_MEMBERS = pipeline.loader.group_members

@@ -1,0 +1,43 @@
+"""What a benchmark prints first: the machine, the versions, the command; and how it takes medians."""
+
+import os
+import platform
+import shlex
+import statistics
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = ("torch", "torchvision", "timm", "opencv-python-headless", "pillow", "numpy", "zarr")
+
+
+def conditions() -> str:
+    """Markdown lines: processor, cores, memory, versions, command."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    memory = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    features = {word for line in _lines("/proc/cpuinfo") if line.startswith("flags") for word in line.split()}
+    simd = next((name for name in ("avx512f", "avx2", "sse4_2") if name in features), "no SIMD known")
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    arguments = [shlex.quote(Path(word).name if os.sep in word else word) for word in sys.argv[1:]]
+    return "\n".join(
+        [
+            f"* {cpu}, {simd}, {os.cpu_count()} cores, {memory / 2**20:.0f} GiB",
+            f"* Python {platform.python_version()}, {versions}",
+            f"* `python bench/{Path(sys.argv[0]).name} {' '.join(arguments)}`",
+        ]
+    )
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def spread(values: list[float]) -> str:
+    """Median and, in brackets, least and greatest."""
+    return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"

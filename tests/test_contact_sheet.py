@@ -1,0 +1,108 @@
+"""The contact sheet shows what students see, and says in words how it was made."""
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from pipeline.cli import main
+from pipeline.config import Recipe
+from pipeline.contact_sheet import draw_sheet, find_sample, group_cells, op_cells, sample_cells, words, words_of_op
+from pipeline.errors import UsageError
+from pipeline.loader import Renderer, mixed
+from pipeline.params import dump
+from pipeline.plan import Item
+from pipeline.policies import INCREASING_OPS, op_argument
+from pipeline.recipe import ViewParams
+
+
+def test_words_name_crop_flip_ops_and_box():
+    params = ViewParams((5, 6, 30, 40), True, (("Rotate", -7.25), ("Invert", None)), (1, 2, 3, 4), bytes(16))
+    assert words(params).splitlines() == [
+        "crop 30 x 40 at 5, 6, flipped",
+        "Rotate -7.2 degrees",
+        "Invert",
+        "erased 3 x 4 at 1, 2",
+    ]
+
+
+def test_words_of_a_plain_view_say_that_no_op_fired():
+    assert words(ViewParams((0, 0, 8, 8), False, (), None, bytes(16))) == "crop 8 x 8 at 0, 0\nno op"
+
+
+@pytest.mark.parametrize("name", INCREASING_OPS)
+def test_every_op_has_words(name):
+    said = words_of_op(name, op_argument(name, 9, True))
+    assert name.startswith(said.split()[0].rstrip(","))
+
+
+def test_a_sample_is_found_by_its_key(small_set):
+    _, index = small_set
+    key = index.rows(2)["key"][3].decode()
+    assert find_sample(index, key) == (2, 3)
+
+
+def test_an_unknown_key_is_told_one_that_is_there(small_set):
+    _, index = small_set
+    with pytest.raises(UsageError, match=index.rows(0)["key"][0].decode()):
+        find_sample(index, "no such key")
+
+
+def test_views_on_the_sheet_are_the_renderers(small_set):
+    config, index = small_set
+    cells = sample_cells(index, config.recipe, 1, 2, [3])
+    renderer = Renderer(index, config.recipe)
+    for group in range(2):
+        groups = renderer.render([Item(1, group, 3)])
+        if 2 in groups.members[0]:
+            seen = groups.images[0, groups.members[0].tolist().index(2)].permute(1, 2, 0).numpy()
+    assert np.array_equal(cells[1][0], seen)
+
+
+def test_the_group_on_the_sheet_is_what_is_trained_on_with_the_sample_first(small_set):
+    config, index = small_set
+    title, cells = group_cells(index, config.recipe, 1, 2, 3, 99)
+    number = int(title.split()[1])
+    groups = Renderer(index, config.recipe).render([Item(1, number, 3)])
+    pictures = mixed(groups).round().byte().permute(0, 2, 3, 1).numpy()
+    first = groups.members[0].tolist().index(2)
+    assert np.array_equal(cells[0][0], pictures[first]) and len(cells) == len(groups.members[0])
+
+
+def test_a_mixed_group_says_its_lambda(small_set):
+    _, index = small_set
+    recipe = Recipe(size=16, group_size=4, repeats=2, block=4, cutmix_alpha=0)
+    title, cells = group_cells(index, recipe, 1, 2, 0, 4)
+    share = title.split("lambda ")[1].split(";")[0]
+    own = [float(caption.split()[0]) for _, caption in cells if "\n" in caption]  # an odd one stays alone
+    assert "mixup" in title and own and set(own) == {round(float(share), 2)}
+
+
+def test_an_unmixed_group_says_so(small_set):
+    _, index = small_set
+    recipe = Recipe(size=16, group_size=4, repeats=2, block=4, mix_prob=0)
+    assert "not mixed" in group_cells(index, recipe, 1, 2, 0, 4)[0]
+
+
+def test_the_sheet_of_ops_has_a_cell_an_op_and_magnitude(small_set):
+    config, index = small_set
+    captions = [caption for _, caption in op_cells(index, config.recipe, 0, 0)]
+    without = sum(op_argument(name, 5, False) is None for name in INCREASING_OPS)
+    assert len(captions) == 1 + without + 4 * (len(INCREASING_OPS) - without)
+
+
+def test_a_sheet_is_a_png_as_wide_as_its_pictures(tmp_path):
+    cells = [(np.full((80, 80, 3), 9, np.uint8), "one\nline")] * 5
+    draw_sheet(tmp_path / "sheet.png", [("title", cells)], zoom=3)
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.format == "PNG" and 4 * 240 < image.width < 4 * 240 + 100
+
+
+def test_the_command_draws_a_random_sample(small_set, tmp_path, monkeypatch):
+    config, index = small_set
+    monkeypatch.chdir(index.location.partition("/work/")[0])
+    (tmp_path / "params.yaml").write_text(dump(config))
+    options = ["--config", str(tmp_path / "params.yaml"), "--output", str(tmp_path / "sheet.png")]
+    result = CliRunner().invoke(main, ["views", *options, "--seed", "4"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "sheet.png").exists() and "sheet.png" in result.output

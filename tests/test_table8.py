@@ -1,0 +1,63 @@
+"""configs/table8: each switches off what it says, in what is drawn, and leaves the rest alone."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config, Recipe
+from pipeline.params import load
+from pipeline.policies import AUTO_AUGMENT
+from pipeline.recipe import draw_mix, draw_view
+
+FOLDER = Path(__file__).parent.parent / "configs" / "table8"
+
+
+def recipe(name: str) -> Recipe:
+    return load(str(FOLDER / f"{name}.yaml"), ()).recipe
+
+
+def views(name: str) -> list:
+    return [draw_view(recipe(name), "key", view, 500, 375) for view in range(200)]
+
+
+def kinds(name: str) -> set[str]:
+    return {draw_mix(recipe(name), "shard", 0, view, 64).kind for view in range(100)}
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_an_ablation_changes_the_paper_s_recipe_in_nothing_but_what_it_names(path):
+    changed = {
+        "no-randaugment": {"auto_augment"},
+        "autoaugment": {"auto_augment"},
+        "no-mixup": {"mixup_alpha"},
+        "no-cutmix": {"cutmix_alpha"},
+        "no-mixing": {"mixup_alpha", "cutmix_alpha"},
+        "no-erasing": {"erase_prob"},
+        "no-repeated-augmentation": {"repeats"},
+    }[path.stem]
+    ours, paper = recipe(path.stem).model_dump(), Config().recipe.model_dump()
+    assert {key for key in paper if ours[key] != paper[key]} == changed
+
+
+def test_without_randaugment_only_colours_are_jittered():
+    assert {name for view in views("no-randaugment") for name, _ in view.ops} == {"Brightness", "Contrast", "Color"}
+
+
+def test_autoaugment_draws_its_policy_s_ops():
+    known = {name for pair in AUTO_AUGMENT["original"] for name, _, _ in pair}
+    assert {name for view in views("autoaugment") for name, _ in view.ops} == known
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("no-mixup", {"cutmix"}), ("no-cutmix", {"mixup"}), ("no-mixing", {"none"})]
+)
+def test_mixing_is_switched_off(name, expected):
+    assert kinds(name) == expected
+
+
+def test_without_erasing_nothing_is_erased():
+    assert not any(view.erase for view in views("no-erasing"))
+
+
+def test_without_repeated_augmentation_a_visit_is_one_view():
+    assert recipe("no-repeated-augmentation").repeats == 1
