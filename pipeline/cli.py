@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from pipeline.cli_store import config_options, prune, store
 from pipeline.errors import PipelineError, UsageError
 
 
@@ -35,6 +36,8 @@ def main():
       finetune       on at a higher resolution, from a second store
       evaluate       what the paper reports, and report.html
 
+    Beside them: configure, views (look at a recipe), store and prune (look after stores).
+
     \b
     Example:
       pipeline configure digits && dvc repro
@@ -45,14 +48,7 @@ def _stage(with_device: bool = True):
     """Options that every stage has; gives the body `config`, `device` and `dry_run`."""
 
     def decorate(body):
-        @click.option(
-            "--config", "path", default="params.yaml", show_default=True, type=click.Path(dir_okay=False),
-            help="The experiment's whole configuration.",
-        )  # fmt: skip
-        @click.option(
-            "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE",
-            help="Override a key of it; may be given several times.",
-        )  # fmt: skip
+        @config_options
         @click.option("--dry-run", is_flag=True, help="Say what would be done, with sizes and counts, and do nothing.")
         @functools.wraps(body)
         def command(path, overrides, dry_run, device=None, **options):
@@ -60,7 +56,7 @@ def _stage(with_device: bool = True):
 
             config = load(path, overrides)
             if with_device:
-                options["device"] = _device(device)
+                options["device"] = find_device(device)
             return body(config=config, dry_run=dry_run, **options)
 
         if with_device:
@@ -73,7 +69,7 @@ def _stage(with_device: bool = True):
     return decorate
 
 
-def _device(name: str):
+def find_device(name: str):
     import os
 
     import torch
@@ -249,8 +245,7 @@ def evaluate(config, device, dry_run):
 @click.option("--zoom", default=1.0, show_default=True, type=click.FloatRange(0.25, 16), help="Enlargement.")
 @click.option("--split", type=click.Choice(["train", "val"]), default="train", show_default=True)
 @click.option("--output", default="views.png", show_default=True, type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--config", "path", default="params.yaml", show_default=True, type=click.Path(dir_okay=False))
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Try another recipe.")
+@config_options
 def views(key, seed, first, count, members, ops, zoom, split, output, path, overrides):
     """Draw a contact sheet: a training image, its views with their parameters in words, its mixed group.
 
@@ -293,6 +288,9 @@ def configure(name, overrides, output):
     output.write_text(header + dump(config))
     click.echo(f"{output}: {config.name}; now run: dvc repro")
 
+
+main.add_command(store)
+main.add_command(prune)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -173,8 +173,8 @@ class TeacherLogits(Section):
 
     views: Positive = 300
     """V: views 0..V-1 of every training image; a multiple of recipe.block."""
-    kind: Literal["argmax", "topk", "dense"] = "argmax"
-    """argmax: 2 bytes, all that hard distillation needs. topk and dense (float16): soft too."""
+    kind: Literal["argmax", "topk", "dense8", "dense"] = "argmax"
+    """argmax: 2 bytes, all that hard distillation needs; topk, dense8 (a byte a class), dense (float16): soft too."""
     top_k: Positive = 10
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     batch_groups: Positive = 8
@@ -307,7 +307,7 @@ def inconsistencies(config: Config) -> list[str]:
     for name in config.students:
         if config.student_named(name).distillation == "soft" and config.teacher_logits.kind == "argmax":
             found.append(
-                f"teacher_logits.kind must be topk or dense, because student {name} distils softly: found argmax"
+                f"teacher_logits.kind must be topk, dense8 or dense: student {name} distils softly; found argmax"
             )
     if config.students and config.finetune.student not in config.students:
         found.append(f"finetune.from must be one of students {config.students}: found {config.finetune.student!r}")

@@ -1,20 +1,20 @@
-"""The zarr store of the teacher's answers: create, write a unit, read a view of a shard, verify.
+"""The zarr store of the teacher's answers: create, write a unit, read a view of a shard.
 
 Rows are laid out shard by shard with equal capacity, in tar order. Arrays: `argmax` (view, row),
-`topk` or `dense` (view, row, ...), and `check` (view, shard, slot): 64 bits a group (see
+a kind's own (view, row, ...), and `check` (view, shard, slot): 64 bits a group (see
 recipe.group_check), then a checksum of what each kind holds of that view of that shard.
 
-One process writes a unit, by rename, argmax last, so what exists is complete. zarr reads a missing
-chunk as the fill value, silently; here that is an error.
+One process writes a unit, by rename, argmax last, so what exists is complete. `argmax`, `check` and
+`topk` have one chunk a unit, its bytes followed by their CRC-32C; they are read without zarr, which
+costs ten times as much and takes a missing chunk for the fill value. The dense kinds are zarr shards
+of one unit, with inner chunks of the views that one visit wants (recipe.repeats).
 """
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -23,16 +23,15 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from pipeline.answers import FILL, KINDS, payload_width
+from pipeline.answers import DTYPES, FILL, KINDS, SHARDED, payload_width
 from pipeline.config import Recipe
 from pipeline.errors import PipelineError, UsageError
-from pipeline.files import replacing
 from pipeline.plan import Unit, all_units
 from pipeline.recipe import group_count, recipe_fingerprint
 from pipeline.shards import Index
 from pipeline.strict import fingerprint
 
-FORMAT = 1
+FORMAT = 2
 NO_CHECK = 2**64 - 1
 VERSIONS = ("numpy", "opencv-python-headless", "pillow", "timm", "torch", "torchvision", "zarr")
 
@@ -75,7 +74,11 @@ class Store:
         self.capacity = int(group.attrs["capacity"])
         self.classes = int(group.attrs["classes"])
         self.slots = max(group_count(int(samples), recipe.group_size) for samples in index.samples)
-        self._cache: OrderedDict[tuple[int, int, str], Answers] = OrderedDict()
+        self.keep = 32  # chunks of each array at hand; a little more than the order's open shards
+        self._cache: dict[str, OrderedDict] = defaultdict(OrderedDict)
+        self._arrays: dict[str, zarr.Array | None] = {}
+        self._filesystem, self._root = fsspec.core.url_to_fs(path)
+        self._local = "file" in np.atleast_1d(self._filesystem.protocol)
 
     @classmethod
     def create(
@@ -101,7 +104,7 @@ class Store:
                     "shards": [{"name": s["name"], "samples": s["samples"]} for s in index.shards],
                     "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
                 }
-                zarr.create_group(path, attributes=attributes)
+                zarr.create_group(path, attributes=attributes | {"digest": fingerprint(attributes)})
             group = _opened(path, "r+")
             store = cls(path, group, index, identity.recipe)
             store._refuse_other(identity.described())
@@ -132,6 +135,8 @@ class Store:
             )
         store = cls(path, _opened(path, "r"), index, recipe)
         store._refuse_other({"index": index.fingerprint, "recipe": recipe_fingerprint(recipe)})
+        for name in store.arrays():
+            store._refuse_other_layout(name)
         return store
 
     def _refuse_other(self, described: dict[str, Any]) -> None:
@@ -149,50 +154,77 @@ class Store:
     def fingerprint(self) -> str:
         return self.group.attrs["fingerprint"]
 
-    def _make_arrays(self, views: int, kind: str, top_k: int) -> None:
-        block, shards = self.recipe.block, len(self.index.names)
-        rows, slots = shards * self.capacity, self.slots + len(KINDS)
-        self._make_array("argmax", (views, rows), np.uint16, (block, self.capacity), ["view", "row"], FILL)
-        self._make_array(
-            "check", (views, shards, slots), np.uint64, (block, 1, slots), ["view", "shard", "slot"], NO_CHECK
-        )
-        if kind == "argmax":
-            return
-        width = payload_width(kind, self.classes, top_k)
-        whole, shape = (block, self.capacity, width), (views, rows, width)
-        if kind == "topk":
-            self._make_array("topk", shape, np.uint16, whole, ["view", "row", "packed"], FILL)
-        else:
-            inner = (self.recipe.repeats, self.capacity, width)
-            self._make_array("dense", shape, np.float16, inner, ["view", "row", "class"], np.nan, whole)
+    def arrays(self) -> list[str]:
+        """`argmax`, `check` and the kinds that the store holds."""
+        names = ("check", *KINDS)
+        return sorted(name for name in names if self._filesystem.exists(f"{self._root}/{name}/zarr.json"))
 
-    def _make_array(self, name, shape, dtype, chunks, dimensions, fill, shards=None) -> None:
-        if name not in self.group:
-            self.group.create_array(
-                name,
-                shape=shape,
-                chunks=chunks,
-                shards=shards,
-                dtype=dtype,
-                compressors=[Crc32cCodec()],  # zarr's default codecs let bit flips through
-                fill_value=fill,
-                dimension_names=dimensions,
+    def _make_arrays(self, views: int, kind: str, top_k: int) -> None:
+        for name in {"argmax": 0, "check": 0, kind: 0}:
+            settings = self._settings(name, views, payload_width(kind, self.classes, top_k))
+            if name not in self.arrays():
+                self.group.create_array(name, **settings)
+            self._refuse_other_layout(name)
+            array, shape = self.group[name], settings["shape"]
+            if array.shape[2:] != shape[2:]:
+                raise UsageError(
+                    f"{self.path}/{name}",
+                    expected=f"width {array.shape[2]} as stored",
+                    found=f"{shape[2]} asked for",
+                    do="set teacher_logits.top_k back",
+                )
+            if array.shape[0] < shape[0]:
+                array.resize(shape)
+
+    def _settings(self, name: str, views: int, width: int) -> dict[str, Any]:
+        """What an array is made with: shape, chunks, codecs, names of dimensions."""
+        block, shards, slots = self.recipe.block, len(self.index.names), self.slots + len(KINDS)
+        rows = shards * self.capacity
+        # zarr's default codecs let bit flips through
+        settings: dict[str, Any] = {"compressors": [Crc32cCodec()], "dtype": np.uint64, "fill_value": NO_CHECK}
+        if name == "check":
+            shape, chunks, dimensions = (views, shards, slots), (block, 1, slots), ["view", "shard", "slot"]
+        elif name == "argmax":
+            shape, chunks, dimensions = (views, rows), (block, self.capacity), ["view", "row"]
+        else:
+            shape, chunks = (views, rows, width), (block, self.capacity, width)
+            dimensions = ["view", "row", "packed" if name == "topk" else "class"]
+        if name != "check":
+            fill = np.nan if name == "dense" else 255 if name == "dense8" else FILL
+            settings |= {"dtype": DTYPES[name], "fill_value": fill}
+        if name in SHARDED:
+            settings["shards"], chunks = chunks, (self.recipe.repeats, *chunks[1:])
+        return settings | {"shape": shape, "chunks": chunks, "dimension_names": dimensions}
+
+    def _refuse_other_layout(self, name: str) -> None:
+        """An array must be laid out as this version writes it: chunks are read by their place and length.
+
+        Raises:
+            PipelineError: it is not, or its description is damaged.
+        """
+        try:
+            array = self.group[name]
+            width = array.shape[2] if array.ndim == 3 else 0
+            made = zarr.create_array({}, **self._settings(name, array.shape[0], width))
+            found, expected = (a.metadata.to_dict() for a in (array, made))
+            if array.shape[0] % self.recipe.block:
+                expected["shape"] = f"a multiple of {self.recipe.block} views"
+        except Exception as error:  # zarr raises nearly anything about damaged metadata
+            raise _damaged_metadata(f"{self.path}/{name}", error) from error
+        different = [key for key in expected.keys() | found.keys() if str(expected.get(key)) != str(found.get(key))]
+        if different:
+            key = min(different)
+            raise PipelineError(
+                f"{self.path}/{name}: the array's {key}",
+                expected=str(expected.get(key)),
+                found=str(found.get(key)),
+                do="it is damaged or of another version: move the store away and compute it again",
             )
-        array = self.group[name]
-        if array.shape[2:] != shape[2:]:
-            raise UsageError(
-                f"{self.path}/{name}",
-                expected=f"width {array.shape[2]} as stored",
-                found=f"{shape[2]} asked for",
-                do="set teacher_logits.top_k back",
-            )
-        if array.shape[0] < shape[0]:
-            array.resize(shape)
 
     @property
     def views(self) -> int:
         """Views that the store has room for; which of their units are written is another question."""
-        return self.group["argmax"].shape[0] if "argmax" in self.group else 0
+        return self.group["argmax"].shape[0] if "argmax" in self.arrays() else 0
 
     def missing(self, views: int, kind: str) -> list[Unit]:
         """Units of views 0..views-1 that are not there for a kind, in the order to compute them."""
@@ -206,9 +238,8 @@ class Store:
 
     def _written(self, name: str) -> set[tuple[int, int]]:
         """(block, shard) of a kind's chunks, from one listing."""
-        filesystem, root = fsspec.core.url_to_fs(self.path)
-        folder = f"{root}/{name}/c"
-        paths = filesystem.find(folder) if filesystem.exists(folder) else []
+        folder = f"{self._root}/{name}/c"
+        paths = self._filesystem.find(folder) if self._filesystem.exists(folder) else []
         parts = [path[len(folder) + 1 :].split("/") for path in paths]
         return {(int(p[0]), int(p[1])) for p in parts if all(part.isdigit() for part in p)}
 
@@ -245,17 +276,19 @@ class Store:
             return np.array(self.group["check"][unit.block * block : (unit.block + 1) * block, unit.shard])
         except (ValueError, OSError, RuntimeError):
             # damaged: without their checksums the other kinds' answers are lost too
-            self.remove_unit(unit, tuple(name for name in KINDS if name in self.group))
+            self.remove_unit(unit, tuple(name for name in KINDS if name in self.arrays()))
             return np.full((block, self.slots + len(KINDS)), NO_CHECK, np.uint64)
 
     def remove_unit(self, unit: Unit, names: tuple[str, ...] = ("argmax",)) -> None:
         """Take a unit back: delete chunks of it, its argmax first, which says that it is complete."""
-        filesystem, root = fsspec.core.url_to_fs(self.path)
         for name in names:
-            dimensions = len(self.group[name].shape) - 2
-            path = f"{root}/{name}/c/{unit.block}/{unit.shard}" + "/0" * dimensions
-            if filesystem.exists(path):
-                filesystem.rm(path)
+            path = self._chunk_path(name, unit.shard, unit.block)
+            if self._filesystem.exists(path):
+                self._filesystem.rm(path)
+        self._cache.clear()
+
+    def _chunk_path(self, name: str, shard: int, block: int) -> str:
+        return f"{self._root}/{name}/c/{block}/{shard}" + ("" if name == "argmax" else "/0")
 
     def read(self, shard: int, view: int, kind: str = "argmax") -> Answers:
         """A view of a shard. The returned arrays are a cache's: don't write into them.
@@ -263,28 +296,15 @@ class Store:
         Raises:
             PipelineError: the unit is missing or damaged.
         """
-        key = (shard, view, kind)
-        if key not in self._cache:
-            self._cache[key] = self._read(*key)
-            if len(self._cache) > self.cache_entries:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(key)
-        return self._cache[key]
-
-    cache_entries = 256
-
-    def _read(self, shard: int, view: int, kind: str) -> Answers:
-        samples = int(self.index.samples[shard])
-        rows = slice(shard * self.capacity, shard * self.capacity + samples)
-        slots = self._fetch("check", (view, shard), shard, view)
-        argmax = self._fetch("argmax", (view, rows), shard, view)
-        payload = None if kind == "argmax" else self._fetch(kind, (view, rows), shard, view)
-        if (argmax == FILL).any():
-            raise self._damage("argmax", shard, view, "missing: the unit was never written or was removed")
-        for name, values in (("argmax", argmax), (kind, payload if kind != "argmax" else argmax)):
-            if slots[self.slots + KINDS.index(name)] != _checksum(values):
-                raise self._damage(name, shard, view, "a checksum that is not the recorded one")
-        return Answers(argmax, payload, slots[: group_count(samples, self.recipe.group_size)])
+        block, place = divmod(view, self.recipe.block)
+        argmax, check = self._cached("argmax", shard, block * self.recipe.block, self._read_argmax)
+        payload = None
+        if kind != "argmax":
+            views = self.recipe.repeats if kind in SHARDED else self.recipe.block
+            first = view // views * views
+            payload = self._cached(kind, shard, first, lambda *at: self._read_payload(kind, *at))[view - first]
+        groups = group_count(int(self.index.samples[shard]), self.recipe.group_size)
+        return Answers(argmax[place], payload, check[place, :groups])
 
     def read_unit(self, unit: Unit) -> np.ndarray:
         """A whole unit's argmax, uint16 (block, samples).
@@ -292,31 +312,110 @@ class Store:
         Raises:
             PipelineError: the unit is missing or damaged.
         """
-        first, samples = unit.block * self.recipe.block, int(self.index.samples[unit.shard])
-        views = slice(first, first + self.recipe.block)
-        rows = slice(unit.shard * self.capacity, unit.shard * self.capacity + samples)
-        slots = self._fetch("check", (views, unit.shard), unit.shard, first)
-        argmax = self._fetch("argmax", (views, rows), unit.shard, first)
-        recorded = slots[:, self.slots + KINDS.index("argmax")]
-        if any(_checksum(view) != number for view, number in zip(argmax, recorded, strict=True)):
-            raise self._damage("argmax", unit.shard, first, "a checksum that is not the recorded one")
-        return argmax
+        return self._read_argmax(unit.shard, unit.block * self.recipe.block)[0]
 
-    def _fetch(self, name: str, selection: tuple, shard: int, view: int) -> np.ndarray:
+    def read_check(self, unit: Unit) -> np.ndarray:
+        """A unit's check, uint64 (block, slots).
+
+        Raises:
+            PipelineError: it is missing or damaged.
+        """
+        return self._read_chunk("check", unit.shard, unit.block * self.recipe.block)[:, 0]
+
+    def check_unit(self, unit: Unit, kind: str) -> None:
+        """Read a unit whole, past the cache.
+
+        Raises:
+            PipelineError: it is missing or damaged.
+        """
+        first, views = unit.block * self.recipe.block, self.recipe.repeats
+        _, check = self._read_argmax(unit.shard, first)
+        if kind in SHARDED:
+            for view in range(first, first + self.recipe.block, views):
+                self._read_payload(kind, unit.shard, view, check)
+        elif kind != "argmax":
+            self._read_payload(kind, unit.shard, first, check)
+
+    def _cached(self, name: str, shard: int, first: int, read):
+        kept = self._cache[name]
+        if (shard, first) not in kept:
+            kept[shard, first] = read(shard, first)
+            if len(kept) > self.keep:
+                kept.popitem(last=False)
+        kept.move_to_end((shard, first))
+        return kept[shard, first]
+
+    def _read_argmax(self, shard: int, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """A unit's argmax (block, samples) and check (block, slots), from its first view on."""
+        check = self._read_chunk("check", shard, first)[:, 0]
+        argmax = self._read_chunk("argmax", shard, first)[:, : int(self.index.samples[shard])]
+        if (argmax == FILL).any():
+            raise self._damage("argmax", shard, first, "the fill value, which no answer has")
+        self._compare("argmax", shard, first, argmax, check)
+        return argmax, check
+
+    def _read_payload(self, kind: str, shard: int, first: int, check: np.ndarray | None = None) -> np.ndarray:
+        """A kind's (views, samples, width), the views being those of a chunk, from its first on."""
+        block, samples = self.recipe.block, int(self.index.samples[shard])
+        if check is None:
+            check = self._cached("argmax", shard, first // block * block, self._read_argmax)[1]
+        if kind in SHARDED:
+            rows = slice(shard * self.capacity, shard * self.capacity + samples)
+            payload = self._fetch(kind, (slice(first, first + self.recipe.repeats), rows), shard, first)
+        else:
+            payload = self._read_chunk(kind, shard, first)[:, :samples]
+        self._compare(kind, shard, first, payload, check[first % block : first % block + len(payload)])
+        return payload
+
+    def _compare(self, name: str, shard: int, first: int, values: np.ndarray, check: np.ndarray) -> None:
+        for place, number in enumerate(check[:, self.slots + KINDS.index(name)]):
+            if _checksum(values[place]) != number:
+                raise self._damage(name, shard, first + place, "a checksum that is not the recorded one")
+
+    def _read_chunk(self, name: str, shard: int, view: int) -> np.ndarray:
+        """The chunk of a plain array that holds a view of a shard: its bytes, then their CRC-32C."""
+        array = self._array(name, shard, view)
         try:
-            array = self.group[name] if name in self.group else None
-        except Exception as error:  # zarr raises nearly anything about damaged metadata
-            raise self._damage(name, shard, view, f"damaged metadata: {error}") from error
-        if array is None:
+            data = self._bytes(self._chunk_path(name, shard, view // self.recipe.block))
+        except FileNotFoundError:
+            found = "missing: the unit was never written or was removed"
+            raise self._damage(name, shard, view, found) from None
+        except OSError as error:
+            raise self._damage(name, shard, view, str(error)) from error
+        size = int(np.prod(array.chunks)) * array.dtype.itemsize
+        if len(data) != size + 4:
+            raise self._damage(name, shard, view, f"{len(data)} bytes instead of {size + 4}")
+        if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
+            raise self._damage(name, shard, view, "bytes that do not match their CRC-32C")
+        return np.frombuffer(data, array.dtype.newbyteorder("<"), size // array.dtype.itemsize).reshape(array.chunks)
+
+    def _bytes(self, path: str) -> bytes:
+        if not self._local:
+            return self._filesystem.cat_file(path)
+        with open(path, "rb") as file:
+            return file.read()
+
+    def _array(self, name: str, shard: int, view: int) -> zarr.Array:
+        if name not in self._arrays:
+            try:
+                self._arrays[name] = self.group[name] if name in self.arrays() else None
+            except Exception as error:  # zarr raises nearly anything about damaged metadata
+                raise self._damage(name, shard, view, f"damaged metadata: {error}") from error
+        if self._arrays[name] is None:
             raise UsageError(
                 f"{self.path}: no {name} in the store",
                 expected=name,
-                found=", ".join(sorted(self.group.array_keys())),
+                found=", ".join(self.arrays()),
                 do=f"set teacher_logits.kind to {name} and run teacher-logits again",
             )
+        return self._arrays[name]
+
+    def _fetch(self, name: str, selection: tuple, shard: int, view: int) -> np.ndarray:
         try:
-            return np.asarray(array[selection])
-        except Exception as error:  # codecs, too, raise nearly anything
+            return np.asarray(self._array(name, shard, view)[selection])
+        except PipelineError:
+            raise
+        except Exception as error:  # codecs raise nearly anything
             raise self._damage(name, shard, view, str(error)) from error
 
     def _damage(self, name: str, shard: int, view: int, found: str) -> PipelineError:
@@ -328,47 +427,6 @@ class Store:
             do="compute it again: dvc repro -f teacher-logits (or pipeline teacher-logits)",
         )
 
-    def damaged(self, views: int, kind: str) -> list[tuple[Unit, str]]:
-        """Read everything; the units that are missing or damaged, each with what was found."""
-        found = []
-        for unit in self.units(views):
-            try:
-                for view in range(unit.block * self.recipe.block, (unit.block + 1) * self.recipe.block):
-                    self._read(unit.shard, view, kind)
-            except PipelineError as error:
-                found.append((unit, str(error)))
-        return found
-
-    def manifest(self, views: int, kind: str) -> dict[str, Any]:
-        """A small JSON that stands for a complete store: what it is, and a digest of every unit.
-
-        Deterministic: no times, no paths. Raises PipelineError naming the missing units.
-        """
-        missing = self.missing(views, kind)
-        if missing:
-            raise PipelineError(
-                f"{self.path}: incomplete",
-                expected=f"{views} views of {len(self.index.names)} shards as {kind}",
-                found=f"{len(missing)} units missing, the first: shard {missing[0].shard}, block {missing[0].block}",
-                do="run teacher-logits again: it goes on where it was",
-            )
-        digests: dict[str, list[str]] = {}
-        # the groups' checks and what this kind consists of: another kind beside it changes nothing
-        chosen = [*range(self.slots), *(self.slots + KINDS.index(name) for name in sorted({"argmax", kind}))]
-        for block in range(views // self.recipe.block):
-            slots = self.group["check"][block * self.recipe.block : (block + 1) * self.recipe.block]
-            for shard, name in enumerate(self.index.names):
-                digest = hashlib.blake2b(np.ascontiguousarray(slots[:, shard, chosen]), digest_size=8).hexdigest()
-                digests.setdefault(name, []).append(digest)
-        return {
-            "format": FORMAT,
-            "fingerprint": self.fingerprint,
-            "kind": kind,
-            "views": views,
-            "rows": len(self.index),
-            "units": digests,
-        }
-
 
 def _checksum(values: np.ndarray) -> int:
     return google_crc32c.value(np.ascontiguousarray(values).tobytes())
@@ -377,18 +435,24 @@ def _checksum(values: np.ndarray) -> int:
 def _opened(path: str, mode: str) -> zarr.Group:
     try:
         group = zarr.open_group(path, mode=mode)
-        group.attrs["fingerprint"], int(group.attrs["capacity"]), int(group.attrs["classes"])
-        dict(group.arrays())
+        attributes = dict(group.attrs)
+        if attributes.pop("digest", None) != fingerprint(attributes) and attributes.get("format") == FORMAT:
+            raise ValueError("its attributes are not those that were written")
+        int(attributes["capacity"]), int(attributes["classes"])
         return group
     except OSError:
         raise
     except Exception as error:  # zarr raises nearly anything about damaged metadata
-        raise PipelineError(
-            f"{path}: damaged metadata",
-            expected="a store of answers",
-            found=f"{type(error).__name__}: {error}",
-            do="move it away and compute it again: dvc repro -f teacher-logits",
-        ) from error
+        raise _damaged_metadata(path, error) from error
+
+
+def _damaged_metadata(where: str, error: Exception) -> PipelineError:
+    return PipelineError(
+        f"{where}: damaged metadata",
+        expected="a store of answers",
+        found=f"{type(error).__name__}: {error}",
+        do="move it away and compute it again: dvc repro -f teacher-logits",
+    )
 
 
 def _exists(path: str) -> bool:
@@ -408,30 +472,3 @@ def _writing(path: str):
             found=error.strerror or str(error),
             do="make room or correct the permissions, then run the same command again: it goes on",
         ) from error
-
-
-def store_bytes(path: str) -> int:
-    """Bytes on disk of everything below a store."""
-    filesystem, root = fsspec.core.url_to_fs(path)
-    return sum(info["size"] for info in filesystem.find(root, detail=True).values())
-
-
-def sweep(path: str) -> None:
-    """Remove the temporary files that killed writers of a local store left."""
-    for partial in Path(path).rglob("*.partial"):
-        partial.unlink(missing_ok=True)
-
-
-def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(manifest, sort_keys=True, indent=1) + "\n")
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A complete store's manifest. Raises PipelineError where there is none, or it is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise PipelineError(f"{path}: no store is complete", do="run: pipeline teacher-logits") from None
-    except ValueError as error:
-        raise PipelineError(f"{path}: damaged", found=str(error), do="run: pipeline teacher-logits") from error

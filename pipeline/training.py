@@ -5,6 +5,7 @@ number, what a step holds is the plan's, and what is drawn while training (drop-
 seeded from (seed, step, rank). A non-finite loss stops it before a checkpoint could hold it.
 """
 
+import json
 import math
 import os
 import signal
@@ -73,6 +74,8 @@ class Run:
     """Gives distillation, alpha, tau and reduction; None trains on labels alone."""
     device: torch.device = torch.device("cpu")
     train_mode: bool = True
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What the fingerprint is of: see `run_fingerprint`."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,17 @@ class Rank:
             dist.barrier()
 
 
-def run_fingerprint(**parts: Any) -> str:
+def run_fingerprint(identity: dict[str, Any]) -> str:
     """Names a run by all that its weights depend on, this module's version too."""
-    return fingerprint({**parts, "training_version": TRAINING_VERSION})
+    return fingerprint({**identity, "training_version": TRAINING_VERSION})
+
+
+NAMED_BY = ("teacher_settings", "student", "finetune", "recipe", "index")
+
+
+def named_by(identity: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's identity that a configuration and its index tell without any weights."""
+    return {key: identity[key] for key in NAMED_BY if key in identity}
 
 
 def describe_run(run: Run) -> str:
@@ -138,6 +149,9 @@ def complete(run: Run) -> None:
     final, rank = run.folder / "final.safetensors", Rank.start(run.device)
     rank.barrier()  # so that all ranks see the same
     if not final.exists():
+        if rank.rank == 0:
+            with replacing(run.folder / "run.json") as temporary:
+                temporary.write_text(json.dumps({"name": run.name} | named_by(run.identity), indent=1) + "\n")
         train(run)
         rank.barrier()
         if rank.rank == 0:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.answers import decode_logits
+from pipeline.audit import read_manifest
 from pipeline.config import Config, Student
 from pipeline.errors import PipelineError
 from pipeline.evaluation import (
@@ -55,7 +56,7 @@ from pipeline.report import (
     write_report,
 )
 from pipeline.shards import Index
-from pipeline.store import VERSIONS, Store, read_manifest
+from pipeline.store import VERSIONS, Store
 
 TEACHER, FINETUNED, TRUTH = "teacher", "finetuned", "truth"
 SHOWN_SAMPLES, SHOWN_VIEWS = 4, 3

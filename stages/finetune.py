@@ -44,7 +44,7 @@ def run(config: Config, device: torch.device, teacher: str = "stored", dry_run: 
             raise
         print(f"not yet: {error.what}")
         teaching, taught_by = NoTeacher(), None
-    identity = run_fingerprint(
+    identity = dict(
         finetune=result_fields(settings),
         student={key: getattr(student, key) for key in TAKEN_OVER},
         start=weights_hash(model.model),
@@ -52,10 +52,12 @@ def run(config: Config, device: torch.device, teacher: str = "stored", dry_run: 
         index=train_index.fingerprint,
         teacher=taught_by,
     )
+    fingerprint = run_fingerprint(identity)
     training = Run(
         name=f"finetune {settings.student} at {settings.size}",
-        folder=state_folder(config, identity),
-        fingerprint=identity,
+        folder=state_folder(config, fingerprint),
+        fingerprint=fingerprint,
+        identity=identity,
         settings=settings,
         plan=plan_of(train_index, recipe, settings, settings.views),
         train=train_index,

@@ -69,15 +69,17 @@ def _training(config: Config, train_index: Index, val_index: Index, device: torc
     plan = plan_of(train_index, config.recipe, section, block)
     # a teacher stores nothing, so it sees as many views as its epochs want
     plan = plan_of(train_index, config.recipe, section, -(-plan.views_seen(section.epochs) // block) * block)
-    identity = run_fingerprint(
-        teacher={k: v for k, v in result_fields(section).items() if k not in ("min_top1", "crop")},
+    identity = dict(
+        teacher_settings={k: v for k, v in result_fields(section).items() if k not in ("min_top1", "crop")},
         recipe=recipe_fingerprint(config.recipe),
         index=train_index.fingerprint,
     )
+    fingerprint = run_fingerprint(identity)
     return Run(
         name="teacher",
-        folder=state_folder(config, identity),
-        fingerprint=identity,
+        folder=state_folder(config, fingerprint),
+        fingerprint=fingerprint,
+        identity=identity,
         settings=section,
         plan=plan,
         train=train_index,

@@ -7,13 +7,15 @@ blocks. Several processes (torchrun, or `--part i/n`) share the units.
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from pipeline.answers import encode, payload_width
+from pipeline.answers import decode_logits, encode, row_bytes
+from pipeline.audit import damaged, manifest, store_bytes, sweep, write_manifest
 from pipeline.config import Config, Recipe
 from pipeline.errors import PipelineError
 from pipeline.files import lock, replacing
@@ -30,7 +32,7 @@ from pipeline.models import (
 from pipeline.plan import Unit, unit_items
 from pipeline.recipe import group_count
 from pipeline.shards import Index
-from pipeline.store import Identity, Store, store_bytes, sweep, write_manifest
+from pipeline.store import Identity, Store
 
 
 def run(
@@ -80,11 +82,11 @@ def run(
 
 def remove_damaged(store: Store, views: int, kind: str, own: set[Unit]) -> list[Unit]:
     """Read a complete store whole; take back what is damaged, so that it is computed again."""
-    damaged = [(unit, found) for unit, found in store.damaged(views, kind) if unit in own]
-    for unit, found in damaged:
+    bad = damaged(store, [unit for unit in store.units(views) if unit in own], kind)
+    for unit, found in bad:
         print(f"computed again: {found}")
         store.remove_unit(unit)
-    return [unit for unit, _ in damaged]
+    return [unit for unit, _ in bad]
 
 
 def _purpose(config: Config, purpose: str) -> tuple[Recipe, int, int | None]:
@@ -97,10 +99,9 @@ def describe(config: Config, index: Index, recipe: Recipe, views: int, path: str
     """What would be done: units, views, bytes, folder."""
     settings, classes = config.teacher_logits, len(index.classes)
     shards, blocks = len(index.names), views // recipe.block
-    width = payload_width(settings.kind, classes, settings.top_k)
     rows = shards * int(index.samples.max())
     groups = shards * (-(-int(index.samples.max()) // recipe.group_size) + 3)
-    size = views * (rows * (2 + 2 * width) + groups * 8)
+    size = views * (rows * row_bytes(settings.kind, classes, settings.top_k) + groups * 8)
     return (
         f"teacher-logits: {len(index):,} images x {views} views at {recipe.size} px = {len(index) * views:,} views,"
         f" {shards} shards x {blocks} blocks = {shards * blocks:,} units\n"
@@ -111,7 +112,10 @@ def describe(config: Config, index: Index, recipe: Recipe, views: int, path: str
 class UnitWorker:
     """Renders, asks the teacher, and commits unit after unit."""
 
-    def __init__(self, config: Config, store: Store, teacher: Normalised, own_size: int | None, device: torch.device):
+    def __init__(
+        self, config: Config, store: Store, teacher: Normalised, own_size: int | None, device: torch.device, commit=None
+    ):
+        self.commit = commit or store.write_unit
         self.settings, self.store, self.device, self.own_size = config.teacher_logits, store, device, own_size
         self.recipe, self.index = store.recipe, store.index
         if self.settings.channels_last:
@@ -170,7 +174,7 @@ class UnitWorker:
         checks[place, item.group] = groups.checks[0]
         self.remaining[unit] -= 1
         if self.remaining[unit] == 0:
-            self.store.write_unit(unit, *self.open.pop(unit))
+            self.commit(unit, *self.open.pop(unit))
 
     def _buffers(self, unit: Unit, payload: np.ndarray | None) -> tuple[dict[str, np.ndarray], np.ndarray]:
         block, samples = self.recipe.block, int(self.index.samples[unit.shard])
@@ -189,12 +193,71 @@ class UnitWorker:
         )
 
 
+@dataclass(frozen=True)
+class Difference:
+    """Between what a store holds of a unit and what the teacher says now."""
+
+    answers: int
+    flips: int
+    """Answers whose argmax is another."""
+    checks: int
+    """Groups whose pictures or mixing are others."""
+    largest: float | None
+    """Of two logits; None where the store keeps the argmax alone."""
+
+    def __str__(self) -> str:
+        logits = "" if self.largest is None else f", logits differ by {self.largest:.3g} at most"
+        return f"{self.flips} of {self.answers:,} answers differ, {self.checks} checks{logits}"
+
+
+def recompute_unit(
+    config: Config, purpose: str, store: Store, unit: Unit, kind: str, device: torch.device
+) -> Difference:
+    """Ask the teacher again about a unit; nothing is written.
+
+    Raises:
+        PipelineError: the teacher is not the store's, or the unit is damaged.
+    """
+    _, _, own_size = _purpose(config, purpose)
+    teacher = load_teacher(config, store.classes, device)
+    described = describe_teacher(config.teacher, weights_hash(teacher.model), own_size)
+    if described != store.group.attrs["teacher"]:
+        raise PipelineError(
+            f"{store.path}: the teacher",
+            expected=json.dumps(store.group.attrs["teacher"]),
+            found=json.dumps(described),
+            do="this configuration has another teacher than the store",
+        )
+    answers: dict[str, np.ndarray] = {}
+    checks = np.empty(0)
+
+    def keep(_, buffers, found):
+        nonlocal answers, checks
+        answers, checks = buffers, found
+
+    UnitWorker(config, store, teacher, own_size, device, keep).compute([unit])
+    first, block = unit.block * store.recipe.block, store.recipe.block
+    stored = [store.read(unit.shard, view, kind) for view in range(first, first + block)]
+    largest = None
+    if kind != "argmax":
+        pairs = [
+            (decode_logits(kind, was.payload, store.classes), decode_logits(kind, now, store.classes))
+            for was, now in zip(stored, answers[kind], strict=True)
+        ]
+        largest = max(float(np.abs(was - now).max()) for was, now in pairs)
+    return Difference(
+        answers=answers["argmax"].size,
+        flips=int(sum((was.argmax != now).sum() for was, now in zip(stored, answers["argmax"], strict=True))),
+        checks=int(sum((was.check != now).sum() for was, now in zip(stored, checks, strict=True))),
+        largest=largest,
+    )
+
+
 def publish(config: Config, purpose: str, store: Store, views: int) -> None:
     """Write manifest and summary of a complete store into the outputs."""
     kind, folder = config.teacher_logits.kind, answers_folder(config, purpose)
     start = time.monotonic()
-    manifest = store.manifest(views, kind)
-    write_manifest(folder / "manifest.json", manifest)
+    write_manifest(folder / "manifest.json", manifest(store, views, kind))
     agreement = _agreement(store, views)
     summary = {
         "rows": len(store.index),

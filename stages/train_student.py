@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.audit import manifest, read_manifest
 from pipeline.config import Config, Recipe, Student, result_fields
 from pipeline.errors import PipelineError
 from pipeline.files import replacing
@@ -20,7 +21,7 @@ from pipeline.plan import plan_of
 from pipeline.recipe import recipe_fingerprint
 from pipeline.runlog import read_log, write_curve
 from pipeline.shards import Index
-from pipeline.store import Store, read_manifest
+from pipeline.store import Store
 from pipeline.teaching import NoTeacher, OnlineTeacher, StoredTeacher
 from pipeline.training import Rank, Run, complete, describe_run, run_fingerprint
 
@@ -55,17 +56,19 @@ def run(
             raise
         print(f"not yet: {error.what}")
         teaching, taught_by = NoTeacher(), None
-    identity = run_fingerprint(
+    identity = dict(
         student=result_fields(settings),
         recipe=recipe_fingerprint(config.recipe),
         index=train_index.fingerprint,
         views=views,
         teacher=taught_by,
     )
+    fingerprint = run_fingerprint(identity)
     training = Run(
         name=f"student {name}",
-        folder=state_folder(config, identity),
-        fingerprint=identity,
+        folder=state_folder(config, fingerprint),
+        fingerprint=fingerprint,
+        identity=identity,
         settings=settings,
         plan=plan_of(train_index, config.recipe, settings, views),
         train=train_index,
@@ -98,13 +101,13 @@ def find_teacher(
     if teacher == "online":
         return _online(config, purpose, index, device)
     path = answers_folder(config, purpose) / "manifest.json"
-    manifest = read_manifest(path) if named is None else None
-    store = Store.open(named or store_path(config, manifest["fingerprint"]), index, recipe)
+    published = read_manifest(path) if named is None else None
+    store = Store.open(named or store_path(config, published["fingerprint"]), index, recipe)
     views = config.teacher_logits.views if purpose == "train-student" else config.finetune.views
     kind = "argmax" if settings.distillation == "hard" else config.teacher_logits.kind
     # completeness is of the store itself: a manifest cannot know that a unit was deleted since
-    units = store.manifest(views, kind)["units"]
-    if manifest and manifest["views"] == views and store.manifest(views, manifest["kind"]) != manifest:
+    units = manifest(store, views, kind)["units"]
+    if published and published["views"] == views and manifest(store, views, published["kind"]) != published:
         raise PipelineError(
             f"{store.path}: the answers",
             expected=f"those that {path} names",

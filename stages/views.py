@@ -11,7 +11,15 @@ from pipeline.shards import Index
 
 
 def run(
-    config: Config, split: str, key: str | None, seed: int, views: range, members: int, ops: bool, zoom: float, output: Path
+    config: Config,
+    split: str,
+    key: str | None,
+    seed: int,
+    views: range,
+    members: int,
+    ops: bool,
+    zoom: float,
+    output: Path,
 ) -> None:
     """Draw one sample's sheet to `output`, a PNG.
 

@@ -1,0 +1,82 @@
+"""Whole stores: what is damaged, the manifest that stands for a complete one, bytes on disk."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+
+from pipeline.answers import KINDS
+from pipeline.errors import PipelineError
+from pipeline.files import replacing
+from pipeline.plan import Unit
+from pipeline.store import FORMAT, Store
+
+
+def damaged(store: Store, units: list[Unit], kind: str) -> list[tuple[Unit, str]]:
+    """Read units whole; those that are missing or damaged, each with what was found."""
+    found = []
+    for unit in units:
+        try:
+            store.check_unit(unit, kind)
+        except PipelineError as error:
+            found.append((unit, str(error)))
+    return found
+
+
+def manifest(store: Store, views: int, kind: str) -> dict[str, Any]:
+    """A small JSON that stands for a complete store: what it is, and a digest of every unit.
+
+    Deterministic: no times, no paths. Raises PipelineError naming the missing units.
+    """
+    missing = store.missing(views, kind)
+    if missing:
+        raise PipelineError(
+            f"{store.path}: incomplete",
+            expected=f"{views} views of {len(store.index.names)} shards as {kind}",
+            found=f"{len(missing)} units missing, the first: shard {missing[0].shard}, block {missing[0].block}",
+            do="run teacher-logits again: it goes on where it was",
+        )
+    # the groups' checks and what this kind consists of: another kind beside it changes nothing
+    chosen = [*range(store.slots), *(store.slots + KINDS.index(name) for name in sorted({"argmax", kind}))]
+    digests: dict[str, list[str]] = {name: [] for name in store.index.names}
+    for unit in store.units(views):
+        slots = np.ascontiguousarray(store.read_check(unit)[:, chosen])
+        digests[store.index.names[unit.shard]].append(hashlib.blake2b(slots, digest_size=8).hexdigest())
+    return {
+        "format": FORMAT,
+        "fingerprint": store.fingerprint,
+        "kind": kind,
+        "views": views,
+        "rows": len(store.index),
+        "units": digests,
+    }
+
+
+def store_bytes(path: str) -> int:
+    """Bytes on disk of everything below a store."""
+    filesystem, root = fsspec.core.url_to_fs(path)
+    return sum(info["size"] for info in filesystem.find(root, detail=True).values())
+
+
+def sweep(path: str) -> None:
+    """Remove the temporary files that killed writers of a local store left."""
+    for partial in Path(path).rglob("*.partial"):
+        partial.unlink(missing_ok=True)
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(manifest, sort_keys=True, indent=1) + "\n")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A complete store's manifest. Raises PipelineError where there is none, or it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise PipelineError(f"{path}: no store is complete", do="run: pipeline teacher-logits") from None
+    except ValueError as error:
+        raise PipelineError(f"{path}: damaged", found=str(error), do="run: pipeline teacher-logits") from error

@@ -1,0 +1,334 @@
+"""Looking after stores: what one would cost, what is in it, whether it is whole, mending, clearing up.
+
+No stage of `dvc repro`. Everything works on a partial store and says what is missing.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pipeline.answers import row_bytes
+from pipeline.audit import manifest, read_manifest, store_bytes
+from pipeline.config import Config, Recipe, result_fields
+from pipeline.errors import PipelineError, UsageError
+from pipeline.files import file_sha256
+from pipeline.layout import answers_folder, index_path, store_path
+from pipeline.params import load
+from pipeline.plan import Unit
+from pipeline.recipe import recipe_fingerprint
+from pipeline.shards import Index
+from pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a configuration wants of one of its two stores."""
+
+    purpose: str
+    recipe: Recipe
+    views: int
+    kind: str
+
+
+def wanted(config: Config, purpose: str) -> Wanted:
+    if purpose == "train-student":
+        return Wanted(purpose, config.recipe, config.teacher_logits.views, config.teacher_logits.kind)
+    return Wanted(purpose, config.finetune_recipe(), config.finetune.views, config.teacher_logits.kind)
+
+
+def find(config: Config, purpose: str, index: Index, named: str | None = None) -> Store:
+    """The configuration's store: named by hand, by its manifest, or the one that fits index and recipe.
+
+    Raises:
+        PipelineError: there is none, or it is damaged. UsageError: several fit.
+    """
+    recipe = wanted(config, purpose).recipe
+    if named:
+        return Store.open(named, index, recipe)
+    published = answers_folder(config, purpose) / "manifest.json"
+    if published.exists():
+        path = store_path(config, read_manifest(published)["fingerprint"])
+        return Store.open(path, index, recipe)
+    fitting = [
+        path
+        for path, attributes in list_stores(config)
+        if attributes.get("index") == index.fingerprint and attributes.get("recipe") == recipe_fingerprint(recipe)
+    ]
+    if len(fitting) > 1:
+        raise UsageError(
+            "which store?", expected="--store PATH", found=", ".join(fitting),
+            do="name one: they are of different teachers",
+        )  # fmt: skip
+    if not fitting:
+        raise PipelineError(
+            f"{config.work}/stores: no store of this index and recipe", do="run: pipeline teacher-logits"
+        )
+    return Store.open(fitting[0], index, recipe)
+
+
+def list_stores(config: Config) -> list[tuple[str, dict[str, Any]]]:
+    """Every store below `work`, with its attributes ({} where they are damaged)."""
+    filesystem, root = fsspec.core.url_to_fs(f"{config.work}/stores")
+    if not filesystem.exists(root):
+        return []
+    found = []
+    for path in sorted(filesystem.ls(root, detail=False)):
+        if path.endswith(".zarr"):
+            try:
+                attributes = json.loads(filesystem.cat_file(f"{path}/zarr.json"))["attributes"]
+            except (OSError, ValueError, KeyError):
+                attributes = {}
+            found.append((f"{config.work}/stores/{path.rpartition('/')[2]}", attributes))
+    return found
+
+
+# info
+
+
+def info(config: Config, purpose: str, named: str | None) -> None:
+    """Print what the store is of and how far it is."""
+    index, want = Index(index_path(config, "train")), wanted(config, purpose)
+    store = find(config, purpose, index, named)
+    attributes = store.group.attrs
+    print(f"{store.path}: {store_bytes(store.path) / 1e6:,.1f} MB")
+    print(f"  of      {len(index):,} images in {len(index.names)} shards, {store.classes} classes")
+    print(f"  recipe  {attributes['recipe']}, {want.recipe.size} px, blocks of {want.recipe.block} views")
+    print(f"  teacher {json.dumps(attributes['teacher'])}, {attributes['precision']}")
+    print(f"  with    {', '.join(f'{name} {version}' for name, version in attributes['versions'].items())}")
+    for kind in store.arrays():
+        if kind != "check":
+            units, missing = len(store.units(store.views)), len(store.missing(store.views, kind))
+            print(f"  {kind}: {units - missing:,} of {units:,} units of {store.views} views")
+    print(_missing(store, store.missing(want.views, want.kind), want))
+
+
+def _missing(store: Store, units: list[Unit], want: Wanted) -> str:
+    asked = f"{want.views} views as {want.kind}"
+    if not units:
+        return f"complete: {asked}"
+    named = ", ".join(f"{store.index.names[unit.shard]} block {unit.block}" for unit in units[:5])
+    more = "" if len(units) <= 5 else f" and {len(units) - 5:,} more"
+    return f"incomplete: of {asked} {len(units):,} units are missing: {named}{more}; run: pipeline teacher-logits"
+
+
+# verify and repair
+
+
+def verify(config: Config, purpose: str, named: str | None, recompute: int, device: torch.device) -> None:
+    """Read everything: shards, index table, manifest, every chunk; compute `recompute` units again.
+
+    Raises:
+        PipelineError: something is damaged or missing; all of it is printed before.
+    """
+    problems, want = [], wanted(config, purpose)
+    index = Index(index_path(config, "train"))
+    problems += _damaged_data(index)
+    store = find(config, purpose, index, named)
+    missing = store.missing(want.views, want.kind)
+    bad = _damaged_units(store, want, missing)
+    problems += [found for _, found in bad]
+    if missing:
+        problems.append(_missing(store, missing, want))
+    published = answers_folder(config, purpose) / "manifest.json"
+    if published.exists() and not named and not problems:
+        problems += _other_manifest(store, published)
+    if recompute and not problems:
+        problems += _other_answers(config, purpose, store, recompute, device)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise PipelineError(
+            f"{store.path}: {len(problems)} problems, named above",
+            do="pipeline store repair, then pipeline teacher-logits; for shards and index: pipeline prepare",
+        )
+    units = len(store.units(want.views))
+    print(f"{store.path}: whole: {units:,} units, {len(index.names)} shards, every checksum as recorded")
+
+
+def _damaged_data(index: Index) -> list[str]:
+    """Shards whose bytes, and rows whose table, are not those of the index."""
+    found = []
+    for number, shard in enumerate(tqdm(index.shards, desc="shards", unit="shard", leave=False)):
+        where = f"{index.location}/{shard['name']}"
+        try:
+            index.rows(number)
+            if "://" not in where and file_sha256(Path(where)) != shard["sha256"]:
+                found.append(f"{where}: its SHA-256 is not that of the index: damaged or replaced")
+        except (PipelineError, OSError) as error:
+            found.append(f"{where}: {error}")
+    return found
+
+
+def _damaged_units(store: Store, want: Wanted, missing: list[Unit]) -> list[tuple[Unit, str]]:
+    gone, found = set(missing), []
+    for unit in tqdm(store.units(want.views), desc="units", unit="unit", leave=False):
+        if unit not in gone:
+            try:
+                store.check_unit(unit, want.kind)
+            except PipelineError as error:
+                found.append((unit, str(error)))
+    return found
+
+
+def _other_manifest(store: Store, path: Path) -> list[str]:
+    published = read_manifest(path)
+    try:
+        same = manifest(store, published["views"], published["kind"]) == published
+    except (PipelineError, KeyError, TypeError) as error:
+        return [f"{path}: {error}"]
+    return [] if same else [f"{path}: it does not stand for {store.path}: damaged, or the store was computed anew"]
+
+
+def _other_answers(config: Config, purpose: str, store: Store, count: int, device: torch.device) -> list[str]:
+    """Compute random units again; prints the largest difference. Flips of the argmax are a problem on the
+    device and precision that wrote the store, elsewhere they are rounding."""
+    from stages.teacher_logits import recompute_unit
+
+    want, problems = wanted(config, purpose), []
+    units = store.units(want.views)
+    chosen = np.random.default_rng().choice(len(units), min(count, len(units)), replace=False)
+    for unit in [units[number] for number in chosen]:
+        difference = recompute_unit(config, purpose, store, unit, want.kind, device)
+        name = f"{store.index.names[unit.shard]} block {unit.block}"
+        print(f"{name}: computed again on {device.type}: {difference}")
+        if difference.checks:
+            problems.append(f"{name}: {difference.checks} groups are other pictures than the teacher saw")
+        if difference.flips > 0.01 * difference.answers:
+            problems.append(f"{name}: {difference.flips} of {difference.answers} answers differ: another teacher?")
+    return problems
+
+
+def repair(config: Config, purpose: str, named: str | None) -> None:
+    """Drop damaged units, so that teacher-logits computes just them again."""
+    index, want = Index(index_path(config, "train")), wanted(config, purpose)
+    store = find(config, purpose, index, named)
+    missing = store.missing(want.views, want.kind)
+    for unit, found in _damaged_units(store, want, missing):
+        print(f"dropped {store.index.names[unit.shard]} block {unit.block}: {found.splitlines()[0]}")
+        store.remove_unit(unit)
+    print(_missing(store, store.missing(want.views, want.kind), want))
+
+
+# estimate
+
+
+def estimate(config: Config, purpose: str, rate: float, images: int | None) -> None:
+    """Print bytes, files, hours, and when the dump pays.
+
+    Args:
+        rate: views a second that teacher-logits reaches, all processes together.
+        images: instead of the index's, where there is none yet.
+    """
+    want, settings = wanted(config, purpose), config.teacher_logits
+    samples, classes = _samples(config, images)
+    rows, shards, blocks = int(samples.sum()), len(samples), want.views // want.recipe.block
+    width = row_bytes(want.kind, classes, settings.top_k)
+    arrays = 2 if want.kind == "argmax" else 3
+    groups = int(np.ceil(samples.max() / want.recipe.group_size))
+    answers = want.views * shards * int(samples.max()) * width
+    checks = want.views * shards * (groups + 4) * 8
+    uneven = shards * int(samples.max()) / rows - 1
+    hours = rows * want.views / rate / 3600
+    print(f"{rows:,} images x {want.views} views as {want.kind}, {classes} classes, {shards:,} shards")
+    print(f"  bytes  {(answers + checks) / 1e9:,.2f} GB: {width} a view, checks {checks / want.views / rows:.2f} more,")
+    print(f"         shards of uneven size add {uneven:.1%}")
+    print(f"  files  {shards * blocks * arrays:,}: {arrays} arrays x {shards:,} shards x {blocks} blocks")
+    print(f"  time   {hours:,.1f} h at {rate:,.0f} views/s, all processes together")
+    _break_even(config, want, classes)
+
+
+def _samples(config: Config, images: int | None) -> tuple[np.ndarray, int]:
+    if images is None:
+        index = Index(index_path(config, "train"))
+        return index.samples, len(index.classes)
+    shards = -(-images // config.data.shard_samples)
+    return np.array([len(part) for part in np.array_split(np.empty(images), shards)]), 1000
+
+
+def _break_even(config: Config, want: Wanted, classes: int) -> None:
+    """From multiply-adds: a student's step is three forwards of it, online one of the teacher more."""
+    from pipeline.evaluation import multiply_adds
+    from pipeline.models import build_student, build_teacher
+
+    epochs = config.student.epochs if want.purpose == "train-student" else config.finetune.epochs
+    student = config.finetune_student() if want.purpose == "finetune" else config.student
+    teacher_size = want.recipe.size if want.purpose == "train-student" else config.finetune.teacher_size
+    teacher = multiply_adds(build_teacher(config.teacher, classes), teacher_size or want.recipe.size)
+    own = multiply_adds(build_student(student, config.recipe, classes, want.recipe.size), want.recipe.size)
+    print(f"  pays   after {want.views / epochs:.2f} students of {epochs} epochs: the dump is {want.views} forwards of")
+    print(f"         the teacher an image, each student with the teacher in the loop would be {epochs}")
+    print(
+        f"  then   a step is {1 + teacher / (3 * own):.2f} times as fast as with the teacher in the loop, by"
+        f" multiply-adds\n         ({teacher / 1e9:.3g} G the teacher, 3 x {own / 1e9:.3g} G {student.model})"
+    )
+
+
+# prune
+
+
+def prune(config_files: list[Path], work: str, delete: bool) -> None:
+    """List, or delete, stores and training state below `work` that none of the configurations names."""
+    configs = [load(str(path), ()) for path in config_files]
+    here = [config for config in configs if config.work == work]
+    stores = [
+        (path, store_bytes(path))
+        for path, attributes in list_stores(Config(work=work))
+        if not any(_names_store(config, attributes) for config in here)
+    ]
+    states = [
+        (str(folder), sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+        for folder in sorted((Path(work) / "state").glob("*"))
+        if not any(_names_state(config, folder) for config in here)
+    ]
+    for path, size in stores + states:
+        print(f"{'deleted' if delete else 'unnamed'}  {size / 1e6:10,.1f} MB  {path}")
+        if delete:
+            _remove(path)
+    total = sum(size for _, size in stores + states)
+    print(
+        f"{len(stores)} stores and {len(states)} states that none of {len(here)} configurations names:"
+        f" {total / 1e6:,.1f} MB" + ("" if delete or not total else "; delete them with --yes")
+    )
+
+
+def _index_of(config: Config) -> str | None:
+    path = index_path(config, "train")
+    return Index(path).fingerprint if path.exists() else None
+
+
+def _names_store(config: Config, attributes: dict[str, Any]) -> bool:
+    recipes = {recipe_fingerprint(recipe) for recipe in (config.recipe, config.finetune_recipe())}
+    return attributes.get("index") == _index_of(config) and attributes.get("recipe") in recipes
+
+
+def _names_state(config: Config, folder: Path) -> bool:
+    try:
+        described = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        return False
+    if described.get("index") != _index_of(config):
+        return False
+    own, tuned = recipe_fingerprint(config.recipe), recipe_fingerprint(config.finetune_recipe())
+    if "finetune" in described:
+        return described["recipe"] == tuned and described["finetune"] == result_fields(config.finetune)
+    if described["recipe"] != own:
+        return False
+    if "student" in described:
+        return any(described["student"] == result_fields(config.student_named(name)) for name in config.variants)
+    settings = result_fields(config.teacher)
+    return described["teacher_settings"] == {k: v for k, v in settings.items() if k not in ("min_top1", "crop")}
+
+
+def _remove(path: str) -> None:
+    filesystem, root = fsspec.core.url_to_fs(path)
+    if "file" in np.atleast_1d(filesystem.protocol):
+        shutil.rmtree(root)
+    else:
+        filesystem.rm(root, recursive=True)
