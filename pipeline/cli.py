@@ -141,8 +141,9 @@ def _part(context, parameter, value):
     help="Which store: at recipe.size for the students, or at finetune.size.",
 )  # fmt: skip
 @click.option("--part", callback=_part, metavar="I/N", help="Compute every N-th missing unit only, from the I-th on.")
+@click.option("--break-lock", is_flag=True, help="Take over from a writer on another machine that is surely dead.")
 @_stage()
-def teacher_logits(config, device, dry_run, purpose, part):
+def teacher_logits(config, device, dry_run, purpose, part, break_lock):
     """Run the teacher over the augmented views of every training image, into the zarr store.
 
     Stop it at any moment: the same command goes on where it was. Start it under torchrun, or several
@@ -156,7 +157,7 @@ def teacher_logits(config, device, dry_run, purpose, part):
     """
     from stages import teacher_logits
 
-    teacher_logits.run(config, device, purpose, part, dry_run)
+    teacher_logits.run(config, device, purpose, part, dry_run, break_lock)
 
 
 @main.command("train-student")

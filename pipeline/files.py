@@ -1,14 +1,12 @@
-"""Files that are whole or absent, and locks that go with their process."""
+"""Files that are whole or absent."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import PipelineError
 
 
 @contextlib.contextmanager
@@ -35,30 +33,6 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def lock(path: Path, purpose: str) -> Iterator[None]:
-    """Hold a file lock; it goes with the process, however that ends.
-
-    Raises:
-        UsageError: another process holds it; names host and process.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UsageError(
-                f"{path}: {purpose} is under way already",
-                found=file.read().strip() or "another process holds the lock",
-                do="wait for it, or end that process",
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
 
 
 def file_sha256(path: Path) -> str:

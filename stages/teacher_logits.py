@@ -8,7 +8,6 @@ import json
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,8 +17,9 @@ from pipeline.answers import decode_logits, encode, row_bytes
 from pipeline.audit import damaged, manifest, store_bytes, sweep, write_manifest
 from pipeline.config import Config, Recipe
 from pipeline.errors import PipelineError
-from pipeline.files import lock, replacing
+from pipeline.files import replacing
 from pipeline.layout import answers_folder, index_path, store_path, teacher_folder
+from pipeline.lease import lease
 from pipeline.loader import Groups, mixed, unit_loader
 from pipeline.models import (
     Normalised,
@@ -41,6 +41,7 @@ def run(
     purpose: str = "train-student",
     part: tuple[int, int] | None = None,
     dry_run: bool = False,
+    break_lock: bool = False,
 ) -> None:
     """Fill the store for `train-student` or, at the higher resolution, for `finetune`.
 
@@ -62,7 +63,7 @@ def run(
     if dry_run:
         return
     number, parts = part or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-    with lock(Path(f"{path}.part-{number}-of-{parts}.lock"), f"part {number} of {parts} of teacher-logits"):
+    with lease(f"{path}.part-{number}-of-{parts}.lock", f"part {number} of {parts} of teacher-logits", break_lock):
         if parts == 1:
             sweep(path)
         store = Store.create(path, identity, index, views, settings.kind, settings.top_k, settings.precision)

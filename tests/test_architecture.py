@@ -15,9 +15,9 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only modules listed above it.
 ORDER = (
-    "errors", "files", "strict", "policies", "config", "params", "layout", "recipe", "ops", "views", "shards", "sources", "plan",
-    "answers", "store", "loader", "models", "teaching", "losses", "checkpoint", "evaluation", "runlog",
-    "training", "contact_sheet", "report", "cli",
+    "errors", "files", "lease", "strict", "policies", "config", "params", "layout", "recipe", "ops", "views",
+    "shards", "sources", "plan", "answers", "store", "audit", "loader", "models", "teaching", "losses",
+    "checkpoint", "evaluation", "runlog", "training", "contact_sheet", "report", "cli_store", "cli",
 )  # fmt: skip
 
 STAGE_MODULES = {

@@ -1,0 +1,138 @@
+"""One writer of a part: refused while the holder lives, free when it died, on this machine and others."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+
+import pipeline.lease
+from pipeline.errors import PipelineError, UsageError
+from pipeline.lease import LEASE, lease
+
+
+def test_second_holder_is_refused_and_told_the_first(tmp_path):
+    with lease(str(tmp_path / "new" / "a.lock"), "part 0 of 1"):
+        with pytest.raises(UsageError) as caught, lease(str(tmp_path / "new" / "a.lock"), "part 0 of 1"):
+            pass
+    message = str(caught.value)
+    assert f"process {os.getpid()} on " in message and "part 0 of 1" in message and "a.lock" in message
+
+
+def test_lock_is_free_after_its_block(tmp_path):
+    for _ in range(2):
+        with lease(str(tmp_path / "a.lock"), "work"):
+            assert json.loads((tmp_path / "a.lock").read_text())["process"] == os.getpid()
+
+
+def test_lock_is_free_after_its_block_raised(tmp_path):
+    with pytest.raises(ValueError), lease(str(tmp_path / "a.lock"), "work"):
+        raise ValueError
+    with lease(str(tmp_path / "a.lock"), "work"):
+        pass
+
+
+def test_parts_have_locks_of_their_own(tmp_path):
+    with lease(str(tmp_path / "a.lock"), "work"), lease(str(tmp_path / "b.lock"), "work"):
+        pass
+
+
+def test_lock_of_a_killed_process_is_free(tmp_path):
+    code = f"""
+import sys, time
+from pipeline.lease import lease
+with lease({str(tmp_path / "a.lock")!r}, "work"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            told = f"process {holder.pid} on "
+            with pytest.raises(UsageError, match=told), lease(str(tmp_path / "a.lock"), "work"):
+                pass
+        finally:
+            holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    with lease(str(tmp_path / "a.lock"), "work"):
+        pass
+
+
+def held_elsewhere(path: Path, age: float) -> None:
+    path.write_text(json.dumps({"host": "another", "process": 7, "renewed": time.time() - age}))
+
+
+def test_a_fresh_lease_of_another_machine_is_respected(tmp_path):
+    held_elsewhere(tmp_path / "a.lock", age=10)
+    with pytest.raises(UsageError, match="process 7 on another holds it, renewed 1"), lease(
+        str(tmp_path / "a.lock"), "work"
+    ):
+        pass
+
+
+def test_a_lease_that_was_not_renewed_is_dead(tmp_path):
+    held_elsewhere(tmp_path / "a.lock", age=LEASE + 1)
+    with lease(str(tmp_path / "a.lock"), "work"):
+        assert json.loads((tmp_path / "a.lock").read_text())["process"] == os.getpid()
+
+
+def test_another_machine_s_lease_is_broken_on_demand(tmp_path):
+    held_elsewhere(tmp_path / "a.lock", age=10)
+    with lease(str(tmp_path / "a.lock"), "work", break_lock=True):
+        pass
+
+
+def test_breaking_does_not_break_a_living_process_of_this_machine(tmp_path):
+    with lease(str(tmp_path / "a.lock"), "work"):
+        with pytest.raises(UsageError), lease(str(tmp_path / "a.lock"), "work", break_lock=True):
+            pass
+
+
+@pytest.mark.parametrize("torn", [b"", b"{", b"[]", b'{"host": 1}', b"\xff"])
+def test_a_torn_lease_holds_nothing(torn, tmp_path):
+    (tmp_path / "a.lock").write_bytes(torn)
+    with lease(str(tmp_path / "a.lock"), "work"):
+        pass
+
+
+def test_a_held_lease_is_renewed(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.lease, "LEASE", 0.1)
+    with lease(str(tmp_path / "a.lock"), "work"):
+        first = json.loads((tmp_path / "a.lock").read_text())["renewed"]
+        for _ in range(200):
+            time.sleep(0.02)
+            # it may be caught while it is written
+            if (text := (tmp_path / "a.lock").read_text()) and json.loads(text)["renewed"] > first:
+                return
+    pytest.fail("never renewed")
+
+
+def test_a_lease_at_a_url_refuses_a_second_holder(monkeypatch):
+    monkeypatch.setattr(pipeline.lease.time, "sleep", lambda _: None)
+    with lease("memory://locks/a.lock", "work"):
+        with pytest.raises(UsageError, match=f"process {os.getpid()}"), lease("memory://locks/a.lock", "work"):
+            pass
+    assert not fsspec.filesystem("memory").exists("/locks/a.lock")
+
+
+def test_a_lease_at_a_url_of_a_dead_process_of_this_machine_is_free(monkeypatch):
+    monkeypatch.setattr(pipeline.lease.time, "sleep", lambda _: None)
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    holder = {"host": os.uname().nodename, "process": process.pid, "renewed": time.time()}
+    fsspec.filesystem("memory").pipe_file("/locks/b.lock", json.dumps(holder).encode())
+    with lease("memory://locks/b.lock", "work"):
+        pass
+
+
+def test_a_place_that_cannot_be_written_is_told_plainly(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PipelineError, match="cannot be written"), lease(str(tmp_path / "file" / "a.lock"), "work"):
+        pass
