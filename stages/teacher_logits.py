@@ -258,6 +258,7 @@ def publish(config: Config, purpose: str, store: Store, views: int) -> None:
     """Write manifest and summary of a complete store into the outputs."""
     kind, folder = config.teacher_logits.kind, answers_folder(config, purpose)
     start = time.monotonic()
+    sweep(store.path)  # no part writes any more: the unit that it wrote would be missing
     write_manifest(folder / "manifest.json", manifest(store, views, kind))
     agreement = _agreement(store, views)
     summary = {
