@@ -10,14 +10,11 @@ All functions take uint8 (size, size, 3) and return the same, never in place.
 import cv2
 import numpy as np
 
-cv2.ipp.setUseIPP(False)  # IPP's results depend on the processor
+from pipeline.policies import FACTOR
 
 FIXED = 15  # fractional bits of source coordinates while they are computed
 REMAP = 5  # fractional bits that cv2.remap interpolates at
-FACTOR = 1 << 14  # enhancement factors are multiples of 1 / FACTOR
-# Added before rounding to nearest, this cuts a multiple of 1 / FACTOR off to a whole number; 1/128 is
-# as much as rounding a factor can take from what is a whole number with the exact one.
-FLOOR = -0.5 + 0.5 / FACTOR + 1 / 128
+FLOOR = -0.5 + 0.5 / FACTOR  # added before rounding to nearest, it cuts a multiple of 1 / FACTOR off
 TAP = 1 << 12  # filter weights are multiples of 1 / TAP
 LEVELS = np.arange(256)
 
@@ -29,6 +26,7 @@ def apply_op(view: np.ndarray, name: str, argument: float | None, fill: Fill) ->
 
     `argument` is `op_argument`'s, `fill` the colour of what geometry uncovers.
     """
+    cv2.ipp.setUseIPP(False)  # its results depend on the processor; the switch is each thread's own
     return OPS[name](view, argument, fill)
 
 
@@ -82,7 +80,7 @@ def _solarize_add(view, addend, _):
 
 
 def _blend(view: np.ndarray, base: np.ndarray | int, factor: float) -> np.ndarray:
-    """The float32 of addWeighted holds view * factor + base * (1 - factor) + FLOOR exactly."""
+    """The float32 of addWeighted holds view * factor + base * (1 - factor) + FLOOR exactly, factors below 8."""
     factor = round(factor * FACTOR) / FACTOR
     if isinstance(base, int):
         return cv2.addWeighted(view, factor, view, 0, base * (1 - factor) + FLOOR)

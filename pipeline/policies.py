@@ -41,6 +41,9 @@ _V0 = """
     Color 0.8 6, Rotate 0.4 5
 """
 
+FACTOR = 1 << 12  # enhancement factors are multiples of 1 / FACTOR, so that blending with them is exact
+MAX_MAGNITUDE = 60  # whose factor is below 8, as far as blending is exact
+
 SubPolicy = tuple[tuple[str, float, float], ...]
 """Ops that follow one another: name, probability, magnitude."""
 
@@ -122,11 +125,19 @@ def _rand_fields(text: str, parts: list[str]) -> dict[str, float]:
             fields["std"] = math.inf if value > 100 else value
         elif key == "n":
             fields["layers"] = int(value)
+        elif key == "mmax":
+            fields["magnitude_max"] = value or 10.0  # as timm takes it
+            if value > MAX_MAGNITUDE:
+                raise ValueError(f"mmax at most {MAX_MAGNITUDE}, not {value:g} in {text!r}")
         else:
-            fields[{"m": "magnitude", "mmax": "magnitude_max", "p": "prob"}[key]] = value
+            fields[{"m": "magnitude", "p": "prob"}[key]] = value
     if not increasing:
         raise ValueError(f"the increasing set only: add -inc1 to {text!r}")
     return fields
+
+
+def _factor(value: float) -> float:
+    return round(value * FACTOR) / FACTOR
 
 
 def op_argument(name: str, magnitude: float, negate: bool) -> float | None:
@@ -153,9 +164,9 @@ def op_argument(name: str, magnitude: float, negate: bool) -> float | None:
         case "SolarizeAdd":
             return min(128, int(level * 110))
         case "Color" | "Contrast" | "Brightness" | "Sharpness":
-            return level * 1.8 + 0.1
+            return _factor(level * 1.8 + 0.1)
         case "ColorIncreasing" | "ContrastIncreasing" | "BrightnessIncreasing" | "SharpnessIncreasing":
-            return max(0.1, 1.0 + sign * level * 0.9)
+            return _factor(max(0.1, 1.0 + sign * level * 0.9))
         case "ShearX" | "ShearY":
             return sign * level * 0.3
         case "TranslateXRel" | "TranslateYRel":

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.config import Recipe
-from pipeline.policies import INCREASING_OPS, AutoAugment, RandAugment, op_argument, parse_policy
+from pipeline.policies import FACTOR, INCREASING_OPS, AutoAugment, RandAugment, op_argument, parse_policy
 from pipeline.strict import fingerprint
 
 VIEWS_VERSION = 2  # bump on any change of a drawn number or a rendered bit
@@ -191,7 +191,7 @@ def _draw_jitter(strength: float, u: list[float]) -> Ops:
     """torchvision's ColorJitter(strength, strength, strength): three factors, in any order."""
     if not strength:
         return ()
-    factors = [round(_between(1 - strength, 1 + strength, part) * UNITS) / UNITS for part in u[:3]]
+    factors = [round(_between(1 - strength, 1 + strength, part) * FACTOR) / FACTOR for part in u[:3]]
     return tuple(zip(JITTER_ORDERS[int(u[3] * len(JITTER_ORDERS))], factors, strict=True))
 
 

@@ -136,6 +136,9 @@ def verify(config: Config, purpose: str, named: str | None, recompute: int, devi
     problems += [found for _, found in bad]
     if missing:
         problems.append(_missing(store, missing, want))
+    room = max(store.group[name].shape[0] for name in ("argmax", "check", want.kind))
+    if room > want.views and (further := store.missing(room, want.kind)):
+        problems.append(f"{store.path}: room for {room} views, of which {len(further):,} units are missing")
     published = answers_folder(config, purpose) / "manifest.json"
     if published.exists() and not named and not problems:
         problems += _other_manifest(store, published)

@@ -138,9 +138,7 @@ def test_op_that_blends_nothing_is_timms(name):
                 assert not difference(image, name, argument).any(), (argument, size)
 
 
-# A blend is cut off to a whole number and its factor is a multiple of 1/16384, so that a pixel within 1/64
-# of a whole number may fall on its other side: few pixels for most factors, but for some factors those of
-# a frequent difference between view and base, up to a sixth of one picture.
+# A blend is cut off to a whole number; Pillow's float32 may fall on the other side of one, and so may grey.
 
 
 @pytest.mark.parametrize("name", BLENDS)
@@ -151,7 +149,7 @@ def test_blend_is_timms_to_a_level_in_few_pixels(name):
             off_by = np.array([difference(image, name, argument) for image in pictures(size)])
             assert off_by.max() <= 1, (argument, size)
         changed.append((off_by > 0).mean())  # of the large ones
-    assert max(changed) < 0.12 and np.mean(changed) < 0.01
+    assert max(changed) < 0.01 and np.mean(changed) < 0.001
 
 
 # Largest differences in levels: mean over pictures for any one argument, and mean over any one picture.
@@ -164,7 +162,7 @@ NEAR = {
     "TranslateXRel": {224: (0.008, 0.015), 32: (0.012, 0.05)},
     "TranslateYRel": {224: (0.008, 0.015), 32: (0.012, 0.05)},
 }
-NEAR |= {name: {224: (0.05, 0.2), 32: (0.05, 0.25)} for name in BLENDS}
+NEAR |= {name: {224: (0.003, 0.015), 32: (0.005, 0.03)} for name in BLENDS}
 NEAR |= {name: {224: (0, 0), 32: (0, 0)} for name in EXACT}
 
 
@@ -252,7 +250,7 @@ def random_picture(seed: int, width: int, height: int, extreme: bool = False) ->
 
 seeds, sides = st.integers(0, 10**6), st.integers(1, 40)
 LEVELS = np.arange(256)
-FACTORS = [0.0, 0.1, 1.0, 1.9, 2.0, *np.random.default_rng(0).uniform(0, 2, 200).tolist()]
+FACTORS = [0.0, 0.1, 1.0, 1.9, 2.0, 7.9, *np.random.default_rng(0).uniform(0, 2.5, 200).tolist()]
 
 
 def blended(view: np.ndarray, base: np.ndarray, factor: float) -> np.ndarray:
