@@ -41,3 +41,10 @@ def _lines(path: str) -> list[str]:
 def spread(values: list[float]) -> str:
     """Median and, in brackets, least and greatest."""
     return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
+
+
+def filesystem(path: str) -> str:
+    """The type of the file system that a path lies on, by the longest mount point above it."""
+    mounts = [line.split()[1:3] for line in _lines("/proc/mounts")]
+    above = [mount for mount in mounts if f"{os.path.realpath(path)}/".startswith(mount[0].rstrip("/") + "/")]
+    return max(above, key=lambda mount: len(mount[0]), default=["", "an unknown file system"])[1]

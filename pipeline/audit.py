@@ -14,6 +14,8 @@ from pipeline.files import replacing
 from pipeline.plan import Unit
 from pipeline.store import FORMAT, Store
 
+MANIFEST = {"format", "fingerprint", "kind", "views", "rows", "units"}
+
 
 def damaged(store: Store, units: list[Unit], kind: str) -> list[tuple[Unit, str]]:
     """Read units whole; those that are missing or damaged, each with what was found."""
@@ -75,7 +77,10 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 def read_manifest(path: Path) -> dict[str, Any]:
     """A complete store's manifest. Raises PipelineError where there is none, or it is damaged."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict) or MANIFEST - found.keys():
+            raise ValueError(f"not an object with {', '.join(sorted(MANIFEST))}")
+        return found
     except FileNotFoundError:
         raise PipelineError(f"{path}: no store is complete", do="run: pipeline teacher-logits") from None
     except ValueError as error:

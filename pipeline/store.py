@@ -13,8 +13,10 @@ of one unit, with inner chunks of the views that one visit wants (recipe.repeats
 import contextlib
 import importlib.metadata
 import json
+import os
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -260,7 +262,19 @@ class Store:
                 slots[:, self.slots + KINDS.index(name)] = [_checksum(view) for view in whole[:, :samples]]
                 if name == "argmax":
                     self.group["check"][views, unit.shard] = slots
+                    self._sync(unit, *(set(buffers) - {"argmax"}), "check")
                 array[views, rows] = whole
+            self._sync(unit, "argmax")
+
+    def _sync(self, unit: Unit, *names: str) -> None:
+        """Chunks and their folders onto the disk, so that after a power cut, too, argmax says complete."""
+        if self._local:
+            for name in names:
+                chunk = Path(self._chunk_path(name, unit.shard, unit.block))
+                for path in (chunk, chunk.parent):
+                    descriptor = os.open(path, os.O_RDONLY)
+                    os.fsync(descriptor)
+                    os.close(descriptor)
 
     def _other_slots(self, unit: Unit) -> np.ndarray:
         """The unit's check as it is, for the checksums of kinds that are not written now."""

@@ -136,7 +136,8 @@ def verify(config: Config, purpose: str, named: str | None, recompute: int, devi
     problems += [found for _, found in bad]
     if missing:
         problems.append(_missing(store, missing, want))
-    room = max(store.group[name].shape[0] for name in ("argmax", "check", want.kind))
+    arrays = {"argmax", "check", want.kind} & set(store.arrays())
+    room = max((store.group[name].shape[0] for name in arrays), default=0)
     if room > want.views and (further := store.missing(room, want.kind)):
         problems.append(f"{store.path}: room for {room} views, of which {len(further):,} units are missing")
     published = answers_folder(config, purpose) / "manifest.json"

@@ -106,8 +106,10 @@ def find_teacher(
     views = config.teacher_logits.views if purpose == "train-student" else config.finetune.views
     kind = "argmax" if settings.distillation == "hard" else config.teacher_logits.kind
     # completeness is of the store itself: a manifest cannot know that a unit was deleted since
-    units = manifest(store, views, kind)["units"]
-    if published and published["views"] == views and manifest(store, views, published["kind"]) != published:
+    whole = manifest(store, views, kind)
+    if published and published["views"] == views and published != (
+        whole if published["kind"] == kind else manifest(store, views, published["kind"])
+    ):
         raise PipelineError(
             f"{store.path}: the answers",
             expected=f"those that {path} names",
@@ -115,7 +117,7 @@ def find_teacher(
             do="run teacher-logits again, so that its manifest is of this store",
         )
     store.keep = settings.open_shards + 4
-    return StoredTeacher(store, kind), {"store": store.fingerprint, "kind": kind, "units": units}
+    return StoredTeacher(store, kind), {"store": store.fingerprint, "kind": kind, "units": whole["units"]}
 
 
 def _online(config: Config, purpose: str, index: Index, device: torch.device) -> tuple[OnlineTeacher, dict]:
