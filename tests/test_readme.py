@@ -44,14 +44,31 @@ def test_make_knows_its_targets():
             assert re.search(rf"^{command.split()[1]}:", makefile, re.M), command
 
 
+SMALL = [
+    "teacher.model=regnety_002", "teacher.kwargs={depth: 8, output_stride: 8}", "teacher.epochs=1",
+    "teacher.precision=float32", "teacher.min_top1=0", "teacher.workers=0", "teacher_logits.workers=0",
+    "teacher_logits.views=12", "teacher_logits.precision=float32", "data.workers=1", "evaluate.workers=0",
+    "finetune.views=12",
+]  # fmt: skip
+
+
+def run(*command: str) -> None:
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, (command, result.output)
+
+
 def test_the_commands_of_the_pipeline_run_in_their_order(project):
-    commands = [shlex.split(command)[1:] for command in COMMANDS if command.startswith("pipeline")]
-    assert len(commands) >= 3
+    commands = [shlex.split(command, comments=True)[1:] for command in COMMANDS if command.startswith("pipeline")]
+    assert len(commands) >= 8
+    configured = next(command for command in commands if command[0] == "configure")
     for command in commands:
-        if command[0] == "teacher-logits":  # it is shown after `dvc repro` or `prepare` did theirs
-            assert CliRunner().invoke(main, ["prepare", "--set", "data.workers=1"]).exit_code == 0
-        result = CliRunner().invoke(main, command)
-        assert result.exit_code == 0, (command, result.output)
+        if command[0] in ("teacher-logits", "views"):  # they are shown after `dvc repro` or `prepare` did theirs
+            run("prepare", "--set", "data.workers=1")
+        if command == ["store", "info"]:  # it is shown after a store was made: here, a small one
+            run(*configured, *SMALL)
+            for stage in ("prepare", "teacher", "teacher-logits"):
+                run(stage)
+        run(*command)
 
 
 def test_every_inline_command_names_a_real_one():
