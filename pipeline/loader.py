@@ -5,6 +5,7 @@ device a group always has `group_size` slots; an unused slot has weight 0, so sh
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -86,7 +87,7 @@ class Renderer:
             items=items,
             members=[self.members(item) for item in items],
             checks=[],
-            images=torch.zeros(count, slots, 3, recipe.size, recipe.size, dtype=torch.uint8),
+            images=_black(count, slots, 3, recipe.size, recipe.size),
             labels=torch.zeros(count, slots, dtype=torch.int64),
             weights=torch.zeros(count, slots),
             partner=torch.zeros(count, slots, dtype=torch.int64),
@@ -127,6 +128,15 @@ class Renderer:
         images = [self.index.image(item.shard, int(position)) for position in members]
         self._decoded = (identity, images)
         return images, len(images)
+
+
+def _black(*shape: int) -> torch.Tensor:
+    """uint8 zeros; in a worker they lie in shared memory at once, so that handing them over copies nothing."""
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8)
+    # as torch's own default_collate does; fresh shared memory is zero
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
 
 
 def mixed(groups: Groups) -> torch.Tensor:

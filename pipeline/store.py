@@ -30,6 +30,7 @@ from pipeline.config import Recipe
 from pipeline.errors import PipelineError, UsageError
 from pipeline.plan import Unit, all_units
 from pipeline.recipe import group_count, recipe_fingerprint
+from pipeline.sealed import create_array, create_group, read_description
 from pipeline.shards import Index
 from pipeline.strict import fingerprint
 
@@ -106,7 +107,7 @@ class Store:
                     "shards": [{"name": s["name"], "samples": s["samples"]} for s in index.shards],
                     "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
                 }
-                zarr.create_group(path, attributes=attributes | {"digest": fingerprint(attributes)})
+                create_group(path, attributes)
             group = _opened(path, "r+")
             store = cls(path, group, index, identity.recipe)
             store._refuse_other(identity.described())
@@ -165,7 +166,7 @@ class Store:
         for name in {"argmax": 0, "check": 0, kind: 0}:
             settings = self._settings(name, views, payload_width(kind, self.classes, top_k))
             if name not in self.arrays():
-                self.group.create_array(name, **settings)
+                create_array(self.group, name, settings)
             self._refuse_other_layout(name)
             array, shape = self.group[name], settings["shape"]
             if array.shape[2:] != shape[2:]:
@@ -199,21 +200,21 @@ class Store:
         return settings | {"shape": shape, "chunks": chunks, "dimension_names": dimensions}
 
     def _refuse_other_layout(self, name: str) -> None:
-        """An array must be laid out as this version writes it: chunks are read by their place and length.
+        """An array must be laid out as it is read: chunks are found by their place and length.
 
         Raises:
             PipelineError: it is not, or its description is damaged.
         """
         try:
-            found = self._filesystem.cat_file(f"{self._root}/{name}/zarr.json")
-            views, _, *width = json.loads(found)["shape"]
-            made: dict[str, Any] = {}
-            zarr.create_array(made, **self._settings(name, views, width[0] if width and name != "check" else 0))
-            if views % self.recipe.block:
-                raise ValueError(f"{views} views are no multiple of the block, {self.recipe.block}")
-            if made["zarr.json"].to_bytes() != found:
-                raise ValueError("it is not what this version of the store, and of zarr, writes")
-        except Exception as error:  # zarr raises nearly anything about damaged metadata
+            described = read_description(self._filesystem, f"{self._root}/{name}")
+            views, *rest = described["shape"]
+            settings = self._settings(name, views, rest[-1])
+            chunk = described["chunk_grid"]["configuration"]["chunk_shape"]
+            if tuple(described["shape"]) != settings["shape"] or views % self.recipe.block:
+                raise ValueError(f"shape {described['shape']}")
+            if tuple(chunk) != settings.get("shards", settings["chunks"]):
+                raise ValueError(f"chunks of {chunk}")
+        except Exception as error:  # of what is damaged nearly anything is raised
             raise _damaged_metadata(f"{self.path}/{name}", error) from error
 
     @property
@@ -443,16 +444,11 @@ def _checksum(values: np.ndarray) -> int:
 
 def _opened(path: str, mode: str) -> zarr.Group:
     try:
-        group = zarr.open_group(path, mode=mode)
-        attributes = dict(group.attrs)
-        made: dict[str, Any] = {}
-        zarr.create_group(made, attributes=attributes)
         filesystem, root = fsspec.core.url_to_fs(path)
-        whole = made["zarr.json"].to_bytes() == filesystem.cat_file(f"{root}/zarr.json")
-        if (attributes.pop("digest", None) != fingerprint(attributes) or not whole) and attributes["format"] == FORMAT:
-            raise ValueError("its attributes are not those that were written")
-        int(attributes["capacity"]), int(attributes["classes"])
-        return group
+        described = json.loads(filesystem.cat_file(f"{root}/zarr.json"))
+        if described["attributes"]["format"] == FORMAT:  # another one is refused later, with its number
+            read_description(filesystem, root)
+        return zarr.open_group(path, mode=mode)
     except OSError:
         raise
     except Exception as error:  # zarr raises nearly anything about damaged metadata

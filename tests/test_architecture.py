@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports only modules listed above it.
 ORDER = (
     "errors", "files", "lease", "strict", "policies", "config", "params", "layout", "recipe", "ops", "views",
-    "shards", "sources", "plan", "answers", "store", "audit", "loader", "models", "teaching", "losses",
+    "shards", "sources", "plan", "sealed", "answers", "store", "audit", "loader", "models", "teaching", "losses",
     "checkpoint", "evaluation", "runlog", "training", "contact_sheet", "report", "cli_store", "cli",
 )  # fmt: skip
 

@@ -1,0 +1,45 @@
+"""zarr's descriptions (zarr.json) under a digest, so that a damaged one is told from a sound one.
+
+zarr reads a description with a flipped bit as best it can: another shape, another fill value, a codec
+less. Each of ours holds, among its attributes, a digest of all else in it but the shape, which grows.
+"""
+
+import json
+from typing import Any
+
+import zarr
+
+from pipeline.strict import fingerprint
+
+
+def create_group(path: str, attributes: dict[str, Any]) -> zarr.Group:
+    made: dict[str, Any] = {}
+    zarr.create_group(made, attributes=attributes)
+    return zarr.create_group(path, attributes=attributes | {"digest": _digest(_parsed(made))})
+
+
+def create_array(group: zarr.Group, name: str, settings: dict[str, Any]) -> zarr.Array:
+    made: dict[str, Any] = {}
+    zarr.create_array(made, **settings)
+    return group.create_array(name, **settings, attributes={"digest": _digest(_parsed(made))})
+
+
+def read_description(filesystem, folder: str) -> dict[str, Any]:
+    """The parsed zarr.json of a group or array.
+
+    Raises:
+        ValueError: it is not what was written. OSError: it cannot be read.
+    """
+    described = json.loads(filesystem.cat_file(f"{folder}/zarr.json"))
+    if described["attributes"]["digest"] != _digest(described):
+        raise ValueError("it is not what was written")
+    return described
+
+
+def _digest(described: dict[str, Any]) -> str:
+    attributes = {key: value for key, value in described["attributes"].items() if key != "digest"}
+    return fingerprint({**described, "attributes": attributes, "shape": None})
+
+
+def _parsed(made: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(made["zarr.json"].to_bytes())
