@@ -4,6 +4,20 @@ Every message says what was being read, what was expected, what was found and wh
 """
 
 
+try:
+    from botocore.exceptions import BotoCoreError
+
+    IO_ERRORS: tuple[type[Exception], ...] = (OSError, BotoCoreError)
+except ImportError:
+    IO_ERRORS = (OSError,)
+"""What reading and writing files and URLs raises; S3's client has errors of its own that are no OSError."""
+
+
+def reason(error: Exception) -> str:
+    """What an IO error says, without its number and path."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
 class PipelineError(Exception):
     """The work failed for a reason outside the program: data, files, disk, another version.
 

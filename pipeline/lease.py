@@ -17,7 +17,7 @@ from typing import Any
 
 import fsspec
 
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import IO_ERRORS, PipelineError, UsageError, reason
 
 LEASE = 300.0  # seconds without renewal after which a holder counts as dead
 RENEWALS = 5  # in that time
@@ -43,7 +43,7 @@ def lease(path: str, purpose: str, break_lock: bool = False) -> Iterator[None]:
             raise _refused(path, purpose, holder)
         try:
             _write(filesystem, place, mine)
-        except OSError as error:
+        except IO_ERRORS as error:
             raise _unwritable(path, error) from error
         if not local:
             _won(filesystem, place, mine, path, purpose)
@@ -55,7 +55,7 @@ def lease(path: str, purpose: str, break_lock: bool = False) -> Iterator[None]:
         finally:
             stopped.set()
             renewing.join()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*IO_ERRORS):
                 filesystem.rm_file(place)
 
 
@@ -98,7 +98,7 @@ def _won(filesystem, place: str, mine: dict[str, Any], path: str, purpose: str) 
 
 def _renew(filesystem, place: str, mine: dict[str, Any], stopped: threading.Event) -> None:
     while not stopped.wait(LEASE / RENEWALS):
-        with contextlib.suppress(OSError):  # a full disk must not end the work that it may outlast
+        with contextlib.suppress(*IO_ERRORS):  # a full disk must not end the work that it may outlast
             _write(filesystem, place, mine)
 
 
@@ -108,16 +108,16 @@ def _write(filesystem, place: str, mine: dict[str, Any]) -> None:
 
 def _read(filesystem, place: str) -> dict[str, Any] | None:
     """The lease, or None: there is none, it was given back, or it is torn."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(*IO_ERRORS, ValueError, KeyError, TypeError):
         found = json.loads(filesystem.cat_file(place))
         return {"host": str(found["host"]), "process": int(found["process"]), "renewed": float(found["renewed"])}
     return None
 
 
-def _unwritable(path: str, error: OSError) -> PipelineError:
+def _unwritable(path: str, error: Exception) -> PipelineError:
     return PipelineError(
         f"{path}: cannot be written",
-        found=error.strerror or str(error),
+        found=reason(error),
         do="make room or correct the permissions, then run the same command again: it goes on",
     )
 

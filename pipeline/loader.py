@@ -5,6 +5,7 @@ device a group always has `group_size` slots; an unused slot has weight 0, so sh
 """
 
 import dataclasses
+import gc
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -243,13 +244,15 @@ def _loader(dataset, workers: int, pin: bool, batch_size: int | None = None, sam
         sampler=sampler,
         num_workers=workers,
         pin_memory=pin,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         # its own generator: a loader must not draw from the global one, or resuming would shift it
         generator=torch.Generator().manual_seed(0),
     )
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
+    # what a forked worker inherited must not be collected there: a connection's end closes the parent's too
+    gc.freeze()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
 

@@ -24,7 +24,7 @@ import google_crc32c
 import numpy as np
 import webdataset
 
-from pipeline.errors import PipelineError
+from pipeline.errors import IO_ERRORS, PipelineError, reason
 from pipeline.files import replacing
 from pipeline.strict import fingerprint
 from pipeline.views import Undecodable, decode, decode_again
@@ -73,7 +73,7 @@ def index_shard(location: str, name: str) -> ShardIndex:
         with fsspec.open(where, "rb") as file:
             data = file.read()
         members = _members(data)
-    except (OSError, tarfile.TarError) as error:
+    except (*IO_ERRORS, tarfile.TarError) as error:
         raise PipelineError(
             f"{where}: the shard cannot be read",
             expected="a tar of KEY.jpg (png, webp) and KEY.cls members",
@@ -276,11 +276,11 @@ class Index:
         offset, size = int(row["offset"]), int(row["size"])
         try:
             data = self._pread(shard, offset, size)
-        except OSError as error:
+        except IO_ERRORS as error:
             raise PipelineError(
                 f"{self.location}/{self.names[shard]}: the shard cannot be read",
                 expected="the shard that was indexed",
-                found=error.strerror or str(error),
+                found=reason(error),
                 do="restore it, or run prepare again (dvc repro -f prepare)",
             ) from error
         if google_crc32c.value(data) != row["crc32c"]:

@@ -27,7 +27,7 @@ from zarr.codecs import Crc32cCodec
 
 from pipeline.answers import DTYPES, FILL, KINDS, SHARDED, payload_width
 from pipeline.config import Recipe
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import IO_ERRORS, PipelineError, UsageError, reason
 from pipeline.plan import Unit, all_units
 from pipeline.recipe import group_count, recipe_fingerprint
 from pipeline.sealed import create_array, create_group, read_description
@@ -129,7 +129,11 @@ class Store:
             PipelineError: no store at `path`.
             UsageError: it is of another format, index or recipe.
         """
-        if not _exists(path):
+        try:
+            exists = _exists(path)
+        except IO_ERRORS as error:
+            raise PipelineError(f"{path}: the store cannot be read", found=reason(error)) from error
+        if not exists:
             raise PipelineError(
                 f"{path}: no store",
                 expected="the teacher's answers for this recipe, index and teacher",
@@ -290,9 +294,8 @@ class Store:
     def remove_unit(self, unit: Unit, names: tuple[str, ...] = ("argmax",)) -> None:
         """Take a unit back: delete chunks of it, its argmax first, which says that it is complete."""
         for name in names:
-            path = self._chunk_path(name, unit.shard, unit.block)
-            if self._filesystem.exists(path):
-                self._filesystem.rm(path)
+            with contextlib.suppress(FileNotFoundError):  # asked anew: a listing may be an old one
+                self._filesystem.rm_file(self._chunk_path(name, unit.shard, unit.block))
         self._cache.clear()
 
     def _chunk_path(self, name: str, shard: int, block: int) -> str:
@@ -390,7 +393,7 @@ class Store:
         except FileNotFoundError:
             found = "missing: the unit was never written or was removed"
             raise self._damage(name, shard, view, found) from None
-        except OSError as error:
+        except IO_ERRORS as error:
             raise self._damage(name, shard, view, str(error)) from error
         size = int(np.prod(array.chunks)) * array.dtype.itemsize
         if len(data) != size + 4:
@@ -475,9 +478,9 @@ def _writing(path: str):
     try:
         with zarr.config.set({"array.write_empty_chunks": True}):
             yield
-    except OSError as error:
+    except IO_ERRORS as error:
         raise PipelineError(
             f"{path}: the store cannot be written",
-            found=error.strerror or str(error),
+            found=reason(error),
             do="make room or correct the permissions, then run the same command again: it goes on",
         ) from error

@@ -3,6 +3,7 @@
 No stage of `dvc repro`. Everything works on a partial store and says what is missing.
 """
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -17,8 +18,7 @@ from tqdm import tqdm
 from pipeline.answers import row_bytes
 from pipeline.audit import manifest, read_manifest, store_bytes
 from pipeline.config import Config, Recipe, result_fields
-from pipeline.errors import PipelineError, UsageError
-from pipeline.files import file_sha256
+from pipeline.errors import IO_ERRORS, PipelineError, UsageError
 from pipeline.layout import answers_folder, index_path, store_path
 from pipeline.params import load
 from pipeline.plan import Unit
@@ -163,9 +163,11 @@ def _damaged_data(index: Index) -> list[str]:
         where = f"{index.location}/{shard['name']}"
         try:
             index.rows(number)
-            if "://" not in where and file_sha256(Path(where)) != shard["sha256"]:
+            with fsspec.open(where, "rb") as file:
+                same = hashlib.file_digest(file, "sha256").hexdigest() == shard["sha256"]
+            if not same:
                 found.append(f"{where}: its SHA-256 is not that of the index: damaged or replaced")
-        except (PipelineError, OSError) as error:
+        except (PipelineError, *IO_ERRORS) as error:
             found.append(f"{where}: {error}")
     return found
 
