@@ -1,0 +1,825 @@
+"""Shards, stores and leases at s3:// URLs, against a real S3 server (moto's) on the loopback.
+
+The tests put, alter and remove objects with boto3, as another machine would: s3fs hears nothing of it.
+"""
+
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import fsspec.asyn
+import numpy as np
+import pytest
+import torch
+from conftest import small_config, tree
+from test_prepare import index_of, samples, write_shards
+from test_store import (
+    SAMPLES,
+    VIEWS,
+    answers,
+    create,
+    every_kind,
+    fill,
+    filled,  # noqa: F401  (fixture)
+    opened,
+    refusal,
+)
+from test_training import loaded, taught, taught_template  # noqa: F401  (fixtures)
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.audit import damaged, manifest, read_manifest, store_bytes
+from pipeline.errors import PipelineError, UsageError
+from pipeline.layout import answers_folder, index_path, student_folder, teacher_folder
+from pipeline.lease import LEASE, lease
+from pipeline.loader import _start_worker, evaluation_loader
+from pipeline.plan import Unit
+from pipeline.shards import Index, index_shard
+from stages import prepare, teacher_logits, train_student
+from stages import store as store_stage
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
+ABSENT = [name for name in ("boto3", "flask", "moto", "s3fs") if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(ABSENT), reason=f"no {', '.join(ABSENT)}: install moto[server] and s3fs"),
+    # Python 3.12 warns whenever a process with threads forks; that this works is tested here
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
+
+# moto's application behind HTTP/1.1: its own server closes every connection, S3 keeps them open, and open ones
+# are what forked processes share. It ends with its standard input: with this process however that ends
+SERVER = """
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.test import EnvironBuilder, run_wsgi_app
+
+application = DomainDispatcherApplication(create_backend_app)
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        base, own = f"http://{self.headers['Host']}", list(self.headers.items())
+        request = EnvironBuilder(self.path, base, method=self.command, headers=own, data=body)
+        parts, status, headers = run_wsgi_app(application, request.get_environ(), buffered=True)
+        content = b"".join(parts)
+        self.send_response(int(status.split()[0]))
+        headers.setdefault("Content-Length", str(len(content)))
+        for name, value in headers:
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    do_DELETE = do_GET = do_HEAD = do_POST = do_PUT = answer
+
+    def log_message(self, *_):
+        pass
+
+server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
+Thread(target=server.serve_forever, daemon=True).start()
+print(server.server_port, flush=True)
+sys.stdin.read()
+"""
+KEPT = []  # zarr's filesystems never close their connections, and would warn of it when they are collected
+
+
+class Server:
+    """A process that serves S3 on the loopback, on a free port; its objects are in memory."""
+
+    def __init__(self):
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        """Again on the port that it had, empty."""
+        command = [sys.executable, "-c", SERVER, str(self.port)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.port = int(self.process.stdout.readline() or 0)
+        assert self.port, "the server did not start"
+
+    def stop(self) -> None:
+        with self.process:  # closes its standard input, then waits
+            self.process.stdin.close()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            # nothing of the machine's own
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_MAX_ATTEMPTS": "1",  # where no server answers, say so at once
+            "NO_PROXY": "127.0.0.1",
+        }
+
+
+class Bucket:
+    """A bucket as another machine sees it."""
+
+    def __init__(self, client, name: str):
+        self.client, self.name, self.url = client, name, f"s3://{name}"
+        client.create_bucket(Bucket=name)
+
+    def put(self, key: str, data: bytes) -> None:
+        self.client.put_object(Bucket=self.name, Key=key, Body=data)
+
+    def get(self, key: str) -> bytes:
+        return self.client.get_object(Bucket=self.name, Key=key)["Body"].read()
+
+    def delete(self, key: str) -> None:
+        self.client.delete_object(Bucket=self.name, Key=key)
+
+    def upload(self, folder: Path, prefix: str) -> None:
+        for name, data in tree(folder).items():
+            self.put(f"{prefix}/{name}", data)
+
+    def keys(self, prefix: str = "") -> list[str]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
+        return [found["Key"] for page in pages for found in page.get("Contents", [])]
+
+    def tree(self, prefix: str) -> dict[str, bytes]:
+        """Every object below a prefix, as conftest.tree has every file."""
+        return {key.removeprefix(f"{prefix}/"): self.get(key) for key in self.keys(f"{prefix}/")}
+
+    def tag(self, key: str) -> None:
+        """Mark an object until it is written again."""
+        tags = [{"Key": "written", "Value": "before"}]
+        self.client.put_object_tagging(Bucket=self.name, Key=key, Tagging={"TagSet": tags})
+
+    def tagged(self, key: str) -> bool:
+        return bool(self.client.get_object_tagging(Bucket=self.name, Key=key)["TagSet"])
+
+    def flip(self, key: str, seed: int = 0) -> None:
+        """Turn one bit of one byte round."""
+        data, chance = bytearray(self.get(key)), np.random.default_rng(seed)
+        data[chance.integers(len(data))] ^= 1 << int(chance.integers(8))
+        self.put(key, bytes(data))
+
+
+@pytest.fixture(scope="session")
+def server():
+    started = Server()
+    yield started
+    started.stop()
+
+
+def connect_anew() -> None:
+    """What this process opens from now on at s3:// is where, and as, the environment says now."""
+    from s3fs import S3FileSystem
+
+    KEPT.extend(S3FileSystem._cache.values())
+    S3FileSystem.clear_instance_cache()
+
+
+@contextlib.contextmanager
+def client_of(server: Server):
+    """Another machine's way to it; inside, s3:// is there for this process too."""
+    import boto3
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        connect_anew()
+        with contextlib.closing(boto3.client("s3")) as client:
+            yield client
+    connect_anew()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with client_of(server) as client:
+        yield client
+
+
+@pytest.fixture
+def bucket(client, request) -> Bucket:
+    """An empty one, of the test's own."""
+    request.session.buckets = getattr(request.session, "buckets", 0) + 1
+    return Bucket(client, f"bucket-{request.session.buckets}")
+
+
+# shards
+
+
+def config_of(location: str, name: str, **data: Any):
+    """Of shards at a location, prepared below the current folder."""
+    shards = {"train": f"{location}/train-{{0000..0002}}.tar", "val": f"{location}/val-0000.tar"}
+    return small_config(Path(), name=name, data={"source": "shards", **shards, **data})
+
+
+@pytest.fixture
+def uploaded(in_tmp, bucket) -> list[tuple[str, bytes, int]]:
+    """Shards in ./in and the same ones at S3; the samples of training."""
+    written = write_shards(in_tmp / "in", [4, 3, 5])
+    write_shards(in_tmp / "in", [3], "val")
+    bucket.upload(in_tmp / "in", "in")
+    return written
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_indices_of_shards_at_s3_are_those_of_local_ones_but_for_their_location(workers, uploaded, bucket):
+    described, tables = [], []
+    for location, name in (("in", "local"), (f"{bucket.url}/in", "remote")):
+        config = config_of(location, name, workers=workers)
+        prepare.run(config)
+        read = [json.loads(index_path(config, split).read_text()) for split in prepare.SPLITS]
+        assert [index.pop("location") for index in read] == [location, location]
+        tables.append([Path(index.pop("table")).read_bytes() for index in read])
+        described.append(read)
+    assert described[0] == described[1]
+    assert tables[0] == tables[1]
+
+
+def test_shards_at_s3_are_left_as_they_were(uploaded, bucket):
+    before = bucket.tree("in")
+    config = config_of(f"{bucket.url}/in", "remote")
+    prepare.run(config)
+    samples(index_of(config))
+    assert bucket.tree("in") == before and len(bucket.keys()) == len(before)
+
+
+def test_shard_that_is_not_at_s3_is_named(uploaded, bucket):
+    bucket.delete("in/train-0001.tar")
+    message = refusal(prepare.run, config_of(f"{bucket.url}/in", "remote"))
+    assert f"{bucket.url}/in/train-0001.tar" in message and "do:" in message
+
+
+def test_bucket_that_is_not_there_is_told_plainly(uploaded, bucket):
+    assert "s3://nowhere/in/train-0000.tar" in refusal(prepare.run, config_of("s3://nowhere/in", "remote"))
+
+
+def test_shard_changed_at_s3_is_noticed_when_preparing_again(uploaded, in_tmp, bucket):
+    config = config_of(f"{bucket.url}/in", "remote")
+    prepare.run(config)
+    before = index_of(config).fingerprint
+    theirs = write_shards(in_tmp / "in", [4, 3, 6])
+    bucket.upload(in_tmp / "in", "in")
+    prepare.run(config)
+    assert index_of(config).fingerprint != before
+    assert samples(index_of(config)) == theirs
+
+
+@pytest.mark.parametrize("damage", ["replaced", "cut", "deleted"])
+def test_shard_damaged_at_s3_is_refused_when_a_sample_is_read(damage, uploaded, bucket):
+    config = config_of(f"{bucket.url}/in", "remote")
+    prepare.run(config)
+    index = index_of(config)
+    index.read(1, 2)
+    data, key = bucket.get("in/train-0001.tar"), "in/train-0001.tar"
+    if damage == "deleted":
+        bucket.delete(key)
+    else:
+        end = int(index.rows(1)["offset"][2]) + 20
+        bucket.put(key, data[:end] + (b"" if damage == "cut" else bytes(20) + data[end + 20 :]))
+    assert f"{bucket.url}/in/train-0001.tar" in refusal(index.read, 1, 2)
+
+
+# images
+
+
+SIZE = 16
+
+
+class Images(Dataset):
+    """Every decoded image of an index."""
+
+    def __init__(self, index: Index):
+        self.index = index
+        self.places = [(shard, n) for shard, count in enumerate(index.samples) for n in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        return self.index.image(*self.places[number])
+
+
+class Collecting(Images):
+    """In a worker whose collector of garbage runs in the thread of s3fs, as it may in any."""
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        async def collect():
+            gc.collect()
+
+        image = super().__getitem__(number)
+        fsspec.asyn.sync(fsspec.filesystem("s3").loop, collect)
+        return image
+
+
+def by_forked_workers(images: Images) -> list[np.ndarray]:
+    """What two of them read, in order."""
+    # a worker that hangs is an error, not a test that never ends
+    settings = dict(batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=120)
+    settings["worker_init_fn"] = _start_worker
+    return [image.numpy() for image in DataLoader(images, **settings)]
+
+
+# what two workers read of an index, in a process that did or did not use S3 before; a test's own process has
+FRESH = f"""
+import sys
+import numpy, torch
+from pipeline.loader import evaluation_loader
+from pipeline.shards import Index
+path, method, used, result = sys.argv[1:]
+torch.multiprocessing.set_start_method(method)
+index = Index(path)
+if used == "used":
+    index.image(0, 0)
+batches = evaluation_loader(index, {SIZE}, 1.0, 4, 2, False)
+numpy.save(result, torch.cat(list(batches)).numpy())
+"""
+
+
+@pytest.fixture
+def both(uploaded, bucket) -> tuple[Index, Index]:
+    """The indices of the local shards and of those at S3."""
+    configs = config_of("in", "local"), config_of(f"{bucket.url}/in", "remote")
+    for config in configs:
+        prepare.run(config)
+    return tuple(Index(index_path(config, "train").absolute()) for config in configs)
+
+
+def same_images(found, expected: Index) -> bool:
+    pairs = zip(found, Images(expected), strict=True)
+    return all(np.array_equal(one, other) for one, other in pairs)
+
+
+def test_samples_at_s3_are_those_written(both, uploaded):
+    assert samples(both[1]) == uploaded
+
+
+def test_images_at_s3_are_the_local_ones(both):
+    local, remote = both
+    assert same_images(Images(remote), local)
+
+
+def test_forked_workers_read_s3_after_their_parent_did(both):
+    local, remote = both
+    remote.image(0, 0)
+    assert same_images(by_forked_workers(Images(remote)), local)
+
+
+def test_parent_reads_s3_after_its_forked_workers_collected_garbage(both, monkeypatch):
+    from s3fs import S3FileSystem
+
+    # it would try again after a quarter of a minute, and succeed
+    monkeypatch.setattr(S3FileSystem, "retries", 1)
+    monkeypatch.setattr(S3FileSystem, "read_timeout", 8)
+    connect_anew()
+    local, remote = both
+    remote.image(0, 0)
+    by_forked_workers(Collecting(remote))
+    assert same_images(Images(remote), local)
+
+
+@pytest.mark.parametrize("used", ["used", "unused"])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_a_process_that_used_s3_or_not_read_it(method, used, both, in_tmp):
+    local, remote = both
+    command = [sys.executable, "-c", FRESH, remote.path, method, used, "found.npy"]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
+    expected = torch.cat(list(evaluation_loader(local, SIZE, 1.0, 4, 0, False)))
+    assert np.array_equal(np.load("found.npy"), expected.numpy())
+
+
+# stores
+
+each_layout = pytest.mark.parametrize("kind", ["topk", "dense"])  # chunks of a unit, shards of chunks
+
+
+def damaged_units(url: str, kind: str) -> list[Unit]:
+    store = opened(url)
+    return [unit for unit, _ in damaged(store, store.units(VIEWS), kind)]
+
+
+def chunk_keys(bucket: Bucket) -> list[str]:
+    return [key for key in bucket.keys("s.zarr/") if not key.endswith("zarr.json")]
+
+
+def unit_of(key: str) -> Unit:
+    """Of s.zarr/ARRAY/c/BLOCK/SHARD/..."""
+    parts = key.split("/")
+    return Unit(shard=int(parts[4]), block=int(parts[3]))
+
+
+@pytest.fixture
+def url(bucket) -> str:
+    return f"{bucket.url}/s.zarr"
+
+
+@pytest.fixture
+def stored(filled, url, bucket):  # noqa: F811
+    """A complete store of a kind at S3, put there by another machine: its URL."""
+
+    def put(kind: str) -> str:
+        bucket.upload(filled(kind), "s.zarr")
+        return url
+
+    return put
+
+
+@every_kind
+def test_store_at_s3_has_the_bytes_of_a_local_one(kind, filled, url, bucket):  # noqa: F811
+    fill(create(url, kind), kind)
+    assert bucket.tree("s.zarr") == tree(filled(kind))
+
+
+@every_kind
+def test_answers_at_s3_are_read_as_they_were_written(kind, stored):
+    store = opened(stored(kind))
+    for unit in store.units(VIEWS):
+        buffers, checks = answers(unit, kind)
+        for place in range(len(checks)):
+            found = store.read(unit.shard, unit.block * len(checks) + place, kind)
+            assert np.array_equal(found.argmax, buffers["argmax"][place])
+            assert np.array_equal(found.check, checks[place])
+            assert kind == "argmax" or np.array_equal(found.payload, buffers[kind][place])
+
+
+@each_layout
+def test_list_of_missing_units_at_s3_shrinks_by_what_is_written(kind, url):
+    store = create(url, kind)
+    left = store.units(VIEWS)
+    assert store.missing(VIEWS, kind) == left
+    for unit in list(left):
+        store.write_unit(unit, *answers(unit, kind))
+        left.remove(unit)
+        assert store.missing(VIEWS, kind) == opened(url).missing(VIEWS, kind) == left
+
+
+def test_units_that_another_machine_writes_are_seen_at_once(url, filled, bucket):  # noqa: F811
+    store = create(url, "topk")
+    assert len(store.missing(VIEWS, "topk")) == 6
+    bucket.upload(filled("topk"), "s.zarr")
+    assert store.missing(VIEWS, "topk") == []
+    assert store.read(1, 2, "topk").argmax.tolist() == answers(Unit(1, 1), "topk")[0]["argmax"][0].tolist()
+
+
+@every_kind
+def test_flipped_bit_of_any_object_at_s3_is_found_in_its_unit(kind, stored, bucket):
+    store = opened(stored(kind))
+    for seed, key in enumerate(chunk_keys(bucket)):
+        whole = bucket.get(key)
+        bucket.flip(key, seed)
+        assert [unit for unit, _ in damaged(store, store.units(VIEWS), kind)] == [unit_of(key)], key
+        bucket.put(key, whole)
+
+
+@each_layout
+def test_flipped_bit_at_s3_is_found_by_a_store_that_was_read_before(kind, stored, bucket):
+    store = opened(stored(kind))
+    assert damaged(store, store.units(VIEWS), kind) == []
+    bucket.flip(next(key for key in chunk_keys(bucket) if f"/{kind}/c/1/2" in key))
+    assert [unit for unit, _ in damaged(store, store.units(VIEWS), kind)] == [Unit(2, 1)]
+
+
+@each_layout
+def test_object_deleted_at_s3_makes_its_unit_missing(kind, stored, bucket):
+    store = opened(stored(kind))
+    for key in chunk_keys(bucket):
+        whole = bucket.get(key)
+        bucket.delete(key)
+        assert store.missing(VIEWS, kind) == [unit_of(key)], key
+        refusal(store.check_unit, unit_of(key), kind)
+        bucket.put(key, whole)
+
+
+def test_unit_removed_at_s3_is_missing(stored):
+    url = stored("topk")
+    create(url, "topk").remove_unit(Unit(1, 0))
+    assert opened(url).missing(VIEWS, "topk") == [Unit(1, 0)]
+    assert "missing" in refusal(opened(url).read, 1, 0, "topk")
+
+
+def test_removing_a_unit_that_is_not_at_s3_changes_nothing(url, bucket):
+    store = create(url)
+    before = bucket.tree("s.zarr")
+    store.remove_unit(Unit(1, 0))
+    assert bucket.tree("s.zarr") == before
+
+
+def test_unit_written_since_the_last_listing_is_removed_from_s3(url):
+    store = create(url)
+    store.write_unit(Unit(0, 0), *answers(Unit(0, 0), "argmax"))
+    store.missing(VIEWS, "argmax")
+    store.write_unit(Unit(1, 0), *answers(Unit(1, 0), "argmax"))
+    store.remove_unit(Unit(1, 0))
+    assert Unit(1, 0) in opened(url).missing(VIEWS, "argmax")
+
+
+@each_layout
+def test_damaged_unit_at_s3_is_mended_by_writing_it_again(kind, stored, bucket):
+    store = create(stored(kind), kind)
+    before = bucket.tree("s.zarr")
+    for key in chunk_keys(bucket):
+        if unit_of(key) == Unit(1, 1):
+            bucket.flip(key)
+            fill(store, kind, units=[Unit(1, 1)])
+            assert bucket.tree("s.zarr") == before, key
+
+
+@each_layout
+def test_more_views_at_s3_add_blocks_and_keep_the_old_bytes(kind, url, bucket):
+    fill(create(url, kind, views=2), kind, views=2)
+    before = {key: bucket.get(key) for key in chunk_keys(bucket)}
+    store = create(url, kind, views=4)
+    assert store.missing(4, kind) == [Unit(shard, 1) for shard in range(len(SAMPLES))]
+    fill(store, kind, units=store.missing(4, kind))
+    assert before.items() < {key: bucket.get(key) for key in chunk_keys(bucket)}.items()
+    assert damaged_units(url, kind) == []
+
+
+def test_two_kinds_share_a_store_at_s3(stored):
+    url = stored("topk")
+    fill(create(url, "dense"), "dense")
+    assert opened(url).arrays() == ["argmax", "check", "dense", "topk"]
+    assert damaged_units(url, "topk") == damaged_units(url, "dense") == []
+
+
+def test_manifest_and_size_of_a_store_at_s3_are_those_of_a_local_one(filled, stored):  # noqa: F811
+    local, remote = (opened(path) for path in (filled("topk"), stored("topk")))
+    assert manifest(remote, VIEWS, "topk") == manifest(local, VIEWS, "topk")
+    assert store_bytes(remote.path) == store_bytes(local.path)
+
+
+def test_store_that_is_not_at_s3_says_how_to_compute_it(url):
+    message = refusal(opened, url)
+    assert f"{url}: no store" in message and "do:" in message
+
+
+def test_store_in_a_bucket_that_is_not_there_is_told_plainly(bucket):
+    assert "s3://nowhere/s.zarr: the store cannot be written" in refusal(create, "s3://nowhere/s.zarr")
+
+
+# the stages
+
+
+@pytest.fixture
+def remote(taught, bucket) -> tuple[str, ...]:  # noqa: F811
+    """Overrides that make of the taught experiment one over shards at S3, prepared; of the same teacher."""
+    overrides = ["name=remote", "data.source=shards"]
+    for split in prepare.SPLITS:
+        index = Index(index_path(taught, split))
+        bucket.upload(Path(index.location), split)
+        overrides.append(f"data.{split}={bucket.url}/{split}/{{000000..{len(index.names) - 1:06d}}}.tar")
+    config = loaded(*overrides)
+    shutil.copytree(teacher_folder(taught), teacher_folder(config))
+    prepare.run(config)
+    return tuple(overrides)
+
+
+def chunks_of(objects: dict[str, bytes]) -> dict[str, bytes]:
+    """By their place in the store; its name and attributes say what the classes are called."""
+    return {key.partition(".zarr/")[2]: data for key, data in objects.items() if "/c/" in key}
+
+
+def store_url(config) -> str:
+    fingerprint = read_manifest(answers_folder(config, "train-student") / "manifest.json")["fingerprint"]
+    return f"{config.work}/stores/{fingerprint}.zarr"
+
+
+@pytest.fixture
+def dumped(remote, bucket) -> tuple[str, ...]:
+    """The overrides, with a store below work=s3://... that teacher-logits filled."""
+    overrides = (*remote, f"work={bucket.url}/work")
+    teacher_logits.run(loaded(*overrides), CPU)
+    return overrides
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_store_at_s3_of_shards_at_s3_has_the_answers_of_the_local_one(workers, remote, bucket):
+    local = chunks_of(tree(Path("work/stores")))
+    config = loaded(*remote, f"work={bucket.url}/work", f"teacher_logits.workers={workers}")
+    teacher_logits.run(config, CPU)
+    assert chunks_of(bucket.tree("work/stores")) == local and len(local) > 8
+
+
+def test_lock_of_a_store_at_s3_is_given_back(dumped, bucket):
+    assert [key for key in bucket.keys("work/") if ".lock" in key] == []
+
+
+def test_units_deleted_at_s3_are_all_that_is_computed_again(dumped, bucket):
+    before = {key: bucket.get(key) for key in bucket.keys("work/")}
+    lost = [key for key in before if "/argmax/c/" in key][1::3]
+    for key in before:
+        bucket.tag(key)
+    for key in lost:
+        bucket.delete(key)
+    teacher_logits.run(loaded(*dumped), CPU)
+    assert {key: bucket.get(key) for key in bucket.keys("work/")} == before
+    places = {key.partition("/c/")[2] for key in lost}
+    for key in before:
+        block_and_shard = "/".join(key.partition("/c/")[2].split("/")[:2])
+        assert bucket.tagged(key) == (block_and_shard not in places), key
+
+
+def test_unit_damaged_at_s3_is_computed_again(dumped, bucket):
+    before = bucket.tree("work/stores")
+    for seed, key in enumerate(sorted(bucket.keys("work/stores/"))):
+        if key.endswith("/c/1/2") or key.endswith("/c/0/1/0"):
+            bucket.flip(key, seed)
+    assert bucket.tree("work/stores") != before
+    teacher_logits.run(loaded(*dumped), CPU)
+    assert bucket.tree("work/stores") == before
+
+
+def test_teacher_logits_leaves_a_part_at_s3_to_the_machine_that_holds_it(dumped, bucket):
+    place = f"{store_url(loaded(*dumped))}.part-0-of-1.lock".removeprefix(f"{bucket.url}/")
+    held_elsewhere(bucket, place, age=10)
+    assert "process 7 on another" in refusal(teacher_logits.run, loaded(*dumped), CPU, kind=UsageError)
+
+
+@pytest.mark.parametrize("name", ["hard", "soft"])
+def test_student_of_shards_and_store_at_s3_has_the_weights_of_a_local_one(name, taught, dumped):  # noqa: F811
+    train_student.run(taught, CPU, name)
+    url, config = store_url(loaded(*dumped)), loaded(*dumped[:-1])  # its training state is local
+    train_student.run(config, CPU, name, store=url)
+    weights = [(student_folder(c, name) / "weights.safetensors").read_bytes() for c in (taught, config)]
+    assert weights[0] == weights[1]
+
+
+def test_store_verify_says_that_a_store_at_s3_is_whole(dumped, capsys):
+    store_stage.verify(loaded(*dumped), "train-student", None, 1, CPU)
+    assert "whole" in capsys.readouterr().out
+
+
+def test_store_verify_finds_what_was_damaged_at_s3_and_repair_drops_it(dumped, bucket, capsys):
+    key = next(key for key in bucket.keys("work/") if key.endswith("/dense/c/1/2/0"))
+    bucket.flip(key)
+    config = loaded(*dumped)
+    refusal(store_stage.verify, config, "train-student", None, 0, CPU)
+    store_stage.repair(config, "train-student", None)
+    assert capsys.readouterr().out.count("dropped 000002.tar block 1") == 1
+    assert [key for key in bucket.keys("work/") if key.endswith("/argmax/c/1/2")] == []
+
+
+def test_store_verify_finds_a_shard_that_was_damaged_at_s3(dumped, bucket):
+    bucket.flip("train/000001.tar")
+    refusal(store_stage.verify, loaded(*dumped), "train-student", None, 0, CPU)
+
+
+# leases
+
+HOLDER = """
+import sys
+from pipeline.lease import lease
+with lease(sys.argv[1], "work"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def held_elsewhere(bucket: Bucket, key: str, age: float) -> None:
+    bucket.put(key, json.dumps({"host": "another", "process": 7, "renewed": time.time() - age}).encode())
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """A lease at a URL waits a second for a rival's; these tests have none."""
+    monkeypatch.setattr("pipeline.lease.time.sleep", lambda _: None)
+
+
+def test_lease_at_s3_refuses_a_second_holder_and_names_the_first(bucket, at_once):
+    with lease(f"{bucket.url}/locks/a.lock", "work"):
+        with pytest.raises(UsageError, match=f"process {os.getpid()} on "), lease(
+            f"{bucket.url}/locks/a.lock", "work"
+        ):
+            pass
+
+
+def test_lease_at_s3_is_free_after_its_block(bucket, at_once):
+    for _ in range(2):
+        with lease(f"{bucket.url}/a.lock", "work"):
+            assert json.loads(bucket.get("a.lock"))["process"] == os.getpid()
+        assert bucket.keys() == []
+
+
+def test_lease_at_s3_is_free_after_its_block_raised(bucket, at_once):
+    with pytest.raises(ValueError), lease(f"{bucket.url}/a.lock", "work"):
+        raise ValueError
+    with lease(f"{bucket.url}/a.lock", "work"):
+        pass
+
+
+def test_fresh_lease_of_another_machine_at_s3_is_respected_and_left(bucket, at_once):
+    held_elsewhere(bucket, "a.lock", age=10)
+    before = bucket.get("a.lock")
+    with pytest.raises(UsageError, match="process 7 on another"), lease(f"{bucket.url}/a.lock", "work"):
+        pass
+    assert bucket.get("a.lock") == before
+
+
+def test_lease_at_s3_that_was_not_renewed_is_dead(bucket, at_once):
+    held_elsewhere(bucket, "a.lock", age=LEASE + 1)
+    with lease(f"{bucket.url}/a.lock", "work"):
+        assert json.loads(bucket.get("a.lock"))["process"] == os.getpid()
+
+
+def test_lease_at_s3_is_broken_on_demand(bucket, at_once):
+    held_elsewhere(bucket, "a.lock", age=10)
+    with lease(f"{bucket.url}/a.lock", "work", break_lock=True):
+        assert json.loads(bucket.get("a.lock"))["process"] == os.getpid()
+
+
+def test_of_two_who_take_a_lease_at_s3_at_once_the_last_has_it(bucket, monkeypatch):
+    monkeypatch.setattr("pipeline.lease.time.sleep", lambda _: held_elsewhere(bucket, "a.lock", age=0))
+    with pytest.raises(UsageError, match="process 7 on another"), lease(f"{bucket.url}/a.lock", "work"):
+        pass
+    assert json.loads(bucket.get("a.lock"))["process"] == 7
+
+
+def test_held_lease_at_s3_is_renewed(bucket, at_once, monkeypatch):
+    monkeypatch.setattr("pipeline.lease.LEASE", 0.1)
+    with lease(f"{bucket.url}/a.lock", "work"):
+        first = json.loads(bucket.get("a.lock"))["renewed"]
+        # every look asks the server, so a thousand take far longer than a renewal
+        assert any(json.loads(bucket.get("a.lock"))["renewed"] > first for _ in range(1000))
+
+
+def test_lease_in_a_bucket_that_is_not_there_is_told_plainly(bucket, at_once):
+    with pytest.raises(PipelineError, match="cannot be written"), lease("s3://nowhere/a.lock", "work"):
+        pass
+
+
+@pytest.mark.parametrize("end", ["leaves", "is-killed"])
+def test_lease_at_s3_of_another_process_is_refused_and_free_when_it(end, bucket):
+    url = f"{bucket.url}/a.lock"
+    command = [sys.executable, "-c", HOLDER, url]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(UsageError, match=f"process {holder.pid} on "), lease(url, "work"):
+                pass
+        finally:
+            holder.kill() if end == "is-killed" else holder.stdin.close()
+            holder.wait()
+    with lease(url, "work"):
+        pass
+
+
+# a server that does not answer
+
+
+@pytest.fixture
+def own(client):
+    """A server of the test's own, to be stopped, and a client; afterwards s3:// is the common one again."""
+    started = Server()
+    with client_of(started) as another:
+        yield started, another
+    started.stop()
+
+
+@pytest.mark.parametrize("call", [
+    lambda: index_shard("s3://bucket", "a.tar"),
+    lambda: opened("s3://bucket/s.zarr"),
+    lambda: create("s3://bucket/s.zarr"),
+    lambda: lease("s3://bucket/a.lock", "work").__enter__(),
+], ids=["shard", "reading", "writing", "lease"])  # fmt: skip
+def test_server_that_does_not_answer_is_told_plainly(call, own):
+    own[0].stop()
+    refusal(call)
+
+
+def test_missing_credentials_are_told_plainly(client, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    connect_anew()
+    try:
+        refusal(index_shard, "s3://bucket", "a.tar")
+    finally:
+        connect_anew()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_lease_at_s3_is_renewed_after_the_server_was_away(own, at_once, monkeypatch):
+    monkeypatch.setattr("pipeline.lease.LEASE", 0.5)
+    server, client = own
+    Bucket(client, "bucket")
+    with lease("s3://bucket/a.lock", "work"):
+        server.stop()
+        threading.Event().wait(1)  # several renewals; at_once has time.sleep do nothing
+        server.start()
+        bucket = Bucket(client, "bucket")
+        # it is back without its objects: what is there now was renewed
+        assert any("a.lock" in bucket.keys() for _ in range(1000))
