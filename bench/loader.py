@@ -13,6 +13,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything starts a thread pool
 
 import collections  # noqa: E402
+import dataclasses  # noqa: E402
 import multiprocessing  # noqa: E402
 import resource  # noqa: E402
 import tempfile  # noqa: E402
@@ -42,10 +43,11 @@ def build(root: Path, images: list[bytes], shards: int, samples: int, links: boo
         path = root / f"{shard:04d}.tar"
         if links and shard:
             path.symlink_to(root / "0000.tar")
+            indexed.append(dataclasses.replace(indexed[0], name=path.name))
         else:
             numbers = range(shard * samples, (shard + 1) * samples)
             write_shard(path, ((f"n{n:08d}", "jpg", images[n % len(images)], 0) for n in numbers))
-        indexed.append(index_shard(str(root), path.name))
+            indexed.append(index_shard(str(root), path.name))
     write_index(root / "index.json", str(root), ["0"], indexed)
     return Index(root / "index.json")
 
