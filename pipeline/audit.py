@@ -9,7 +9,7 @@ import fsspec
 import numpy as np
 
 from pipeline.answers import KINDS
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, Unreadable
 from pipeline.files import replacing
 from pipeline.plan import Unit
 from pipeline.store import FORMAT, Store
@@ -18,11 +18,17 @@ MANIFEST = {"format", "fingerprint", "kind", "views", "rows", "units"}
 
 
 def damaged(store: Store, units: list[Unit], kind: str) -> list[tuple[Unit, str]]:
-    """Read units whole; those that are missing or damaged, each with what was found."""
+    """Read units whole; those that are missing or damaged, each with what was found.
+
+    Raises:
+        Unreadable: disk or server do not answer, which is no damage.
+    """
     found = []
     for unit in units:
         try:
             store.check_unit(unit, kind)
+        except Unreadable:
+            raise
         except PipelineError as error:
             found.append((unit, str(error)))
     return found

@@ -39,6 +39,10 @@ class PipelineError(Exception):
         super().__init__("\n".join(parts))
 
 
+class Unreadable(PipelineError):
+    """Something could not be read now: a busy server, a lost connection. It says nothing about its contents."""
+
+
 class UsageError(PipelineError):
     """The command or its configuration asks for something impossible."""
 

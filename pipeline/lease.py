@@ -17,7 +17,7 @@ from typing import Any
 
 import fsspec
 
-from pipeline.errors import IO_ERRORS, PipelineError, UsageError, reason
+from pipeline.errors import IO_ERRORS, PipelineError, Unreadable, UsageError, reason
 
 LEASE = 300.0  # seconds without renewal after which a holder counts as dead
 RENEWALS = 5  # in that time
@@ -107,9 +107,19 @@ def _write(filesystem, place: str, mine: dict[str, Any]) -> None:
 
 
 def _read(filesystem, place: str) -> dict[str, Any] | None:
-    """The lease, or None: there is none, it was given back, or it is torn."""
-    with contextlib.suppress(*IO_ERRORS, ValueError, KeyError, TypeError):
-        found = json.loads(filesystem.cat_file(place))
+    """The lease, or None: there is none, it was given back, or it is torn.
+
+    Raises:
+        Unreadable: it cannot be read now, so nobody knows who holds it.
+    """
+    try:
+        data = filesystem.cat_file(place)
+    except FileNotFoundError:
+        return None
+    except IO_ERRORS as error:
+        raise Unreadable(f"{place}: cannot be read", found=reason(error), do="try again") from error
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        found = json.loads(data)
         return {"host": str(found["host"]), "process": int(found["process"]), "renewed": float(found["renewed"])}
     return None
 

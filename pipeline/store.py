@@ -27,7 +27,7 @@ from zarr.codecs import Crc32cCodec
 
 from pipeline.answers import DTYPES, FILL, KINDS, SHARDED, payload_width
 from pipeline.config import Recipe
-from pipeline.errors import IO_ERRORS, PipelineError, UsageError, reason
+from pipeline.errors import IO_ERRORS, PipelineError, Unreadable, UsageError, reason
 from pipeline.plan import Unit, all_units
 from pipeline.recipe import group_count, recipe_fingerprint
 from pipeline.sealed import create_array, create_group, read_description
@@ -164,7 +164,10 @@ class Store:
     def arrays(self) -> list[str]:
         """`argmax`, `check` and the kinds that the store holds."""
         names = ("check", *KINDS)
-        return sorted(name for name in names if self._filesystem.exists(f"{self._root}/{name}/zarr.json"))
+        try:
+            return sorted(name for name in names if self._filesystem.exists(f"{self._root}/{name}/zarr.json"))
+        except IO_ERRORS as error:
+            raise self._unreadable("", error) from error
 
     def _make_arrays(self, views: int, kind: str, top_k: int) -> None:
         for name in {"argmax": 0, "check": 0, kind: 0}:
@@ -239,7 +242,10 @@ class Store:
     def _written(self, name: str) -> set[tuple[int, int]]:
         """(block, shard) of a kind's chunks, from one listing."""
         folder = f"{self._root}/{name}/c"
-        paths = self._filesystem.find(folder) if self._filesystem.exists(folder) else []
+        try:
+            paths = self._filesystem.find(folder) if self._filesystem.exists(folder) else []
+        except IO_ERRORS as error:
+            raise self._unreadable(name, error) from error
         parts = [path[len(folder) + 1 :].split("/") for path in paths]
         return {(int(p[0]), int(p[1])) for p in parts if all(part.isdigit() for part in p)}
 
@@ -283,13 +289,14 @@ class Store:
 
     def _other_slots(self, unit: Unit) -> np.ndarray:
         """The unit's check as it is, for the checksums of kinds that are not written now."""
-        block = self.recipe.block
         try:
-            return np.array(self.group["check"][unit.block * block : (unit.block + 1) * block, unit.shard])
-        except (ValueError, OSError, RuntimeError):
-            # damaged: without their checksums the other kinds' answers are lost too
+            return np.array(self.read_check(unit))
+        except Unreadable:
+            raise
+        except PipelineError:
+            # never written, or damaged: without their checksums the other kinds' answers are lost too
             self.remove_unit(unit, tuple(name for name in KINDS if name in self.arrays()))
-            return np.full((block, self.slots + len(KINDS)), NO_CHECK, np.uint64)
+            return np.full((self.recipe.block, self.slots + len(KINDS)), NO_CHECK, np.uint64)
 
     def remove_unit(self, unit: Unit, names: tuple[str, ...] = ("argmax",)) -> None:
         """Take a unit back: delete chunks of it, its argmax first, which says that it is complete."""
@@ -394,7 +401,7 @@ class Store:
             found = "missing: the unit was never written or was removed"
             raise self._damage(name, shard, view, found) from None
         except IO_ERRORS as error:
-            raise self._damage(name, shard, view, str(error)) from error
+            raise self._unreadable(name, error) from error
         size = int(np.prod(array.chunks)) * array.dtype.itemsize
         if len(data) != size + 4:
             raise self._damage(name, shard, view, f"{len(data)} bytes instead of {size + 4}")
@@ -428,8 +435,15 @@ class Store:
             return np.asarray(self._array(name, shard, view)[selection])
         except PipelineError:
             raise
+        except IO_ERRORS as error:
+            raise self._unreadable(name, error) from error
         except Exception as error:  # codecs raise nearly anything
             raise self._damage(name, shard, view, str(error)) from error
+
+    def _unreadable(self, name: str, error: Exception) -> Unreadable:
+        return Unreadable(
+            f"{self.path}/{name}: cannot be read", found=reason(error), do="try again when the disk or server answers"
+        )
 
     def _damage(self, name: str, shard: int, view: int, found: str) -> PipelineError:
         block = view // self.recipe.block

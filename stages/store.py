@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pipeline.answers import row_bytes
 from pipeline.audit import manifest, read_manifest, store_bytes
 from pipeline.config import Config, Recipe, result_fields
-from pipeline.errors import IO_ERRORS, PipelineError, UsageError
+from pipeline.errors import IO_ERRORS, PipelineError, Unreadable, UsageError
 from pipeline.layout import answers_folder, index_path, store_path
 from pipeline.params import load
 from pipeline.plan import Unit
@@ -178,6 +178,8 @@ def _damaged_units(store: Store, want: Wanted, missing: list[Unit]) -> list[tupl
         if unit not in gone:
             try:
                 store.check_unit(unit, want.kind)
+            except Unreadable:
+                raise
             except PipelineError as error:
                 found.append((unit, str(error)))
     return found

@@ -5,6 +5,7 @@ The tests put, alter and remove objects with boto3, as another machine would: s3
 
 import contextlib
 import gc
+import http.client
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +58,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
 
-# moto's application behind HTTP/1.1: its own server closes every connection, S3 keeps them open, and open ones
-# are what forked processes share. It ends with its standard input: with this process however that ends
+# moto's application behind HTTP/1.1: its own server closes every connection, S3 keeps them open, and open
+# ones are what forked processes share. It ends with its standard input: with this process however that ends
 SERVER = """
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.datastructures import Headers
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 application = DomainDispatcherApplication(create_backend_app)
@@ -71,20 +74,29 @@ application = DomainDispatcherApplication(create_backend_app)
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+    busy = ""
 
     def answer(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.command == "GET" and Handler.busy and Handler.busy in self.path:
+            return self.say(503, Headers(), b"<Error><Code>SlowDown</Code><Message>Slow down.</Message></Error>")
         base, own = f"http://{self.headers['Host']}", list(self.headers.items())
         request = EnvironBuilder(self.path, base, method=self.command, headers=own, data=body)
         parts, status, headers = run_wsgi_app(application, request.get_environ(), buffered=True)
-        content = b"".join(parts)
-        self.send_response(int(status.split()[0]))
+        self.say(int(status.split()[0]), headers, b"".join(parts))
+
+    def say(self, status, headers, content):
         headers.setdefault("Content-Length", str(len(content)))
+        self.send_response(status)
         for name, value in headers:
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+    def do_BUSY(self):
+        Handler.busy = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        self.say(200, Headers(), b"")
 
     do_DELETE = do_GET = do_HEAD = do_POST = do_PUT = answer
 
@@ -116,6 +128,20 @@ class Server:
     def stop(self) -> None:
         with self.process:  # closes its standard input, then waits
             self.process.stdin.close()
+
+    def _let_be_busy(self, place: str) -> None:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port)) as connection:
+            connection.request("BUSY", "/", place.encode())
+            assert connection.getresponse().status == 200
+
+    @contextlib.contextmanager
+    def busy(self, place: str) -> Iterator[None]:
+        """Inside, whoever wants to read an object with `place` in its name is told to slow down."""
+        self._let_be_busy(place)
+        try:
+            yield
+        finally:
+            self._let_be_busy("")
 
     @property
     def environment(self) -> dict[str, str]:
@@ -778,7 +804,7 @@ def test_lease_at_s3_of_another_process_is_refused_and_free_when_it(end, bucket)
         pass
 
 
-# a server that does not answer
+# a server that does not answer, or is too busy to
 
 
 @pytest.fixture
@@ -823,3 +849,47 @@ def test_lease_at_s3_is_renewed_after_the_server_was_away(own, at_once, monkeypa
         bucket = Bucket(client, "bucket")
         # it is back without its objects: what is there now was renewed
         assert any("a.lock" in bucket.keys() for _ in range(1000))
+
+
+@pytest.mark.parametrize("name", ["check", "argmax", "dense"])
+def test_unit_that_s3_is_too_busy_to_give_is_not_removed_as_damaged(name, stored, bucket, server):
+    store = opened(stored("dense"))
+    store.check_unit(Unit(0, 0), "dense")
+    before = bucket.keys()
+    with server.busy(f"/{name}/c/1/1"), contextlib.suppress(PipelineError):
+        teacher_logits.remove_damaged(store, VIEWS, "dense", set(store.units(VIEWS)))
+    assert bucket.keys() == before
+
+
+def test_unit_that_s3_is_too_busy_to_give_is_not_dropped_by_repair(dumped, bucket, server):
+    before = bucket.keys("work/")
+    with server.busy("/dense/c/1/2"), contextlib.suppress(PipelineError):
+        store_stage.repair(loaded(*dumped), "train-student", None)
+    assert bucket.keys("work/") == before
+
+
+def test_another_kind_is_kept_while_s3_is_too_busy_to_give_its_checksums(stored, bucket, server):
+    store = create(stored("dense"), "topk")
+    before = bucket.keys()
+    with server.busy("/check/c/1/1"), contextlib.suppress(PipelineError):
+        fill(store, "topk", units=[Unit(1, 1)])
+    assert set(before) <= set(bucket.keys())
+
+
+def test_lease_that_s3_is_too_busy_to_show_is_not_taken(bucket, server, at_once):
+    held_elsewhere(bucket, "a.lock", age=10)
+    before, taken = bucket.get("a.lock"), []
+    with server.busy("/a.lock"), contextlib.suppress(PipelineError), lease(f"{bucket.url}/a.lock", "work"):
+        taken.append("it was")
+    assert not taken and bucket.get("a.lock") == before
+
+
+@pytest.mark.parametrize("call", [
+    lambda store: store.missing(VIEWS, "argmax"),
+    lambda store: store.arrays(),
+], ids=["missing", "arrays"])  # fmt: skip
+def test_server_that_goes_away_is_told_plainly_by_an_open_store(call, own):
+    server, client = own
+    store = create(f"{Bucket(client, 'bucket').url}/s.zarr")
+    server.stop()
+    refusal(call, store)
