@@ -222,7 +222,7 @@ class Store:
             if tuple(chunk) != settings.get("shards", settings["chunks"]):
                 raise ValueError(f"chunks of {chunk}")
         except Exception as error:  # of what is damaged nearly anything is raised
-            raise _damaged_metadata(f"{self.path}/{name}", error) from error
+            raise _not_described(f"{self.path}/{name}", error) from error
 
     @property
     def views(self) -> int:
@@ -419,6 +419,12 @@ class Store:
         if name not in self._arrays:
             try:
                 self._arrays[name] = self.group[name] if name in self.arrays() else None
+            except PipelineError:
+                raise
+            except FileNotFoundError as error:
+                raise self._damage(name, shard, view, f"no description: {error}") from error
+            except IO_ERRORS as error:
+                raise self._unreadable(name, error) from error
             except Exception as error:  # zarr raises nearly anything about damaged metadata
                 raise self._damage(name, shard, view, f"damaged metadata: {error}") from error
         if self._arrays[name] is None:
@@ -466,13 +472,14 @@ def _opened(path: str, mode: str) -> zarr.Group:
         if described["attributes"]["format"] == FORMAT:  # another one is refused later, with its number
             read_description(filesystem, root)
         return zarr.open_group(path, mode=mode)
-    except OSError:
-        raise
     except Exception as error:  # zarr raises nearly anything about damaged metadata
-        raise _damaged_metadata(path, error) from error
+        raise _not_described(path, error) from error
 
 
-def _damaged_metadata(where: str, error: Exception) -> PipelineError:
+def _not_described(where: str, error: Exception) -> PipelineError:
+    if isinstance(error, IO_ERRORS) and not isinstance(error, FileNotFoundError):
+        do = "try again when the disk or server answers"
+        return Unreadable(f"{where}: cannot be read", found=reason(error), do=do)
     return PipelineError(
         f"{where}: damaged metadata",
         expected="a store of answers",

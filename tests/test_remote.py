@@ -79,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.command == "GET" and Handler.busy and Handler.busy in self.path:
-            return self.say(503, Headers(), b"<Error><Code>SlowDown</Code><Message>Slow down.</Message></Error>")
+            return self.say(503, Headers(), b"<Error><Code>SlowDown</Code><Message>Wait.</Message></Error>")
         base, own = f"http://{self.headers['Host']}", list(self.headers.items())
         request = EnvironBuilder(self.path, base, method=self.command, headers=own, data=body)
         parts, status, headers = run_wsgi_app(application, request.get_environ(), buffered=True)
@@ -866,6 +866,22 @@ def test_unit_that_s3_is_too_busy_to_give_is_not_dropped_by_repair(dumped, bucke
     with server.busy("/dense/c/1/2"), contextlib.suppress(PipelineError):
         store_stage.repair(loaded(*dumped), "train-student", None)
     assert bucket.keys("work/") == before
+
+
+@pytest.mark.parametrize("name", ["check", "argmax", "dense"])
+def test_no_unit_of_an_array_that_s3_is_too_busy_to_describe_is_removed(name, stored, bucket, server):
+    store = opened(stored("dense"))  # which describes an array to itself when it first reads it
+    before = bucket.keys()
+    with server.busy(f"/{name}/zarr.json"), contextlib.suppress(PipelineError):
+        teacher_logits.remove_damaged(store, VIEWS, "dense", set(store.units(VIEWS)))
+    assert bucket.keys() == before
+
+
+@pytest.mark.parametrize("place", ["/s.zarr/zarr.json", "/argmax/zarr.json"])
+def test_store_that_s3_is_too_busy_to_describe_is_not_called_damaged(place, stored, server):
+    url = stored("topk")
+    with server.busy(place):
+        assert "damaged" not in refusal(opened, url)
 
 
 def test_another_kind_is_kept_while_s3_is_too_busy_to_give_its_checksums(stored, bucket, server):
