@@ -55,8 +55,9 @@ def lease(path: str, purpose: str, break_lock: bool = False) -> Iterator[None]:
         finally:
             stopped.set()
             renewing.join()
-            with contextlib.suppress(*IO_ERRORS):
-                filesystem.rm_file(place)
+            with contextlib.suppress(*IO_ERRORS, Unreadable):
+                if not _lost(filesystem, place, mine):
+                    filesystem.rm_file(place)
 
 
 def _lives(holder: dict[str, Any], mine: dict[str, Any], local: bool) -> bool:
@@ -91,15 +92,22 @@ def _kernel_lock(place: str, path: str, purpose: str) -> Iterator[None]:
 def _won(filesystem, place: str, mine: dict[str, Any], path: str, purpose: str) -> None:
     """Where no kernel arbitrates, the last of two who wrote at once wins."""
     time.sleep(1)
-    holder = _read(filesystem, place)
-    if holder and (holder["host"], holder["process"]) != (mine["host"], mine["process"]):
-        raise _refused(path, purpose, holder)
+    if _lost(filesystem, place, mine):
+        raise _refused(path, purpose, _read(filesystem, place))
 
 
 def _renew(filesystem, place: str, mine: dict[str, Any], stopped: threading.Event) -> None:
     while not stopped.wait(LEASE / RENEWALS):
-        with contextlib.suppress(*IO_ERRORS):  # a full disk must not end the work that it may outlast
+        with contextlib.suppress(*IO_ERRORS, Unreadable):  # a full disk must not end the work that it may outlast
+            if _lost(filesystem, place, mine):
+                return
             _write(filesystem, place, mine)
+
+
+def _lost(filesystem, place: str, mine: dict[str, Any]) -> bool:
+    """Whether another has taken the lease over, having broken it."""
+    holder = _read(filesystem, place)
+    return holder is not None and (holder["host"], holder["process"]) != (mine["host"], mine["process"])
 
 
 def _write(filesystem, place: str, mine: dict[str, Any]) -> None:

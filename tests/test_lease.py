@@ -114,6 +114,15 @@ def test_a_held_lease_is_renewed(tmp_path, monkeypatch):
     pytest.fail("never renewed")
 
 
+def test_a_lease_that_another_machine_broke_is_left_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.lease, "LEASE", 1.0)
+    with lease(str(tmp_path / "a.lock"), "work"):
+        held_elsewhere(tmp_path / "a.lock", age=0)
+        taken = (tmp_path / "a.lock").read_bytes()
+        time.sleep(0.5)
+    assert (tmp_path / "a.lock").read_bytes() == taken
+
+
 def test_a_lease_at_a_url_refuses_a_second_holder(monkeypatch):
     monkeypatch.setattr(pipeline.lease.time, "sleep", lambda _: None)
     with lease("memory://locks/a.lock", "work"):
