@@ -116,8 +116,8 @@ class Training(Section):
     """Global: over all ranks and accumulation steps, counting repeated copies (DeiT issue 95)."""
     lr: NonNegative = 5e-4
     """At a batch of 512; the rate used is lr * batch_size / 512."""
-    min_lr: NonNegative = 1e-5
-    """Not scaled, as in DeiT."""
+    min_lr: NonNegative | None = 1e-5
+    """Not scaled, as in DeiT; null keeps the rate constant after warm-up."""
     warmup_lr: NonNegative = 1e-6
     warmup_epochs: Annotated[int, Field(ge=0)] = 5
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -147,6 +147,11 @@ class Training(Section):
     eval_epochs: Positive = 10
     """Validate every so many epochs, and after the last."""
     checkpoint_minutes: NonNegative = 10.0
+    """A checkpoint every so many minutes; the last two are kept."""
+    checkpoint_steps: Positive | None = None
+    """And every so many steps."""
+    stop_above: Annotated[float, Field(gt=1)] | None = 10.0
+    """A loss of so many times the first step's, or ln(classes) if that is more, stops the run."""
     log_steps: Positive = 50
 
 
@@ -206,7 +211,8 @@ class Finetune(Training):
     epochs: Positive = 30
     batch_size: Positive = 512
     lr: NonNegative = 5e-6
-    min_lr: NonNegative = 5e-6
+    min_lr: NonNegative | None = None
+    """Constant, as in DeiT's command, whose 5e-6 falls out of step with the scaled rate at other batches."""
     weight_decay: NonNegative = 1e-8
     student: str = Field(default="hard", alias="from")
     """The name, out of `students`, that it starts from."""
@@ -315,7 +321,10 @@ def inconsistencies(config: Config) -> list[str]:
 
 
 # How a run is computed, not what it computes: these change no result and no fingerprint.
-NOT_RESULT = {"workers", "accumulation", "checkpoint_minutes", "log_steps", "eval_epochs", "compile", "channels_last"}
+NOT_RESULT = {
+    "workers", "accumulation", "checkpoint_minutes", "checkpoint_steps", "stop_above", "log_steps", "eval_epochs",
+    "compile", "channels_last",
+}  # fmt: skip
 
 
 def result_fields(section: Section) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.loader import evaluation_loader
 from pipeline.models import Normalised
+from pipeline.ranks import Rank
 from pipeline.shards import Index
 
 
@@ -24,16 +25,21 @@ def predict(
     device: torch.device,
     precision: str = "float32",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class and distillation head logits of every sample, float32 (samples, classes) on the CPU."""
-    training = model.training
+    """Class and distillation head logits of every sample, float32 (samples, classes) on the CPU.
+
+    Under torchrun each rank computes its share, and all of them get the whole.
+    """
+    rank, training = Rank.start(device), model.training
     model.to(device).eval()
-    parts = []
-    for pictures in evaluation_loader(index, size, crop, batch, workers, device.type == "cuda"):
+    parts = [[torch.zeros(0, len(index.classes))] * 2]  # a rank may have no share of a small set
+    share = rank.share(len(index))
+    for pictures in evaluation_loader(index, share, size, crop, batch, workers, device.type == "cuda"):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             heads = model(pictures.to(device, non_blocking=True).float())
         parts.append([logits.float().cpu() for logits in heads])
     model.train(training)
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    own, taught = (rank.gather(torch.cat(part), len(index), device) for part in zip(*parts, strict=True))
+    return own, taught
 
 
 def classifiers(heads: tuple[torch.Tensor, torch.Tensor], distilled: bool) -> dict[str, torch.Tensor]:

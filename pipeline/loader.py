@@ -48,13 +48,17 @@ class Groups:
     decodes: int = 0
     """Images decoded for these views."""
 
+    @property
+    def views(self) -> int:
+        """How many views of samples there are, unused slots left out."""
+        return sum(len(members) for members in self.members)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {name: value for name, value in fields if isinstance(value, torch.Tensor)}
+
     def _each(self, change) -> "Groups":
-        tensors = {
-            f.name: change(value)
-            for f in dataclasses.fields(self)
-            if isinstance(value := getattr(self, f.name), torch.Tensor)
-        }
-        return dataclasses.replace(self, **tensors)
+        return dataclasses.replace(self, **{name: change(value) for name, value in self.tensors().items()})
 
     def pin_memory(self) -> "Groups":
         return self._each(lambda tensor: tensor.pin_memory())
@@ -129,6 +133,26 @@ class Renderer:
         images = [self.index.image(item.shard, int(position)) for position in members]
         self._decoded = (identity, images)
         return images, len(images)
+
+
+def on_device(batches: Iterable[Groups], device: torch.device) -> Iterator[Groups]:
+    """Each batch on the device; a GPU copies it on a stream of its own while it computes the step before."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for groups in batches:
+        with torch.cuda.stream(copying):
+            moved = groups.to(device)
+        computing.wait_stream(copying)
+        for tensor in moved.tensors().values():
+            tensor.record_stream(computing)
+        yield moved
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To the device, without waiting for what it computes."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _black(*shape: int) -> torch.Tensor:
@@ -218,23 +242,24 @@ def unit_loader(units: list[Unit], index: Index, recipe: Recipe, workers: int, p
 
 
 class _EvaluationImages(Dataset):
-    def __init__(self, index: Index, size: int, crop: float):
-        self.index, self.size, self.crop = index, size, crop
+    def __init__(self, index: Index, rows: range, size: int, crop: float):
+        self.index, self.rows, self.size, self.crop = index, rows, size, crop
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.rows)
 
-    def __getitem__(self, number: int) -> torch.Tensor:
+    def __getitem__(self, place: int) -> torch.Tensor:
+        number = self.rows[place]
         shard = int(np.searchsorted(self.index.starts, number, side="right")) - 1
         image = self.index.image(shard, number - int(self.index.starts[shard]))
         return torch.from_numpy(center_view(image, self.size, self.crop))
 
 
 def evaluation_loader(
-    index: Index, size: int, crop: float, batch: int, workers: int, pin: bool
+    index: Index, rows: range, size: int, crop: float, batch: int, workers: int, pin: bool
 ) -> Iterable[torch.Tensor]:
-    """Every sample in index order, as uint8 (batch, 3, size, size)."""
-    return _loader(_EvaluationImages(index, size, crop), workers, pin, batch_size=batch)
+    """The samples `rows` in index order, as uint8 (batch, 3, size, size)."""
+    return _loader(_EvaluationImages(index, rows, size, crop), workers, pin, batch_size=batch)
 
 
 def _loader(dataset, workers: int, pin: bool, batch_size: int | None = None, sampler=None) -> DataLoader:

@@ -40,7 +40,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def write_curve(path: Path, log: Path) -> None:
     """A log's epochs as CSV, for `dvc plots` and the report; validation only where there was one."""
     epochs = [line for line in read_log(log) if line["kind"] == "epoch"]
-    columns = list(dict.fromkeys(key for line in epochs for key in line if key not in ("kind", "step")))
+    columns = list(dict.fromkeys(key for line in epochs for key in line if key not in ("kind", "step", "speed")))
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()

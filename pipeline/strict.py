@@ -29,6 +29,14 @@ def fingerprint(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def differences(was: Any, now: Any, key: str = "") -> list[str]:
+    """`key: was, now` for each leaf in which two JSON values differ; a key that is nowhere has null."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        keys = sorted(was.keys() | now.keys())
+        return [line for k in keys for line in differences(was.get(k), now.get(k), f"{key}.{k}" if key else k)]
+    return [] if was == now else [f"{key}: {json.dumps(was)}, {json.dumps(now)}"]
+
+
 def validate(kind: type[Section], values: Any, source: str = "", section: str = "") -> Any:
     """`values` as a `kind`, or a UsageError that names the key in full and the nearest valid one."""
     try:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.answers import decode_logits
-from pipeline.loader import Groups, stored_answers
+from pipeline.loader import Groups, send, stored_answers
 from pipeline.models import Normalised, resize_pictures, teacher_logits
 from pipeline.store import Store
 
@@ -35,8 +35,8 @@ class StoredTeacher:
         logits = None
         if payload is not None:
             logits = torch.from_numpy(decode_logits(self.kind, payload.numpy(), self.store.classes))
-            logits = logits.to(pictures.device)
-        return Answer(argmax.to(pictures.device), logits)
+            logits = send(logits, pictures.device)
+        return Answer(send(argmax, pictures.device), logits)
 
 
 @dataclass

@@ -5,23 +5,21 @@ number, what a step holds is the plan's, and what is drawn while training (drop-
 seeded from (seed, step, rank). A non-finite loss stops it before a checkpoint could hold it.
 """
 
+import contextlib
 import json
 import math
-import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from tqdm import tqdm
 
 from pipeline import checkpoint
@@ -29,8 +27,9 @@ from pipeline.config import Student, Training
 from pipeline.errors import PipelineError
 from pipeline.evaluation import predict, top_k_accuracy
 from pipeline.files import replacing
-from pipeline.loader import Groups, mixed, step_loader, targets
+from pipeline.loader import Groups, mixed, on_device, step_loader, targets
 from pipeline.losses import base_loss, hard_loss, soft_loss
+from pipeline.meters import Fetched, Speed, loader_limits
 from pipeline.models import (
     Normalised,
     load_weights,
@@ -38,14 +37,15 @@ from pipeline.models import (
     read_weights,
     save_weights,
 )
+from pipeline.optim import build_optimizer, build_schedule, scheduled_epoch
 from pipeline.plan import Plan
+from pipeline.ranks import Rank
 from pipeline.recipe import stream_key
 from pipeline.runlog import Log
 from pipeline.shards import Index
-from pipeline.strict import fingerprint
 from pipeline.teaching import Answer, NoTeacher
 
-TRAINING_VERSION = 1  # bump on any change of what a step computes, or finished runs would be taken for it
+TRAINING_VERSION = 2  # bump on any change of what a step computes, or finished runs would be taken for it
 
 
 class Interrupted(PipelineError):
@@ -60,8 +60,9 @@ class Run:
 
     name: str
     folder: Path
-    """Of its state: checkpoints and log.jsonl. Named by `fingerprint`, or it is another run's."""
-    fingerprint: str
+    """Of its state: checkpoints and log.jsonl; named by the identity's fingerprint."""
+    identity: dict[str, Any]
+    """All that the weights depend on, as JSON values."""
     settings: Training
     plan: Plan
     train: Index
@@ -74,33 +75,20 @@ class Run:
     """Gives distillation, alpha, tau and reduction; None trains on labels alone."""
     device: torch.device = torch.device("cpu")
     train_mode: bool = True
-    identity: dict[str, Any] = field(default_factory=dict)
-    """What the fingerprint is of: see `run_fingerprint`."""
+
+    @property
+    def steps(self) -> int:
+        return self.settings.epochs * self.plan.steps_per_epoch
+
+    @property
+    def distilled(self) -> bool:
+        """Whether a teacher is listened to."""
+        return self.distillation is not None and self.distillation.distillation != "none"
 
 
-@dataclass(frozen=True)
-class Rank:
-    """This process among those that torchrun started; alone otherwise."""
-
-    rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def start(cls, device: torch.device) -> "Rank":
-        """Join the process group where torchrun's environment names one."""
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        if world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return cls(int(os.environ.get("RANK", "0")), world)
-
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
-
-
-def run_fingerprint(identity: dict[str, Any]) -> str:
-    """Names a run by all that its weights depend on, this module's version too."""
-    return fingerprint({**identity, "training_version": TRAINING_VERSION})
+def run_identity(**parts: Any) -> dict[str, Any]:
+    """All that a run's weights depend on, this module's version too; its fingerprint names the state."""
+    return parts | {"training_version": TRAINING_VERSION}
 
 
 NAMED_BY = ("teacher_settings", "student", "finetune", "recipe", "index")
@@ -114,10 +102,10 @@ def named_by(identity: dict[str, Any]) -> dict[str, Any]:
 def describe_run(run: Run) -> str:
     """What a run would do: images, steps, views, folder."""
     plan, epochs = run.plan, run.settings.epochs
-    steps, wanted = epochs * plan.steps_per_epoch, plan.views_seen(epochs)
+    wanted = plan.views_seen(epochs)
     text = (
         f"{run.name}: {len(run.train):,} images at {run.size} px, {epochs} epochs x {plan.steps_per_epoch:,} steps"
-        f" of {plan.batch_groups} groups = {steps:,} steps; {parameter_count(run.model.model):,} parameters\n"
+        f" of {plan.batch_groups} groups = {run.steps:,} steps; {parameter_count(run.model.model):,} parameters\n"
         f"  state: {run.folder}"
     )
     if wanted > plan.views:
@@ -151,7 +139,8 @@ def complete(run: Run) -> None:
     if not final.exists():
         if rank.rank == 0:
             with replacing(run.folder / "run.json") as temporary:
-                temporary.write_text(json.dumps({"name": run.name} | named_by(run.identity), indent=1) + "\n")
+                told = {"name": run.name, "steps": run.steps} | named_by(run.identity)
+                temporary.write_text(json.dumps(told, indent=1) + "\n")
         train(run)
         rank.barrier()
         if rank.rank == 0:
@@ -159,6 +148,9 @@ def complete(run: Run) -> None:
                 save_weights(temporary, run.model.model)
         return
     load_weights(run.model.model, read_weights(final), str(final))
+
+
+STEP_VALUES = ("loss", "loss_label", "loss_distillation", "terminated", "grad_norm")
 
 
 class Trainer:
@@ -183,101 +175,120 @@ class Trainer:
         self.ema = ModelEmaV3(run.model, decay=settings.ema_decay) if settings.ema_decay else None
         self.forward: nn.Module = torch.compile(run.model) if settings.compile else run.model
         if self.rank.world > 1:
-            # an undistilled model with two heads leaves head_dist without a gradient
-            self.forward = DistributedDataParallel(self.forward, find_unused_parameters=run.model.distilled)
-        self.steps = settings.epochs * run.plan.steps_per_epoch
-        self.step = 0
+            # without distillation head_dist gets no gradient
+            unused = run.model.distilled and not run.distilled
+            self.forward = DistributedDataParallel(self.forward, find_unused_parameters=unused)
+        self.step, self.epoch_loss, self.first_loss = 0, 0.0, None
         self.log = Log(run.folder / "log.jsonl") if self.rank.rank == 0 else None
-        self.epoch_loss = torch.zeros((), device=run.device)
-        self.unchecked: tuple[int, torch.Tensor] | None = None
+        self.speed, self.epoch_speed = Speed(), Speed()
+        self.arriving: tuple[int, float, Fetched] | None = None
+        self.terminated: Callable[[], bool] = lambda: False
+        self.stop = self.warned = False
 
     def resume(self) -> None:
         run = self.run
-        state = checkpoint.load(run.folder, run.fingerprint, run.device)
+        state = checkpoint.load(run.folder, run.identity, run.device)
         if state is None:
             return
         run.model.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
-        self.epoch_loss = state["epoch_loss"]
-        self.step = state["step"]
+        self.step, self.epoch_loss, self.first_loss = state["step"], state["epoch_loss"], state["first_loss"]
         if self.log:
             self.log.rewind(self.step)
-            print(f"{run.name}: goes on from step {self.step} of {self.steps}")
+            print(f"{run.name}: goes on from step {self.step} of {run.steps}")
 
     def save(self) -> None:
-        self.refuse_non_finite()
+        self.settle()
         if self.rank.rank == 0:
             state = {"model": self.run.model.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-            state["epoch_loss"] = self.epoch_loss
+            state |= {"epoch_loss": self.epoch_loss, "first_loss": self.first_loss}
             if self.ema:
                 state["ema"] = self.ema.state_dict()
-            checkpoint.save(self.run.folder, self.step, self.run.fingerprint, state)
+            checkpoint.save(self.run.folder, self.step, self.run.identity, state)
 
     def train(self, terminated: Callable[[], bool]) -> dict[str, float]:
-        run, settings = self.run, self.run.settings
-        per_epoch = run.plan.steps_per_epoch
+        run, settings, self.terminated = self.run, self.run.settings, terminated
         slices = range(self.rank.rank * settings.accumulation, (self.rank.rank + 1) * settings.accumulation)
-        pin = run.device.type == "cuda"
-        batches = iter(
-            step_loader(run.plan, run.train, range(self.step, self.steps), slices, self.parts, settings.workers, pin)
-        )
-        bar = tqdm(
-            total=self.steps, initial=self.step, desc=run.name, unit="step", disable=self.rank.rank != 0, mininterval=1
-        )
-        saved, metrics = time.monotonic(), {}
-        while self.step < self.steps:
-            loss = self.train_step(batches)
-            self.refuse_non_finite()
-            self.unchecked = (self.step, loss)
-            self.epoch_loss += loss
-            if self.log and (self.step % settings.log_steps == 0 or settings.log_steps == 1):
-                self.log.write("step", self.step, epoch=self.step // per_epoch, loss=loss.item(), lr=self.lr())
-            self.step += 1
-            bar.update()
-            if self.step % per_epoch == 0:
-                metrics = self.end_epoch(self.step // per_epoch)
-            due = time.monotonic() - saved >= 60 * settings.checkpoint_minutes
-            if due or terminated() or self.step == self.steps:
-                self.save()
-                saved = time.monotonic()
-            if terminated() and self.step < self.steps:
-                raise Interrupted(
-                    f"{run.name}: ended by SIGTERM at step {self.step}; the same command goes on from there"
-                )
-        bar.close()
+        steps, pin = range(self.step, run.steps), run.device.type == "cuda"
+        loader = step_loader(run.plan, run.train, steps, slices, self.parts, settings.workers, pin)
+        batches, metrics, saved = on_device(loader, run.device), {}, time.monotonic()
+        with tqdm(
+            total=run.steps, initial=self.step, desc=run.name, unit="step", disable=self.rank.rank != 0, mininterval=1
+        ) as bar:
+            while self.step < run.steps:
+                values = self.train_step(batches)
+                self.settle()
+                self.arriving = (self.step, self.lr(), Fetched(values))
+                self.step += 1
+                bar.update()
+                if self.step % run.plan.steps_per_epoch == 0:
+                    metrics = self.end_epoch(self.step // run.plan.steps_per_epoch)
+                if self.due(time.monotonic() - saved) or self.stop:
+                    self.save()
+                    saved = time.monotonic()
+                if self.stop and self.step < run.steps:
+                    raise Interrupted(
+                        f"{run.name}: ended by SIGTERM at step {self.step}; the same command goes on from there"
+                    )
         return metrics
 
-    def train_step(self, batches) -> torch.Tensor:
-        """One step of the optimizer. Returns the step's loss, over all ranks."""
+    def due(self, seconds: float) -> bool:
+        """Whether a checkpoint is, so long after the last."""
+        settings = self.run.settings
+        by_steps = settings.checkpoint_steps is not None and self.step % settings.checkpoint_steps == 0
+        return by_steps or seconds >= 60 * settings.checkpoint_minutes or self.step == self.run.steps
+
+    def train_step(self, batches: Iterator[Groups]) -> torch.Tensor:
+        """One step of the optimizer. Returns STEP_VALUES over all ranks, float32 on the device."""
         run, settings = self.run, self.run.settings
-        self.schedule.step(max(self.step // run.plan.steps_per_epoch - 1, 0))  # DeiT's lags an epoch
+        self.schedule.step(scheduled_epoch(run.plan.epoch(self.step)))
         torch.manual_seed(step_seed(settings.seed, self.step, self.rank.rank))
         self.forward.train(run.train_mode)
-        weight = run.plan.weight(self.step)
-        total = torch.zeros((), device=run.device)
-        for _ in range(settings.accumulation):
-            groups = next(batches)
-            loss = self.loss(groups.to(run.device)) / weight
-            # DDP averages gradients over ranks; ours are shares of one sum
-            (loss * self.rank.world).backward()
-            total += loss.detach()
-        if settings.clip_grad:
-            nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip_grad)
+        weight, sums = run.plan.weight(self.step), torch.zeros(3, device=run.device)
+        for number in range(settings.accumulation):
+            groups = self.next_groups(batches)
+            with self.gradients_exchanged(number == settings.accumulation - 1):
+                parts = self.loss(groups) / weight
+                # DDP averages gradients over ranks; ours are shares of one sum
+                (parts[0] * self.rank.world).backward()
+            sums += parts.detach()
+        # a rank that is told to end tells the others, so that all end at the same step
+        flag = torch.tensor([float(self.terminated())]).to(run.device, non_blocking=True)
+        sums = self.rank.sum(torch.cat([sums, flag]))
+        norm = self.gradient_norm()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema:
             self.ema.update(run.model, step=self.step)
-        if self.rank.world > 1:
-            dist.all_reduce(total)
-        return total
+        self.speed.stepped(weight)
+        self.epoch_speed.stepped(weight)
+        return torch.cat([sums, norm[None]])
+
+    def next_groups(self, batches: Iterator[Groups]) -> Groups:
+        start = time.monotonic()
+        groups = next(batches)
+        for speed in (self.speed, self.epoch_speed):
+            speed.rendered(groups.views, groups.decodes, time.monotonic() - start)
+        return groups
+
+    def gradients_exchanged(self, last: bool):
+        """DDP exchanges gradients in a step's last slice only: they are sums until then."""
+        return contextlib.nullcontext() if last or self.rank.world == 1 else self.forward.no_sync()
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Of all gradients, before they are clipped to `clip_grad`."""
+        parameters, clip = list(self.run.model.parameters()), self.run.settings.clip_grad
+        if clip:
+            return clip_grad_norm_(parameters, clip)
+        return get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
 
     def loss(self, groups: Groups) -> torch.Tensor:
-        """The weighted sum over a slice of the step."""
+        """Weighted sums over a slice of the step: loss, and its parts from the labels and from the teacher."""
         run, how = self.run, self.run.distillation
         pictures = mixed(groups)
-        answer = run.teacher(groups, pictures)
+        answer: Answer | None = run.teacher(groups, pictures)
         if run.settings.channels_last:
             pictures = pictures.contiguous(memory_format=torch.channels_last)
         weights = groups.weights.flatten()
@@ -285,45 +296,68 @@ class Trainer:
             own, distilled = self.forward(pictures)
         labels = targets(groups, own.shape[1], run.settings.smoothing)
         loss = base_loss(own, labels, weights)
-        if how is None or how.distillation == "none" or answer is None:
-            return loss
+        if not run.distilled or answer is None:
+            return torch.stack([loss, loss.detach(), torch.zeros_like(loss)])
         if how.distillation == "hard":
             taught = hard_loss(distilled, answer.argmax, weights)
         else:
             taught = soft_loss(distilled, answer.logits, weights, how.tau, how.soft_reduction)
-        return (1 - how.alpha) * loss + how.alpha * taught
+        return torch.stack([(1 - how.alpha) * loss + how.alpha * taught, loss.detach(), taught.detach()])
 
-    def refuse_non_finite(self) -> None:
-        """Look at the last step's loss, which has arrived by now: no waiting for the device."""
-        if self.unchecked is None:
+    def settle(self) -> None:
+        """Take in the last step's values: they have arrived while the device computes the next step."""
+        if self.arriving is None:
             return
-        step, loss = self.unchecked
-        self.unchecked = None
-        if not math.isfinite(loss.item()):
-            items = self.run.plan.items(step)
-            named = ", ".join(f"{self.run.train.names[i.shard]} group {i.group} view {i.view}" for i in items[:4])
-            raise PipelineError(
-                f"{self.run.name}: step {step}",
-                expected="a finite loss",
-                found=f"{loss.item()} over {len(items)} groups ({named}, ...)",
-                do="lower lr, set clip_grad, or use float32; the last good checkpoint is kept",
-            )
+        step, lr, fetched = self.arriving
+        self.arriving = None
+        values = dict(zip(STEP_VALUES, fetched.get(), strict=True))
+        self.refuse_unsound(step, values)
+        self.epoch_loss += values["loss"]
+        self.stop |= values.pop("terminated") > 0
+        if not self.run.distilled:
+            del values["loss_label"], values["loss_distillation"]
+        if self.log and step % self.run.settings.log_steps == 0:
+            self.log.write("step", step, epoch=self.run.plan.epoch(step), **values, lr=lr, **self.speed.told())
+
+    def refuse_unsound(self, step: int, values: dict[str, float]) -> None:
+        """Stop at a loss or a gradient that is not finite, or a loss that has exploded."""
+        run, loss = self.run, values["loss"]
+        if self.first_loss is None:
+            self.first_loss = loss
+        limit = math.inf
+        if run.settings.stop_above:
+            limit = run.settings.stop_above * max(self.first_loss, math.log(len(run.train.classes)))
+        if math.isfinite(loss) and math.isfinite(values["grad_norm"]) and loss < limit:
+            return
+        items = run.plan.items(step)
+        named = ", ".join(f"{run.train.names[i.shard]} group {i.group} view {i.view}" for i in items[:4])
+        raise PipelineError(
+            f"{run.name}: step {step}",
+            expected="a finite loss and gradient" + f", and a loss below {limit:.3g}" * math.isfinite(limit),
+            found=f"loss {loss:.4g}, gradient's norm {values['grad_norm']:.4g} over {len(items)} groups"
+            f" ({named}" + ", ..." * (len(items) > 4) + ")",
+            do="lower lr, set clip_grad, or use float32; the last good checkpoint is kept",
+        )
 
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
-        settings = self.run.settings
-        metrics = {"loss": self.epoch_loss.item() / self.run.plan.steps_per_epoch, "lr": self.lr()}
-        self.epoch_loss.zero_()
+        self.settle()
+        run, settings = self.run, self.run.settings
+        metrics = {"loss": self.epoch_loss / run.plan.steps_per_epoch, "lr": self.lr()}
+        self.epoch_loss, speed = 0.0, self.epoch_speed.told()
         if epoch % settings.eval_epochs == 0 or epoch == settings.epochs:
-            if self.rank.rank == 0:
-                metrics |= self.validate(self.run.model, "")
-                if self.ema:
-                    metrics |= self.validate(self.ema.module, "ema_")
+            metrics |= self.validate(run.model, "")
+            if self.ema:
+                metrics |= self.validate(self.ema.module, "ema_")
         if self.log:
-            self.log.write("epoch", self.step, epoch=epoch, **metrics)
+            self.log.write("epoch", self.step, epoch=epoch, **metrics, speed=speed)
+            if loader_limits(speed) and not self.warned:
+                self.warned = True
+                tqdm.write(warning_of(speed, settings.workers))
         self.rank.barrier()
+        self.epoch_speed.told()  # validation is no part of an epoch's speed
         return metrics
 
     def validate(self, model: Normalised, prefix: str) -> dict[str, float]:
@@ -333,35 +367,16 @@ class Trainer:
         )
         labels = torch.from_numpy(run.val.labels())
         both = {"class": logits[0], "mean": (logits[0] + logits[1]) / 2}
-        taught = run.distillation is not None and run.distillation.distillation != "none"
-        heads = both if model.distilled and taught else {"class": logits[0]}
+        heads = both if model.distilled and run.distilled else {"class": logits[0]}
         return {f"{prefix}val_top1_{head}": top_k_accuracy(values, labels, 1) for head, values in heads.items()}
 
 
-def build_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
-    """AdamW (eps 1e-8, betas 0.9, 0.999) or SGD; no decay of 1-D weights and `no_weight_decay()`.
-
-    The rate is lr * batch_size / 512 (paper, section 6).
-    """
-    options: dict[str, Any] = {"momentum": settings.momentum} if settings.optimizer == "sgd" else {"eps": 1e-8}
-    return create_optimizer_v2(
-        model,
-        opt=settings.optimizer,
-        lr=settings.lr * settings.batch_size / 512,
-        weight_decay=settings.weight_decay,
-        **options,
-    )
-
-
-def build_schedule(optimizer: torch.optim.Optimizer, settings: Training) -> CosineLRScheduler:
-    """timm's cosine, stepped per epoch; warm-up counts into the cosine's epochs, as in DeiT."""
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=settings.epochs,
-        lr_min=settings.min_lr,
-        warmup_t=settings.warmup_epochs,
-        warmup_lr_init=settings.warmup_lr,
-        warmup_prefix=False,
+def warning_of(speed: dict[str, float], workers: int) -> str:
+    sharing = f", {speed['views_a_decoding']:.2f} views a decoding" if "views_a_decoding" in speed else ""
+    return (
+        f"warning: the loader limits: {speed['wait_s'] / speed['seconds']:.0%} of the epoch was spent waiting for views"
+        f" ({workers} workers{sharing}). More workers help; so do fewer accumulation steps, whose larger slices share"
+        " more decodings"
     )
 
 

@@ -13,8 +13,9 @@ from pipeline.models import build_student, load_resized, read_weights, weights_h
 from pipeline.plan import plan_of
 from pipeline.recipe import recipe_fingerprint
 from pipeline.shards import Index
+from pipeline.strict import fingerprint
 from pipeline.teaching import NoTeacher
-from pipeline.training import Run, describe_run, run_fingerprint
+from pipeline.training import Run, describe_run, run_identity
 from stages.train_student import find_teacher, finish
 
 # what fine-tuning keeps of the student's own settings
@@ -44,7 +45,7 @@ def run(config: Config, device: torch.device, teacher: str = "stored", dry_run: 
             raise
         print(f"not yet: {error.what}")
         teaching, taught_by = NoTeacher(), None
-    identity = dict(
+    identity = run_identity(
         finetune=result_fields(settings),
         student={key: getattr(student, key) for key in TAKEN_OVER},
         start=weights_hash(model.model),
@@ -52,11 +53,9 @@ def run(config: Config, device: torch.device, teacher: str = "stored", dry_run: 
         index=train_index.fingerprint,
         teacher=taught_by,
     )
-    fingerprint = run_fingerprint(identity)
     training = Run(
         name=f"finetune {settings.student} at {settings.size}",
-        folder=state_folder(config, fingerprint),
-        fingerprint=fingerprint,
+        folder=state_folder(config, fingerprint(identity)),
         identity=identity,
         settings=settings,
         plan=plan_of(train_index, recipe, settings, settings.views),

@@ -19,10 +19,12 @@ from pipeline.models import (
     weights_hash,
 )
 from pipeline.plan import plan_of
+from pipeline.ranks import Rank
 from pipeline.recipe import recipe_fingerprint
 from pipeline.runlog import write_curve
 from pipeline.shards import Index
-from pipeline.training import Rank, Run, complete, describe_run, run_fingerprint
+from pipeline.strict import fingerprint
+from pipeline.training import Run, complete, describe_run, run_identity
 
 
 def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
@@ -45,8 +47,6 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
             return
         complete(training)
         teacher = training.model
-    if Rank.start(device).rank:
-        return  # rank 0 evaluates and publishes
     metrics = _evaluate(config, teacher, val_index, device)
     if metrics["top1"] < section.min_top1:
         raise PipelineError(
@@ -55,6 +55,8 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
             found=f"{metrics['top1']:.4f}",
             do="check that its classes are in the index's order; train it longer; or lower teacher.min_top1",
         )
+    if Rank.start(device).rank:
+        return  # rank 0 publishes
     print(f"teacher: top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f} on {len(val_index):,} images")
     folder = teacher_folder(config)
     with replacing(folder / "weights.safetensors") as temporary:
@@ -69,16 +71,14 @@ def _training(config: Config, train_index: Index, val_index: Index, device: torc
     plan = plan_of(train_index, config.recipe, section, block)
     # a teacher stores nothing, so it sees as many views as its epochs want
     plan = plan_of(train_index, config.recipe, section, -(-plan.views_seen(section.epochs) // block) * block)
-    identity = dict(
+    identity = run_identity(
         teacher_settings={k: v for k, v in result_fields(section).items() if k not in ("min_top1", "crop")},
         recipe=recipe_fingerprint(config.recipe),
         index=train_index.fingerprint,
     )
-    fingerprint = run_fingerprint(identity)
     return Run(
         name="teacher",
-        folder=state_folder(config, fingerprint),
-        fingerprint=fingerprint,
+        folder=state_folder(config, fingerprint(identity)),
         identity=identity,
         settings=section,
         plan=plan,

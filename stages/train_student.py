@@ -18,12 +18,14 @@ from pipeline.layout import (
 )
 from pipeline.models import build_student, load_teacher, save_weights
 from pipeline.plan import plan_of
+from pipeline.ranks import Rank
 from pipeline.recipe import recipe_fingerprint
 from pipeline.runlog import read_log, write_curve
 from pipeline.shards import Index
 from pipeline.store import Store
+from pipeline.strict import fingerprint
 from pipeline.teaching import NoTeacher, OnlineTeacher, StoredTeacher
-from pipeline.training import Rank, Run, complete, describe_run, run_fingerprint
+from pipeline.training import Run, complete, describe_run, run_identity
 
 
 def run(
@@ -56,18 +58,16 @@ def run(
             raise
         print(f"not yet: {error.what}")
         teaching, taught_by = NoTeacher(), None
-    identity = dict(
+    identity = run_identity(
         student=result_fields(settings),
         recipe=recipe_fingerprint(config.recipe),
         index=train_index.fingerprint,
         views=views,
         teacher=taught_by,
     )
-    fingerprint = run_fingerprint(identity)
     training = Run(
         name=f"student {name}",
-        folder=state_folder(config, fingerprint),
-        fingerprint=fingerprint,
+        folder=state_folder(config, fingerprint(identity)),
         identity=identity,
         settings=settings,
         plan=plan_of(train_index, config.recipe, settings, views),
@@ -134,7 +134,7 @@ def finish(training: Run, folder: Path) -> None:
     if Rank.start(training.device).rank:
         return  # rank 0 publishes
     epochs = [line for line in read_log(training.folder / "log.jsonl") if line["kind"] == "epoch"]
-    metrics = {key: value for key, value in epochs[-1].items() if key not in ("kind", "step")}
+    metrics = {key: value for key, value in epochs[-1].items() if key not in ("kind", "step", "speed")}
     with replacing(folder / "weights.safetensors") as temporary:
         save_weights(temporary, training.model.model)
     write_curve(folder / "curve.csv", training.folder / "log.jsonl")

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "errors", "files", "lease", "strict", "policies", "config", "params", "layout", "recipe", "ops", "views",
     "shards", "sources", "plan", "sealed", "answers", "store", "audit", "loader", "models", "teaching", "losses",
-    "checkpoint", "evaluation", "runlog", "training", "contact_sheet", "report", "cli_store", "cli",
+    "optim", "checkpoint", "ranks", "evaluation", "runlog", "meters", "training", "contact_sheet",
+    "report", "cli_store", "cli",
 )  # fmt: skip
 
 STAGE_MODULES = {

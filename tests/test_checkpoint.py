@@ -11,7 +11,7 @@ from pipeline.checkpoint import KEPT, load, save
 from pipeline.errors import PipelineError
 
 CPU = torch.device("cpu")
-RUN = "f" * 32
+RUN = {"student": {"lr": 0.5, "model": "one"}, "index": "f" * 32}
 
 
 def state(seed=0) -> dict:
@@ -56,7 +56,7 @@ def saved(tmp_path):
 
 def test_state_is_loaded_as_it_was_saved(tmp_path):
     save(tmp_path / "new", 3, RUN, state())
-    assert same(load(tmp_path / "new", RUN, CPU), {"step": 3, "fingerprint": RUN, **state()})
+    assert same(load(tmp_path / "new", RUN, CPU), {"step": 3, **state()})
 
 
 @pytest.mark.parametrize("make", [True, False])
@@ -117,9 +117,9 @@ def test_deleting_a_damaged_one_goes_on_from_the_one_before(saved):
     assert load(saved, RUN, CPU)["step"] == 7
 
 
-def test_checkpoint_of_another_run_is_refused_with_both_fingerprints(saved):
-    message = refusal(load, saved, "e" * 32, CPU)
-    assert "e" * 32 in message and RUN in message and "step-000000012.ckpt" in message
+def test_checkpoint_of_another_run_is_refused_with_what_differs(saved):
+    message = refusal(load, saved, RUN | {"student": {"lr": 0.25, "model": "one"}}, CPU)
+    assert "step-000000012.ckpt" in message and "student.lr: 0.5, 0.25" in message and "model" not in message
 
 
 def test_whole_checkpoint_under_the_name_of_another_step_tells_its_own(saved):

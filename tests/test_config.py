@@ -350,7 +350,7 @@ def test_result_fields_heed_the_learning_rate():
         ("finetune.epochs", 30),
         ("finetune.batch_size", 512),
         ("finetune.lr", 5e-6),
-        ("finetune.min_lr", 5e-6),
+        ("finetune.min_lr", None),
         ("finetune.weight_decay", 1e-8),
         ("evaluate.crop", 0.875),
     ],

@@ -14,7 +14,7 @@ import torch
 from conftest import make_data_set
 
 from pipeline import checkpoint
-from pipeline.config import Config, Training
+from pipeline.config import Config
 from pipeline.errors import PipelineError, UsageError
 from pipeline.layout import (
     answers_folder,
@@ -24,11 +24,11 @@ from pipeline.layout import (
     teacher_folder,
 )
 from pipeline.models import build_student, read_weights
-from pipeline.params import dump, resolve
+from pipeline.params import dump
 from pipeline.plan import plan_of
 from pipeline.runlog import Log, read_log
 from pipeline.shards import Index
-from pipeline.training import Run, Trainer, build_optimizer, build_schedule, train
+from pipeline.training import Run, Trainer, train
 from stages import finetune, teacher, teacher_logits, train_student
 
 CPU = torch.device("cpu")
@@ -207,7 +207,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_step_and_groups(taught, monke
         return loss * math.nan if self.step == 4 else loss
 
     monkeypatch.setattr(Trainer, "train_step", broken)
-    with pytest.raises(PipelineError, match=r"(?s)step 4.*finite loss.*nan over 2 groups \(\d{6}\.tar group"):
+    with pytest.raises(PipelineError, match=r"(?s)step 4.*finite loss.*loss nan.* over 2 groups \(\d{6}\.tar group"):
         train_student.run(taught, CPU, "hard")
 
 
@@ -225,7 +225,7 @@ def test_another_runs_checkpoint_is_refused(taught):
     train_student.run(taught, CPU, "hard")
     newest = newest_checkpoint()
     with pytest.raises(PipelineError, match="checkpoint of another run"):
-        checkpoint.load(newest.parent, "0" * 32, CPU)
+        checkpoint.load(newest.parent, {"student": {"lr": 1.0}}, CPU)
 
 
 def test_a_teacher_below_min_top1_is_refused_with_both_numbers(taught):
@@ -330,31 +330,44 @@ def test_fine_tuning_offline_equals_online_with_the_teacher_at_its_own_size(taug
     assert all(torch.equal(offline[key], online[key]) for key in offline)
 
 
-def test_the_learning_rate_follows_deit_epoch_by_epoch():
-    settings = Training()
-    optimizer = build_optimizer(torch.nn.Linear(2, 2), settings)
-    schedule = build_schedule(optimizer, settings)
-    expected = {
-        0: 1e-6, 1: 1e-6, 2: 2.008e-4, 3: 4.006e-4, 4: 6.004e-4, 5: 8.002e-4, 6: 9.993e-4,
-        50: 9.36e-4, 100: 7.57e-4, 150: 5.10e-4, 200: 2.62e-4, 250: 7.89e-5, 299: 1.01e-5,
-    }  # fmt: skip
-    for epoch, rate in expected.items():
-        schedule.step(max(epoch - 1, 0))
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate, rel=2e-3), epoch
+def test_a_step_logs_its_loss_in_parts_its_gradient_and_its_speed(taught):
+    train_student.run(taught, CPU, "soft")
+    lines = [line for path in Path("work/state").glob("*/log.jsonl") for line in read_log(path)]
+    line = next(line for line in lines if line["kind"] == "step" and "loss_label" in line)
+    assert line["loss"] == pytest.approx(0.5 * line["loss_label"] + 0.5 * line["loss_distillation"], rel=1e-5)
+    assert line["grad_norm"] > 0 and line["samples_per_s"] > 0 and 0 <= line["wait_s"] <= line["seconds"]
+    assert line["views_a_decoding"] == 2  # of repeated augmentation, in one slice
 
 
-def test_biases_norms_and_tokens_are_not_decayed():
-    config = resolve({"student": {"kwargs": TINY_STUDENT["kwargs"]}}, (), "test")
-    model = build_student(config.student, config.recipe, 3, 16).model
-    decayed = {
-        id(parameter)
-        for group in build_optimizer(model, config.student).param_groups
-        for parameter in group["params"]
-        if group["weight_decay"]
-    }
-    for name, parameter in model.named_parameters():
-        plain = parameter.ndim > 1 and name not in ("pos_embed", "cls_token", "dist_token")
-        assert (id(parameter) in decayed) == plain, name
+def test_what_an_epoch_publishes_has_nothing_of_the_machines_speed(taught):
+    train_student.run(taught, CPU, "none")
+    folder = student_folder(taught, "none")
+    assert "speed" not in json.loads((folder / "metrics.json").read_text())
+    assert "speed" not in (folder / "curve.csv").read_text().splitlines()[0].split(",")
+
+
+def test_a_loss_that_explodes_stops_the_run_and_says_what_was_bearable(taught, monkeypatch):
+    real = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self, b: real(self, b) * (20 if self.step == 4 else 1))
+    with pytest.raises(PipelineError, match=r"(?s)step 4.*a loss below 1\d.*found: +loss 2\d"):
+        train_student.run(taught, CPU, "none")
+
+
+def test_a_gradient_that_is_not_finite_is_not_saved(taught, monkeypatch):
+    real = Trainer.gradient_norm
+    monkeypatch.setattr(
+        Trainer, "gradient_norm", lambda self: real(self) * (math.inf if self.step == 3 else 1)
+    )
+    with pytest.raises(PipelineError, match="(?s)step 3.*gradient's norm inf"):
+        train_student.run(taught, CPU, "none")
+    assert newest_checkpoint().name == "step-000000003.ckpt"
+
+
+def test_checkpoints_come_by_steps_too(taught, monkeypatch):
+    saved = []
+    monkeypatch.setattr(checkpoint, "save", lambda folder, step, *_: saved.append(step))
+    train_student.run(loaded("student.checkpoint_minutes=60", "student.checkpoint_steps=9"), CPU, "none")
+    assert saved == [9, 18, 27, 28]
 
 
 def test_a_log_line_that_a_kill_cut_short_is_left_out(tmp_path):
@@ -411,7 +424,7 @@ def test_run_names_a_batch_that_ranks_do_not_divide(taught):
     settings = taught.student.model_copy(update={"accumulation": 4})
     index = Index(index_path(taught, "train"))
     run = Run(
-        "odd", Path("odd"), "f", settings, plan_of(index, taught.recipe, taught.student, 8), index, index,
+        "odd", Path("odd"), {}, settings, plan_of(index, taught.recipe, taught.student, 8), index, index,
         build_student(taught.student, taught.recipe, 3, 16), 16, 1.0,
     )  # fmt: skip
     with pytest.raises(PipelineError, match="ranks x accumulation"):

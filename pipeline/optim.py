@@ -1,0 +1,60 @@
+"""DeiT's optimizer and schedule (paper, section 6 and Table 9; main.py)."""
+
+from typing import Any
+
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from pipeline.config import Training
+
+NOT_DECAYED = ("pos_embed", "cls_token")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """DeiT's two groups: no decay of biases, norms and everything 1-D, nor of NOT_DECAYED.
+
+    dist_token is decayed: timm 0.3.2, which DeiT pins, does not list it; timm does today.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    plain = [parameter for name, parameter in named if parameter.ndim > 1 and name not in NOT_DECAYED]
+    rest = [parameter for name, parameter in named if parameter.ndim <= 1 or name in NOT_DECAYED]
+    return [{"params": rest, "weight_decay": 0.0}, {"params": plain, "weight_decay": weight_decay}]
+
+
+def peak_rate(settings: Training) -> float:
+    """lr * batch_size / 512, the batch being all ranks' with repeated copies."""
+    return settings.lr * settings.batch_size / 512
+
+
+def build_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
+    """AdamW (eps 1e-8, betas 0.9, 0.999), or SGD with Nesterov's momentum as timm's `sgd` has it.
+
+    Fused into few kernels on a GPU; on a CPU the plain kernels, whose bits resuming relies on.
+    """
+    groups, rate = parameter_groups(model, settings.weight_decay), peak_rate(settings)
+    fused = all(parameter.device.type == "cuda" for parameter in model.parameters())
+    if settings.optimizer == "sgd":
+        momentum = settings.momentum
+        return torch.optim.SGD(groups, rate, momentum=momentum, nesterov=momentum > 0, fused=fused)
+    return torch.optim.AdamW(groups, rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, settings: Training) -> CosineLRScheduler:
+    """timm's cosine, stepped per epoch; warm-up counts into the cosine's epochs, as in DeiT.
+
+    `min_lr` and `warmup_lr` are not scaled by the batch; without `min_lr` the rate stays constant.
+    """
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=settings.epochs,
+        lr_min=peak_rate(settings) if settings.min_lr is None else settings.min_lr,
+        warmup_t=settings.warmup_epochs,
+        warmup_lr_init=settings.warmup_lr,
+        warmup_prefix=False,
+    )
+
+
+def scheduled_epoch(epoch: int) -> int:
+    """What the schedule is asked for in `epoch`: DeiT steps it after an epoch, so it lags by one."""
+    return max(epoch - 1, 0)

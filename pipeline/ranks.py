@@ -1,0 +1,52 @@
+"""The processes of a job that torchrun started, and what they tell one another."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among those that torchrun started; alone otherwise."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def start(cls, device: torch.device) -> "Rank":
+        """Join the process group (nccl on GPUs, gloo on CPUs) where torchrun's environment names one."""
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(int(os.environ.get("RANK", "0")), world)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def share(self, count: int) -> range:
+        """This rank's part of `count` things: consecutive, sizes that differ by one at most."""
+        return self.shares(count)[self.rank]
+
+    def shares(self, count: int) -> list[range]:
+        ends = [count * rank // self.world for rank in range(self.world + 1)]
+        return [range(first, last) for first, last in zip(ends, ends[1:], strict=False)]
+
+    def gather(self, own: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
+        """The rows of all ranks, `share(count)` each, in order; on the CPU, the same on every rank."""
+        if self.world == 1:
+            return own
+        sizes = [len(share) for share in self.shares(count)]
+        padded = torch.zeros(max(sizes), *own.shape[1:], dtype=own.dtype, device=device)
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size].cpu() for part, size in zip(parts, sizes, strict=True)])
