@@ -31,33 +31,39 @@ def row_bytes(kind: str, classes: int, top_k: int) -> int:
     return 2 + payload_width(kind, classes, top_k) * np.dtype(DTYPES[kind]).itemsize
 
 
-def encode(kind: str, logits: torch.Tensor, top_k: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Float32 logits (rows, classes) on any device as (argmax uint16 (rows,), payload or None).
+def encode(kind: str, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Float32 logits (rows, classes) as (argmax (rows,), payload (rows, payload_width) or None), on their device.
 
-    The payload is (rows, payload_width) of DTYPES[kind].
+    uint16 numbers are int16 with the same bits, as few of torch's operations know uint16: see `as_stored`.
     """
-    argmax = logits.argmax(1).cpu().numpy().astype(np.uint16)
+    argmax = _uint16(logits.argmax(1))
     if kind == "argmax":
         return argmax, None
     if kind == "dense":
-        return argmax, logits.half().cpu().numpy()
+        return argmax, logits.half()
     if kind == "dense8":
-        return argmax, _bytes(logits)
+        return argmax, _levels(logits)
     values, classes = logits.topk(top_k, dim=1)
-    rest = logits.scatter(1, classes, -math.inf).logsumexp(1)
-    packed = [
-        classes.cpu().numpy().astype(np.uint16),
-        values.half().cpu().numpy().view(np.uint16),
-        rest.float().cpu().numpy()[:, None].view(np.uint16),
-    ]
-    return argmax, np.concatenate(packed, axis=1)
+    rest = logits.scatter(1, classes, -math.inf).logsumexp(1).float()
+    packed = [_uint16(classes), values.half().view(torch.int16), rest[:, None].view(torch.int16)]
+    return argmax, torch.cat(packed, dim=1)
 
 
-def _bytes(logits: torch.Tensor) -> np.ndarray:
+def as_stored(kind: str, encoded: torch.Tensor) -> np.ndarray:
+    """What `encode` gave, on the CPU, with the store's type of the kind's own array."""
+    return encoded.numpy().view(DTYPES[kind])
+
+
+def _uint16(numbers: torch.Tensor) -> torch.Tensor:
+    """Integers in 0..65535 as int16 of the same bits."""
+    return (numbers - 65536 * (numbers > 32767)).to(torch.int16)
+
+
+def _levels(logits: torch.Tensor) -> torch.Tensor:
     ends = torch.stack([logits.amin(1), logits.amax(1)], dim=1).float()
     step = (ends[:, 1:] - ends[:, :1]) / 255
     levels = ((logits - ends[:, :1]) / step.clamp(min=1e-30)).round().clamp(0, 255).byte()
-    return np.concatenate([levels.cpu().numpy(), ends.cpu().numpy().view(np.uint8)], axis=1)
+    return torch.cat([levels, ends.view(torch.uint8)], dim=1)
 
 
 def decode_logits(kind: str, payload: np.ndarray, classes: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a run measures of itself: a step's numbers without waiting for the device, and its speed."""
+"""What a run tells of itself: results fetched without holding up the device, and its speed."""
 
 import time
 from collections.abc import Callable
@@ -7,21 +7,22 @@ import torch
 
 
 class Fetched:
-    """A small tensor's values, on their way from the device while it goes on with the next step."""
+    """Small tensors on their way from the device, while it goes on with what is queued after them."""
 
-    def __init__(self, values: torch.Tensor):
-        self.host, self.arrived = values, None
-        if values.device.type == "cuda":
-            self.host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self.host.copy_(values, non_blocking=True)
+    def __init__(self, *tensors: torch.Tensor):
+        self.host, self.arrived = tensors, None
+        if tensors[0].device.type == "cuda":
+            self.host = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
+            for host, tensor in zip(self.host, tensors, strict=True):
+                host.copy_(tensor, non_blocking=True)
             self.arrived = torch.cuda.Event()
             self.arrived.record()
 
-    def get(self) -> list[float]:
-        """Waits for this copy and what was queued before it, not for what was queued since."""
+    def get(self) -> list[torch.Tensor]:
+        """On the CPU; waits for what was queued before the copy, not for what was queued since."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        return self.host.tolist()
+        return list(self.host)
 
 
 class Speed:

@@ -310,7 +310,7 @@ class Trainer:
             return
         step, lr, fetched = self.arriving
         self.arriving = None
-        values = dict(zip(STEP_VALUES, fetched.get(), strict=True))
+        values = dict(zip(STEP_VALUES, fetched.get()[0].tolist(), strict=True))
         self.refuse_unsound(step, values)
         self.epoch_loss += values["loss"]
         self.stop |= values.pop("terminated") > 0

@@ -7,20 +7,24 @@ blocks. Several processes (torchrun, or `--part i/n`) share the units.
 import json
 import os
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 from tqdm import tqdm
 
-from pipeline.answers import decode_logits, encode, row_bytes
+from pipeline.answers import as_stored, decode_logits, encode, row_bytes
 from pipeline.audit import damaged, manifest, store_bytes, sweep, write_manifest
 from pipeline.config import Config, Recipe
 from pipeline.errors import PipelineError
 from pipeline.files import replacing
 from pipeline.layout import answers_folder, index_path, store_path, teacher_folder
 from pipeline.lease import lease
-from pipeline.loader import Groups, mixed, unit_loader
+from pipeline.loader import Groups, mixed, on_device, unit_loader
+from pipeline.meters import Fetched
 from pipeline.models import (
     Normalised,
     describe_teacher,
@@ -110,6 +114,13 @@ def describe(config: Config, index: Index, recipe: Recipe, views: int, path: str
     )
 
 
+def batched(groups: Iterable[Groups], count: int) -> Iterator[list[Groups]]:
+    """So many at a time; the last may be fewer."""
+    stream = iter(groups)
+    while batch := list(islice(stream, count)):
+        yield batch
+
+
 class UnitWorker:
     """Renders, asks the teacher, and commits unit after unit."""
 
@@ -133,34 +144,42 @@ class UnitWorker:
         }
         total = sum(int(samples[unit.shard]) for unit in units) * self.recipe.block
         loader = unit_loader(units, self.index, self.recipe, self.settings.workers, self.device.type == "cuda")
+        batches, asked = batched(on_device(loader, self.device), self.settings.batch_groups), None
         with tqdm(total=total, desc="teacher-logits", unit="view", unit_scale=True, mininterval=1) as bar:
-            batch: list[Groups] = []
-            for groups in loader:
-                batch.append(groups)
-                if len(batch) == self.settings.batch_groups:
-                    bar.update(self._answer(batch))
-                    batch = []
-            if batch:
-                bar.update(self._answer(batch))
+            for batch in batches:
+                following = self.ask(batch)
+                if asked:  # kept while the device computes the following batch
+                    bar.update(self.keep(*asked))
+                asked = following
+            if asked:
+                bar.update(self.keep(*asked))
 
-    def _answer(self, batch: list[Groups]) -> int:
-        slots = self.recipe.group_size
-        pictures = torch.cat([mixed(groups.to(self.device)) for groups in batch])
+    def ask(self, batch: list[Groups]) -> tuple[list[Groups], Fetched]:
+        """Queue a forward over the groups; always of the same shape, so that its kernels are the same."""
+        settings, slots = self.settings, self.recipe.group_size
+        pictures = torch.cat([mixed(groups) for groups in batch])
+        pictures = pad(pictures, (0, 0, 0, 0, 0, 0, 0, slots * (settings.batch_groups - len(batch))))
         pictures = resize_pictures(pictures, self.own_size)
-        if self.settings.channels_last:
+        if settings.channels_last:
             pictures = pictures.contiguous(memory_format=torch.channels_last)
-        bf16 = self.settings.precision == "bfloat16"
-        logits = teacher_logits(self.teacher, pictures, slots, self.settings.batch_groups, bf16)
-        argmax, payload = encode(self.settings.kind, logits, self.settings.top_k)
-        finite = (logits.abs() <= torch.finfo(torch.float16).max).all(1).cpu().numpy()
-        done = 0
+        bf16 = settings.precision == "bfloat16"
+        logits = teacher_logits(self.teacher, pictures, slots, settings.batch_groups, bf16)[: slots * len(batch)]
+        finite = (logits.abs() <= torch.finfo(torch.float16).max).all(1)
+        argmax, payload = encode(settings.kind, logits, settings.top_k)
+        return batch, Fetched(finite, argmax, *([] if payload is None else [payload]))
+
+    def keep(self, batch: list[Groups], answers: Fetched) -> int:
+        """Put what was asked into the units' buffers. Returns how many views that was."""
+        finite, argmax, *payload = answers.get()
+        argmax = as_stored("argmax", argmax)
+        payload = as_stored(self.settings.kind, payload[0]) if payload else None
         for number, groups in enumerate(batch):
-            place = slice(number * slots, number * slots + len(groups.members[0]))
+            first = number * self.recipe.group_size
+            place = slice(first, first + groups.views)
             if not finite[place].all():
                 raise self._not_finite(groups)
             self._keep(groups, argmax[place], None if payload is None else payload[place])
-            done += len(groups.members[0])
-        return done
+        return sum(groups.views for groups in batch)
 
     def _keep(self, groups: Groups, argmax: np.ndarray, payload: np.ndarray | None) -> None:
         """Put a group's answers into its unit's buffers; commit the unit with its last group."""

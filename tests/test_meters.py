@@ -35,5 +35,8 @@ def test_loader_limits_where_a_tenth_of_the_time_is_waiting(waited, limits):
     assert loader_limits({"wait_s": waited, "seconds": 10.0}) == limits
 
 
-def test_fetched_values_are_those_of_the_tensor():
-    assert Fetched(torch.tensor([1.5, -2.0])).get() == [1.5, -2.0]
+def test_fetched_tensors_come_with_their_values_and_types():
+    sent = [torch.tensor([1.5, -2.0]), torch.tensor([[3]], dtype=torch.int16)]
+    found = Fetched(*sent).get()
+    assert [x.dtype for x in found] == [x.dtype for x in sent]
+    assert all(torch.equal(x, y) for x, y in zip(found, sent, strict=True))

@@ -371,7 +371,7 @@ torch.multiprocessing.set_start_method(method)
 index = Index(path)
 if used == "used":
     index.image(0, 0)
-batches = evaluation_loader(index, {SIZE}, 1.0, 4, 2, False)
+batches = evaluation_loader(index, range(len(index)), {SIZE}, 1.0, 4, 2, False)
 numpy.save(result, torch.cat(list(batches)).numpy())
 """
 
@@ -424,7 +424,7 @@ def test_workers_of_a_process_that_used_s3_or_not_read_it(method, used, both, in
     local, remote = both
     command = [sys.executable, "-c", FRESH, remote.path, method, used, "found.npy"]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
-    expected = torch.cat(list(evaluation_loader(local, SIZE, 1.0, 4, 0, False)))
+    expected = torch.cat(list(evaluation_loader(local, range(len(local)), SIZE, 1.0, 4, 0, False)))
     assert np.array_equal(np.load("found.npy"), expected.numpy())
 
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.answers import DTYPES, KINDS, decode_logits, encode, log_probabilities, payload_width
+from pipeline import answers as kinds
+from pipeline.answers import DTYPES, KINDS, as_stored, decode_logits, log_probabilities, payload_width
 from pipeline.audit import damaged, manifest, read_manifest, store_bytes, sweep, write_manifest
 from pipeline.config import Recipe
 from pipeline.errors import PipelineError, UsageError
@@ -51,6 +52,12 @@ def create(path, kind="argmax", views=VIEWS, top_k=TOP_K, precision="float32", *
 
 def opened(path) -> Store:
     return Store.open(str(path), Rows(), RECIPE)
+
+
+def encode(kind: str, logits: torch.Tensor, top_k: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """As the store keeps them."""
+    argmax, payload = kinds.encode(kind, logits, top_k)
+    return as_stored("argmax", argmax), None if payload is None else as_stored(kind, payload)
 
 
 def answers(unit: Unit, kind: str, seed=0) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -607,6 +614,13 @@ def test_argmax_is_that_of_the_unrounded_logits(values):
         argmax = encode(kind, torch.from_numpy(values), 2)[0]
         assert argmax.dtype == np.uint16
         assert np.array_equal(values[np.arange(len(values)), argmax], values.max(1))
+
+
+@pytest.mark.parametrize("number", [0, 32767, 32768, 65534])
+def test_every_class_number_of_16_bits_is_kept(number):
+    logits = torch.zeros(1, 65535)
+    logits[0, number] = 1
+    assert encode("topk", logits, 1)[0].item() == encode("topk", logits, 1)[1][0, 0] == number
 
 
 def test_argmax_tells_apart_what_float16_does_not():
