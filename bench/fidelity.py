@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from machine import conditions
 
-from pipeline.answers import encode, log_probabilities, row_bytes
+from pipeline.answers import as_stored, encode, log_probabilities, row_bytes
 from pipeline.layout import index_path
 from pipeline.loader import Renderer, mixed
 from pipeline.models import load_teacher, teacher_logits
@@ -43,7 +43,8 @@ def teachers_logits(config, groups: int) -> tuple[torch.Tensor, int]:
 def distances(logits: torch.Tensor, kind: str, top_k: int, tau: float) -> tuple[float, float]:
     """Mean KL(teacher || stored) and total variation at a temperature."""
     true = (logits.double() / tau).log_softmax(1).numpy()
-    stored = log_probabilities(kind, encode(kind, logits, top_k)[1], logits.shape[1], tau).astype(np.float64)
+    payload = as_stored(kind, encode(kind, logits, top_k)[1])
+    stored = log_probabilities(kind, payload, logits.shape[1], tau).astype(np.float64)
     divergence = (np.exp(true) * (true - stored)).sum(1).mean()
     return float(divergence), float(0.5 * np.abs(np.exp(true) - np.exp(stored)).sum(1).mean())
 

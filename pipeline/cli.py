@@ -36,7 +36,8 @@ def main():
       finetune       on at a higher resolution, from a second store
       evaluate       what the paper reports, and report.html
 
-    Beside them: configure, views (look at a recipe), store and prune (look after stores).
+    Beside them: configure, status (how far all is), views (look at a recipe), store and prune (look after
+    stores).
 
     \b
     Example:
@@ -67,6 +68,11 @@ def _stage(with_device: bool = True):
         return command
 
     return decorate
+
+
+def _purpose_option(text: str):
+    purposes = click.Choice(["train-student", "finetune"])
+    return click.option("--for", "purpose", type=purposes, default="train-student", show_default=True, help=text)
 
 
 def find_device(name: str):
@@ -111,19 +117,21 @@ def prepare(config, dry_run):
 
 
 @main.command()
+@_purpose_option("Which teacher: at recipe.size, or at finetune.size, where teacher_finetune.epochs adapt it.")
 @_stage()
-def teacher(config, device, dry_run):
+def teacher(config, device, dry_run, purpose):
     """Train the teacher on the shards, or read it from teacher.weights; evaluate it.
 
     It is refused below teacher.min_top1 on val: a wrong teacher must not label a million images.
 
     \b
-    Example:
+    Examples:
       pipeline teacher --set teacher.weights=regnety_160.deit_in1k
+      pipeline teacher --for finetune --set teacher_finetune.epochs=10
     """
     from stages import teacher
 
-    teacher.run(config, device, dry_run)
+    teacher.run(config, device, purpose, dry_run)
 
 
 def _part(context, parameter, value):
@@ -136,10 +144,7 @@ def _part(context, parameter, value):
 
 
 @main.command("teacher-logits")
-@click.option(
-    "--for", "purpose", type=click.Choice(["train-student", "finetune"]), default="train-student", show_default=True,
-    help="Which store: at recipe.size for the students, or at finetune.size.",
-)  # fmt: skip
+@_purpose_option("Which store: at recipe.size for the students, or at finetune.size.")
 @click.option("--part", callback=_part, metavar="I/N", help="Compute every N-th missing unit only, from the I-th on.")
 @click.option("--break-lock", is_flag=True, help="Take over from a writer on another machine that is surely dead.")
 @_stage()
@@ -211,11 +216,14 @@ def train_student(config, device, dry_run, name, distillation, alpha, tau, teach
 def finetune(config, device, dry_run, teacher):
     """Go on with the student that finetune.from names, at finetune.size pixels.
 
-    Needs the second store: pipeline teacher-logits --for finetune.
+    Needs the second store: pipeline teacher-logits --for finetune. Onto another data set: name weights
+    trained elsewhere; heads of another number of classes begin anew, and without distillation no store is
+    needed.
 
     \b
-    Example:
+    Examples:
       pipeline finetune --set finetune.epochs=30
+      pipeline finetune --set finetune.weights=outputs/imagenet-deit-base/students/token/weights.safetensors
     """
     from stages import finetune
 
@@ -263,6 +271,29 @@ def views(key, seed, first, count, members, ops, zoom, split, output, path, over
 
     config = load(path, overrides)
     views.run(config, split, key, seed, range(first, first + count), members, ops, zoom, output)
+
+
+@main.command()
+@click.option("--watch", type=click.FloatRange(0.1), metavar="SECONDS", help="Draw it anew so often, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON array, one object a stage.")
+@config_options
+def status(path, overrides, watch, as_json):
+    """How far every stage is, told by its files: state, count, speed, time left, loss and top-1.
+
+    It asks no process and writes nothing. `running`: a store with a lease that is renewed (one that was
+    killed counts for five minutes more); a training whose files moved within ten minutes. `stopped`: the
+    same command goes on from what is told. `left`: for the steps or units that lack, at the speed of late.
+
+    \b
+    Examples:
+      pipeline status
+      pipeline status --watch 10
+      pipeline status --json | jq '.[] | select(.state != "done")'
+    """
+    from pipeline.params import load
+    from stages import status
+
+    status.run(load(path, overrides), as_json, watch)
 
 
 @main.command()

@@ -173,6 +173,26 @@ class Teacher(Training):
     """It is refused below this top-1 on val: a wrong teacher must not label a million images."""
 
 
+class TeacherFinetune(Training):
+    """The teacher made used to the pictures of fine-tuning, as FixRes does: its classifier and last batch norm.
+
+    Off unless `epochs` is set. Its views are plain crops of nearly all of the image, unmixed.
+    """
+
+    epochs: Annotated[int, Field(ge=0)] = 0
+    """0 leaves the teacher as it is; FixRes's example has 56."""
+    batch_size: Positive = 512
+    lr: NonNegative = 1e-3
+    min_lr: NonNegative | None = 0.0
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    optimizer: Literal["adamw", "sgd"] = "sgd"
+    weight_decay: NonNegative = 1e-4
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    area: Annotated[float, Field(gt=0, le=1)] = 0.766
+    """Of the image that a square crop holds: 0.875 squared, about what a centre crop shows."""
+
+
 class TeacherLogits(Section):
     """The store of the teacher's answers."""
 
@@ -216,6 +236,9 @@ class Finetune(Training):
     weight_decay: NonNegative = 1e-8
     student: str = Field(default="hard", alias="from")
     """The name, out of `students`, that it starts from."""
+    weights: str | None = None
+    """A .safetensors or .pth to start from instead, as for another data set: `from` then names its settings only.
+    Heads of another number of classes begin anew."""
     size: Annotated[int, Field(ge=8, le=4096)] = 384
     views: Positive = 30
     """V of the second store."""
@@ -230,6 +253,8 @@ class Evaluate(Section):
     crop: Annotated[float, Field(gt=0, le=1)] = 0.875
     """Centre crop: an image is resized to int(size / crop) on its short side (DeiT 0.875; timm 0.9)."""
     crop_finetuned: Annotated[float, Field(gt=0, le=1)] = 0.875
+    sizes: list[Annotated[int, Field(ge=8, le=4096)]] = []
+    """Pixels a side at which every model is evaluated besides, positions resized (compare Table 10)."""
     workers: Annotated[int, Field(ge=0)] = 8
     throughput_seconds: NonNegative = 5.0
 
@@ -244,6 +269,7 @@ class Config(Section):
     data: Data = Data()
     recipe: Recipe = Recipe()
     teacher: Teacher = Teacher()
+    teacher_finetune: TeacherFinetune = TeacherFinetune()
     teacher_logits: TeacherLogits = TeacherLogits()
     student: Student = Student()
     students: list[str] = ["hard"]
@@ -283,6 +309,13 @@ class Config(Section):
         """The recipe of the views at the higher resolution."""
         return self.recipe.model_copy(update={"size": self.finetune.size})
 
+    def teacher_finetune_recipe(self) -> Recipe:
+        """That of the teacher's own fine-tuning at that resolution: about what it will be evaluated on."""
+        area = self.teacher_finetune.area
+        plain = {"scale": (area, area), "ratio": (1.0, 1.0), "auto_augment": None, "color_jitter": 0.0}
+        off = {"erase_prob": 0.0, "mix_prob": 0.0, "repeats": 1}
+        return self.finetune_recipe().model_copy(update=plain | off)
+
 
 def inconsistencies(config: Config) -> list[str]:
     """What no single section can see is wrong; each names its keys in full."""
@@ -296,6 +329,8 @@ def inconsistencies(config: Config) -> list[str]:
             found.append(f"{key} must be a multiple of recipe.block: {views} views, block {block}")
     students = {f"variants.{name}": config.student_named(name) for name in config.variants}
     runs = {"teacher": config.teacher, "student": config.student, "finetune": config.finetune} | students
+    if config.teacher_finetune.epochs:
+        runs["teacher_finetune"] = config.teacher_finetune
     for key, run in runs.items():
         if run.batch_size % group:
             found.append(
@@ -315,7 +350,12 @@ def inconsistencies(config: Config) -> list[str]:
             found.append(
                 f"teacher_logits.kind must be topk, dense8 or dense: student {name} distils softly; found argmax"
             )
-    if config.students and config.finetune.student not in config.students:
+    if config.teacher_finetune.epochs and config.finetune.teacher_size:
+        found.append(
+            f"finetune.teacher_size must be null where the teacher is fine-tuned at finetune.size:"
+            f" {config.finetune.teacher_size}, teacher_finetune.epochs {config.teacher_finetune.epochs}"
+        )
+    if config.students and not config.finetune.weights and config.finetune.student not in config.students:
         found.append(f"finetune.from must be one of students {config.students}: found {config.finetune.student!r}")
     return found
 

@@ -17,8 +17,9 @@ def index_path(config: Config, split: str) -> Path:
     return outputs(config) / "data" / split / "index.json"
 
 
-def teacher_folder(config: Config) -> Path:
-    return outputs(config) / "teacher"
+def teacher_folder(config: Config, purpose: str = "train-student") -> Path:
+    """Of the teacher that answers for a purpose: train-student or finetune."""
+    return outputs(config) / ("teacher" if purpose == "train-student" else "teacher-finetune")
 
 
 def answers_folder(config: Config, purpose: str) -> Path:

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -191,15 +192,18 @@ def pretrained_teacher(section: Section, classes: int) -> Normalised:
     return Normalised(model, section.mean, section.std)
 
 
-def load_teacher(config: Config, classes: int, device: torch.device) -> Normalised:
-    """The published teacher, in eval mode on the device.
+def load_teacher(
+    config: Config, classes: int, device: torch.device, purpose: str = "train-student"
+) -> Normalised:
+    """The published teacher that answers for a purpose, in eval mode on the device.
 
     Raises:
         PipelineError: it was not computed yet, or is another model's.
     """
-    path = teacher_folder(config) / "weights.safetensors"
+    path = teacher_folder(config, purpose) / "weights.safetensors"
     if not path.exists():
-        raise PipelineError(f"{path}: no teacher", do="run: pipeline teacher")
+        command = "pipeline teacher" + " --for finetune" * (purpose == "finetune")
+        raise PipelineError(f"{path}: no teacher", do=f"run: {command}")
     section = config.teacher
     if section.weights and not section.weights.endswith((".safetensors", ".pth", ".pt")):
         section = section.model_copy(update={"model": section.weights})
@@ -221,11 +225,46 @@ def resize_position_embedding(embedding: torch.Tensor, grid: int, prefix: int) -
 
 
 def load_resized(model: Normalised, state: dict[str, torch.Tensor], source: str) -> None:
-    """A student's weights of another resolution; only the position embeddings change."""
+    """A student's weights of another resolution; only the position embeddings change.
+
+    Raises:
+        PipelineError: they are of another model.
+    """
     prefix = model.model.num_prefix_tokens
     grid = round((model.model.pos_embed.shape[1] - prefix) ** 0.5)
-    state = state | {"pos_embed": resize_position_embedding(state["pos_embed"], grid, prefix)}
+    patches = state["pos_embed"].shape[1] - prefix if "pos_embed" in state else -1
+    if patches > 0 and math.isqrt(patches) ** 2 == patches:  # or they are another model's, which load_weights tells
+        state = state | {"pos_embed": resize_position_embedding(state["pos_embed"], grid, prefix)}
     load_weights(model.model, state, source)
+
+
+def with_new_heads(model: Normalised, state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Weights for another number of classes: heads of another shape are the model's own, freshly drawn.
+
+    Returns the state, and the names of the heads that begin anew.
+    """
+    own = model.model.state_dict()
+    heads = [f"{head}.{part}" for head in ("head", "head_dist") for part in ("weight", "bias")]
+    anew = [name for name in heads if name in own and name in state and own[name].shape != state[name].shape]
+    return state | {name: own[name] for name in anew}, anew
+
+
+def adaptable(model: nn.Module) -> list[nn.Module]:
+    """What FixRes fine-tunes of a convnet: its classifier and its last batch norm.
+
+    Where the last block has a shortcut with a batch norm, both whose sum is its output.
+
+    Raises:
+        UsageError: the model has no batch norm.
+    """
+    norms = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        raise UsageError(
+            f"model {type(model).__name__}", expected="a convnet with batch norms", found="none",
+            do="set teacher_finetune.epochs to 0: there is nothing to adapt",
+        )  # fmt: skip
+    last = norms[-2:] if "downsample" in norms[-1][0] else norms[-1:]
+    return [model.get_classifier(), *(part for _, part in last)]
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ class Rank:
         """Join the process group (nccl on GPUs, gloo on CPUs) where torchrun's environment names one."""
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **_meeting_place())
         return cls(int(os.environ.get("RANK", "0")), world)
 
     def barrier(self) -> None:
@@ -50,3 +51,16 @@ class Rank:
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
         return torch.cat([part[:size].cpu() for part, size in zip(parts, sizes, strict=True)])
+
+
+def _meeting_place() -> dict[str, Any]:
+    """Where the ranks of this attempt find one another.
+
+    torchrun keeps one key-value store over its restarts, in which a restarted rank may find the address of one
+    that is dead (pytorch issue 167288). On one node all ranks know which attempt it is; on several they do not.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store, rank, world = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": dist.PrefixStore(f"attempt-{attempt}", store), "rank": rank, "world_size": world}

@@ -255,6 +255,13 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png", facecolor="white", metadata={"Software": None})
 
 
+SEEN = """<h2>What the teacher saw</h2>
+<p>Training images, some of their views, and the mixed pictures that the teacher judged: λ is the weight of the
+image's own label. Students see exactly these pictures.</p>
+<div class="card scroll"><img class="wide"
+alt="Training images, views and mixed pictures with the teacher's answers" src="{}"></div>"""
+
+
 def write_report(
     path: Path,
     title: str,
@@ -267,7 +274,7 @@ def write_report(
 
     Args:
         table: as `plot_disagreement` takes it.
-        pictures: PNGs `curves` and `views`.
+        pictures: PNGs `curves` and, where a teacher answered, `views`.
         facts: what the run was: of each heading, terms and what they are.
     """
     template = Template(Path(__file__).with_name("report_template.html").read_text(encoding="utf-8"))
@@ -277,10 +284,15 @@ def write_report(
         results=_results_table(results),
         disagreement=_disagreement_table(table),
         facts="\n".join(_facts(heading, terms) for heading, terms in facts.items()),
-        **{name: base64.b64encode(picture.read_bytes()).decode() for name, picture in pictures.items()},
+        curves=_inside(pictures["curves"]),
+        seen=SEEN.format(_inside(pictures["views"])) if "views" in pictures else "",
     )
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def _inside(picture: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
 
 
 def _summary(results: list[Result]) -> str:

@@ -75,6 +75,8 @@ class Run:
     """Gives distillation, alpha, tau and reduction; None trains on labels alone."""
     device: torch.device = torch.device("cpu")
     train_mode: bool = True
+    learning: list[nn.Module] = field(default_factory=list)
+    """Parts that alone learn and are in training mode; none given: all of it."""
 
     @property
     def steps(self) -> int:
@@ -91,7 +93,7 @@ def run_identity(**parts: Any) -> dict[str, Any]:
     return parts | {"training_version": TRAINING_VERSION}
 
 
-NAMED_BY = ("teacher_settings", "student", "finetune", "recipe", "index")
+NAMED_BY = ("teacher_settings", "teacher_finetune", "student", "finetune", "recipe", "index")
 
 
 def named_by(identity: dict[str, Any]) -> dict[str, Any]:
@@ -168,6 +170,10 @@ class Trainer:
                 do="change batch_size, accumulation or the number of ranks",
             )
         run.model.to(run.device)
+        if run.learning:
+            run.model.requires_grad_(False)
+        for part in run.learning:
+            part.requires_grad_(True)
         if settings.channels_last:
             run.model.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(run.model.model, settings)
@@ -181,7 +187,7 @@ class Trainer:
         self.step, self.epoch_loss, self.first_loss = 0, 0.0, None
         self.log = Log(run.folder / "log.jsonl") if self.rank.rank == 0 else None
         self.speed, self.epoch_speed = Speed(), Speed()
-        self.arriving: tuple[int, float, Fetched] | None = None
+        self.arriving: tuple[int, dict[str, float], Fetched] | None = None
         self.terminated: Callable[[], bool] = lambda: False
         self.stop = self.warned = False
 
@@ -220,7 +226,8 @@ class Trainer:
             while self.step < run.steps:
                 values = self.train_step(batches)
                 self.settle()
-                self.arriving = (self.step, self.lr(), Fetched(values))
+                told = {"lr": self.lr(), **self.speed.told()} if self.logged() else {}
+                self.arriving = (self.step, told, Fetched(values))
                 self.step += 1
                 bar.update()
                 if self.step % run.plan.steps_per_epoch == 0:
@@ -245,7 +252,9 @@ class Trainer:
         run, settings = self.run, self.run.settings
         self.schedule.step(scheduled_epoch(run.plan.epoch(self.step)))
         torch.manual_seed(step_seed(settings.seed, self.step, self.rank.rank))
-        self.forward.train(run.train_mode)
+        self.forward.train(run.train_mode and not run.learning)
+        for part in run.learning:
+            part.train()
         weight, sums = run.plan.weight(self.step), torch.zeros(3, device=run.device)
         for number in range(settings.accumulation):
             groups = self.next_groups(batches)
@@ -308,7 +317,7 @@ class Trainer:
         """Take in the last step's values: they have arrived while the device computes the next step."""
         if self.arriving is None:
             return
-        step, lr, fetched = self.arriving
+        step, told, fetched = self.arriving
         self.arriving = None
         values = dict(zip(STEP_VALUES, fetched.get()[0].tolist(), strict=True))
         self.refuse_unsound(step, values)
@@ -316,8 +325,8 @@ class Trainer:
         self.stop |= values.pop("terminated") > 0
         if not self.run.distilled:
             del values["loss_label"], values["loss_distillation"]
-        if self.log and step % self.run.settings.log_steps == 0:
-            self.log.write("step", step, epoch=self.run.plan.epoch(step), **values, lr=lr, **self.speed.told())
+        if told:
+            self.log.write("step", step, epoch=self.run.plan.epoch(step), **values, **told)
 
     def refuse_unsound(self, step: int, values: dict[str, float]) -> None:
         """Stop at a loss or a gradient that is not finite, or a loss that has exploded."""
@@ -338,6 +347,9 @@ class Trainer:
             f" ({named}" + ", ..." * (len(items) > 4) + ")",
             do="lower lr, set clip_grad, or use float32; the last good checkpoint is kept",
         )
+
+    def logged(self) -> bool:
+        return self.log is not None and self.step % self.run.settings.log_steps == 0
 
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]

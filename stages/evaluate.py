@@ -38,12 +38,13 @@ from pipeline.loader import Groups, Renderer, mixed, stored_answers
 from pipeline.models import (
     Normalised,
     build_student,
+    load_resized,
     load_teacher,
-    load_weights,
     parameter_count,
     read_weights,
 )
 from pipeline.plan import Item
+from pipeline.ranks import Rank
 from pipeline.recipe import group_count, recipe_fingerprint
 from pipeline.report import (
     Result,
@@ -60,6 +61,7 @@ from pipeline.store import VERSIONS, Store
 
 TEACHER, FINETUNED, TRUTH = "teacher", "finetuned", "truth"
 SHOWN_SAMPLES, SHOWN_VIEWS = 4, 3
+SIZES = ("model", "trained", "size", "classifier", "top1", "top5")  # columns of sizes.csv
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ class Entry:
     def weights(self) -> Path:
         return self.folder / "weights.safetensors"
 
+    @property
+    def taught(self) -> bool:
+        """Whether a second head learned: without distillation it was never trained."""
+        return self.student is not None and self.student.distillation != "none"
+
 
 def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     """Write metrics, tables, pictures and report.html into outputs/<name>/evaluation/.
@@ -101,23 +108,29 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     if dry_run:
         return
     refuse_missing(entries)
-    store, manifest = open_store(config, train_index)
-    labels = torch.from_numpy(val_index.labels())
-    results, decisions = [], {}
+    answers = open_store(config, train_index) if entries[0].name == TEACHER else None
+    labels, results, decisions, at_sizes = torch.from_numpy(val_index.labels()), [], {}, []
     for entry in entries:
         rows, decisions[entry.name] = evaluate(config, entry, val_index, labels, device)
         results += rows
+        for size in config.evaluate.sizes:
+            at_sizes += at_size(config, entry, size, val_index, labels, device)
+    if Rank.start(device).rank:
+        return  # rank 0 writes
     table = disagreement(deciders(config, decisions, labels.numpy()))
     folder = evaluation_folder(config)
-    write_tables(folder, results, table)
+    write_tables(folder, results, at_sizes, table)
     curves = {entry.name: entry.folder / "curve.csv" for entry in entries}
     plot_curves(folder / "curves.png", {name: path for name, path in curves.items() if path.exists()})
     plot_disagreement(folder / "disagreement.png", table)
-    draw_views(folder / "views.png", shown_samples(config, store, manifest))
-    pictures = {name: folder / f"{name}.png" for name in ("curves", "views")}
-    facts = describe_experiment(config, train_index, val_index, store, device)
+    pictures = {"curves": folder / "curves.png"}
+    if answers:
+        pictures["views"] = folder / "views.png"
+        draw_views(pictures["views"], shown_samples(config, *answers))
+    facts = describe_experiment(config, train_index, val_index, answers and answers[0], device)
     write_report(folder / "report.html", config.name, results, table, pictures, facts)
-    text = f"{format_table(results)}\nreport: {folder / 'report.html'}\n"
+    sizes = f"\n{format_sizes(at_sizes)}\n" if at_sizes else ""
+    text = f"{format_table(results)}\n{sizes}\nreport: {folder / 'report.html'}\n"
     with replacing(folder / "table.txt") as temporary:
         temporary.write_text(text)
     print(text)
@@ -126,15 +139,15 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
 def list_entries(config: Config) -> list[Entry]:
     """The teacher, the students and the fine-tuned one, in the order of the tables."""
     size, crop, section, tuned = config.recipe.size, config.evaluate.crop, config.teacher, config.finetune
-    named = section.weights or section.model
-    entries = [
-        Entry(TEACHER, named, teacher_folder(config), "teacher", size, section.crop, section.precision)
-    ]
+    entries = []
+    if config.students or config.finetune_student().distillation != "none":
+        named = section.weights or section.model
+        entries.append(Entry(TEACHER, named, teacher_folder(config), "teacher", size, section.crop, section.precision))
     for name in config.students:
         student, command = config.student_named(name), f"train-student --student {name}"
         folder = student_folder(config, name)
         entries.append(Entry(name, student.model, folder, command, size, crop, student.precision, student))
-    if config.students:
+    if config.students or tuned.weights:
         student, crop = config.finetune_student(), config.evaluate.crop_finetuned
         folder, size = finetune_folder(config), tuned.size
         entries.append(
@@ -155,12 +168,14 @@ def refuse_missing(entries: list[Entry]) -> None:
         )
 
 
-def load_model(config: Config, entry: Entry, classes: int, device: torch.device) -> Normalised:
-    """An entry's model with its weights, in eval mode on the device."""
+def load_model(
+    config: Config, entry: Entry, classes: int, device: torch.device, size: int | None = None
+) -> Normalised:
+    """An entry's model with its weights, in eval mode on the device; at its own size, or at another."""
     if entry.student is None:
         return load_teacher(config, classes, device)
-    model = build_student(entry.student, config.recipe, classes, entry.size)
-    load_weights(model.model, read_weights(entry.weights), str(entry.weights))
+    model = build_student(entry.student, config.recipe, classes, size or entry.size)
+    load_resized(model, read_weights(entry.weights), str(entry.weights))
     return model.to(device).eval()
 
 
@@ -172,11 +187,11 @@ def evaluate(
     model = load_model(config, entry, len(val.classes), device)
     heads = predict(model, val, size, entry.crop, batch, settings.workers, device, entry.precision)
     macs = multiply_adds(model, size)
-    speed = throughput(model, size, batch, settings.throughput_seconds, entry.precision)
-    # without distillation a second head was never trained
-    taught = entry.student is not None and entry.student.distillation != "none"
+    speed = 0.0
+    if Rank.start(device).rank == 0:
+        speed = throughput(model, size, batch, settings.throughput_seconds, entry.precision)
     rows, decided = [], {}
-    for name, scores in classifiers(heads, model.distilled and taught).items():
+    for name, scores in classifiers(heads, model.distilled and entry.taught).items():
         decided[name] = scores.argmax(1).numpy()
         rows.append(
             Result(
@@ -193,19 +208,48 @@ def evaluate(
     return rows, decided
 
 
+def at_size(
+    config: Config, entry: Entry, size: int, val: Index, labels: torch.Tensor, device: torch.device
+) -> list[dict[str, str | int | float]]:
+    """A model's accuracy at another size than its own, as lines of sizes.csv; positions are resized."""
+    model = load_model(config, entry, len(val.classes), device, size)
+    settings = config.evaluate
+    heads = predict(model, val, size, entry.crop, settings.batch_size, settings.workers, device, entry.precision)
+    rows = []
+    for name, scores in classifiers(heads, model.distilled and entry.taught).items():
+        both = (top_k_accuracy(scores, labels, k) for k in (1, 5))
+        rows.append(dict(zip(SIZES, (entry.name, entry.size, size, name, *both), strict=True)))
+    return rows
+
+
+def format_sizes(rows: list[dict[str, Any]]) -> str:
+    """Top-1 of every model's joint or only classifier, a column a size."""
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    lines = [f"{'top-1 % at':<24}" + "".join(f"{size:>8} px" for size in sizes)]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == name]
+        joint = "mean" if any(row["classifier"] == "mean" for row in own) else "class"
+        best = {row["size"]: row["top1"] for row in own if row["classifier"] == joint}
+        label = f"{name} ({own[0]['trained']} px)"
+        lines.append(f"{label:<24}" + "".join(f"{100 * best[size]:>11.2f}" for size in sizes))
+    return "\n".join(lines)
+
+
 def deciders(
     config: Config, decisions: dict[str, dict[str, np.ndarray]], labels: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Table 4's rows: truth, teacher, a student without distillation, the distilled one's classifiers."""
-    chosen = {TRUTH: labels, TEACHER: decisions[TEACHER]["class"]}
-    if not config.students:
+    chosen = {TRUTH: labels}
+    if TEACHER in decisions:
+        chosen[TEACHER] = decisions[TEACHER]["class"]
+    if FINETUNED not in decisions:
         return chosen
     source = config.finetune.student
     plain = [name for name in config.students if config.student_named(name).distillation == "none"]
     if plain and plain[0] != source:
         chosen[f"{plain[0]} class"] = decisions[plain[0]]["class"]
     for name in ("class", "distillation", "mean"):
-        if name in decisions[source]:
+        if name in decisions.get(source, {}):
             chosen[f"{source} {name}"] = decisions[source][name]
     joint = "mean" if "mean" in decisions[FINETUNED] else "class"
     chosen[f"{FINETUNED} {joint}"] = decisions[FINETUNED][joint]
@@ -266,8 +310,10 @@ def _seen(store: Store, groups: Groups, kind: str, slots: list[int]) -> Iterator
         )
 
 
-def write_tables(folder: Path, results: list[Result], table: dict[str, dict[str, float]]) -> None:
-    """metrics.json, throughput.json, accuracy.csv and disagreement.csv."""
+def write_tables(
+    folder: Path, results: list[Result], at_sizes: list[dict[str, Any]], table: dict[str, dict[str, float]]
+) -> None:
+    """metrics.json, throughput.json, accuracy.csv, sizes.csv and disagreement.csv."""
     metrics: dict[str, dict[str, Any]] = {}
     for row in results:
         cost = {"parameters": row.parameters, "gmacs": row.macs / 1e9}
@@ -282,30 +328,31 @@ def write_tables(folder: Path, results: list[Result], table: dict[str, dict[str,
         for first, row in table.items()
         for second, share in row.items()
     ]
-    for name, lines in (("accuracy", accuracy), ("disagreement", pairs)):
+    for name, lines in (("accuracy", accuracy), ("sizes", at_sizes), ("disagreement", pairs)):
         with replacing(folder / f"{name}.csv") as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(lines[0]))
+            writer = csv.DictWriter(file, list(lines[0]) if lines else SIZES)
             writer.writeheader()
             writer.writerows(lines)
 
 
 def describe_experiment(
-    config: Config, train: Index, val: Index, store: Store, device: torch.device
+    config: Config, train: Index, val: Index, store: Store | None, device: torch.device
 ) -> dict[str, dict[str, str]]:
     """What the run was, for the report: headings, terms and what they are."""
     recipe, teacher, tuned, evaluated = config.recipe, config.teacher, config.finetune, config.evaluate
     students = {name: _taught(config.student_named(name)) for name in config.students}
-    if students:
-        students[FINETUNED] = f"{tuned.student} at {tuned.size} px, epochs: {tuned.epochs}"
+    if students or tuned.weights:
+        students[FINETUNED] = f"{tuned.weights or tuned.student} at {tuned.size} px, epochs: {tuned.epochs}"
     cpu = f"CPU, threads: {torch.get_num_threads()}"
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    taught = {}
+    if store:
+        trained = "elsewhere" if teacher.weights else f"here, epochs: {teacher.epochs}"
+        taught["Teacher"] = {"model": teacher.weights or teacher.model, "trained": trained}
+        taught["Store of its answers"] = _describe_store(config, store)
     return {
         "Students": students,
-        "Teacher": {
-            "model": teacher.weights or teacher.model,
-            "trained": "elsewhere" if teacher.weights else f"here, epochs: {teacher.epochs}",
-        },
-        "Store of its answers": _describe_store(config, store),
+        **taught,
         "Recipe": {
             "views": f"{recipe.size} px, crops of {recipe.scale[0]:g} to {recipe.scale[1]:g} of the image",
             "augmentation": f"{recipe.auto_augment or 'no RandAugment'}, flip {recipe.hflip:g},"

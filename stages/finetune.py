@@ -4,12 +4,14 @@ DeiT's own code raises NotImplementedError for distilled models here; this follo
 section 4: label and teacher, the teacher at the same resolution, position embeddings by plain bicubic.
 """
 
+from pathlib import Path
+
 import torch
 
 from pipeline.config import Config, result_fields
 from pipeline.errors import PipelineError
 from pipeline.layout import finetune_folder, index_path, state_folder, student_folder
-from pipeline.models import build_student, load_resized, read_weights, weights_hash
+from pipeline.models import Normalised, build_student, load_resized, read_weights, weights_hash, with_new_heads
 from pipeline.plan import plan_of
 from pipeline.recipe import recipe_fingerprint
 from pipeline.shards import Index
@@ -26,19 +28,22 @@ def run(config: Config, device: torch.device, teacher: str = "stored", dry_run: 
     """Write outputs/<name>/finetune/weights.safetensors, metrics.json and curve.csv.
 
     Raises:
-        PipelineError: `finetune.from` was not trained yet; else as train-student.
+        PipelineError: what it starts from is not there; else as train-student.
     """
     settings, recipe = config.finetune, config.finetune_recipe()
     train_index, val_index = (Index(index_path(config, split)) for split in ("train", "val"))
     student = config.finetune_student()
-    source = student_folder(config, settings.student) / "weights.safetensors"
+    source = Path(settings.weights or student_folder(config, settings.student) / "weights.safetensors")
     model = build_student(student, config.recipe, len(train_index.classes), settings.size)
     try:
         if not source.exists():
             raise PipelineError(
-                f"{source}: no student to start from", do=f"run: pipeline train-student --student {settings.student}"
+                f"{source}: no student to start from",
+                do="correct finetune.weights"
+                if settings.weights
+                else f"run: pipeline train-student --student {settings.student}",
             )
-        load_resized(model, read_weights(source), str(source))
+        start(model, source, transfer=settings.weights is not None)
         teaching, taught_by = find_teacher(config, student, "finetune", train_index, device, teacher)
     except PipelineError as error:
         if not dry_run:
@@ -54,7 +59,7 @@ def run(config: Config, device: torch.device, teacher: str = "stored", dry_run: 
         teacher=taught_by,
     )
     training = Run(
-        name=f"finetune {settings.student} at {settings.size}",
+        name=f"finetune {source if settings.weights else settings.student} at {settings.size}",
         folder=state_folder(config, fingerprint(identity)),
         identity=identity,
         settings=settings,
@@ -72,3 +77,12 @@ def run(config: Config, device: torch.device, teacher: str = "stored", dry_run: 
     print(describe_run(training))
     if not dry_run:
         finish(training, finetune_folder(config))
+
+
+def start(model: Normalised, source: Path, transfer: bool) -> None:
+    """Load what fine-tuning starts from; onto another data set (paper, section 5.4), with heads of its own."""
+    state = read_weights(source)
+    if transfer:
+        state, anew = with_new_heads(model, state)
+        print(f"{source}: " + (f"{', '.join(anew)} begin anew" if anew else "heads kept, the classes being as many"))
+    load_resized(model, state, str(source))

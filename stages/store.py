@@ -6,7 +6,6 @@ No stage of `dvc repro`. Everything works on a partial store and says what is mi
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +16,14 @@ from tqdm import tqdm
 
 from pipeline.answers import row_bytes
 from pipeline.audit import manifest, read_manifest, store_bytes
-from pipeline.config import Config, Recipe, result_fields
+from pipeline.config import Config
 from pipeline.errors import IO_ERRORS, PipelineError, Unreadable, UsageError
 from pipeline.layout import answers_folder, index_path, store_path
 from pipeline.params import load
 from pipeline.plan import Unit
-from pipeline.recipe import recipe_fingerprint
+from pipeline.progress import Wanted, is_run_of, is_store_of, list_stores, wanted, wanted_runs
 from pipeline.shards import Index
 from pipeline.store import Store
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a configuration wants of one of its two stores."""
-
-    purpose: str
-    recipe: Recipe
-    views: int
-    kind: str
-
-
-def wanted(config: Config, purpose: str) -> Wanted:
-    if purpose == "train-student":
-        return Wanted(purpose, config.recipe, config.teacher_logits.views, config.teacher_logits.kind)
-    return Wanted(purpose, config.finetune_recipe(), config.finetune.views, config.teacher_logits.kind)
 
 
 def find(config: Config, purpose: str, index: Index, named: str | None = None) -> Store:
@@ -58,8 +41,8 @@ def find(config: Config, purpose: str, index: Index, named: str | None = None) -
         return Store.open(path, index, recipe)
     fitting = [
         path
-        for path, attributes in list_stores(config)
-        if attributes.get("index") == index.fingerprint and attributes.get("recipe") == recipe_fingerprint(recipe)
+        for path, attributes in list_stores(config.work)
+        if is_store_of(recipe, index.fingerprint, attributes)
     ]
     if len(fitting) > 1:
         raise UsageError(
@@ -71,22 +54,6 @@ def find(config: Config, purpose: str, index: Index, named: str | None = None) -
             f"{config.work}/stores: no store of this index and recipe", do="run: pipeline teacher-logits"
         )
     return Store.open(fitting[0], index, recipe)
-
-
-def list_stores(config: Config) -> list[tuple[str, dict[str, Any]]]:
-    """Every store below `work`, with its attributes ({} where they are damaged)."""
-    filesystem, root = fsspec.core.url_to_fs(f"{config.work}/stores")
-    if not filesystem.exists(root):
-        return []
-    found = []
-    for path in sorted(filesystem.ls(root, detail=False)):
-        if path.endswith(".zarr"):
-            try:
-                attributes = json.loads(filesystem.cat_file(f"{path}/zarr.json"))["attributes"]
-            except (OSError, ValueError, KeyError):
-                attributes = {}
-            found.append((f"{config.work}/stores/{path.rpartition('/')[2]}", attributes))
-    return found
 
 
 # info
@@ -287,7 +254,7 @@ def prune(config_files: list[Path], work: str, delete: bool) -> None:
     here = [config for config in configs if config.work == work]
     stores = [
         (path, store_bytes(path))
-        for path, attributes in list_stores(Config(work=work))
+        for path, attributes in list_stores(work)
         if not any(_names_store(config, attributes) for config in here)
     ]
     states = [
@@ -312,8 +279,8 @@ def _index_of(config: Config) -> str | None:
 
 
 def _names_store(config: Config, attributes: dict[str, Any]) -> bool:
-    recipes = {recipe_fingerprint(recipe) for recipe in (config.recipe, config.finetune_recipe())}
-    return attributes.get("index") == _index_of(config) and attributes.get("recipe") in recipes
+    recipes = (config.recipe, config.finetune_recipe())
+    return any(is_store_of(recipe, _index_of(config), attributes) for recipe in recipes)
 
 
 def _names_state(config: Config, folder: Path) -> bool:
@@ -321,17 +288,7 @@ def _names_state(config: Config, folder: Path) -> bool:
         described = json.loads((folder / "run.json").read_text())
     except (OSError, ValueError):
         return False
-    if described.get("index") != _index_of(config):
-        return False
-    own, tuned = recipe_fingerprint(config.recipe), recipe_fingerprint(config.finetune_recipe())
-    if "finetune" in described:
-        return described["recipe"] == tuned and described["finetune"] == result_fields(config.finetune)
-    if described["recipe"] != own:
-        return False
-    if "student" in described:
-        return any(described["student"] == result_fields(config.student_named(name)) for name in config.variants)
-    settings = result_fields(config.teacher)
-    return described["teacher_settings"] == {k: v for k, v in settings.items() if k not in ("min_top1", "crop")}
+    return any(is_run_of(run, described) for run in wanted_runs(config, _index_of(config)).values())
 
 
 def _remove(path: str) -> None:

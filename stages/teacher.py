@@ -1,24 +1,29 @@
-"""The teacher: read from weights, or trained on the shards; evaluated and, if it is poor, refused."""
+"""The teacher: read from weights, or trained on the shards; evaluated and, if it is poor, refused.
+
+For fine-tuning at a higher resolution it is evaluated there, after its own fine-tuning if that is asked for.
+"""
 
 import json
 from pathlib import Path
 
 import torch
 
-from pipeline.config import Config, result_fields
+from pipeline.config import Config, Recipe, Training, result_fields
 from pipeline.errors import PipelineError
 from pipeline.evaluation import classifiers, predict, top_k_accuracy
 from pipeline.files import replacing
 from pipeline.layout import index_path, state_folder, teacher_folder
 from pipeline.models import (
     Normalised,
+    adaptable,
     build_teacher,
+    load_teacher,
     parameter_count,
     pretrained_teacher,
     save_weights,
     weights_hash,
 )
-from pipeline.plan import plan_of
+from pipeline.plan import Plan, plan_of
 from pipeline.ranks import Rank
 from pipeline.recipe import recipe_fingerprint
 from pipeline.runlog import write_curve
@@ -27,80 +32,131 @@ from pipeline.strict import fingerprint
 from pipeline.training import Run, complete, describe_run, run_identity
 
 
-def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
-    """Write outputs/<name>/teacher/weights.safetensors and metrics.json, if the teacher is good enough.
+def run(config: Config, device: torch.device, purpose: str = "train-student", dry_run: bool = False) -> None:
+    """Write outputs/<name>/teacher/ or teacher-finetune/: weights.safetensors and metrics.json, if it is good enough.
 
     Raises:
         PipelineError: its top-1 on val is below `teacher.min_top1`; nothing is published then.
     """
-    train_index, val_index = (Index(index_path(config, split)) for split in ("train", "val"))
-    section, classes = config.teacher, len(train_index.classes)
-    if section.weights:
-        print(f"teacher: {section.weights}")
-        if dry_run:
-            return
-        teacher = pretrained_teacher(section, classes)
-    else:
-        training = _training(config, train_index, val_index, device)
-        print(describe_run(training))
-        if dry_run:
-            return
+    train, val = Index(index_path(config, "train")), Index(index_path(config, "val"))
+    size = config.recipe.size
+    if purpose == "finetune":
+        size = config.finetune.teacher_size or config.finetune.size
+    try:
+        training = _training(config, purpose, train, val, device)
+    except PipelineError as error:
+        if not dry_run:
+            raise
+        print(f"not yet: {error.what}")
+        return
+    print(describe_run(training) if training else f"teacher: {config.teacher.weights or 'as it is'}, {size} px")
+    if dry_run:
+        return
+    if training:
         complete(training)
         teacher = training.model
-    metrics = _evaluate(config, teacher, val_index, device)
+    elif purpose == "finetune":
+        teacher = load_teacher(config, len(train.classes), device)
+    else:
+        teacher = pretrained_teacher(config.teacher, len(train.classes))
+    publish(config, purpose, teacher, val, size, training, device)
+
+
+def publish(
+    config: Config, purpose: str, teacher: Normalised, val: Index, size: int, training: Run | None, device: torch.device
+) -> None:
+    """Evaluate; refuse, or write weights, curve and metrics."""
+    section = config.teacher
+    metrics = _evaluate(config, teacher, val, size, device)
     if metrics["top1"] < section.min_top1:
         raise PipelineError(
-            f"teacher {section.weights or section.model}: top-1 on {val_index.path}",
+            f"teacher {section.weights or section.model} at {size} px: top-1 on {val.path}",
             expected=f"at least {section.min_top1:.4f} (teacher.min_top1)",
             found=f"{metrics['top1']:.4f}",
             do="check that its classes are in the index's order; train it longer; or lower teacher.min_top1",
         )
     if Rank.start(device).rank:
         return  # rank 0 publishes
-    print(f"teacher: top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f} on {len(val_index):,} images")
-    folder = teacher_folder(config)
+    print(f"teacher: top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f} on {len(val):,} images at {size} px")
+    folder = teacher_folder(config, purpose)
     with replacing(folder / "weights.safetensors") as temporary:
         save_weights(temporary, teacher.model)
-    write_curve(folder / "curve.csv", Path("none") if section.weights else training.folder / "log.jsonl")
+    write_curve(folder / "curve.csv", training.folder / "log.jsonl" if training else Path("none"))
     with replacing(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
 
 
-def _training(config: Config, train_index: Index, val_index: Index, device: torch.device) -> Run:
-    section, block = config.teacher, config.recipe.block
-    plan = plan_of(train_index, config.recipe, section, block)
-    # a teacher stores nothing, so it sees as many views as its epochs want
-    plan = plan_of(train_index, config.recipe, section, -(-plan.views_seen(section.epochs) // block) * block)
+def _training(config: Config, purpose: str, train: Index, val: Index, device: torch.device) -> Run | None:
+    """What the teacher has to learn here, if anything."""
+    if purpose == "finetune":
+        return _finetuning(config, train, val, device) if config.teacher_finetune.epochs else None
+    section = config.teacher
+    if section.weights:
+        return None
     identity = run_identity(
         teacher_settings={k: v for k, v in result_fields(section).items() if k not in ("min_top1", "crop")},
         recipe=recipe_fingerprint(config.recipe),
-        index=train_index.fingerprint,
+        index=train.fingerprint,
     )
     return Run(
         name="teacher",
         folder=state_folder(config, fingerprint(identity)),
         identity=identity,
         settings=section,
-        plan=plan,
-        train=train_index,
-        val=val_index,
-        model=build_teacher(section, len(train_index.classes)),
+        plan=_plan(train, config.recipe, section),
+        train=train,
+        val=val,
+        model=build_teacher(section, len(train.classes)),
         size=config.recipe.size,
         crop=section.crop,
         device=device,
     )
 
 
-def _evaluate(config: Config, teacher: Normalised, val: Index, device: torch.device) -> dict[str, float | str | int]:
+def _finetuning(config: Config, train: Index, val: Index, device: torch.device) -> Run:
+    """FixRes: the classifier and the last batch norm learn at the higher resolution, the rest stays."""
+    section, recipe = config.teacher_finetune, config.teacher_finetune_recipe()
+    teacher = load_teacher(config, len(train.classes), device)
+    identity = run_identity(
+        teacher_finetune=result_fields(section),
+        start=weights_hash(teacher.model),
+        recipe=recipe_fingerprint(recipe),
+        index=train.fingerprint,
+    )
+    return Run(
+        name=f"teacher at {recipe.size}",
+        folder=state_folder(config, fingerprint(identity)),
+        identity=identity,
+        settings=section,
+        plan=_plan(train, recipe, section),
+        train=train,
+        val=val,
+        model=teacher,
+        size=recipe.size,
+        crop=config.teacher.crop,
+        device=device,
+        learning=adaptable(teacher.model),
+    )
+
+
+def _plan(train: Index, recipe: Recipe, section: Training) -> Plan:
+    """A teacher stores nothing, so it sees as many views as its epochs want."""
+    views = plan_of(train, recipe, section, recipe.block).views_seen(section.epochs)
+    return plan_of(train, recipe, section, -(-views // recipe.block) * recipe.block)
+
+
+def _evaluate(
+    config: Config, teacher: Normalised, val: Index, size: int, device: torch.device
+) -> dict[str, float | str | int]:
     section, evaluate = config.teacher, config.evaluate
     heads = predict(
-        teacher, val, config.recipe.size, section.crop, evaluate.batch_size, evaluate.workers, device,
-        section.precision,
-    )  # fmt: skip
+        teacher, val, size, section.crop, evaluate.batch_size, evaluate.workers, device, section.precision
+    )
     scores, labels = classifiers(heads, False)["class"], torch.from_numpy(val.labels())
     return {
         "top1": top_k_accuracy(scores, labels, 1),
         "top5": top_k_accuracy(scores, labels, 5),
+        "size": size,
         "parameters": parameter_count(teacher.model),
         "weights": weights_hash(teacher.model),
     }

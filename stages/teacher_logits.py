@@ -55,10 +55,10 @@ def run(
     """
     index = Index(index_path(config, "train"))
     recipe, views, own_size = _purpose(config, purpose)
-    if dry_run and not (teacher_folder(config) / "weights.safetensors").exists():
+    if dry_run and not (teacher_folder(config, purpose) / "weights.safetensors").exists():
         print(describe(config, index, recipe, views, "a store that is named when the teacher is there"))
         return
-    teacher = load_teacher(config, len(index.classes), device)
+    teacher = load_teacher(config, len(index.classes), device, purpose)
     identity = Identity(
         index.fingerprint, recipe, describe_teacher(config.teacher, weights_hash(teacher.model), own_size)
     )
@@ -239,7 +239,7 @@ def recompute_unit(
         PipelineError: the teacher is not the store's, or the unit is damaged.
     """
     _, _, own_size = _purpose(config, purpose)
-    teacher = load_teacher(config, store.classes, device)
+    teacher = load_teacher(config, store.classes, device, purpose)
     described = describe_teacher(config.teacher, weights_hash(teacher.model), own_size)
     if described != store.group.attrs["teacher"]:
         raise PipelineError(

@@ -123,7 +123,7 @@ def find_teacher(
 def _online(config: Config, purpose: str, index: Index, device: torch.device) -> tuple[OnlineTeacher, dict]:
     settings = config.teacher_logits
     size = config.finetune.teacher_size if purpose == "finetune" else None
-    model = load_teacher(config, len(index.classes), device)
+    model = load_teacher(config, len(index.classes), device, purpose)
     bf16 = settings.precision == "bfloat16"
     return OnlineTeacher(model, size, settings.batch_groups, bf16), {"online": settings.precision}
 

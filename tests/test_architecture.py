@@ -18,7 +18,7 @@ ORDER = (
     "errors", "files", "lease", "strict", "policies", "config", "params", "layout", "recipe", "ops", "views",
     "shards", "sources", "plan", "sealed", "answers", "store", "audit", "loader", "models", "teaching", "losses",
     "optim", "checkpoint", "ranks", "evaluation", "runlog", "meters", "training", "contact_sheet",
-    "report", "cli_store", "cli",
+    "report", "progress", "cli_store", "cli",
 )  # fmt: skip
 
 STAGE_MODULES = {
@@ -26,6 +26,7 @@ STAGE_MODULES = {
     "teacher": "teacher",
     "teacher-logits": "teacher_logits",
     "train-student": "train_student",
+    "teacher-finetune": "teacher",
     "teacher-logits-finetune": "teacher_logits",
     "finetune": "finetune",
     "evaluate": "evaluate",

@@ -13,6 +13,7 @@ from pipeline.config import Recipe, Student, Teacher
 from pipeline.errors import PipelineError, UsageError
 from pipeline.models import (
     Normalised,
+    adaptable,
     build,
     build_student,
     build_teacher,
@@ -25,6 +26,7 @@ from pipeline.models import (
     save_weights,
     teacher_logits,
     weights_hash,
+    with_new_heads,
 )
 
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -197,6 +199,59 @@ def test_student_of_another_resolution_takes_every_weight_but_the_positions(sect
 
 
 # weights in and out
+
+
+@pytest.mark.parametrize("section", [DISTILLED, PLAIN])
+def test_heads_of_another_number_of_classes_begin_anew_and_the_rest_is_kept(section):
+    source, model = student(section, classes=5, size=32, seed=1), student(section, classes=7, size=48, seed=2)
+    fresh = {name: value.clone() for name, value in model.model.state_dict().items()}
+    state, anew = with_new_heads(model, source.model.state_dict())
+    load_resized(model, state, "source")
+    found = model.model.state_dict()
+    heads = {f"{head}.{part}" for head in ("head", "head_dist") for part in ("weight", "bias")} & set(found)
+    assert set(anew) == heads
+    assert all(torch.equal(found[name], fresh[name]) for name in heads)
+    kept = found.keys() - heads - {"pos_embed"}
+    assert all(torch.equal(found[name], source.model.state_dict()[name]) for name in kept)
+
+
+def test_heads_of_as_many_classes_are_kept():
+    source, model = student(seed=1), student(seed=2)
+    state, anew = with_new_heads(model, source.model.state_dict())
+    assert not anew and torch.equal(state["head.weight"], source.model.head.weight)
+
+
+def test_plain_students_weights_are_refused_by_a_distilled_one_without_a_traceback():
+    message = refusal(load_resized, student(), student(PLAIN).model.state_dict(), "plain.pth")
+    assert "plain.pth" in message and "dist_token" in message
+
+
+def test_what_fixres_adapts_is_the_classifier_and_the_batch_norms_that_make_the_output():
+    model = timm.create_model("regnety_002", num_classes=3)
+    classifier, *norms = adaptable(model)
+    assert classifier is model.head.fc
+    last = model.s4.b7  # its shortcut is the identity
+    assert norms == [last.conv3.bn]
+    model = timm.create_model("regnety_160", num_classes=3)
+    assert adaptable(model)[1:] == [model.s4.b1.conv3.bn, model.s4.b1.downsample.bn]
+
+
+def test_model_without_batch_norm_cannot_be_adapted():
+    assert "batch norm" in refusal(adaptable, student().model, kind=UsageError)
+
+
+def test_linears_begin_as_a_normal_of_std_002_and_the_patches_as_torch_has_them():
+    model = build_student(Student(kwargs={"depth": 2}, drop_path=0.0), Recipe(), 10, 224).model
+    for part in (model.blocks[0].attn.qkv, model.blocks[1].mlp.fc1):
+        assert part.weight.std().item() == pytest.approx(0.02, rel=0.05) and not part.bias.any()
+    bound = (3 * 16 * 16) ** -0.5  # kaiming_uniform(a=sqrt(5)), as timm 0.3.2 leaves it
+    assert model.patch_embed.proj.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+
+
+def test_drop_path_rises_linearly_over_the_blocks():
+    model = build_student(Student(drop_path=0.1), Recipe(), 10, 224).model
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
+    assert rates == pytest.approx(np.linspace(0, 0.1, 12).tolist())
 
 
 def test_weights_are_loaded_as_they_were_saved(tmp_path):

@@ -1,7 +1,9 @@
 """Evaluation's numbers, the pictures and tables made of them, and the report that holds them all."""
 
+import csv
 import json
 import re
+import shutil
 from html import unescape
 from pathlib import Path
 
@@ -233,7 +235,7 @@ def mini_config(work: Path):
             "students": ["token", "plain"],
             "variants": {"token": {"distillation": "hard"}, "plain": plain},
             "finetune": {"from": "token", "size": 24, "views": 1, **quick},
-            "evaluate": {"workers": 0, "throughput_seconds": 0, "batch_size": 4},
+            "evaluate": {"workers": 0, "throughput_seconds": 0, "batch_size": 4, "sizes": [16, 32]},
         },
         (),
         "mini",
@@ -293,6 +295,32 @@ def test_evaluate_writes_metrics_that_a_second_run_repeats(mini, capsys):
     page = unescape((folder / "report.html").read_text(encoding="utf-8"))
     assert all(name in page for name in (*metrics, "test_resnet", "token distillation", "finetuned mean"))
     assert str(folder / "report.html") in capsys.readouterr().out
+
+
+def test_accuracy_at_the_size_of_training_is_that_of_the_table(mini):
+    config, device = mini
+    evaluate.run(config, device)
+    folder = evaluation_folder(config)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    with open(folder / "sizes.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file)]
+    assert {row["size"] for row in rows} == {"16", "32"} and {row["model"] for row in rows} == set(metrics)
+    own = [row for row in rows if row["size"] == row["trained"]]
+    assert own and all(float(row["top1"]) == metrics[row["model"]][row["classifier"]]["top1"] for row in own)
+
+
+def test_a_model_tuned_onto_another_data_set_is_evaluated_without_teacher_or_store(mini, tmp_path):
+    config, device = mini
+    tuned = config.finetune.model_copy(update={"weights": "elsewhere.safetensors", "student": "plain"})
+    alone = config.model_copy(update={"students": [], "finetune": tuned, "name": "transfer"})
+    shutil.copytree(index_path(config, "train").parent.parent, index_path(alone, "train").parent.parent)
+    model = build_student(alone.finetune_student(), alone.recipe, 2, 24)
+    finetune_folder(alone).mkdir(parents=True)
+    save_weights(finetune_folder(alone) / "weights.safetensors", model.model)
+    evaluate.run(alone, device)
+    assert list(json.loads((evaluation_folder(alone) / "metrics.json").read_text())) == ["finetuned"]
+    page = (evaluation_folder(alone) / "report.html").read_text(encoding="utf-8")
+    assert "What the teacher saw" not in page and "elsewhere.safetensors at 24 px" in page
 
 
 def test_shown_samples_are_what_the_store_answers_for(mini):

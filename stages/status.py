@@ -1,0 +1,377 @@
+"""How far every stage of an experiment is, from its files alone: nothing is written, no process is asked.
+
+A store runs while a lease beside it is renewed, so a writer that is killed counts for five minutes more.
+Anything else runs while its newest file is of the last ten minutes: a training writes its log and
+checkpoints, `prepare` its shards. `evaluate` writes at its end only.
+"""
+
+import contextlib
+import csv
+import json
+import os
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import fsspec
+
+from pipeline.config import Config, Training
+from pipeline.errors import IO_ERRORS, Unreadable, reason
+from pipeline.layout import (
+    answers_folder,
+    evaluation_folder,
+    finetune_folder,
+    index_path,
+    student_folder,
+    teacher_folder,
+)
+from pipeline.lease import LEASE
+from pipeline.plan import plan_of
+from pipeline.progress import (
+    Facts,
+    Row,
+    Wanted,
+    is_run_of,
+    is_store_of,
+    list_stores,
+    rate_of,
+    row_of,
+    short,
+    table,
+    told_by_log,
+    top1_of,
+    wanted,
+    wanted_runs,
+)
+
+LOG_TAIL = 2**18  # bytes of a log that are read: about a thousand lines
+
+
+def run(config: Config, as_json: bool = False, watch: float | None = None) -> None:
+    """Print a row a stage; with `watch`, anew every so many seconds until it is interrupted.
+
+    Raises:
+        Unreadable: a folder or a server cannot be read.
+    """
+    with contextlib.suppress(KeyboardInterrupt) if watch else contextlib.nullcontext():
+        while True:
+            rows = survey(config, time.time())
+            if watch and not as_json:
+                click.clear()
+            print(as_lines(rows) if as_json else f"{config.name}\n\n{table(rows)}", flush=True)
+            if not watch:
+                break
+            time.sleep(watch)
+
+
+def as_lines(rows: list[Row]) -> str:
+    """A JSON array, one object a line."""
+    return "[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]"
+
+
+def survey(config: Config, now: float) -> list[Row]:
+    """Every stage's row, in the order of `dvc repro`."""
+    try:
+        return [row_of(facts, now) for facts in gather(Experiment(config, now))]
+    except IO_ERRORS as error:
+        where = getattr(error, "filename", None) or config.work
+        raise Unreadable(f"{where}: cannot be read", found=reason(error), do="correct it, or try again") from error
+
+
+@dataclass
+class State:
+    """A training's folder below `work`."""
+
+    folder: Path
+    described: dict[str, Any]
+    files: dict[str, float]
+    """When each was written."""
+
+    @property
+    def complete(self) -> bool:
+        return "final.safetensors" in self.files
+
+    @property
+    def moved(self) -> float:
+        return max(self.files.values(), default=0.0)
+
+    @property
+    def checkpoint(self) -> int:
+        """The step that the newest one goes on from; 0 without any."""
+        names = [name for name in self.files if re.fullmatch(r"step-\d{9}\.ckpt", name)]
+        return max((int(name[5:14]) for name in names), default=0)
+
+    def log(self) -> list[dict[str, Any]]:
+        return read_tail(self.folder / "log.jsonl")
+
+
+class Experiment:
+    """A configuration, and what is read once for all its stages."""
+
+    def __init__(self, config: Config, now: float):
+        self.config, self.now = config, now
+        self.indices = {split: read_json(index_path(config, split)) for split in ("train", "val")}
+        self.index: str | None = self.indices["train"].get("fingerprint")
+        self.names = [shard["name"] for shard in self.indices["train"].get("shards", [])]
+        self.samples = [shard["samples"] for shard in self.indices["train"].get("shards", [])]
+        self.stores, self.runs = list_stores(config.work), wanted_runs(config, self.index)
+        # a folder without run.json is of an earlier version: nothing tells what it is of
+        folders = [(folder, read_json(folder / "run.json")) for folder in (Path(config.work) / "state").glob("*")]
+        self.states = [State(folder, described, written(folder)) for folder, described in folders if described]
+
+    def states_of(self, stage: str) -> list[State]:
+        run, student = self.runs[stage], stage.partition("@")[2]
+        if student:  # with --teacher online the settings are the same, the name is not
+            run = run | {"name": f"student {student}"}
+        return [state for state in self.states if is_run_of(run, state.described)]
+
+    def steps(self, settings: Training) -> tuple[int | None, float | None]:
+        """Steps of a whole training, and the samples of one; None before there is an index."""
+        if not self.samples:
+            return None, None
+        recipe = self.config.recipe
+        plan = plan_of(SimpleNamespace(names=self.names, samples=self.samples), recipe, settings, recipe.block)
+        return settings.epochs * plan.steps_per_epoch, plan.batch_groups * sum(self.samples) / plan.groups
+
+
+def gather(experiment: Experiment) -> list[Facts]:
+    """Of every stage, in the order of `dvc repro`."""
+    config = experiment.config
+    teacher, tuned, adapted = config.teacher, config.finetune, config.teacher_finetune
+    facts = [
+        prepared(experiment),
+        trained(experiment, "teacher", None if teacher.weights else teacher, teacher_folder(config)),
+        stored(experiment, "teacher-logits", wanted(config, "train-student")),
+    ]
+    for name in config.students:
+        settings, folder = config.student_named(name), student_folder(config, name)
+        facts.append(trained(experiment, f"train-student@{name}", settings, folder))
+    if config.students or tuned.weights:
+        folder = teacher_folder(config, "finetune")
+        facts += [
+            trained(experiment, "teacher-finetune", adapted if adapted.epochs else None, folder),
+            stored(experiment, "teacher-logits-finetune", wanted(config, "finetune")),
+            trained(experiment, "finetune", tuned, finetune_folder(config)),
+        ]
+    return [*facts, evaluated(experiment)]
+
+
+def prepared(experiment: Experiment) -> Facts:
+    """Shards; how many there will be is told by the listing of the images, which would take too long here."""
+    config, indices = experiment.config, experiment.indices
+    if all(indices.values()):
+        count = sum(len(index["shards"]) for index in indices.values())
+        images = " + ".join(short(index["samples"]) for index in indices.values())
+        moved = latest(newest(index_path(config, split).parent) for split in indices)
+        return Facts("prepare", "shards", count, count, published=True, moved=moved, note=f"{images} images")
+    # whose a folder is nothing tells before its index is there: the one that moved last
+    times: list[float] = []
+    for root in (Path(config.work) / "data").glob("*"):
+        splits = {split: written(root / split) for split in indices}
+        if not all("index.json" in files for files in splits.values()):
+            found = [when for files in splits.values() for name, when in files.items() if name.endswith(".tar")]
+            times = max(times, found, key=lambda times: max(times, default=0.0))
+    return Facts(
+        "prepare", "shards", len(times), begun=bool(times), moved=latest(times), rate=rate_of(times),
+        pictures=config.data.shard_samples,
+    )  # fmt: skip
+
+
+def trained(experiment: Experiment, stage: str, settings: Training | None, folder: Path) -> Facts:
+    """A training that publishes into `folder`; without settings its weights come from elsewhere."""
+    metrics = read_json(folder / "metrics.json") if (folder / "weights.safetensors").exists() else {}
+    own = experiment.states_of(stage) if settings else []
+    foreign = bool(metrics) and is_foreign(folder / "curve.csv", bool(settings), own, experiment.states)
+    total, pictures = experiment.steps(settings) if settings else (None, None)
+    state = max(own, key=lambda state: state.moved, default=None)
+    told: dict[str, Any] = {"top1": top1_of(metrics)}
+    if state and not (state.complete and metrics):
+        told = told_by_log(state.log())
+    kept = state.checkpoint if state else 0
+    if state.complete if state else metrics and not foreign:
+        kept = total or 0
+    return Facts(
+        stage, "steps", max(told.get("done", 0), kept), total, kept,
+        begun=state is not None,
+        published=bool(metrics),
+        foreign=foreign,
+        moved=latest([newest(folder), state and state.moved]),
+        rate=told["samples"] / pictures if told.get("samples") and pictures else None,
+        pictures=pictures,
+        loss=told.get("loss"),
+        top1=told["top1"],
+    )  # fmt: skip
+
+
+def is_foreign(curve: Path, learned: bool, own: list[State], states: list[State]) -> bool:
+    """Whether what is published beside a curve is surely another configuration's.
+
+    It is known by its last epoch's loss, which no two trainings share. What no state is left of counts as
+    the configuration's own.
+
+    Args:
+        learned: the configuration trains here, so that there are epochs.
+        own: its states, of all.
+    """
+    if not curve.exists():
+        return False
+    with open(curve, newline="", errors="replace") as file:
+        epochs = list(csv.DictReader(file))
+    if not (learned and epochs):
+        return learned or bool(epochs)
+    sources = [state for state in states if _last_loss(state) == epochs[-1].get("loss")]
+    told = bool(sources) or any(state.complete for state in own)
+    return told and not any(state in own for state in sources)
+
+
+def _last_loss(state: State) -> str | None:
+    """As the curve has it."""
+    losses = [repr(line["loss"]) for line in state.log() if line["kind"] == "epoch"]
+    return losses[-1] if losses else None
+
+
+def stored(experiment: Experiment, stage: str, want: Wanted) -> Facts:
+    """A store of the published teacher's answers, and its manifest."""
+    config, samples = experiment.config, [samples for samples in experiment.samples if samples]
+    folder, blocks = answers_folder(config, want.purpose), want.views // want.recipe.block
+    manifest, summary = (read_json(folder / f"{name}.json") for name in ("manifest", "summary"))
+    published, fingerprint = bool(manifest and summary), manifest.get("fingerprint")
+    own = {
+        attributes.get("fingerprint"): written_units(path, want.kind, blocks, experiment.now)
+        for path, attributes in experiment.stores
+        if is_store_of(want.recipe, experiment.index, attributes) and _same_teacher(config, want, attributes)
+    }
+    others = {attributes.get("fingerprint") for _, attributes in experiment.stores} - own.keys()
+    same = (manifest.get("views"), manifest.get("kind")) == (want.views, want.kind)
+    foreign = published and not (same and (fingerprint in own or not own and fingerprint not in others))
+    units = max(own.values(), key=lambda units: units.moved, default=None)
+    total = blocks * len(samples) if samples else None
+    note = f"{units.writers} writers" if units and units.writers > 1 else ""
+    if published and not foreign:
+        note = f"as labelled: {summary['agreement_with_labels']:.1%}".replace("%", " %")
+    return Facts(
+        stage, "units", len(units.times) if units else (total or 0) * (published and not foreign), total,
+        begun=units is not None,
+        published=published,
+        foreign=foreign,
+        writers=units.writers if units else 0,
+        moved=latest([newest(folder), units and units.moved]),
+        rate=rate_of(units.times) if units else None,
+        pictures=want.recipe.block * sum(samples) / len(samples) if samples else None,
+        note=note,
+    )  # fmt: skip
+
+
+def _same_teacher(config: Config, want: Wanted, attributes: dict[str, Any]) -> bool:
+    """Whether a store is of the teacher that is published; of any, where none is."""
+    weights = read_json(teacher_folder(config, want.purpose) / "metrics.json").get("weights")
+    found = attributes["teacher"]
+    return found["size"] == want.teacher_size and weights in (None, found["weights"])
+
+
+@dataclass(frozen=True)
+class Units:
+    """Of a store: when each complete unit of the blocks asked for was written, when anything was, leases held."""
+
+    times: list[float]
+    moved: float
+    writers: int
+
+
+def written_units(path: str, kind: str, blocks: int, now: float) -> Units:
+    """What a store holds. A unit's argmax is written last, so its age is the unit's (see pipeline.store)."""
+    filesystem, root = fsspec.core.url_to_fs(path)
+    chunks = {}
+    for name in {"argmax", kind}:
+        folder = f"{root}/{name}/c"
+        # as deep as (block, shard), below which some arrays have one folder more
+        found = filesystem.find(folder, maxdepth=2, withdirs=True, detail=True) if filesystem.exists(folder) else {}
+        places = {where[len(folder) + 1 :]: _modified(info) for where, info in found.items()}
+        chunks[name] = {place: when for place, when in places.items() if re.fullmatch(r"\d+/\d+", place)}
+    complete = chunks["argmax"].keys() & chunks[kind].keys()
+    times = [chunks["argmax"][place] for place in complete if int(place.partition("/")[0]) < blocks]
+    beside = filesystem.ls(root.rpartition("/")[0], detail=True)
+    leases = [i for i in beside if i["name"].startswith(f"{root}.part-") and i["name"].endswith(".lock")]
+    writers = sum(now - _modified(info) < LEASE for info in leases)
+    return Units(times, max([_modified(filesystem.info(f"{root}/zarr.json")), *times]), writers)
+
+
+def _modified(info: dict[str, Any]) -> float:
+    """When a file was written: a local one has `mtime`, one of S3 `LastModified`."""
+    when = info.get("mtime") or info.get("LastModified") or 0.0
+    return when.timestamp() if hasattr(when, "timestamp") else when
+
+
+def evaluated(experiment: Experiment) -> Facts:
+    """All models at once, written at the end; the top-1 is the last model's."""
+    config, folder = experiment.config, evaluation_folder(experiment.config)
+    models = evaluable(config)
+    metrics = read_json(folder / "metrics.json") if (folder / "table.txt").exists() else {}
+    foreign = bool(metrics) and metrics.keys() & {*config.variants, "teacher", "finetuned"} != models.keys()
+    untrained = [name for name, where in models.items() if not (where / "weights.safetensors").exists()]
+    last = metrics.get(next(reversed(models), ""), {})
+    return Facts(
+        "evaluate", "models", len(models) if metrics and not foreign else 0, len(models),
+        published=bool(metrics),
+        foreign=foreign,
+        moved=newest(folder) if metrics else None,
+        top1=(last.get("mean") or last.get("class") or {}).get("top1"),
+        note=f"waits for {', '.join(untrained)}" if untrained else "",
+    )  # fmt: skip
+
+
+def evaluable(config: Config) -> dict[str, Path]:
+    """The models that `pipeline evaluate` names, each with the folder of its weights."""
+    models = {}
+    if config.students or config.finetune_student().distillation != "none":
+        models["teacher"] = teacher_folder(config)
+    models |= {name: student_folder(config, name) for name in config.students}
+    if config.students or config.finetune.weights:
+        models["finetuned"] = finetune_folder(config)
+    return models
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file holds; {} where there is none, or no object."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_tail(path: Path) -> list[dict[str, Any]]:
+    """The last lines of a log; those that are cut short are left out."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - LOG_TAIL))
+        texts = file.read().decode(errors="replace").splitlines()
+    lines = []
+    for text in texts:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def written(folder: Path) -> dict[str, float]:
+    """When each file of a folder was written; what goes while it is looked at is left out."""
+    found = {}
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                found[entry.name] = entry.stat().st_mtime
+    return found
+
+
+def newest(folder: Path) -> float | None:
+    return latest(written(folder).values())
+
+
+def latest(times: Iterable[float | None]) -> float | None:
+    return max((when for when in times if when), default=None)

@@ -1,0 +1,352 @@
+"""`pipeline status`: what it makes of a stage's files, done, half-done, damaged or absent."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from conftest import tree
+from test_training import CPU, Stop, loaded, taught, taught_template  # noqa: F401  (fixtures)
+
+from pipeline.cli import main
+from pipeline.layout import index_path, student_folder
+from pipeline.lease import lease
+from pipeline.params import dump
+from pipeline.progress import RECENT, Facts, duration, rate_of, row_of, short, table, told_by_log
+from pipeline.runlog import read_log
+from pipeline.shards import Index
+from pipeline.store import Store
+from pipeline.training import Trainer
+from stages import status, train_student
+
+ROOT = Path(__file__).parent.parent
+NOW = 1_000_000.0
+
+
+def row(now: float = NOW, **facts):
+    return row_of(Facts("finetune", "steps", **facts), now)
+
+
+# pure
+
+
+def test_a_stage_without_files_has_not_begun():
+    assert row(total=100).state == "not begun"
+
+
+def test_a_stage_that_published_is_done_though_its_state_is_gone():
+    assert row(done=100, total=100, published=True).state == "done"
+
+
+def test_what_another_configuration_published_is_told_as_such():
+    told = row(total=100, published=True, foreign=True)
+    assert told.state == "done, of another configuration"
+    assert "of another configuration" in table([told])
+
+
+def test_work_under_way_counts_before_what_was_published_earlier():
+    assert row(done=3, total=100, begun=True, published=True, moved=NOW - 5).state == "running"
+
+
+def test_a_training_that_moved_lately_runs_and_later_counts_as_stopped():
+    facts = {"done": 3, "total": 100, "begun": True}
+    assert row(**facts, moved=NOW - RECENT + 1).state == "running"
+    assert row(**facts, moved=NOW - RECENT - 1).state == "stopped"
+
+
+def test_a_store_runs_while_a_lease_is_held_however_long_ago_it_moved():
+    facts = {"done": 3, "total": 100, "begun": True}
+    assert row(**facts, moved=NOW - 3600, writers=1).state == "running"
+    assert row(**facts, moved=NOW - 1, writers=0).state == "stopped"
+
+
+def test_a_stopped_training_has_done_what_its_checkpoint_holds():
+    assert row(done=80, kept=60, total=100, begun=True, moved=0.0).done == 60
+    assert row(done=80, kept=60, total=100, begun=True, moved=NOW).done == 80
+
+
+def test_what_is_complete_but_not_published_says_so():
+    assert "not published" in table([row(done=100, total=100, begun=True, moved=0.0)])
+
+
+def test_the_time_left_is_what_is_missing_at_the_rate_of_late():
+    told = row(done=40, total=100, begun=True, moved=NOW, rate=2.0, pictures=8.0)
+    assert (told.percent, told.seconds_left, told.images_per_second) == (40.0, 30.0, 16.0)
+
+
+def test_all_but_one_of_many_is_not_yet_a_hundred_percent():
+    told = row(done=375_299, total=375_300, begun=True, moved=NOW)
+    assert told.percent < 100 and " 99 " in table([told])
+
+
+def test_a_clock_that_runs_behind_gives_no_negative_age():
+    assert row(done=1, total=2, begun=True, moved=NOW + 30).moved_seconds_ago == 0
+
+
+def test_a_rate_is_of_the_last_minutes_so_a_pause_before_them_does_not_count():
+    before, since = [0.0, 10.0], [5000.0, 5010.0, 5020.0]
+    assert rate_of(before + since) == pytest.approx(0.1)
+    assert rate_of([]) is rate_of([5.0]) is None
+
+
+def test_the_log_tells_step_loss_top1_and_the_mean_speed_of_late():
+    steps = [
+        {"kind": "step", "step": number, "loss": 2.0, "samples_per_s": speed, "seconds": seconds}
+        for number, speed, seconds in ((0, 100, 1), (50, 400, 3))
+    ]
+    epoch = {"kind": "epoch", "step": 50, "loss": 3.0, "val_top1_class": 0.5, "val_top1_mean": 0.6}
+    assert told_by_log([steps[0], epoch, steps[1]]) == {"done": 51, "loss": 2.0, "top1": 0.6, "samples": 325}
+
+
+def test_a_log_of_an_earlier_version_has_no_speed():
+    assert told_by_log([{"kind": "step", "step": 0, "loss": 2.0}])["samples"] is None
+
+
+def test_an_experiment_of_imagenets_size_fits_into_100_columns():
+    late = {"begun": True, "moved": NOW - 55}
+    facts = [
+        Facts("prepare", "shards", 1065, 1065, published=True, moved=0.0, note="50k images"),
+        Facts("teacher-logits-finetune", "units", 5119, 10240, **late, writers=8, rate=0.13, pictures=37530),
+        Facts("train-student@hard", "steps", 123456, 375300, **late, rate=1.1, pictures=1024, loss=3.456, top1=0.6543),
+        Facts("train-student@none", "steps", 0, 375300),
+    ]
+    assert max(len(line) for line in table([row_of(fact, NOW) for fact in facts]).splitlines()) <= 100
+
+
+def test_numbers_and_durations_are_short():
+    assert [short(x) for x in (0.25, 7, 9999, 12_345, 375_300, 1_281_167)] == [
+        "0.25", "7", "9,999", "12.3k", "375k", "1.28M",
+    ]  # fmt: skip
+    assert [duration(x) for x in (12.2, 300, 11_520, 400_000)] == ["12 s", "5 min", "3.2 h", "4.6 d"]
+
+
+# from files
+
+
+def told(*overrides: str) -> dict[str, status.Row]:
+    return {row.stage: row for row in status.survey(loaded(*overrides), time.time())}
+
+
+def age(seconds: float) -> None:
+    """Make all of the work so old."""
+    for path in Path("work").rglob("*"):
+        os.utime(path, (time.time() - seconds,) * 2)
+
+
+def the_store() -> Path:
+    (path,) = Path("work/stores").glob("*.zarr")
+    return path
+
+
+def stop_at(step: int, monkeypatch, name: str = "hard", *overrides: str) -> None:
+    """Train a student and stop it there, as a kill would."""
+    real = Trainer.train_step
+
+    def stopping(self, batches):
+        if self.step == step:
+            raise Stop
+        return real(self, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Trainer, "train_step", stopping)
+        train_student.run(loaded(*overrides), CPU, name)
+
+
+def test_the_stages_are_those_of_dvc_in_their_order(taught):  # noqa: F811
+    stages = [stage.partition("@") for stage in told()]
+    assert [student for _, at, student in stages if at] == taught.students
+    assert {name for name, _, _ in stages} == set(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
+
+
+def test_nothing_has_begun_where_there_is_nothing(taught, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "empty").mkdir()
+    shutil.copy("params.yaml", tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    assert {row.state for row in told().values()} == {"not begun"}
+
+
+def test_data_teacher_and_store_are_done_once_they_are_published(taught):  # noqa: F811
+    rows = told()
+    assert [rows[stage].state for stage in ("prepare", "teacher", "teacher-logits")] == ["done"] * 3
+    assert (rows["prepare"].done, rows["prepare"].note) == (5, "20 + 4 images")
+    assert rows["teacher"].top1 == json.loads(Path("outputs/small/teacher/metrics.json").read_text())["top1"]
+
+
+def test_what_is_published_is_done_though_work_is_gone(taught):  # noqa: F811
+    shutil.rmtree("work")
+    rows = told()
+    assert [rows[stage].percent for stage in ("prepare", "teacher", "teacher-logits")] == [100.0] * 3
+    assert {rows[stage].state for stage in ("prepare", "teacher", "teacher-logits")} == {"done"}
+
+
+def test_shards_are_counted_before_there_is_an_index(taught):  # noqa: F811
+    shutil.rmtree("outputs")
+    next(Path("work/data").glob("*/train/index.json")).unlink()
+    row = told()["prepare"]
+    assert (row.state, row.done, row.total) == ("running", 5, None)
+
+
+def test_units_of_a_partial_store_are_those_that_it_lacks_none_of(taught):  # noqa: F811
+    for unit in ("0/1", "1/2"):
+        (the_store() / "argmax/c" / unit).unlink()
+    shutil.rmtree(the_store() / "dense/c/1/3")
+    store = Store.open(str(the_store()), Index(index_path(taught, "train")), taught.recipe)
+    row = told()["teacher-logits"]
+    assert row.total - row.done == len(store.missing(8, "dense")) == 3
+    assert row.state == "stopped"
+
+
+def test_a_store_runs_while_its_lease_is_held(taught):  # noqa: F811
+    (the_store() / "argmax/c/0/1").unlink()
+    with lease(f"{the_store()}.part-0-of-1.lock", "a test"):
+        assert told()["teacher-logits"].state == "running"
+    assert told()["teacher-logits"].state == "stopped"
+
+
+def test_a_dead_writers_lease_is_no_running_store(taught):  # noqa: F811
+    (the_store() / "argmax/c/0/1").unlink()
+    Path(f"{the_store()}.part-0-of-1.lock").write_text("{}")
+    age(3600)
+    assert told()["teacher-logits"].state == "stopped"
+
+
+def test_more_views_leave_a_store_begun(taught):  # noqa: F811
+    row = told("teacher_logits.views=12")["teacher-logits"]
+    assert (row.state, row.done, row.total) == ("stopped", 8, 12)
+
+
+def test_a_store_of_another_recipe_is_of_another_configuration(taught):  # noqa: F811
+    assert told("recipe.seed=5")["teacher-logits"].state == "done, of another configuration"
+
+
+def test_a_teacher_of_other_settings_is_of_another_configuration(taught):  # noqa: F811
+    assert told("teacher.lr=0.5")["teacher"].state == "done, of another configuration"
+
+
+def test_a_teacher_that_was_trained_here_is_not_one_from_weights(taught):  # noqa: F811
+    assert told("teacher.weights=regnety_160.deit_in1k")["teacher"].state == "done, of another configuration"
+
+
+def test_a_training_that_is_stopped_tells_its_checkpoint_and_how_long_ago(taught, monkeypatch):  # noqa: F811
+    stop_at(5, monkeypatch)
+    assert told()["train-student@hard"].state == "running"
+    age(3600)
+    row = told()["train-student@hard"]
+    assert (row.state, row.done) == ("stopped", 5)
+    assert row.moved_seconds_ago == pytest.approx(3600, abs=60)
+
+
+def test_a_running_training_tells_loss_and_speed_of_its_log(taught, monkeypatch):  # noqa: F811
+    stop_at(5, monkeypatch)
+    row = told()["train-student@hard"]
+    assert row.loss in [read_log(path)[-1]["loss"] for path in Path("work/state").glob("*/log.jsonl")]
+    assert row.images_per_second > 0 and row.seconds_left > 0
+
+
+def test_a_training_that_has_not_begun_tells_the_steps_that_it_will_have(taught):  # noqa: F811
+    before = told()["train-student@hard"].total
+    train_student.run(taught, CPU, "hard")
+    runs = [json.loads(path.read_text()) for path in Path("work/state").glob("*/run.json")]
+    assert before == next(run["steps"] for run in runs if run["name"] == "student hard")
+
+
+def test_a_finished_student_is_done_with_its_top1(taught):  # noqa: F811
+    train_student.run(taught, CPU, "hard")
+    row = told()["train-student@hard"]
+    metrics = json.loads((student_folder(taught, "hard") / "metrics.json").read_text())
+    assert (row.state, row.done, row.top1) == ("done", row.total, metrics["val_top1_mean"])
+
+
+def test_a_student_of_other_settings_is_of_another_configuration_until_it_is_trained(taught):  # noqa: F811
+    train_student.run(taught, CPU, "hard")
+    assert told("student.lr=0.01")["train-student@hard"].state == "done, of another configuration"
+    train_student.run(loaded("student.lr=0.01"), CPU, "hard")
+    assert told("student.lr=0.01")["train-student@hard"].state == "done"
+    assert told()["train-student@hard"].state == "done, of another configuration"
+
+
+def test_online_training_is_not_taken_for_the_stored_ones(taught):  # noqa: F811
+    train_student.run(taught, CPU, "hard-online", taught.student_named("hard"), "online")
+    assert told()["train-student@hard"].state == "not begun"
+
+
+def test_an_evaluation_of_other_students_is_of_another_configuration(taught):  # noqa: F811
+    folder = Path("outputs/small/evaluation")
+    folder.mkdir()
+    models = ("teacher", *taught.students, "finetuned")
+    (folder / "metrics.json").write_text(json.dumps({name: {"class": {"top1": 0.5}} for name in models}))
+    (folder / "table.txt").write_text("")
+    row = told()["evaluate"]
+    assert (row.state, row.done, row.top1) == ("done", 5, 0.5)
+    assert told("students=[hard]")["evaluate"].state == "done, of another configuration"
+
+
+def test_files_that_are_cut_short_are_no_error(taught, monkeypatch):  # noqa: F811
+    stop_at(5, monkeypatch)
+    for root in ("outputs", "work"):
+        for path in [path for path in Path(root).rglob("*") if path.suffix in (".json", ".jsonl", ".csv")]:
+            path.write_bytes(path.read_bytes()[:-5])
+    assert set(told()) >= {"prepare", "evaluate"}
+
+
+def test_a_folder_that_cannot_be_read_is_named(taught, monkeypatch):  # noqa: F811
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(status.os, "scandir", forbidden)
+    said = CliRunner().invoke(main, ["status"])
+    assert said.exit_code == 1 and "Permission denied" in said.output and "work/" in said.output
+
+
+def test_nothing_is_written(taught, monkeypatch):  # noqa: F811
+    stop_at(5, monkeypatch)
+    before = tree(Path("."))
+    assert CliRunner().invoke(main, ["status"]).exit_code == 0
+    assert tree(Path(".")) == before
+
+
+def test_json_is_an_array_of_an_object_a_stage(taught):  # noqa: F811
+    said = CliRunner().invoke(main, ["status", "--json"])
+    rows = json.loads(said.output)
+    assert [row["stage"] for row in rows] == list(told())
+    assert len(said.output.splitlines()) == len(rows) + 2
+
+
+def start(*arguments: str, code: str = "from pipeline.cli import main; main()") -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "status", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_watching_ends_well_with_ctrl_c(taught):  # noqa: F811
+    process = start("--watch", "0.1")
+    assert process.stdout.readline() == "small\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (0, "")
+
+
+def test_no_torch_is_loaded(taught):  # noqa: F811
+    code = (
+        "import sys; from pipeline.cli import main; main(standalone_mode=False)\n"
+        "heavy = {'torch', 'timm', 'zarr', 'cv2', 'webdataset'} & set(sys.modules); assert not heavy, heavy"
+    )
+    said, errors = start(code=code).communicate(timeout=60)
+    assert "teacher-logits" in said and errors == ""
+
+
+def test_prune_keeps_what_status_counts(taught, monkeypatch):  # noqa: F811
+    stop_at(5, monkeypatch)
+    assert "0 stores and 0 states" in CliRunner().invoke(main, ["prune"]).output
+    Path("params.yaml").write_text(dump(loaded("student.lr=0.5")))
+    assert "0 stores and 1 states" in CliRunner().invoke(main, ["prune"]).output
+    assert told()["train-student@hard"].state == "not begun"
