@@ -59,5 +59,5 @@ class Speed:
 
 
 def loader_limits(told: dict[str, float]) -> bool:
-    """Whether a tenth of the time or more went into waiting for views."""
-    return told["wait_s"] >= 0.1 * told["seconds"]
+    """Whether a tenth of the time or more went into waiting for views; half a minute at least is needed to tell."""
+    return told["seconds"] >= 30 and told["wait_s"] >= 0.1 * told["seconds"]

@@ -59,16 +59,17 @@ def build(
     Raises:
         UsageError: timm knows no such model, or it does not take these kwargs.
     """
-    kwargs = dict(section.kwargs)
+    kwargs = {"drop_rate": section.dropout}
     if size is not None:
-        kwargs["img_size"] = size
+        # where timm 0.3.2, which DeiT pins, drops out: after positions, attention and MLP, not before the heads
+        kwargs = {"img_size": size, "pos_drop_rate": section.dropout, "proj_drop_rate": section.dropout}
+    kwargs |= section.kwargs
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             model = timm.create_model(
                 section.model,
                 num_classes=classes,
-                drop_rate=section.dropout,
                 drop_path_rate=section.drop_path,
                 **kwargs,
             )

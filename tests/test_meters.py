@@ -32,7 +32,11 @@ def test_views_a_decoding_is_left_out_where_nothing_was_decoded():
 
 @pytest.mark.parametrize(("waited", "limits"), [(0.0, False), (0.9, False), (1.0, True), (9.0, True)])
 def test_loader_limits_where_a_tenth_of_the_time_is_waiting(waited, limits):
-    assert loader_limits({"wait_s": waited, "seconds": 10.0}) == limits
+    assert loader_limits({"wait_s": 10 * waited, "seconds": 100.0}) == limits
+
+
+def test_short_time_tells_nothing_of_the_loader():
+    assert not loader_limits({"wait_s": 20.0, "seconds": 20.0})
 
 
 def test_fetched_tensors_come_with_their_values_and_types():

@@ -134,7 +134,14 @@ def test_mean_of_the_heads_is_timms_output_when_evaluated():
     torch.testing.assert_close(ours, model.model((pictures() / 255 - mean) / std), rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_before_the_heads_is_applied_when_training_alone():
+def test_dropout_is_where_deits_is():
+    model = student(dropout=0.25).model
+    block = model.blocks[0]
+    assert [part.p for part in (model.pos_drop, block.attn.proj_drop, block.mlp.drop1, block.mlp.drop2)] == [0.25] * 4
+    assert model.head_drop.p == 0 and block.attn.attn_drop.p == 0
+
+
+def test_dropout_is_applied_when_training_alone():
     model = student(dropout=0.5)
     outputs = {mode: [model.train(mode)(pictures())[0] for _ in range(2)] for mode in (True, False)}
     assert not torch.equal(*outputs[True]) and torch.equal(*outputs[False])
