@@ -6,9 +6,12 @@ device a group always has `group_size` slots; an unused slot has weight 0, so sh
 
 import dataclasses
 import gc
+import itertools
 import math
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -82,17 +85,20 @@ class Renderer:
     def members(self, item: Item) -> np.ndarray:
         return group_members(self.recipe, self.names, self.samples, item)
 
-    def render(self, items: list[Item]) -> Groups:
-        """
+    def render(self, items: list[Item], images: torch.Tensor | None = None) -> Groups:
+        """Groups whose pictures lie in `images`, whatever it held; without it, in memory of their own.
+
         Raises:
             PipelineError: a shard or the index is damaged.
         """
         recipe, count, slots = self.recipe, len(items), self.recipe.group_size
+        if images is None:
+            images = _memory(count, slots, 3, recipe.size, recipe.size)
         groups = Groups(
             items=items,
             members=[self.members(item) for item in items],
             checks=[],
-            images=_black(count, slots, 3, recipe.size, recipe.size),
+            images=images,
             labels=torch.zeros(count, slots, dtype=torch.int64),
             weights=torch.zeros(count, slots),
             partner=torch.zeros(count, slots, dtype=torch.int64),
@@ -115,6 +121,7 @@ class Renderer:
         ]
         for image, params, picture in zip(decoded, drawn, pictures, strict=False):  # there may be more slots
             render(image, params, self.recipe, out=picture)
+        pictures[len(members) :] = 0
         mix = draw_mix(self.recipe, self.names[item.shard], item.group, item.view, len(members))
         left, top, width, height = mix.box
         groups.labels[number, : len(members)] = torch.from_numpy(rows["label"][members].astype(np.int64))
@@ -155,13 +162,67 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _black(*shape: int) -> torch.Tensor:
-    """uint8 zeros; in a worker they lie in shared memory at once, so that handing them over copies nothing."""
-    if get_worker_info() is None:
-        return torch.zeros(shape, dtype=torch.uint8)
-    # as torch's own default_collate does; fresh shared memory is zero
+def _memory(*shape: int) -> torch.Tensor:
+    """uint8, whatever it holds; a worker's is shared at once, so that handing it over copies nothing."""
+    return _shared(*shape) if get_worker_info() else torch.empty(shape, dtype=torch.uint8)
+
+
+def _shared(*shape: int) -> torch.Tensor:
+    # as torch's own default_collate does
     storage = torch.UntypedStorage._new_shared(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+
+
+_pools, _pool_numbers = weakref.WeakValueDictionary(), itertools.count()
+
+
+class _Pool:
+    """Shared buffers that workers render slices into again and again.
+
+    Fresh shared memory takes a tenth to a quarter of a worker's time: the kernel clears and maps every
+    page. Memory used again takes none, but must not change while anyone sees it. So a buffer is always
+    one of three, and the process that trains alone decides which: free; taken by a task that goes to a
+    worker; or lent, from the arrival of the task's result until nothing in this process refers to its
+    memory any more: no tensor, view, storage or NumPy array. What a worker never gives back, having
+    failed, stays taken. Where none is free, the worker makes memory of its own.
+    """
+
+    def __init__(self, count: int, shape: tuple[int, ...]):
+        self.buffers = [_shared(*shape) for _ in range(count)]
+        self.free, self.taken = list(range(count)), set()
+        self.number = next(_pool_numbers)
+        _pools[self.number] = self
+
+    def take(self) -> int | None:
+        if not self.free:
+            return None
+        buffer = self.free.pop()  # the last let go of: no more are touched than are needed at once
+        self.taken.add(buffer)
+        return buffer
+
+    def lend(self, buffer: int) -> torch.Tensor:
+        self.taken.remove(buffer)  # a KeyError if it is not with a worker
+        # the tensor's storage, which all that sees its pixels keeps alive, owns this very array
+        array = self.buffers[buffer].numpy()
+        weakref.finalize(array, self.free.append, buffer).atexit = False
+        return torch.from_numpy(array)
+
+
+class _Rendered(NamedTuple):
+    """Goes from a worker in place of the pixels in a buffer, and arrives as the buffer's tensor.
+
+    Unpickling makes it, so that the loader's thread that pins memory finds the tensor too.
+    """
+
+    pool: int
+    buffer: int
+
+    def __reduce__(self):
+        return _arrived, tuple(self)
+
+
+def _arrived(pool: int, buffer: int) -> torch.Tensor:
+    return _pools[pool].lend(buffer)
 
 
 def mixed(groups: Groups) -> torch.Tensor:
@@ -198,15 +259,29 @@ def targets(groups: Groups, classes: int, smoothing: float) -> torch.Tensor:
 
 
 class _Steps(Dataset):
-    """Map from (step, part) to that slice of the step, rendered."""
+    """Map from (step, part, buffer or None) to that slice of the step, rendered."""
 
-    def __init__(self, plan: Plan, index: Index, parts: int):
-        self.plan, self.parts = plan, parts
+    def __init__(self, plan: Plan, index: Index, parts: int, pool: _Pool):
+        self.plan, self.parts, self.pool = plan, parts, pool
         self.renderer = Renderer(index, plan.recipe)
 
-    def __getitem__(self, place: tuple[int, int]) -> Groups:
-        step, part = place
-        return self.renderer.render(self.plan.items(step, part, self.parts))
+    def __getitem__(self, task: tuple[int, int, int | None]) -> Groups:
+        step, part, buffer = task
+        items = self.plan.items(step, part, self.parts)
+        if buffer is None:
+            return self.renderer.render(items)
+        groups = self.renderer.render(items, self.pool.buffers[buffer])
+        return dataclasses.replace(groups, images=_Rendered(self.pool.number, buffer))
+
+
+class _Tasks:
+    """(step, part) with the buffer for it, taken when the loader sends the task to a worker."""
+
+    def __init__(self, places: list[tuple[int, int]], pool: _Pool):
+        self.places, self.pool = places, pool
+
+    def __iter__(self) -> Iterator[tuple[int, int, int | None]]:
+        return ((*place, self.pool.take()) for place in self.places)
 
 
 class _Units(IterableDataset):
@@ -233,7 +308,11 @@ def step_loader(
 ) -> Iterable[Groups]:
     """Slices `slices` (this rank's, one an accumulation step) out of `parts`, of each step in turn."""
     places = [(step, part) for step in steps for part in slices]
-    return _loader(_Steps(plan, index, parts), workers, pin, sampler=places)
+    size, slots = plan.recipe.size, plan.recipe.group_size
+    # two for each worker's tasks; unless copied to pinned memory, one that arrives and one still being read
+    count = min(2 * workers + (0 if pin else 2), len(places)) if workers else 0
+    pool = _Pool(count, (plan.batch_groups // parts, slots, 3, size, size))
+    return _loader(_Steps(plan, index, parts, pool), workers, pin, sampler=_Tasks(places, pool))
 
 
 def unit_loader(units: list[Unit], index: Index, recipe: Recipe, workers: int, pin: bool) -> Iterable[Groups]:

@@ -14,6 +14,8 @@ from pipeline.errors import PipelineError
 from pipeline.loader import (
     Groups,
     Renderer,
+    _Pool,
+    _Steps,
     evaluation_loader,
     mixed,
     step_loader,
@@ -185,6 +187,127 @@ def test_damage_found_by_a_worker_is_a_pipeline_error_that_names_the_shard(small
     monkeypatch.setattr(Index, "_pread", lambda self, shard, offset, size: bytes(size))
     with pytest.raises(PipelineError, match=r"\.tar: sample"):
         list(step_loader(a, index, range(1), range(1), 1, 1, False))
+
+
+# buffers used again
+
+SLICES = 20  # more than any pool here has buffers
+
+
+def slices(small_set, workers: int):
+    """A loader of SLICES slices."""
+    return step_loader(plan_over(small_set), small_set[1], range(SLICES), range(1), 1, workers, False)
+
+
+@pytest.fixture(scope="module")
+def pictures(small_set) -> list[torch.Tensor]:
+    """Of each slice, rendered without workers."""
+    return [groups.images for groups in slices(small_set, 0)]
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[int | None]:
+    """What the pools give, as it grows."""
+    given, take = [], _Pool.take
+    monkeypatch.setattr(_Pool, "take", lambda self: given.append(take(self)) or given[-1])
+    return given
+
+
+@workers_settings
+@pytest.mark.parametrize("workers", [1, 2])
+def test_slices_in_buffers_used_again_hold_the_same(small_set, workers):
+    expected = [values(groups) for groups in slices(small_set, 0)]
+    assert [values(groups) for groups in slices(small_set, workers)] == expected
+
+
+@workers_settings
+def test_buffers_are_used_again_when_slices_are_dropped(small_set, taken):
+    for _ in slices(small_set, 2):
+        pass
+    assert len(taken) == SLICES and set(taken) <= set(range(6))
+
+
+@workers_settings
+def test_slices_in_memory_of_their_own_hold_the_same_while_all_buffers_are_held(small_set, pictures, taken):
+    held = list(slices(small_set, 2))
+    assert taken.count(None) == SLICES - 6
+    assert all(torch.equal(groups.images, other) for groups, other in zip(held, pictures, strict=True))
+
+
+KEPT = {
+    "tensor": lambda images: images,
+    "view": lambda images: images[1, 2:],
+    "detached": lambda images: images.detach(),
+    "other_type": lambda images: images.view(torch.int32),
+    "storage": lambda images: images[3].untyped_storage(),
+    "array": lambda images: images.numpy(),
+    "array_of_view": lambda images: images[2, 1:].numpy()[0, ::2],
+    "memoryview": lambda images: memoryview(images.numpy()),
+    "dlpack": np.from_dlpack,
+    "saved_for_backward": lambda images: torch.ones(1, requires_grad=True) * images,
+}
+
+
+@pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
+def test_buffer_is_free_when_nothing_sees_its_memory_any_more(keep):
+    pool = _Pool(1, (4, 4, 3, 16, 16))
+    kept = keep(pool.lend(pool.take()))
+    assert pool.take() is None
+    del kept
+    assert pool.take() == 0
+
+
+@workers_settings
+@pytest.mark.parametrize("kind", ["view", "array_of_view"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_what_is_kept_of_a_slice_never_changes(small_set, pictures, kind, every):
+    keep = KEPT[kind]
+    kept = {n: keep(groups.images) for n, groups in enumerate(slices(small_set, 2)) if n % every == 0}
+    assert all(np.array_equal(seen, keep(pictures[number])) for number, seen in kept.items())
+
+
+def test_buffer_is_lent_once_each_time_it_is_taken():
+    pool = _Pool(1, (1,))
+    buffer = pool.take()
+    held = pool.lend(buffer)
+    with pytest.raises(KeyError):
+        pool.lend(buffer)
+    del held
+
+
+def test_what_a_buffer_held_is_not_seen(small_set):
+    dirty = torch.full((len(ITEMS), 4, 3, 16, 16), 255, dtype=torch.uint8)
+    assert values(renderer(small_set).render(ITEMS, dirty)) == values(renderer(small_set).render(ITEMS))
+
+
+@workers_settings
+def test_slices_after_failed_ones_hold_the_same(small_set, pictures, monkeypatch):
+    render_slice = _Steps.__getitem__
+
+    def failing(self, task):
+        groups = render_slice(self, task)
+        if task[0] < 8:
+            raise PipelineError("no such slice")
+        return groups
+
+    monkeypatch.setattr(_Steps, "__getitem__", failing)
+    loaded = iter(slices(small_set, 1))
+    for _ in range(8):
+        with pytest.raises(PipelineError, match="no such slice"):
+            next(loaded)
+    for expected, groups in zip(pictures[8:], loaded, strict=True):
+        assert torch.equal(groups.images, expected)
+
+
+def test_workers_that_are_spawned_render_into_the_buffers_too(small_set, pictures, taken):
+    loader = slices(small_set, 1)
+    loader.multiprocessing_context = "spawn"
+    for expected, groups in zip(pictures, loader, strict=True):
+        assert torch.equal(groups.images, expected) and not groups.images.is_shared()
+    assert None not in taken
+
+
+# evaluation
 
 
 @pytest.mark.parametrize("batch", [5, 16])
