@@ -265,7 +265,8 @@ class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "imagenet-deit-tiny"
     """Outputs lie under outputs/<name>/."""
     work: str = "work"
-    """Folder of shards, stores and training state, each in a folder named by its fingerprint."""
+    """Folder of shards, stores and training state, each in a folder named by its fingerprint. At a URL lie the
+    stores alone; the rest is in the folder `work` then."""
     data: Data = Data()
     recipe: Recipe = Recipe()
     teacher: Teacher = Teacher()

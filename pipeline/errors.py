@@ -7,10 +7,11 @@ Every message says what was being read, what was expected, what was found and wh
 try:
     from botocore.exceptions import BotoCoreError
 
-    IO_ERRORS: tuple[type[Exception], ...] = (OSError, BotoCoreError)
+    IO_ERRORS: tuple[type[Exception], ...] = (OSError, ImportError, BotoCoreError)
 except ImportError:
-    IO_ERRORS = (OSError,)
-"""What reading and writing files and URLs raises; S3's client has errors of its own that are no OSError."""
+    IO_ERRORS = (OSError, ImportError)
+"""What reading and writing files and URLs raises: S3's client has errors of its own, and a URL whose library
+is not installed gives an ImportError that names it."""
 
 
 def reason(error: Exception) -> str:

@@ -39,10 +39,15 @@ def evaluation_folder(config: Config) -> Path:
     return outputs(config) / "evaluation"
 
 
+def local_work(work: str) -> Path:
+    """Where shards and training state lie: `work`, or the folder `work` where that is a URL, for stores alone."""
+    return Path("work" if "://" in work else work)
+
+
 def store_path(config: Config, fingerprint: str) -> str:
     """`work` may be a URL."""
     return f"{config.work}/stores/{fingerprint}.zarr"
 
 
 def state_folder(config: Config, fingerprint: str) -> Path:
-    return Path(config.work) / "state" / fingerprint
+    return local_work(config.work) / "state" / fingerprint

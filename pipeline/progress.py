@@ -10,6 +10,7 @@ from typing import Any
 import fsspec
 
 from pipeline.config import Config, Recipe, result_fields
+from pipeline.errors import IO_ERRORS, Unreadable, reason
 from pipeline.recipe import recipe_fingerprint
 
 RECENT = 600.0  # seconds: what moved so lately is running; also what a rate is taken over
@@ -73,7 +74,19 @@ def is_store_of(recipe: Recipe, index: str | None, attributes: dict[str, Any]) -
 
 
 def list_stores(work: str) -> list[tuple[str, dict[str, Any]]]:
-    """Every store below `work`, with its attributes ({} where they are damaged)."""
+    """Every store below `work`, with its attributes ({} where they are damaged).
+
+    Raises:
+        Unreadable: a server does not answer, or the library of a URL's scheme is not installed.
+    """
+    try:
+        return _list_stores(work)
+    except IO_ERRORS as error:
+        where = f"{work}/stores"
+        raise Unreadable(f"{where}: cannot be read", found=reason(error), do="correct it, or try again") from error
+
+
+def _list_stores(work: str) -> list[tuple[str, dict[str, Any]]]:
     filesystem, root = fsspec.core.url_to_fs(f"{work}/stores")
     filesystem.invalidate_cache()  # another machine may have written there since
     if not filesystem.exists(root):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pipeline.config import Config, Data
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import file_sha256, replacing
+from pipeline.layout import local_work
 from pipeline.recipe import permutation, stream_key
 from pipeline.shards import Index, ShardIndex, index_shard, write_index, write_shard
 from pipeline.sources import Listing, list_split, load_sample, sample_keys
@@ -36,7 +37,7 @@ def run(config: Config, dry_run: bool = False) -> None:
     _check_classes(config.data, listings)
     identity = config.data.model_dump(exclude={"workers", "train", "val"})
     content = {split: [listing.names, listing.labels, listing.sizes] for split, listing in listings.items()}
-    root = Path(config.work) / "data" / fingerprint([identity, content])
+    root = local_work(config.work) / "data" / fingerprint([identity, content])
     for split, listing in listings.items():
         size = f", {sum(listing.sizes) / 1e6:,.1f} MB" if any(listing.sizes) else ""
         count = -(-len(listing.names) // config.data.shard_samples)
@@ -101,7 +102,7 @@ def _index_shards(config: Config, dry_run: bool) -> None:
         print(f"{split}: {len(paths)} shards at {location}")
         if dry_run:
             continue
-        root = Path(config.work) / "data" / fingerprint([config.data.max_bad, paths]) / split
+        root = local_work(config.work) / "data" / fingerprint([config.data.max_bad, paths]) / split
         jobs = [(location, name) for name in names]
         classes = _build(config, split, root, classes, _index_one, jobs, location)
 

@@ -27,6 +27,7 @@ from pipeline.layout import (
     evaluation_folder,
     finetune_folder,
     index_path,
+    local_work,
     student_folder,
     teacher_folder,
 )
@@ -121,7 +122,7 @@ class Experiment:
         self.samples = [shard["samples"] for shard in self.indices["train"].get("shards", [])]
         self.stores, self.runs = list_stores(config.work), wanted_runs(config, self.index)
         # a folder without run.json is of an earlier version: nothing tells what it is of
-        folders = [(folder, read_json(folder / "run.json")) for folder in (Path(config.work) / "state").glob("*")]
+        folders = [(folder, read_json(folder / "run.json")) for folder in (local_work(config.work) / "state").glob("*")]
         self.states = [State(folder, described, written(folder)) for folder, described in folders if described]
 
     def states_of(self, stage: str) -> list[State]:
@@ -171,7 +172,7 @@ def prepared(experiment: Experiment) -> Facts:
         return Facts("prepare", "shards", count, count, published=True, moved=moved, note=f"{images} images")
     # whose a folder is nothing tells before its index is there: the one that moved last
     times: list[float] = []
-    for root in (Path(config.work) / "data").glob("*"):
+    for root in (local_work(config.work) / "data").glob("*"):
         splits = {split: written(root / split) for split in indices}
         if not all("index.json" in files for files in splits.values()):
             found = [when for files in splits.values() for name, when in files.items() if name.endswith(".tar")]

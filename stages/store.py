@@ -18,7 +18,7 @@ from pipeline.answers import row_bytes
 from pipeline.audit import manifest, read_manifest, store_bytes
 from pipeline.config import Config
 from pipeline.errors import IO_ERRORS, PipelineError, Unreadable, UsageError
-from pipeline.layout import answers_folder, index_path, store_path
+from pipeline.layout import answers_folder, index_path, local_work, store_path
 from pipeline.params import load
 from pipeline.plan import Unit
 from pipeline.progress import Wanted, is_run_of, is_store_of, list_stores, wanted, wanted_runs
@@ -252,6 +252,7 @@ def prune(config_files: list[Path], work: str, delete: bool) -> None:
     """List, or delete, stores and training state below `work` that none of the configurations names."""
     configs = [load(str(path), ()) for path in config_files]
     here = [config for config in configs if config.work == work]
+    beside = [config for config in configs if local_work(config.work) == local_work(work)]
     stores = [
         (path, store_bytes(path))
         for path, attributes in list_stores(work)
@@ -259,8 +260,8 @@ def prune(config_files: list[Path], work: str, delete: bool) -> None:
     ]
     states = [
         (str(folder), sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
-        for folder in sorted((Path(work) / "state").glob("*"))
-        if not any(_names_state(config, folder) for config in here)
+        for folder in sorted((local_work(work) / "state").glob("*"))
+        if not any(_names_state(config, folder) for config in beside)
     ]
     for path, size in stores + states:
         print(f"{'deleted' if delete else 'unnamed'}  {size / 1e6:10,.1f} MB  {path}")
@@ -268,7 +269,7 @@ def prune(config_files: list[Path], work: str, delete: bool) -> None:
             _remove(path)
     total = sum(size for _, size in stores + states)
     print(
-        f"{len(stores)} stores and {len(states)} states that none of {len(here)} configurations names:"
+        f"{len(stores)} stores and {len(states)} states that none of {len(beside)} configurations names:"
         f" {total / 1e6:,.1f} MB" + ("" if delete or not total else "; delete them with --yes")
     )
 

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (f
 
 from pipeline.cli import main
 from pipeline.errors import PipelineError
-from pipeline.layout import student_folder
+from pipeline.layout import state_folder, student_folder
 from pipeline.params import dump
 from stages import store as stage
 from stages import teacher_logits, train_student
@@ -223,3 +224,14 @@ def test_prune_keeps_a_student_s_state_and_drops_that_of_other_settings(taught):
 def test_another_recipe_s_store_is_unnamed(taught):  # noqa: F811
     Path("params.yaml").write_text(dump(loaded("recipe.seed=5")))
     assert "1 stores" in call("prune")
+
+
+def test_states_stay_in_a_folder_where_work_is_a_url(taught):  # noqa: F811
+    config = taught.model_copy(update={"work": "memory://bucket/work"})
+    assert state_folder(config, "f" * 32) == Path("work/state") / ("f" * 32)
+
+
+def test_a_url_whose_library_is_missing_is_told_without_a_traceback(taught, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    result = CliRunner().invoke(main, ["store", "info", "--set", "work=s3://bucket/work"])
+    assert result.exit_code == 1 and "s3fs" in result.output and "Traceback" not in result.output
