@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
@@ -358,7 +357,6 @@ def _start_worker(_: int) -> None:
     # what a forked worker inherited must not be collected there: a connection's end closes the parent's too
     gc.freeze()
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)
 
 
 def stored_answers(store: Store, groups: Groups, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -20,6 +20,10 @@ LEVELS = np.arange(256)
 
 Fill = tuple[int, int, int]
 
+# A worker forked from a process whose OpenCV has threads waits for ever for those that it has not; a view is too
+# small to share out anyway, and the loader has processes for that.
+cv2.setNumThreads(1)
+
 
 def apply_op(view: np.ndarray, name: str, argument: float | None, fill: Fill) -> np.ndarray:
     """One op as timm.data.auto_augment.NAME_TO_OP has it.

@@ -1,6 +1,9 @@
 """Loading: a group is the same wherever it is rendered, mixed as timm mixes, and gets its own answers."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +32,7 @@ from pipeline.shards import Index
 from pipeline.store import Identity, Store
 from pipeline.views import center_view, render
 
+ROOT = Path(__file__).parent.parent
 property_settings = settings(derandomize=True, deadline=None, max_examples=30)
 # the machine may have fewer cores than two
 workers_settings = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -513,3 +517,14 @@ def test_message_about_another_group_names_the_versions_that_wrote_the_store(sma
     monkeypatch.setattr(pipeline.loader, "render", changed_pixel)
     with pytest.raises(PipelineError, match=f"numpy {np.__version__}"):
         stored_answers(store, renderer(small_set).render(ITEMS), "argmax")
+
+
+def test_a_worker_starts_after_this_process_has_rendered_large_pictures():
+    code = (
+        "import numpy as np, cv2, torch\n"
+        "from pipeline.loader import _loader\n"
+        "from pipeline.ops import apply_op\n"
+        "cv2.resize(apply_op(np.zeros((900, 900, 3), np.uint8), 'Rotate', 30.0, (1, 2, 3)), (2000, 2000))\n"
+        "assert list(_loader([1, 2], 1, False)) == [1, 2]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
