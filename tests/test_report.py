@@ -39,6 +39,7 @@ from pipeline.report import (
 )
 from pipeline.shards import Index
 from stages import evaluate, prepare, teacher_logits
+from stages.experiment import shown_samples
 
 property_settings = settings(derandomize=True, deadline=None, max_examples=40)
 
@@ -326,7 +327,7 @@ def test_a_model_tuned_onto_another_data_set_is_evaluated_without_teacher_or_sto
 def test_shown_samples_are_what_the_store_answers_for(mini):
     config, _ = mini
     index = Index(index_path(config, "train"))
-    samples = evaluate.shown_samples(config, *evaluate.open_store(config, index))
+    samples = shown_samples(config, *evaluate.open_store(config, index))
     assert len(samples) == 3  # 12 images in 2 shards of 6: groups of 3
     assert all([view.number for view in sample.views] == [0, 1] for sample in samples)
     for view in (view for sample in samples for view in sample.views):

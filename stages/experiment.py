@@ -1,0 +1,133 @@
+"""What the report tells of an experiment beside its results: pictures that the teacher judged, and facts."""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from pipeline.answers import decode_logits
+from pipeline.config import Config, Student
+from pipeline.layout import answers_folder
+from pipeline.loader import Groups, Renderer, mixed, stored_answers
+from pipeline.plan import Item
+from pipeline.recipe import group_count, recipe_fingerprint
+from pipeline.report import Sample, SeenView
+from pipeline.shards import Index
+from pipeline.store import VERSIONS, Store
+
+FINETUNED = "finetuned"
+SHOWN_SAMPLES, SHOWN_VIEWS = 4, 3
+
+
+def shown_samples(config: Config, store: Store, manifest: dict[str, Any]) -> list[Sample]:
+    """The first members of the first group of the first shard, in the first views."""
+    index, renderer = store.index, Renderer(store.index, config.recipe)
+    positions = renderer.members(Item(0, 0, 0))[:SHOWN_SAMPLES]
+    labels = index.rows(0)["label"]
+    samples = {
+        int(position): Sample(index.classes[labels[position]], index.image(0, int(position)), [])
+        for position in positions
+    }
+    for view in range(min(SHOWN_VIEWS, manifest["views"])):
+        # another block has other groups, so these samples may be spread over several
+        for group in range(group_count(int(index.samples[0]), config.recipe.group_size)):
+            item = Item(0, group, view)
+            wanted = [(slot, int(p)) for slot, p in enumerate(renderer.members(item)) if int(p) in samples]
+            if wanted:
+                groups = renderer.render([item])
+                for slot, seen in _seen(store, groups, manifest["kind"], [slot for slot, _ in wanted]):
+                    samples[dict(wanted)[slot]].views.append(seen)
+    return list(samples.values())
+
+
+def _seen(store: Store, groups: Groups, kind: str, slots: list[int]) -> Iterator[tuple[int, SeenView]]:
+    """Some slots of one group, each with its view."""
+    argmax, payload = stored_answers(store, groups, kind)
+    sure = None
+    if payload is not None:
+        sure = torch.from_numpy(decode_logits(kind, payload.numpy(), store.classes)).softmax(1)
+    pictures = mixed(groups).round().byte().permute(0, 2, 3, 1).numpy()
+    classes, labels = store.index.classes, groups.labels[0]
+    for slot in slots:
+        partner = int(groups.partner[0, slot])
+        cut, alone = bool(groups.box[0, 2] > groups.box[0, 0]), partner == slot or float(groups.lam[0]) == 1
+        yield slot, SeenView(
+            number=groups.items[0].view,
+            picture=groups.images[0, slot].permute(1, 2, 0).numpy(),
+            mixed=pictures[slot],
+            kind="none" if alone else "cutmix" if cut else "mixup",
+            lam=1.0 if alone else float(groups.lam[0]),
+            partner=classes[labels[partner]],
+            answer=classes[argmax[slot]],
+            probability=None if sure is None else float(sure[slot, argmax[slot]]),
+        )
+
+
+def describe_experiment(
+    config: Config, train: Index, val: Index, store: Store | None, device: torch.device
+) -> dict[str, dict[str, str]]:
+    """What the run was, for the report: headings, terms and what they are."""
+    recipe, teacher, tuned, evaluated = config.recipe, config.teacher, config.finetune, config.evaluate
+    students = {name: _taught(config.student_named(name)) for name in config.students}
+    if students or tuned.weights:
+        students[FINETUNED] = f"{tuned.weights or tuned.student} at {tuned.size} px, epochs: {tuned.epochs}"
+    cpu = f"CPU, threads: {torch.get_num_threads()}"
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    taught = {}
+    if store:
+        trained = "elsewhere" if teacher.weights else f"here, epochs: {teacher.epochs}"
+        taught["Teacher"] = {"model": teacher.weights or teacher.model, "trained": trained}
+        taught["Store of its answers"] = _describe_store(config, store)
+    return {
+        "Students": students,
+        **taught,
+        "Recipe": {
+            "views": f"{recipe.size} px, crops of {recipe.scale[0]:g} to {recipe.scale[1]:g} of the image",
+            "augmentation": f"{recipe.auto_augment or 'no RandAugment'}, flip {recipe.hflip:g},"
+            f" erasing {recipe.erase_prob:g}",
+            "mixing": f"mixup {recipe.mixup_alpha:g}, cutmix {recipe.cutmix_alpha:g},"
+            f" in groups of {recipe.group_size}",
+            "repeats": f"{recipe.repeats}, in blocks of {recipe.block} views",
+            "seed": str(recipe.seed),
+            "fingerprint": recipe_fingerprint(recipe),
+        },
+        "Data": {
+            "classes": f"{len(train.classes):,}",
+            "training": f"{len(train):,} images in {len(train.names):,} shards",
+            "validation": f"{len(val):,} images",
+            "fingerprint": train.fingerprint,
+        },
+        "Evaluated with": {
+            "device": on,
+            "batch": f"{evaluated.batch_size}, throughput over {evaluated.throughput_seconds:g} s",
+            "crop": f"{evaluated.crop:g}, fine-tuned {evaluated.crop_finetuned:g}, teacher {teacher.crop:g}",
+            "python": platform.python_version(),
+        }
+        | {name: importlib.metadata.version(name) for name in VERSIONS},
+    }
+
+
+def _taught(student: Student) -> str:
+    how = "labels only"
+    if student.distillation != "none":
+        how = f"{student.distillation} distillation, α {student.alpha:g}"
+    if student.distillation == "soft":
+        how += f", τ {student.tau:g}"
+    return f"{student.model}, {how}, epochs: {student.epochs}"
+
+
+def _describe_store(config: Config, store: Store) -> dict[str, str]:
+    summary = json.loads((answers_folder(config, "train-student") / "summary.json").read_text())
+    rows, views, size = summary["rows"], summary["views"], summary["bytes"]
+    return {
+        "images": f"{rows:,}",
+        "views of each": f"{views:,}",
+        "kind": summary["kind"],
+        "size": f"{size / 1e6:,.1f} MB, {size / (rows * views):.1f} bytes a view",
+        "precision": str(store.group.attrs["precision"]),
+        "agreement": f"its answer is the image's own label for {summary['agreement_with_labels']:.1%}",
+        "fingerprint": store.fingerprint,
+    }
