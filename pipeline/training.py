@@ -264,7 +264,7 @@ class Trainer:
                 (parts[0] * self.rank.world).backward()
             sums += parts.detach()
         # a rank that is told to end tells the others, so that all end at the same step
-        flag = torch.tensor([float(self.terminated())]).to(run.device, non_blocking=True)
+        flag = torch.full((1,), float(self.terminated()), device=run.device)
         sums = self.rank.sum(torch.cat([sums, flag]))
         norm = self.gradient_norm()
         self.optimizer.step()
