@@ -358,18 +358,19 @@ class Trainer:
         self.settle()
         run, settings = self.run, self.run.settings
         metrics = {"loss": self.epoch_loss / run.plan.steps_per_epoch, "lr": self.lr()}
-        self.epoch_loss, speed = 0.0, self.epoch_speed.told()
+        self.epoch_loss, told = 0.0, self.epoch_speed.told()
         if epoch % settings.eval_epochs == 0 or epoch == settings.epochs:
             metrics |= self.validate(run.model, "")
             if self.ema:
                 metrics |= self.validate(self.ema.module, "ema_")
         if self.log:
-            self.log.write("epoch", self.step, epoch=epoch, **metrics, speed=speed)
-            if loader_limits(speed) and not self.warned:
+            self.log.write("epoch", self.step, epoch=epoch, **metrics, speed=told)
+            if loader_limits(told) and not self.warned:
                 self.warned = True
-                tqdm.write(warning_of(speed, settings.workers))
+                tqdm.write(warning_of(told, settings.workers))
         self.rank.barrier()
-        self.epoch_speed.told()  # validation is no part of an epoch's speed
+        for speed in (self.speed, self.epoch_speed):
+            speed.told()  # validation is no part of training's speed
         return metrics
 
     def validate(self, model: Normalised, prefix: str) -> dict[str, float]:
