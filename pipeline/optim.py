@@ -8,17 +8,16 @@ from torch import nn
 
 from pipeline.config import Training
 
-NOT_DECAYED = ("pos_embed", "cls_token")
-
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """DeiT's two groups: no decay of biases, norms and everything 1-D, nor of NOT_DECAYED.
+    """DeiT's two groups: no decay of biases, norms and everything 1-D, nor of the model's `no_weight_decay()`.
 
     dist_token is decayed: timm 0.3.2, which DeiT pins, does not list it; timm does today.
     """
+    spared = set(model.no_weight_decay()) - {"dist_token"} if hasattr(model, "no_weight_decay") else set()
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    plain = [parameter for name, parameter in named if parameter.ndim > 1 and name not in NOT_DECAYED]
-    rest = [parameter for name, parameter in named if parameter.ndim <= 1 or name in NOT_DECAYED]
+    plain = [parameter for name, parameter in named if parameter.ndim > 1 and name not in spared]
+    rest = [parameter for name, parameter in named if parameter.ndim <= 1 or name in spared]
     return [{"params": rest, "weight_decay": 0.0}, {"params": plain, "weight_decay": weight_decay}]
 
 

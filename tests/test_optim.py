@@ -1,6 +1,7 @@
 """The optimizer and its schedule: DeiT's parameter groups and learning rates."""
 
 import pytest
+import timm
 import torch
 
 from pipeline.config import Finetune, Recipe, Student, Training
@@ -60,6 +61,12 @@ def test_what_is_decayed_is_deits():
 
 def test_distillation_token_is_decayed_as_by_the_timm_that_deit_pins():
     assert "dist_token" in decayed_names(student())
+
+
+def test_what_another_model_spares_from_decay_is_spared():
+    model = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), num_classes=3)
+    tables = {name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")}
+    assert tables and not tables & decayed_names(model)
 
 
 def test_every_parameter_is_in_one_group():
