@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UsageError
 from pipeline.layout import teacher_folder
+from pipeline.linear import use_onednn
 from pipeline.strict import Section
 
 HEADS = ("class", "distillation")
@@ -31,6 +32,7 @@ class Normalised(nn.Module):
 
     def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
+        use_onednn(model)
         self.model = model
         self.distilled = hasattr(model, "head_dist")
         self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)

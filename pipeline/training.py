@@ -45,7 +45,7 @@ from pipeline.runlog import Log
 from pipeline.shards import Index
 from pipeline.teaching import Answer, NoTeacher
 
-TRAINING_VERSION = 2  # bump on any change of what a step computes, or finished runs would be taken for it
+TRAINING_VERSION = 3  # bump on any change of what a step computes, or finished runs would be taken for it
 
 
 class Interrupted(PipelineError):

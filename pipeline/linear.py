@@ -1,0 +1,32 @@
+"""Linear layers in float32 on a CPU, computed by oneDNN.
+
+torch gives a float32 matrix product to MKL, which on AMD processors reaches half the speed of oneDNN;
+a 1x1 convolution is the same product, and torch gives that to oneDNN (BENCHMARKS.md, "On a CPU").
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import conv2d
+
+
+class OneDNNLinear(nn.Linear):
+    """nn.Linear, equal but for rounding; another device, another type or autocast takes torch's own way."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (N, T, in) to (N, T, out); inputs of other dimensions (heads: N, in) go torch's own way."""
+        if not by_onednn(x):
+            return super().forward(x)
+        pictures = x.unsqueeze(2).permute(0, 3, 1, 2)  # (N, in, T, 1), channels last: a view
+        return conv2d(pictures, self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1).squeeze(2)
+
+
+def by_onednn(x: torch.Tensor) -> bool:
+    ours = x.ndim == 3 and x.device.type == "cpu" and x.dtype == torch.float32
+    return ours and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+
+
+def use_onednn(model: nn.Module) -> None:
+    """Make all of a model's linear layers OneDNNLinear, in place; weights and their names stay as they are."""
+    for part in model.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = OneDNNLinear  # a replaced module would lose hooks and other references
