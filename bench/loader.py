@@ -76,7 +76,8 @@ def speeds(index: Index, rounds: int) -> None:
             for workers in (1, 2):
                 rate, shared[groups, workers] = measure(index, groups, workers)
                 rates[groups, workers].append(rate)
-    print(f"\n| slice, groups | views a decoding, 1 and 2 workers | views/s, 1 worker | 2 workers | ratio, {rounds} rounds |")
+    columns = "slice, groups | views a decoding, 1 and 2 workers | views/s, 1 worker | 2 workers"
+    print(f"\n| {columns} | ratio, {rounds} rounds |")
     print("| ---: | ---: | ---: | ---: | ---: |")
     for groups in SLICES:
         one, two = rates[groups, 1], rates[groups, 2]

@@ -4,7 +4,8 @@ DeiT-Ti and DeiT-S (distilled, hard, 1,000 classes) beside RegNetY-16GF at 224 p
 a step. The step is Trainer.train_step, fed with groups that were rendered before: drop-path, AdamW and the
 EMA of the weights are in it, rendering is not. The ways take turns and change places; ratios are taken
 within a round, and so is the bound: 1 + the teacher's forward / the step without distillation, each alone.
-The FLOP bound is 1 + T / (3 S), T and S being multiply-adds of a forward.
+The FLOP bound is 1 + T / (3 S), T and S being multiply-adds of a forward. One way more is the step with the
+store whose linear layers are torch's own again: what pipeline/linear.py gains.
 
 What the store adds is told twice. The step with it less the step without distillation is small beside the
 noise, and holds the loss of the second head too. `stored_answers` is reading and comparing alone: in a loop,
@@ -38,8 +39,10 @@ from experiment import (
     reading,
 )
 from machine import conditions, spread
+from torch import nn
 
 from pipeline.config import Recipe, Student, Teacher
+from pipeline.linear import OneDNNLinear
 from pipeline.loader import mixed
 from pipeline.models import Normalised, build_student, build_teacher, teacher_logits
 from pipeline.teaching import NoTeacher, OnlineTeacher, StoredTeacher
@@ -56,12 +59,17 @@ def measure(material: Material, settings: Student, teacher: Normalised, rounds: 
     ways = {
         "without": (undistilled, NoTeacher()),
         "stored": (settings, clocked),
+        "plain linear": (settings, StoredTeacher(material.store, "argmax")),
         "online": (settings, OnlineTeacher(teacher, None, 1, False)),
     }
     works = {}
     for way, (student, answering) in ways.items():
         trainer = make_trainer(material, student, answering, CPU)
         works[way] = Stepping(trainer, itertools.cycle(material.steps))
+        if way == "plain linear":
+            for part in trainer.run.model.modules():
+                if type(part) is OneDNNLinear:
+                    part.__class__ = nn.Linear
     pictures = mixed(material.steps[0])
     works["forward"] = lambda: teacher_logits(teacher, pictures, GROUP, 1, False)
     in_turns(works, 1, 0, CPU)  # warms up: AdamW makes its state
@@ -75,16 +83,18 @@ def figures(found: dict[str, list[float]], flops: float) -> dict[str, str]:
     without, stored, online, forward = (found[name] for name in ("without", "stored", "online", "forward"))
     bound, reached = [1 + ratio for ratio in ratios(forward, without)], ratios(online, stored)
     added = [100 * (ratio - 1) for ratio in ratios(stored, without)]
-    ms = {name: spread([1e3 * value for value in found[name]]) for name in ("without", "stored", "online", "forward")}
+    ms = {name: spread([1e3 * value for value in values]) for name, values in found.items()}
     us = {name: spread([1e6 * value for value in found[name]]) for name in ("alone", "in place")}
     return {
         "step without distillation, ms": ms["without"],
         "step with the store, ms": ms["stored"],
+        "step with the store, torch's own linear layers, ms": ms["plain linear"],
         "step with the teacher online, ms": ms["online"],
         "the teacher's forward alone, ms": ms["forward"],
         "online / stored": spread(reached),
         "bound: 1 + forward / without": spread(bound),
         "online / stored, of that bound": spread(ratios(reached, bound)),
+        "torch's own linear layers / ours": spread(ratios(found["plain linear"], stored)),
         "FLOP bound: 1 + T / (3 S)": f"{flops:.4g}",
         "stored less without, % of without (the second head's loss and noise are in it)": spread(added),
         "`stored_answers` alone, us a step": us["alone"],

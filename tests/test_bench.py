@@ -46,6 +46,7 @@ def test_online_tells_every_way_and_goal():
     found = rows(text)
     for name in (*(f"{step}, ms" for step in STEPS), "step with the teacher online, ms",
                  "the teacher's forward alone, ms", "online / stored", "bound: 1 + forward / without",
+                 "torch's own linear layers / ours",
                  "online / stored, of that bound", "FLOP bound: 1 + T / (3 S)", "`stored_answers` alone, us a step",
                  "`stored_answers` in place, us a step", "the mean of these, % of the step without"):  # fmt: skip
         assert len(found[name]) == 2 and min(found[name]) > 0, name
