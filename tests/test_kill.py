@@ -27,7 +27,7 @@ def start(*arguments: str, marks: str = ".", group: int = 0) -> subprocess.Popen
     """The command in a process group: its own, or that of another process."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tests/killed.py"), marks, *arguments, "--device", "cpu"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,13 +21,14 @@ from pipeline.ranks import Rank
 from stages import evaluate, train_student
 
 ROOT = Path(__file__).parent.parent
+ONE_NODE = ("--standalone", "--nproc-per-node=2")
 
 
-def launch(*arguments: str, die: str = "-", restarts: int = 0) -> subprocess.Popen:
-    """The command in two ranks, in a process group of its own."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def launch(*arguments: str, die: str = "-", restarts: int = 0, nodes: tuple[str, ...] = ONE_NODE) -> subprocess.Popen:
+    """The command under torchrun, in a process group of its own: in two ranks, or in one of several nodes'."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *nodes, f"--max-restarts={restarts}"]
     return subprocess.Popen(
-        [*torchrun, f"--max-restarts={restarts}", str(ROOT / "tests/ranks.py"), die, *arguments, "--device", "cpu"],
+        [*torchrun, str(ROOT / "tests/ranks.py"), die, *arguments, "--device", "cpu"],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -35,12 +37,24 @@ def launch(*arguments: str, die: str = "-", restarts: int = 0) -> subprocess.Pop
     )
 
 
-def two_ranks(*arguments: str, **options) -> str:
-    """What they said."""
-    process = launch(*arguments, **options)
+def said_by(process: subprocess.Popen) -> str:
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
     return said
+
+
+def two_ranks(*arguments: str, **options) -> str:
+    return said_by(launch(*arguments, **options))
+
+
+def two_nodes(*arguments: str, **options) -> str:
+    """As docs/cluster.md has it, but both nodes are this one."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    nodes = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=1")
+    both = [launch(*arguments, nodes=nodes, **options) for _ in range(2)]
+    return "".join([said_by(process) for process in both])
 
 
 def test_thirty_steps_of_two_ranks_have_the_losses_of_one(taught):  # noqa: F811
@@ -61,6 +75,19 @@ def test_a_killed_rank_is_restarted_and_the_run_goes_on_to_the_same_weights(taug
     shutil.rmtree("work/state")
     said = two_ranks("train-student", "--student", "hard", die="9", restarts=1)
     assert Path("died").exists() and "goes on from step" in said
+    assert final.read_bytes() == expected
+
+
+@pytest.mark.slow
+def test_a_rank_killed_on_one_of_two_nodes_is_restarted_too(taught, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    final = student_folder(taught, "hard") / "weights.safetensors"
+    two_ranks("train-student", "--student", "hard")
+    expected = final.read_bytes()
+    final.unlink()
+    shutil.rmtree("work/state")
+    said = two_nodes("train-student", "--student", "hard", die="9", restarts=1)
+    assert Path("died").exists() and "goes on from step 9" in said
     assert final.read_bytes() == expected
 
 
