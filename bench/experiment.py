@@ -27,9 +27,11 @@ from pipeline.meters import Fetched
 from pipeline.models import Normalised, build_student
 from pipeline.plan import Plan
 from pipeline.recipe import group_count
+from pipeline.run import Run
 from pipeline.shards import Index, index_shard, write_index, write_shard
 from pipeline.store import Identity, Store
-from pipeline.training import Run, Trainer
+from pipeline.store_writer import StoreWriter
+from pipeline.training import Trainer
 
 # instead of a model's own, with --tiny: seconds on one core
 TINY_STUDENT = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -90,7 +92,7 @@ def filled_store(path: Path, index: Index, recipe: Recipe, steps: list[Groups]) 
     It keeps one chunk at hand, so a change of shard reads and compares one anew: more often than training does.
     """
     identity = Identity(index.fingerprint, recipe, {"model": "none"})
-    store = Store.create(str(path), identity, index, recipe.block, "argmax", 1, "float32")
+    store = StoreWriter.create(str(path), identity, index, recipe.block, "argmax", 1, "float32")
     known = [pair for groups in steps for pair in zip(groups.items, groups.checks, strict=True)]
     rng = np.random.default_rng(2)
     for unit in store.units(recipe.block):

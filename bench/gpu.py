@@ -64,6 +64,7 @@ from pipeline.loader import Groups, mixed, on_device, step_loader, unit_loader
 from pipeline.models import build_student, teacher_logits
 from pipeline.plan import Unit
 from pipeline.store import Identity, Store
+from pipeline.store_writer import StoreWriter
 from pipeline.teaching import NoTeacher, OnlineTeacher, StoredTeacher
 from stages import teacher_logits as stage
 
@@ -75,7 +76,7 @@ STEPS = 7  # rendered; a prime, so that a worker does not meet the same one agai
 
 def unit_store(lab: Lab, kind: str) -> Store:
     identity = Identity(lab.index.fingerprint, lab.recipe, {"model": "random"})
-    return Store.create(str(lab.root / f"{kind}.zarr"), identity, lab.index, BLOCK, kind, 1, "bfloat16")
+    return StoreWriter.create(str(lab.root / f"{kind}.zarr"), identity, lab.index, BLOCK, kind, 1, "bfloat16")
 
 
 def compute(lab: Lab, store: Store, unit: Unit, kind: str, loader: Callable, workers: int = 0, commit=None) -> float:

@@ -8,8 +8,8 @@ themselves. What is read was written just before: it comes from the page cache.
 
 \b
 * index: write_index; the memory is that of the made-up rows too;
-* create: Index, Store.create;
-* write: Store.write_unit of block 0, then every file and folder synced;
+* create: Index, StoreWriter.create;
+* write: StoreWriter.write_unit of block 0, then every file and folder synced;
 * train: Index, Store.open, Plan, the first step's items and members: what a student's run waits for;
 * read: the same, then Store.read of `--reads` items in the plan's order;
 * missing: Store.missing as after block 0, and with (empty) files for all other units beside;
@@ -140,13 +140,14 @@ def make_index(scale: Scale, clock: Clock) -> dict[str, float]:
 def created(scale: Scale, clock: Clock):
     from pipeline.config import Recipe
     from pipeline.shards import Index
-    from pipeline.store import Identity, Store
+    from pipeline.store import Identity
+    from pipeline.store_writer import StoreWriter
 
     index = Index(scale.index)
     clock("Index")
     identity = Identity(index.fingerprint, Recipe(block=BLOCK), {"model": "none"})
-    store = Store.create(scale.store, identity, index, scale.views, "argmax", TOP_K, "float32")
-    clock("Store.create")
+    store = StoreWriter.create(scale.store, identity, index, scale.views, "argmax", TOP_K, "float32")
+    clock("StoreWriter.create")
     return store
 
 

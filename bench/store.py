@@ -52,6 +52,7 @@ from pipeline.loader import stored_answers  # noqa: E402
 from pipeline.plan import Item, Plan, Unit  # noqa: E402
 from pipeline.recipe import group_count  # noqa: E402
 from pipeline.store import Identity, Store  # noqa: E402
+from pipeline.store_writer import StoreWriter  # noqa: E402
 
 SHARDS, SAMPLES, CLASSES, TOP_K = 50, 1000, 1000, 10
 STEP = 16  # groups
@@ -136,7 +137,7 @@ class Ours:
 
     def write(self) -> None:
         case, identity = self.case, Identity(ROWS.fingerprint, self.case.recipe, {"model": "none"})
-        store = Store.create(str(self.folder), identity, ROWS, case.views, case.kind, TOP_K, "float32")
+        store = StoreWriter.create(str(self.folder), identity, ROWS, case.views, case.kind, TOP_K, "float32")
         for shard in range(SHARDS):
             buffers = {"argmax": case.argmax[shard]}
             if case.payload is not None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from pipeline.config import Config
 
+TEACHER, FINETUNED = "teacher", "finetuned"
+
 
 def outputs(config: Config) -> Path:
     return Path("outputs") / config.name
@@ -33,6 +35,17 @@ def student_folder(config: Config, name: str) -> Path:
 
 def finetune_folder(config: Config) -> Path:
     return outputs(config) / "finetune"
+
+
+def evaluated_models(config: Config) -> dict[str, Path]:
+    """The models that `pipeline evaluate` names, in the order of its tables, each with its weights' folder."""
+    models = {}
+    if config.students or config.finetune_student().distillation != "none":
+        models[TEACHER] = teacher_folder(config)
+    models |= {name: student_folder(config, name) for name in config.students}
+    if config.students or config.finetune.weights:
+        models[FINETUNED] = finetune_folder(config)
+    return models
 
 
 def evaluation_folder(config: Config) -> Path:

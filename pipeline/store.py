@@ -1,23 +1,19 @@
-"""The zarr store of the teacher's answers: create, write a unit, read a view of a shard.
+"""The zarr store of the teacher's answers: how it is laid out, and reading a view of a shard.
 
 Rows are laid out shard by shard with equal capacity, in tar order. Arrays: `argmax` (view, row),
 a kind's own (view, row, ...), and `check` (view, shard, slot): 64 bits a group (see
 recipe.group_check), then a checksum of what each kind holds of that view of that shard.
 
-One process writes a unit, by rename, argmax last, so what exists is complete. `argmax`, `check` and
+A unit's argmax is written last, so what exists is complete (pipeline.store_writer). `argmax`, `check` and
 `topk` have one chunk a unit, its bytes followed by their CRC-32C; they are read without zarr, which
 costs ten times as much and takes a missing chunk for the fill value. The dense kinds are zarr shards
 of one unit, with inner chunks of the views that one visit wants (recipe.repeats).
 """
 
-import contextlib
-import importlib.metadata
 import json
-import os
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import fsspec
 import google_crc32c
@@ -25,12 +21,12 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from pipeline.answers import DTYPES, FILL, KINDS, SHARDED, payload_width
+from pipeline.answers import DTYPES, FILL, KINDS, SHARDED
 from pipeline.config import Recipe
 from pipeline.errors import IO_ERRORS, PipelineError, Unreadable, UsageError, reason
 from pipeline.plan import Unit, all_units
 from pipeline.recipe import group_count, recipe_fingerprint
-from pipeline.sealed import create_array, create_group, read_description
+from pipeline.sealed import read_description
 from pipeline.shards import Index
 from pipeline.strict import fingerprint
 
@@ -70,7 +66,7 @@ class Answers:
 
 
 class Store:
-    """An open store. Use `Store.create` to write, `Store.open` to read."""
+    """An open store: `Store.open`."""
 
     def __init__(self, path: str, group: zarr.Group, index: Index, recipe: Recipe):
         self.path, self.group, self.index, self.recipe = path, group, index, recipe
@@ -84,45 +80,7 @@ class Store:
         self._local = "file" in np.atleast_1d(self._filesystem.protocol)
 
     @classmethod
-    def create(
-        cls, path: str, identity: Identity, index: Index, views: int, kind: str, top_k: int, precision: str
-    ) -> "Store":
-        """Open for writing; make the group, a kind's array or room for more views where they lack.
-
-        Raises:
-            UsageError: the store at `path` is of another identity, precision or k.
-        """
-        capacity, classes = int(index.samples.max()), len(index.classes)
-        store = None
-        with _writing(path):
-            if not _exists(path):
-                attributes = {
-                    "format": FORMAT,
-                    "fingerprint": identity.fingerprint,
-                    **identity.described(),
-                    "recipe_settings": identity.recipe.model_dump(mode="json"),
-                    "precision": precision,
-                    "classes": classes,
-                    "capacity": capacity,
-                    "shards": [{"name": s["name"], "samples": s["samples"]} for s in index.shards],
-                    "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
-                }
-                create_group(path, attributes)
-            group = _opened(path, "r+")
-            store = cls(path, group, index, identity.recipe)
-            store._refuse_other(identity.described())
-            if group.attrs["precision"] != precision:
-                raise UsageError(
-                    f"{path}: the store's precision",
-                    expected=str(group.attrs["precision"]),
-                    found=f"teacher_logits.precision {precision}",
-                    do="keep one precision a store: set the key back, or remove the store",
-                )
-            store._make_arrays(views, kind, top_k)
-        return store
-
-    @classmethod
-    def open(cls, path: str, index: Index, recipe: Recipe) -> "Store":
+    def open(cls, path: str, index: Index, recipe: Recipe) -> Self:
         """Open for reading.
 
         Raises:
@@ -130,17 +88,17 @@ class Store:
             UsageError: it is of another format, index or recipe.
         """
         try:
-            exists = _exists(path)
+            there = exists(path)
         except IO_ERRORS as error:
             raise PipelineError(f"{path}: the store cannot be read", found=reason(error)) from error
-        if not exists:
+        if not there:
             raise PipelineError(
                 f"{path}: no store",
                 expected="the teacher's answers for this recipe, index and teacher",
                 found="nothing",
                 do="compute it: dvc repro -f teacher-logits (or pipeline teacher-logits)",
             )
-        store = cls(path, _opened(path, "r"), index, recipe)
+        store = cls(path, opened(path, "r"), index, recipe)
         store._refuse_other({"index": index.fingerprint, "recipe": recipe_fingerprint(recipe)})
         for name in store.arrays():
             store._refuse_other_layout(name)
@@ -168,23 +126,6 @@ class Store:
             return sorted(name for name in names if self._filesystem.exists(f"{self._root}/{name}/zarr.json"))
         except IO_ERRORS as error:
             raise self._unreadable("", error) from error
-
-    def _make_arrays(self, views: int, kind: str, top_k: int) -> None:
-        for name in {"argmax": 0, "check": 0, kind: 0}:
-            settings = self._settings(name, views, payload_width(kind, self.classes, top_k))
-            if name not in self.arrays():
-                create_array(self.group, name, settings)
-            self._refuse_other_layout(name)
-            array, shape = self.group[name], settings["shape"]
-            if array.shape[2:] != shape[2:]:
-                raise UsageError(
-                    f"{self.path}/{name}",
-                    expected=f"width {array.shape[2]} as stored",
-                    found=f"{shape[2]} asked for",
-                    do="set teacher_logits.top_k back",
-                )
-            if array.shape[0] < shape[0]:
-                array.resize(shape)
 
     def _settings(self, name: str, views: int, width: int) -> dict[str, Any]:
         """What an array is made with: shape, chunks, codecs, names of dimensions."""
@@ -248,62 +189,6 @@ class Store:
             raise self._unreadable(name, error) from error
         parts = [path[len(folder) + 1 :].split("/") for path in paths]
         return {(int(p[0]), int(p[1])) for p in parts if all(part.isdigit() for part in p)}
-
-    def write_unit(self, unit: Unit, buffers: dict[str, np.ndarray], checks: np.ndarray) -> None:
-        """Commit what the teacher said about a unit; argmax last.
-
-        Args:
-            buffers: `argmax` uint16 (block, samples) and a kind's payload (block, samples, width).
-            checks: uint64 (block, groups).
-
-        Raises:
-            PipelineError: the disk is full or the store cannot be written.
-        """
-        block, samples = self.recipe.block, int(self.index.samples[unit.shard])
-        views = slice(unit.block * block, (unit.block + 1) * block)
-        rows = slice(unit.shard * self.capacity, (unit.shard + 1) * self.capacity)
-        with _writing(self.path):
-            slots = self._other_slots(unit)
-            self.remove_unit(unit, ("argmax", *buffers))
-            slots[:, : checks.shape[1]] = checks
-            for name in sorted(buffers, key=lambda name: name == "argmax"):
-                array = self.group[name]
-                whole = np.full((block, self.capacity, *array.shape[2:]), array.fill_value, array.dtype)
-                whole[:, :samples] = buffers[name]
-                slots[:, self.slots + KINDS.index(name)] = [_checksum(view) for view in whole[:, :samples]]
-                if name == "argmax":
-                    self.group["check"][views, unit.shard] = slots
-                    self._sync(unit, *(set(buffers) - {"argmax"}), "check")
-                array[views, rows] = whole
-            self._sync(unit, "argmax")
-
-    def _sync(self, unit: Unit, *names: str) -> None:
-        """Chunks and their folders onto the disk, so that after a power cut, too, argmax says complete."""
-        if self._local:
-            for name in names:
-                chunk = Path(self._chunk_path(name, unit.shard, unit.block))
-                for path in (chunk, chunk.parent):
-                    descriptor = os.open(path, os.O_RDONLY)
-                    os.fsync(descriptor)
-                    os.close(descriptor)
-
-    def _other_slots(self, unit: Unit) -> np.ndarray:
-        """The unit's check as it is, for the checksums of kinds that are not written now."""
-        try:
-            return np.array(self.read_check(unit))
-        except Unreadable:
-            raise
-        except PipelineError:
-            # never written, or damaged: without their checksums the other kinds' answers are lost too
-            self.remove_unit(unit, tuple(name for name in KINDS if name in self.arrays()))
-            return np.full((self.recipe.block, self.slots + len(KINDS)), NO_CHECK, np.uint64)
-
-    def remove_unit(self, unit: Unit, names: tuple[str, ...] = ("argmax",)) -> None:
-        """Take a unit back: delete chunks of it, its argmax first, which says that it is complete."""
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):  # asked anew: a listing may be an old one
-                self._filesystem.rm_file(self._chunk_path(name, unit.shard, unit.block))
-        self._cache.clear()
 
     def _chunk_path(self, name: str, shard: int, block: int) -> str:
         return f"{self._root}/{name}/c/{block}/{shard}" + ("" if name == "argmax" else "/0")
@@ -389,7 +274,7 @@ class Store:
 
     def _compare(self, name: str, shard: int, first: int, values: np.ndarray, check: np.ndarray) -> None:
         for place, number in enumerate(check[:, self.slots + KINDS.index(name)]):
-            if _checksum(values[place]) != number:
+            if checksum(values[place]) != number:
                 raise self._damage(name, shard, first + place, "a checksum that is not the recorded one")
 
     def _read_chunk(self, name: str, shard: int, view: int) -> np.ndarray:
@@ -461,11 +346,17 @@ class Store:
         )
 
 
-def _checksum(values: np.ndarray) -> int:
+def checksum(values: np.ndarray) -> int:
+    """CRC-32C of what a kind holds of one view of a shard."""
     return google_crc32c.value(np.ascontiguousarray(values).tobytes())
 
 
-def _opened(path: str, mode: str) -> zarr.Group:
+def opened(path: str, mode: str) -> zarr.Group:
+    """A store's group.
+
+    Raises:
+        PipelineError: it is damaged or cannot be read.
+    """
     try:
         filesystem, root = fsspec.core.url_to_fs(path)
         described = json.loads(filesystem.cat_file(f"{root}/zarr.json"))
@@ -488,20 +379,7 @@ def _not_described(where: str, error: Exception) -> PipelineError:
     )
 
 
-def _exists(path: str) -> bool:
+def exists(path: str) -> bool:
+    """Whether a store is at a path or URL."""
     filesystem, root = fsspec.core.url_to_fs(path)
     return filesystem.exists(f"{root}/zarr.json")
-
-
-@contextlib.contextmanager
-def _writing(path: str):
-    """Write chunks even where they equal the fill value; tell a full disk plainly."""
-    try:
-        with zarr.config.set({"array.write_empty_chunks": True}):
-            yield
-    except IO_ERRORS as error:
-        raise PipelineError(
-            f"{path}: the store cannot be written",
-            found=reason(error),
-            do="make room or correct the permissions, then run the same command again: it goes on",
-        ) from error

@@ -22,13 +22,13 @@ from pipeline.evaluation import (
 )
 from pipeline.files import replacing
 from pipeline.layout import (
+    FINETUNED,
+    TEACHER,
     answers_folder,
+    evaluated_models,
     evaluation_folder,
-    finetune_folder,
     index_path,
     store_path,
-    student_folder,
-    teacher_folder,
 )
 from pipeline.models import (
     Normalised,
@@ -49,9 +49,9 @@ from pipeline.report import (
 )
 from pipeline.shards import Index
 from pipeline.store import Store
-from stages.experiment import FINETUNED, describe_experiment, shown_samples
+from stages.experiment import describe_experiment, shown_samples
 
-TEACHER, TRUTH = "teacher", "truth"
+TRUTH = "truth"
 SIZES = ("model", "trained", "size", "classifier", "top1", "top5")  # columns of sizes.csv
 
 
@@ -129,22 +129,19 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
 
 def list_entries(config: Config) -> list[Entry]:
     """The teacher, the students and the fine-tuned one, in the order of the tables."""
-    size, crop, section, tuned = config.recipe.size, config.evaluate.crop, config.teacher, config.finetune
-    entries = []
-    if config.students or config.finetune_student().distillation != "none":
-        named = section.weights or section.model
-        entries.append(Entry(TEACHER, named, teacher_folder(config), "teacher", size, section.crop, section.precision))
-    for name in config.students:
-        student, command = config.student_named(name), f"train-student --student {name}"
-        folder = student_folder(config, name)
-        entries.append(Entry(name, student.model, folder, command, size, crop, student.precision, student))
-    if config.students or tuned.weights:
+    return [describe_entry(config, name, folder) for name, folder in evaluated_models(config).items()]
+
+
+def describe_entry(config: Config, name: str, folder: Path) -> Entry:
+    size, crop, teacher, tuned = config.recipe.size, config.evaluate.crop, config.teacher, config.finetune
+    if name == TEACHER:
+        model = teacher.weights or teacher.model
+        return Entry(name, model, folder, "teacher", size, teacher.crop, teacher.precision)
+    if name == FINETUNED:
         student, crop = config.finetune_student(), config.evaluate.crop_finetuned
-        folder, size = finetune_folder(config), tuned.size
-        entries.append(
-            Entry(FINETUNED, student.model, folder, "finetune", size, crop, tuned.precision, student)
-        )
-    return entries
+        return Entry(name, student.model, folder, "finetune", tuned.size, crop, tuned.precision, student)
+    student = config.student_named(name)
+    return Entry(name, student.model, folder, f"train-student --student {name}", size, crop, student.precision, student)
 
 
 def refuse_missing(entries: list[Entry]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.answers import decode_logits
 from pipeline.config import Config, Student
-from pipeline.layout import answers_folder
+from pipeline.layout import FINETUNED, answers_folder
 from pipeline.loader import Groups, Renderer, mixed, stored_answers
 from pipeline.plan import Item
 from pipeline.recipe import group_count, recipe_fingerprint
@@ -18,7 +18,6 @@ from pipeline.report import Sample, SeenView
 from pipeline.shards import Index
 from pipeline.store import VERSIONS, Store
 
-FINETUNED = "finetuned"
 SHOWN_SAMPLES, SHOWN_VIEWS = 4, 3
 
 

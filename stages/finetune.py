@@ -14,10 +14,10 @@ from pipeline.layout import finetune_folder, index_path, state_folder, student_f
 from pipeline.models import Normalised, build_student, load_resized, read_weights, weights_hash, with_new_heads
 from pipeline.plan import plan_of
 from pipeline.recipe import recipe_fingerprint
+from pipeline.run import Run, describe_run, run_identity
 from pipeline.shards import Index
 from pipeline.strict import fingerprint
 from pipeline.teaching import NoTeacher
-from pipeline.training import Run, describe_run, run_identity
 from stages.train_student import find_teacher, finish
 
 # what fine-tuning keeps of the student's own settings

@@ -23,7 +23,10 @@ import fsspec
 from pipeline.config import Config, Training
 from pipeline.errors import IO_ERRORS, Unreadable, reason
 from pipeline.layout import (
+    FINETUNED,
+    TEACHER,
     answers_folder,
+    evaluated_models,
     evaluation_folder,
     finetune_folder,
     index_path,
@@ -311,9 +314,9 @@ def _modified(info: dict[str, Any]) -> float:
 def evaluated(experiment: Experiment) -> Facts:
     """All models at once, written at the end; the top-1 is the last model's."""
     config, folder = experiment.config, evaluation_folder(experiment.config)
-    models = evaluable(config)
+    models = evaluated_models(config)
     metrics = read_json(folder / "metrics.json") if (folder / "table.txt").exists() else {}
-    foreign = bool(metrics) and metrics.keys() & {*config.variants, "teacher", "finetuned"} != models.keys()
+    foreign = bool(metrics) and metrics.keys() & {*config.variants, TEACHER, FINETUNED} != models.keys()
     untrained = [name for name, where in models.items() if not (where / "weights.safetensors").exists()]
     last = metrics.get(next(reversed(models), ""), {})
     return Facts(
@@ -324,17 +327,6 @@ def evaluated(experiment: Experiment) -> Facts:
         top1=(last.get("mean") or last.get("class") or {}).get("top1"),
         note=f"waits for {', '.join(untrained)}" if untrained else "",
     )  # fmt: skip
-
-
-def evaluable(config: Config) -> dict[str, Path]:
-    """The models that `pipeline evaluate` names, each with the folder of its weights."""
-    models = {}
-    if config.students or config.finetune_student().distillation != "none":
-        models["teacher"] = teacher_folder(config)
-    models |= {name: student_folder(config, name) for name in config.students}
-    if config.students or config.finetune.weights:
-        models["finetuned"] = finetune_folder(config)
-    return models
 
 
 def read_json(path: Path) -> dict[str, Any]:

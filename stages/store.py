@@ -24,6 +24,7 @@ from pipeline.plan import Unit
 from pipeline.progress import Wanted, is_run_of, is_store_of, list_stores, wanted, wanted_runs
 from pipeline.shards import Index
 from pipeline.store import Store
+from pipeline.store_writer import StoreWriter
 
 
 def find(config: Config, purpose: str, index: Index, named: str | None = None) -> Store:
@@ -183,7 +184,7 @@ def _other_answers(config: Config, purpose: str, store: Store, count: int, devic
 def repair(config: Config, purpose: str, named: str | None) -> None:
     """Drop damaged units, so that teacher-logits computes just them again."""
     index, want = Index(index_path(config, "train")), wanted(config, purpose)
-    store = find(config, purpose, index, named)
+    store = StoreWriter.open(find(config, purpose, index, named).path, index, want.recipe)
     missing = store.missing(want.views, want.kind)
     for unit, found in _damaged_units(store, want, missing):
         print(f"dropped {store.index.names[unit.shard]} block {unit.block}: {found.splitlines()[0]}")

@@ -26,10 +26,11 @@ from pipeline.models import (
 from pipeline.plan import Plan, plan_of
 from pipeline.ranks import Rank
 from pipeline.recipe import recipe_fingerprint
+from pipeline.run import Run, describe_run, run_identity
 from pipeline.runlog import write_curve
 from pipeline.shards import Index
 from pipeline.strict import fingerprint
-from pipeline.training import Run, complete, describe_run, run_identity
+from pipeline.training import complete
 
 
 def run(config: Config, device: torch.device, purpose: str = "train-student", dry_run: bool = False) -> None:

@@ -37,6 +37,7 @@ from pipeline.plan import Unit, unit_items
 from pipeline.recipe import group_count
 from pipeline.shards import Index
 from pipeline.store import Identity, Store
+from pipeline.store_writer import StoreWriter
 
 
 def run(
@@ -70,7 +71,7 @@ def run(
     with lease(f"{path}.part-{number}-of-{parts}.lock", f"part {number} of {parts} of teacher-logits", break_lock):
         if parts == 1:
             sweep(path)
-        store = Store.create(path, identity, index, views, settings.kind, settings.top_k, settings.precision)
+        store = StoreWriter.create(path, identity, index, views, settings.kind, settings.top_k, settings.precision)
         # by its place among all units: other parts commit theirs meanwhile
         own = set(store.units(views)[number::parts])
         missing = store.missing(views, settings.kind)
@@ -78,14 +79,14 @@ def run(
             missing = remove_damaged(store, views, settings.kind, own)
         missing = [unit for unit in missing if unit in own]
         if missing:
-            UnitWorker(config, store, teacher, own_size, device).compute(missing)
+            UnitWorker(config, store, teacher, own_size, device, store.write_unit).compute(missing)
     if store.missing(views, settings.kind):
         print("this part is done; the last part to finish writes the manifest")
         return
     publish(config, purpose, store, views)
 
 
-def remove_damaged(store: Store, views: int, kind: str, own: set[Unit]) -> list[Unit]:
+def remove_damaged(store: StoreWriter, views: int, kind: str, own: set[Unit]) -> list[Unit]:
     """Read a complete store whole; take back what is damaged, so that it is computed again."""
     bad = damaged(store, [unit for unit in store.units(views) if unit in own], kind)
     for unit, found in bad:
@@ -125,9 +126,9 @@ class UnitWorker:
     """Renders, asks the teacher, and commits unit after unit."""
 
     def __init__(
-        self, config: Config, store: Store, teacher: Normalised, own_size: int | None, device: torch.device, commit=None
+        self, config: Config, store: Store, teacher: Normalised, own_size: int | None, device: torch.device, commit
     ):
-        self.commit = commit or store.write_unit
+        self.commit = commit
         self.settings, self.store, self.device, self.own_size = config.teacher_logits, store, device, own_size
         self.recipe, self.index = store.recipe, store.index
         if self.settings.channels_last:

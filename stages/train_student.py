@@ -20,12 +20,13 @@ from pipeline.models import build_student, load_teacher, save_weights
 from pipeline.plan import plan_of
 from pipeline.ranks import Rank
 from pipeline.recipe import recipe_fingerprint
+from pipeline.run import Run, describe_run, run_identity
 from pipeline.runlog import read_log, write_curve
 from pipeline.shards import Index
 from pipeline.store import Store
 from pipeline.strict import fingerprint
 from pipeline.teaching import NoTeacher, OnlineTeacher, StoredTeacher
-from pipeline.training import Run, complete, describe_run, run_identity
+from pipeline.training import complete
 
 
 def run(

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from pipeline.cli import main
-from pipeline.store import Store
+from pipeline.store_writer import StoreWriter
 from pipeline.training import Trainer
 
 
@@ -30,8 +30,8 @@ def marked(function, name: str, marks: Path, pause_seconds: float = 0.03):
 
 if __name__ == "__main__":
     marks = Path(sys.argv[1]) / "marks"
-    Store.write_unit = marked(Store.write_unit, "write", marks)
-    Store.remove_unit = marked(Store.remove_unit, "removal", marks, 0.15)  # in the midst of a unit's write
+    StoreWriter.write_unit = marked(StoreWriter.write_unit, "write", marks)
+    StoreWriter.remove_unit = marked(StoreWriter.remove_unit, "removal", marks, 0.15)  # in the midst of a unit's write
     Trainer.train_step = marked(Trainer.train_step, "step", marks)
     Trainer.save = marked(Trainer.save, "save", marks)
     main(sys.argv[2:])

@@ -30,6 +30,7 @@ from pipeline.plan import Item, Plan, Unit, all_units, unit_items
 from pipeline.recipe import draw_mix, draw_view
 from pipeline.shards import Index
 from pipeline.store import Identity, Store
+from pipeline.store_writer import StoreWriter
 from pipeline.views import center_view, render
 
 ROOT = Path(__file__).parent.parent
@@ -427,7 +428,7 @@ def store(small_set, tmp_path_factory) -> Store:
     """A complete store of the toy teacher's answers about the small set."""
     config, index = small_set
     path = str(tmp_path_factory.mktemp("store") / "s.zarr")
-    made = Store.create(path, Identity(index.fingerprint, config.recipe, {}), index, 8, "dense", 1, "float32")
+    made = StoreWriter.create(path, Identity(index.fingerprint, config.recipe, {}), index, 8, "dense", 1, "float32")
     one = Renderer(index, config.recipe)
     for unit in all_units(3, 8, config.recipe):
         samples = int(index.samples[unit.shard])

@@ -21,6 +21,7 @@ from pipeline.errors import PipelineError, UsageError
 from pipeline.plan import Unit, all_units
 from pipeline.recipe import group_count
 from pipeline.store import Identity, Store
+from pipeline.store_writer import StoreWriter
 
 property_settings = settings(derandomize=True, deadline=None, max_examples=25)
 
@@ -47,7 +48,7 @@ class Rows:
 def create(path, kind="argmax", views=VIEWS, top_k=TOP_K, precision="float32", **identity) -> Store:
     recipe, index = identity.get("recipe", RECIPE), identity.get("index", Rows())
     named = Identity(index.fingerprint, recipe, identity.get("teacher", TEACHER))
-    return Store.create(str(path), named, index, views, kind, top_k, precision)
+    return StoreWriter.create(str(path), named, index, views, kind, top_k, precision)
 
 
 def opened(path) -> Store:

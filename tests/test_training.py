@@ -24,9 +24,11 @@ from pipeline.layout import (
 from pipeline.models import adaptable, build_student, build_teacher, read_weights
 from pipeline.params import dump
 from pipeline.plan import plan_of
+from pipeline.run import Run
 from pipeline.runlog import Log, read_log
 from pipeline.shards import Index
-from pipeline.training import Run, Trainer, train
+from pipeline.store_writer import StoreWriter
+from pipeline.training import Trainer, train
 from stages import finetune, teacher, teacher_logits, train_student
 
 PURPOSES = ("train-student", "finetune")
@@ -248,9 +250,9 @@ def test_teacher_logits_computes_only_what_is_missing(taught, monkeypatch):
     before = {path: path.read_bytes() for path in Path("work/stores").rglob("c/*/*") if path.is_file()}
     next(Path("work/stores").glob("*.zarr/argmax/c/1/2")).unlink()
     computed = []
-    real = teacher_logits.Store.write_unit
+    real = StoreWriter.write_unit
     monkeypatch.setattr(
-        teacher_logits.Store, "write_unit", lambda self, unit, *rest: computed.append(unit) or real(self, unit, *rest)
+        StoreWriter, "write_unit", lambda self, unit, *rest: computed.append(unit) or real(self, unit, *rest)
     )
     teacher_logits.run(taught, CPU)
     assert [(unit.shard, unit.block) for unit in computed] == [(2, 1)]

@@ -1,0 +1,149 @@
+"""Writing the store of the teacher's answers: create it, commit a unit, take one back.
+
+One process writes a unit, by rename, argmax last, so what exists is complete.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import zarr
+
+from pipeline.answers import KINDS, payload_width
+from pipeline.errors import IO_ERRORS, PipelineError, Unreadable, UsageError, reason
+from pipeline.plan import Unit
+from pipeline.sealed import create_array, create_group
+from pipeline.shards import Index
+from pipeline.store import FORMAT, NO_CHECK, VERSIONS, Identity, Store, checksum, exists, opened
+
+
+class StoreWriter(Store):
+    """A store that can be written: `StoreWriter.create`."""
+
+    @classmethod
+    def create(
+        cls, path: str, identity: Identity, index: Index, views: int, kind: str, top_k: int, precision: str
+    ) -> Self:
+        """Open for writing; make the group, a kind's array or room for more views where they lack.
+
+        Raises:
+            UsageError: the store at `path` is of another identity, precision or k.
+        """
+        capacity, classes = int(index.samples.max()), len(index.classes)
+        store = None
+        with _writing(path):
+            if not exists(path):
+                attributes = {
+                    "format": FORMAT,
+                    "fingerprint": identity.fingerprint,
+                    **identity.described(),
+                    "recipe_settings": identity.recipe.model_dump(mode="json"),
+                    "precision": precision,
+                    "classes": classes,
+                    "capacity": capacity,
+                    "shards": [{"name": s["name"], "samples": s["samples"]} for s in index.shards],
+                    "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+                }
+                create_group(path, attributes)
+            group = opened(path, "r+")
+            store = cls(path, group, index, identity.recipe)
+            store._refuse_other(identity.described())
+            if group.attrs["precision"] != precision:
+                raise UsageError(
+                    f"{path}: the store's precision",
+                    expected=str(group.attrs["precision"]),
+                    found=f"teacher_logits.precision {precision}",
+                    do="keep one precision a store: set the key back, or remove the store",
+                )
+            store._make_arrays(views, kind, top_k)
+        return store
+
+    def _make_arrays(self, views: int, kind: str, top_k: int) -> None:
+        for name in {"argmax": 0, "check": 0, kind: 0}:
+            settings = self._settings(name, views, payload_width(kind, self.classes, top_k))
+            if name not in self.arrays():
+                create_array(self.group, name, settings)
+            self._refuse_other_layout(name)
+            array, shape = self.group[name], settings["shape"]
+            if array.shape[2:] != shape[2:]:
+                raise UsageError(
+                    f"{self.path}/{name}",
+                    expected=f"width {array.shape[2]} as stored",
+                    found=f"{shape[2]} asked for",
+                    do="set teacher_logits.top_k back",
+                )
+            if array.shape[0] < shape[0]:
+                array.resize(shape)
+
+    def write_unit(self, unit: Unit, buffers: dict[str, np.ndarray], checks: np.ndarray) -> None:
+        """Commit what the teacher said about a unit; argmax last.
+
+        Args:
+            buffers: `argmax` uint16 (block, samples) and a kind's payload (block, samples, width).
+            checks: uint64 (block, groups).
+
+        Raises:
+            PipelineError: the disk is full or the store cannot be written.
+        """
+        block, samples = self.recipe.block, int(self.index.samples[unit.shard])
+        views = slice(unit.block * block, (unit.block + 1) * block)
+        rows = slice(unit.shard * self.capacity, (unit.shard + 1) * self.capacity)
+        with _writing(self.path):
+            slots = self._other_slots(unit)
+            self.remove_unit(unit, ("argmax", *buffers))
+            slots[:, : checks.shape[1]] = checks
+            for name in sorted(buffers, key=lambda name: name == "argmax"):
+                array = self.group[name]
+                whole = np.full((block, self.capacity, *array.shape[2:]), array.fill_value, array.dtype)
+                whole[:, :samples] = buffers[name]
+                slots[:, self.slots + KINDS.index(name)] = [checksum(view) for view in whole[:, :samples]]
+                if name == "argmax":
+                    self.group["check"][views, unit.shard] = slots
+                    self._sync(unit, *(set(buffers) - {"argmax"}), "check")
+                array[views, rows] = whole
+            self._sync(unit, "argmax")
+
+    def _sync(self, unit: Unit, *names: str) -> None:
+        """Chunks and their folders onto the disk, so that after a power cut, too, argmax says complete."""
+        if self._local:
+            for name in names:
+                chunk = Path(self._chunk_path(name, unit.shard, unit.block))
+                for path in (chunk, chunk.parent):
+                    descriptor = os.open(path, os.O_RDONLY)
+                    os.fsync(descriptor)
+                    os.close(descriptor)
+
+    def _other_slots(self, unit: Unit) -> np.ndarray:
+        """The unit's check as it is, for the checksums of kinds that are not written now."""
+        try:
+            return np.array(self.read_check(unit))
+        except Unreadable:
+            raise
+        except PipelineError:
+            # never written, or damaged: without their checksums the other kinds' answers are lost too
+            self.remove_unit(unit, tuple(name for name in KINDS if name in self.arrays()))
+            return np.full((self.recipe.block, self.slots + len(KINDS)), NO_CHECK, np.uint64)
+
+    def remove_unit(self, unit: Unit, names: tuple[str, ...] = ("argmax",)) -> None:
+        """Take a unit back: delete chunks of it, its argmax first, which says that it is complete."""
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # asked anew: a listing may be an old one
+                self._filesystem.rm_file(self._chunk_path(name, unit.shard, unit.block))
+        self._cache.clear()
+
+
+@contextlib.contextmanager
+def _writing(path: str):
+    """Write chunks even where they equal the fill value; tell a full disk plainly."""
+    try:
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            yield
+    except IO_ERRORS as error:
+        raise PipelineError(
+            f"{path}: the store cannot be written",
+            found=reason(error),
+            do="make room or correct the permissions, then run the same command again: it goes on",
+        ) from error
