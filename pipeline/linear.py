@@ -22,12 +22,16 @@ class OneDNNLinear(nn.Linear):
 
 
 def by_onednn(x: torch.Tensor) -> bool:
+    """Whether this input goes to oneDNN."""
     ours = x.ndim == 3 and x.device.type == "cpu" and x.dtype == torch.float32
-    return ours and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+    return ours and not torch.is_autocast_enabled("cpu")
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Make all of a model's linear layers OneDNNLinear, in place; weights and their names stay as they are."""
+    """Make all of a model's linear layers OneDNNLinear, in place; weights and their names stay as they are.
+
+    Where torch was built without oneDNN the model stays as it is.
+    """
     for part in model.modules():
-        if type(part) is nn.Linear:
+        if type(part) is nn.Linear and torch.backends.mkldnn.is_available():
             part.__class__ = OneDNNLinear  # a replaced module would lose hooks and other references

@@ -52,6 +52,15 @@ def test_autocast_goes_torchs_own_way():
         assert torch.equal(ours(x), plain(x))
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_student_compiles_into_one_graph(bf16):
+    model = build_student(Student(kwargs={"embed_dim": 16, "num_heads": 1, "depth": 1}), Recipe(), 5, 16).eval()
+    pictures = torch.rand(2, 3, 16, 16)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        torch.testing.assert_close(compiled(pictures), model(pictures))
+
+
 def test_weights_copies_and_repeats_are_as_before():
     plain, ours = pair(6, 5, True)
     assert ours.state_dict().keys() == plain.state_dict().keys()
