@@ -105,11 +105,14 @@ class Trainer:
         self.optimizer = build_optimizer(run.model.model, settings)
         self.schedule = build_schedule(self.optimizer, settings)
         self.ema = ModelEmaV3(run.model, decay=settings.ema_decay) if settings.ema_decay else None
-        self.forward: nn.Module = torch.compile(run.model) if settings.compile else run.model
+        self.forward: nn.Module = run.model
         if self.rank.world > 1:
             # without distillation head_dist gets no gradient
             unused = run.model.distilled and not run.distilled
             self.forward = DistributedDataParallel(self.forward, find_unused_parameters=unused)
+        if settings.compile:
+            # after DDP: the graph is split at its buckets then, so that gradients travel during the backward
+            self.forward = torch.compile(self.forward)
         self.step, self.epoch_loss, self.first_loss = 0, 0.0, None
         self.log = Log(run.folder / "log.jsonl") if self.rank.rank == 0 else None
         self.speed, self.epoch_speed = Speed(), Speed()
