@@ -1,13 +1,13 @@
 """The command line. Each command imports its stage inside its body, so `--help` needs no torch."""
 
-import functools
 import sys
 from pathlib import Path
 
 import click
 
-from pipeline.cli_store import config_options, prune, store
+from pipeline.cli_store import prune, store
 from pipeline.errors import PipelineError, UsageError
+from pipeline.options import WHICH_STORE, config_options, purpose_option, stage_options
 
 
 class _Group(click.Group):
@@ -45,61 +45,8 @@ def main():
     """
 
 
-def _stage(with_device: bool = True):
-    """Options that every stage has; gives the body `config`, `device` and `dry_run`."""
-
-    def decorate(body):
-        @config_options
-        @click.option("--dry-run", is_flag=True, help="Say what would be done, with sizes and counts, and do nothing.")
-        @functools.wraps(body)
-        def command(path, overrides, dry_run, device=None, **options):
-            from pipeline.params import load
-
-            config = load(path, overrides)
-            if with_device:
-                options["device"] = find_device(device)
-            return body(config=config, dry_run=dry_run, **options)
-
-        if with_device:
-            command = click.option(
-                "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]",
-                help="auto takes a GPU where there is one; under torchrun, the one of the local rank.",
-            )(command)  # fmt: skip
-        return command
-
-    return decorate
-
-
-def _purpose_option(text: str):
-    purposes = click.Choice(["train-student", "finetune"])
-    return click.option("--for", "purpose", type=purposes, default="train-student", show_default=True, help=text)
-
-
-def find_device(name: str):
-    import os
-
-    import torch
-
-    local = os.environ.get("LOCAL_RANK")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and local is not None:
-        name = f"cuda:{local}"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"--device {name}", expected="auto, cpu, cuda or cuda:N", found=str(error).splitlines()[0],
-            do="name a device that this machine has",
-        ) from None  # fmt: skip
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
 @main.command()
-@_stage(with_device=False)
+@stage_options(with_device=False)
 def prepare(config, dry_run):
     """Images to WebDataset shards (train and val) and their index.
 
@@ -117,8 +64,8 @@ def prepare(config, dry_run):
 
 
 @main.command()
-@_purpose_option("Which teacher: at recipe.size, or at finetune.size, where teacher_finetune.epochs adapt it.")
-@_stage()
+@purpose_option("Which teacher: at recipe.size, or at finetune.size, where teacher_finetune.epochs adapt it.")
+@stage_options()
 def teacher(config, device, dry_run, purpose):
     """Train the teacher on the shards, or read it from teacher.weights; evaluate it.
 
@@ -144,10 +91,10 @@ def _part(context, parameter, value):
 
 
 @main.command("teacher-logits")
-@_purpose_option("Which store: at recipe.size for the students, or at finetune.size.")
+@WHICH_STORE
 @click.option("--part", callback=_part, metavar="I/N", help="Compute every N-th missing unit only, from the I-th on.")
 @click.option("--break-lock", is_flag=True, help="Take over from a writer on another machine that is surely dead.")
-@_stage()
+@stage_options()
 def teacher_logits(config, device, dry_run, purpose, part, break_lock):
     """Run the teacher over the augmented views of every training image, into the zarr store.
 
@@ -175,7 +122,7 @@ def teacher_logits(config, device, dry_run, purpose, part, break_lock):
     help="online: the teacher in the loop over the same groups; the baseline, and the proof.",
 )  # fmt: skip
 @click.option("--store", metavar="PATH", help="A store named by hand; refused unless it is of this index and recipe.")
-@_stage()
+@stage_options()
 def train_student(config, device, dry_run, name, distillation, alpha, tau, teacher, store):
     """Train a DeiT student from the shards and the store; the teacher is never run.
 
@@ -212,7 +159,7 @@ def train_student(config, device, dry_run, name, distillation, alpha, tau, teach
     "--teacher", type=click.Choice(["stored", "online"]), default="stored", show_default=True,
     help="online: the teacher in the loop.",
 )  # fmt: skip
-@_stage()
+@stage_options()
 def finetune(config, device, dry_run, teacher):
     """Go on with the student that finetune.from names, at finetune.size pixels.
 
@@ -231,7 +178,7 @@ def finetune(config, device, dry_run, teacher):
 
 
 @main.command()
-@_stage()
+@stage_options()
 def evaluate(config, device, dry_run):
     """Evaluate teacher, students and the fine-tuned model; write metrics, pictures and report.html.
 

@@ -4,22 +4,9 @@ from pathlib import Path
 
 import click
 
-FOR = click.option(
-    "--for", "purpose", type=click.Choice(["train-student", "finetune"]), default="train-student", show_default=True,
-    help="Which store: at recipe.size for the students, or at finetune.size.",
-)  # fmt: skip
+from pipeline.options import DEVICE, WHICH_STORE, config_options, find_device
+
 STORE = click.option("--store", "named", metavar="PATH", help="A store named by hand.")
-
-
-def config_options(body):
-    """--config and --set, as every stage has them."""
-    body = click.option(
-        "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key of it."
-    )(body)
-    return click.option(
-        "--config", "path", default="params.yaml", show_default=True, type=click.Path(dir_okay=False),
-        help="The experiment's whole configuration.",
-    )(body)  # fmt: skip
 
 
 @click.group()
@@ -36,7 +23,7 @@ def store():
 @click.option("--views-per-second", "rate", default=1000.0, show_default=True, type=click.FloatRange(1e-3),
               help="What teacher-logits reaches, all processes together; its progress bar tells.")  # fmt: skip
 @click.option("--images", type=click.IntRange(1), help="Instead of the index's, where there is none yet.")
-@FOR
+@WHICH_STORE
 @config_options
 def estimate(path, overrides, purpose, rate, images):
     """Bytes, files, hours, and after how many students the dump pays.
@@ -52,7 +39,7 @@ def estimate(path, overrides, purpose, rate, images):
 
 
 @store.command()
-@FOR
+@WHICH_STORE
 @STORE
 @config_options
 def info(path, overrides, purpose, named):
@@ -71,8 +58,8 @@ def info(path, overrides, purpose, named):
 @store.command()
 @click.option("--teacher", "recompute", default=0, type=click.IntRange(0), metavar="N",
               help="Compute N random units again and report the largest difference.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]")
-@FOR
+@DEVICE
+@WHICH_STORE
 @STORE
 @config_options
 def verify(path, overrides, purpose, named, recompute, device):
@@ -82,7 +69,6 @@ def verify(path, overrides, purpose, named, recompute, device):
     Example:
       pipeline store verify --teacher 3
     """
-    from pipeline.cli import find_device
     from pipeline.params import load
     from stages import store as stage
 
@@ -90,7 +76,7 @@ def verify(path, overrides, purpose, named, recompute, device):
 
 
 @store.command()
-@FOR
+@WHICH_STORE
 @STORE
 @config_options
 def repair(path, overrides, purpose, named):

@@ -18,7 +18,7 @@ ORDER = (
     "errors", "files", "lease", "strict", "policies", "config", "params", "layout", "recipe", "ops", "views",
     "shards", "sources", "plan", "sealed", "answers", "store", "store_writer", "audit", "loader", "linear",
     "models", "teaching", "losses", "optim", "checkpoint", "ranks", "evaluation", "runlog", "meters", "run",
-    "training", "contact_sheet", "report", "progress", "cli_store", "cli",
+    "training", "contact_sheet", "report", "progress", "options", "cli_store", "cli",
 )  # fmt: skip
 
 STAGE_MODULES = {

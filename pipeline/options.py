@@ -1,0 +1,79 @@
+"""Options that commands share; the device that `--device` means."""
+
+import functools
+import os
+
+import click
+
+from pipeline.errors import UsageError
+
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]",
+    help="auto takes a GPU where there is one; under torchrun, the one of the local rank.",
+)  # fmt: skip
+
+
+def config_options(body):
+    """--config and --set: gives the body `path` and `overrides`."""
+    body = click.option(
+        "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key of it."
+    )(body)
+    return click.option(
+        "--config", "path", default="params.yaml", show_default=True, type=click.Path(dir_okay=False),
+        help="The experiment's whole configuration.",
+    )(body)  # fmt: skip
+
+
+def stage_options(with_device: bool = True):
+    """Options that every stage has: gives the body `config`, `device` and `dry_run`."""
+
+    def decorate(body):
+        @config_options
+        @click.option("--dry-run", is_flag=True, help="Say what would be done, with sizes and counts, and do nothing.")
+        @functools.wraps(body)
+        def command(path, overrides, dry_run, device=None, **options):
+            from pipeline.params import load
+
+            config = load(path, overrides)
+            if with_device:
+                options["device"] = find_device(device)
+            return body(config=config, dry_run=dry_run, **options)
+
+        return DEVICE(command) if with_device else command
+
+    return decorate
+
+
+def purpose_option(text: str):
+    """--for: gives the body `purpose`."""
+    purposes = click.Choice(["train-student", "finetune"])
+    return click.option("--for", "purpose", type=purposes, default="train-student", show_default=True, help=text)
+
+
+WHICH_STORE = purpose_option("Which store: at recipe.size for the students, or at finetune.size.")
+
+
+def find_device(name: str):
+    """The torch.device that `--device` names, made the current one where it is a GPU.
+
+    Raises:
+        UsageError: this machine has no such device.
+    """
+    import torch
+
+    local = os.environ.get("LOCAL_RANK")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local is not None:
+        name = f"cuda:{local}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"--device {name}", expected="auto, cpu, cuda or cuda:N", found=str(error).splitlines()[0],
+            do="name a device that this machine has",
+        ) from None  # fmt: skip
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
