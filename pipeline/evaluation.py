@@ -5,8 +5,8 @@ from itertools import product
 
 import numpy as np
 import torch
-from torch.nn.functional import softmax
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import softmax
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.loader import evaluation_loader
