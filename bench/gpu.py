@@ -63,7 +63,7 @@ from pipeline.config import Config, Finetune, Student, TeacherLogits
 from pipeline.loader import Groups, mixed, on_device, step_loader, unit_loader
 from pipeline.models import build_student, teacher_logits
 from pipeline.plan import Unit
-from pipeline.store import Identity, Store
+from pipeline.store import Identity
 from pipeline.store_writer import StoreWriter
 from pipeline.teaching import NoTeacher, OnlineTeacher, StoredTeacher
 from stages import teacher_logits as stage
@@ -74,12 +74,14 @@ STEPS = 7  # rendered; a prime, so that a worker does not meet the same one agai
 # the teacher
 
 
-def unit_store(lab: Lab, kind: str) -> Store:
+def unit_store(lab: Lab, kind: str) -> StoreWriter:
     identity = Identity(lab.index.fingerprint, lab.recipe, {"model": "random"})
     return StoreWriter.create(str(lab.root / f"{kind}.zarr"), identity, lab.index, BLOCK, kind, 1, "bfloat16")
 
 
-def compute(lab: Lab, store: Store, unit: Unit, kind: str, loader: Callable, workers: int = 0, commit=None) -> float:
+def compute(
+    lab: Lab, store: StoreWriter, unit: Unit, kind: str, loader: Callable, workers: int = 0, commit=None
+) -> float:
     """Seconds of UnitWorker.compute from the arrival of its first batch on; `loader` stands for unit_loader."""
     settings = TeacherLogits(
         views=BLOCK, kind=kind, top_k=1, precision="bfloat16", batch_groups=lab.groups, workers=workers,
@@ -96,7 +98,7 @@ def compute(lab: Lab, store: Store, unit: Unit, kind: str, loader: Callable, wor
 
     real, stage.unit_loader = stage.unit_loader, noting
     try:
-        stage.UnitWorker(config, store, lab.teacher, None, lab.device, commit).compute([unit])
+        stage.UnitWorker(config, store, lab.teacher, None, lab.device, commit or store.write_unit).compute([unit])
     finally:
         stage.unit_loader = real
     synchronize(lab.device)
