@@ -1,4 +1,4 @@
-"""The benchmarks of whole steps run, in their tiny modes, and print every row."""
+"""The benchmarks of whole steps, and of the store at scale, run small and print every row."""
 
 import os
 import re
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 def report(script: str, *options: str) -> str:
     done = subprocess.run(
-        [sys.executable, BENCH / script, "--tiny", *options],
+        [sys.executable, BENCH / script, *options],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -42,7 +42,7 @@ STEPS = ("step without distillation", "step with the store")
 
 
 def test_online_tells_every_way_and_goal():
-    text = report("online.py")
+    text = report("online.py", "--tiny")
     found = rows(text)
     for name in (*(f"{step}, ms" for step in STEPS), "step with the teacher online, ms",
                  "the teacher's forward alone, ms", "online / stored", "bound: 1 + forward / without",
@@ -60,7 +60,7 @@ def test_online_tells_every_way_and_goal():
 
 @pytest.fixture(scope="module")
 def gpu() -> str:
-    return report("gpu.py")
+    return report("gpu.py", "--tiny")
 
 
 def test_gpu_fails_and_leaves_out_no_part(gpu):
@@ -109,3 +109,9 @@ def test_gpu_names_the_parts_when_one_is_unknown():
         [sys.executable, BENCH / "gpu.py", "--tiny", "--only", "bits,teachers"], capture_output=True, text=True
     )
     assert done.returncode == 2 and "--only: teachers; there are teacher, bits" in done.stderr
+
+
+def test_scale_writes_and_reads_a_small_store():
+    options = ("--rows", "500", "--shards", "2", "--views", "30", "--reads", "20", "--rounds", "1")
+    found = rows(report("scale.py", *options))
+    assert found["files, without the arrays' metadata"] == [4, 4]
