@@ -133,6 +133,7 @@ def list_entries(config: Config) -> list[Entry]:
 
 
 def describe_entry(config: Config, name: str, folder: Path) -> Entry:
+    """At which size and crop a model is evaluated, and what makes its weights."""
     size, crop, teacher, tuned = config.recipe.size, config.evaluate.crop, config.teacher, config.finetune
     if name == TEACHER:
         model = teacher.weights or teacher.model

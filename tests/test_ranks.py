@@ -24,12 +24,12 @@ ROOT = Path(__file__).parent.parent
 ONE_NODE = ("--standalone", "--nproc-per-node=2")
 
 
-def launch(*arguments: str, die: str = "-", restarts: int = 0, nodes: tuple[str, ...] = ONE_NODE) -> subprocess.Popen:
+def launch(*arguments: str, die: str = "-", restarts: int = 0, nodes=ONE_NODE, **switches: str) -> subprocess.Popen:
     """The command under torchrun, in a process group of its own: in two ranks, or in one of several nodes'."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", *nodes, f"--max-restarts={restarts}"]
     return subprocess.Popen(
         [*torchrun, str(ROOT / "tests/ranks.py"), die, *arguments, "--device", "cpu"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | switches,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -53,7 +53,8 @@ def two_nodes(*arguments: str, **options) -> str:
         free.bind(("localhost", 0))
         endpoint = f"localhost:{free.getsockname()[1]}"
     nodes = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=1")
-    both = [launch(*arguments, nodes=nodes, **options) for _ in range(2)]
+    switch = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    both = [launch(*arguments, nodes=nodes, **options, **switch) for _ in range(2)]
     return "".join([said_by(process) for process in both])
 
 
@@ -67,26 +68,14 @@ def test_thirty_steps_of_two_ranks_have_the_losses_of_one(taught):  # noqa: F811
     assert losses(loaded()) == pytest.approx(alone, rel=1e-4)
 
 
-def test_a_killed_rank_is_restarted_and_the_run_goes_on_to_the_same_weights(taught):  # noqa: F811
+@pytest.mark.parametrize("launched", [two_ranks, pytest.param(two_nodes, marks=pytest.mark.slow)])
+def test_a_killed_rank_is_restarted_and_the_run_goes_on_to_the_same_weights(taught, launched):  # noqa: F811
     final = student_folder(taught, "hard") / "weights.safetensors"
     two_ranks("train-student", "--student", "hard")
     expected = final.read_bytes()
     final.unlink()
     shutil.rmtree("work/state")
-    said = two_ranks("train-student", "--student", "hard", die="9", restarts=1)
-    assert Path("died").exists() and "goes on from step" in said
-    assert final.read_bytes() == expected
-
-
-@pytest.mark.slow
-def test_a_rank_killed_on_one_of_two_nodes_is_restarted_too(taught, monkeypatch):  # noqa: F811
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    final = student_folder(taught, "hard") / "weights.safetensors"
-    two_ranks("train-student", "--student", "hard")
-    expected = final.read_bytes()
-    final.unlink()
-    shutil.rmtree("work/state")
-    said = two_nodes("train-student", "--student", "hard", die="9", restarts=1)
+    said = launched("train-student", "--student", "hard", die="9", restarts=1)
     assert Path("died").exists() and "goes on from step 9" in said
     assert final.read_bytes() == expected
 
