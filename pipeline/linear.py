@@ -1,8 +1,8 @@
 """Linear layers in float32 on a CPU, computed by oneDNN.
 
-torch gives a float32 matrix product to MKL, which on AMD processors reaches half the speed of oneDNN;
-a 1x1 convolution is the same product, and torch gives that to oneDNN (BENCHMARKS.md, "A step offline
-and online, on a CPU").
+torch gives a float32 matrix product to MKL, which on the AMD processor measured reaches half the speed of
+oneDNN; a 1x1 convolution is the same product, and on two threads or more torch gives that to oneDNN
+(BENCHMARKS.md, "A step offline and online, on a CPU").
 """
 
 import torch

@@ -53,7 +53,7 @@ class Run:
 
 
 def run_identity(**parts: Any) -> dict[str, Any]:
-    """All that a run's weights depend on, this module's version too; its fingerprint names the state."""
+    """All that a run's weights depend on, TRAINING_VERSION too; its fingerprint names the state."""
     return parts | {"training_version": TRAINING_VERSION}
 
 

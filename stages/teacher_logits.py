@@ -123,7 +123,11 @@ def batched(groups: Iterable[Groups], count: int) -> Iterator[list[Groups]]:
 
 
 class UnitWorker:
-    """Renders, asks the teacher, and commits unit after unit."""
+    """Renders, asks the teacher, and commits unit after unit.
+
+    `own_size` is the teacher's own input in pixels, where it is another; `commit` takes what
+    StoreWriter.write_unit takes.
+    """
 
     def __init__(
         self, config: Config, store: Store, teacher: Normalised, own_size: int | None, device: torch.device, commit
