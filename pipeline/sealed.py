@@ -4,24 +4,30 @@ zarr reads a description with a flipped bit as best it can: another shape, anoth
 less. Each of ours holds, among its attributes, a digest of all else in it but the shape, which grows.
 """
 
+import contextlib
 import json
 from typing import Any
 
 import zarr
+from zarr.errors import ContainsArrayError, ContainsGroupError
 
 from pipeline.strict import fingerprint
 
 
-def create_group(path: str, attributes: dict[str, Any]) -> zarr.Group:
+def create_group(path: str, attributes: dict[str, Any]) -> None:
+    """Make a group; one that another process made meanwhile stays as it is."""
     made: dict[str, Any] = {}
     zarr.create_group(made, attributes=attributes)
-    return zarr.create_group(path, attributes=attributes | {"digest": _digest(_parsed(made))})
+    with contextlib.suppress(ContainsGroupError):
+        zarr.create_group(path, attributes=attributes | {"digest": _digest(_parsed(made))})
 
 
-def create_array(group: zarr.Group, name: str, settings: dict[str, Any]) -> zarr.Array:
+def create_array(group: zarr.Group, name: str, settings: dict[str, Any]) -> None:
+    """Make an array; one that another process made meanwhile stays as it is."""
     made: dict[str, Any] = {}
     zarr.create_array(made, **settings)
-    return group.create_array(name, **settings, attributes={"digest": _digest(_parsed(made))})
+    with contextlib.suppress(ContainsArrayError):
+        group.create_array(name, **settings, attributes={"digest": _digest(_parsed(made))})
 
 
 def read_description(filesystem, folder: str) -> dict[str, Any]:

@@ -223,6 +223,15 @@ def test_attributes_say_what_the_store_is_of(filled):
 # missing and resuming
 
 
+def test_a_store_that_another_process_makes_at_the_same_moment_is_shared(tmp_path, monkeypatch):
+    fill(create(tmp_path / "s.zarr", "topk"), "topk")
+    with monkeypatch.context() as stale:  # neither group nor array was there when this process looked
+        stale.setattr("pipeline.store_writer.exists", lambda path: False)
+        stale.setattr(StoreWriter, "arrays", lambda self: [])
+        create(tmp_path / "s.zarr", "topk")
+    assert create(tmp_path / "s.zarr", "topk").missing(VIEWS, "topk") == []
+
+
 def test_unit_that_was_never_written_is_an_error_not_a_fill_value(tmp_path):
     create(tmp_path / "s.zarr")
     message = refusal(opened(tmp_path / "s.zarr").read, 1, 3)
