@@ -69,12 +69,6 @@ def store_bytes(path: str) -> int:
     return sum(info["size"] for info in filesystem.find(root, detail=True).values())
 
 
-def sweep(path: str) -> None:
-    """Remove the temporary files that killed writers of a local store left."""
-    for partial in Path(path).rglob("*.partial"):
-        partial.unlink(missing_ok=True)
-
-
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(manifest, sort_keys=True, indent=1) + "\n")

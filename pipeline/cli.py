@@ -93,7 +93,7 @@ def _part(context, parameter, value):
 @main.command("teacher-logits")
 @WHICH_STORE
 @click.option("--part", callback=_part, metavar="I/N", help="Compute every N-th missing unit only, from the I-th on.")
-@click.option("--break-lock", is_flag=True, help="Take over from a writer on another machine that is surely dead.")
+@click.option("--break-lock", is_flag=True, help="Don't wait for a writer on another machine that is surely dead.")
 @stage_options()
 def teacher_logits(config, device, dry_run, purpose, part, break_lock):
     """Run the teacher over the augmented views of every training image, into the zarr store.

@@ -48,3 +48,12 @@ class UsageError(PipelineError):
     """The command or its configuration asks for something impossible."""
 
     exit_code = 2
+
+
+def unwritable(what: str, error: Exception) -> PipelineError:
+    """What is told when a disk is full, read-only or forbidden."""
+    return PipelineError(
+        f"{what} cannot be written",
+        found=reason(error),
+        do="make room or correct the permissions, then run the same command again: it goes on",
+    )

@@ -3,10 +3,11 @@
 import contextlib
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.errors import PipelineError
+from pipeline.errors import unwritable
 
 
 @contextlib.contextmanager
@@ -16,7 +17,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         PipelineError: the disk is full, read-only or forbidden; `path` is as it was before.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -25,14 +26,16 @@ def replacing(path: Path) -> Iterator[Path]:
         os.close(descriptor)
         temporary.replace(path)
     except OSError as error:
-        raise PipelineError(
-            f"{path}: cannot be written",
-            found=error.strerror or str(error),
-            do="make room or correct the permissions, then run the same command again: it goes on",
-        ) from error
+        raise unwritable(f"{path}:", error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that killed writers left below a folder."""
+    for partial in folder.rglob("*.partial"):
+        partial.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:

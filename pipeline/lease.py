@@ -1,31 +1,54 @@
-"""A lock for one writer, held across machines: a kernel lock where there is one, and a renewed lease.
+"""One writer at a time, across machines: a kernel lock where there is one, and a renewed lease.
 
-The lease is a small JSON file: host, process and the time of the last renewal. On one machine the
-kernel's lock decides, which goes with its process however that ends. A holder on another machine, or
-of a store at a URL, is known by its lease alone: it is dead when it has not renewed for LEASE seconds.
+The lease is a small JSON file: host, process, a token of this holding, and the time of the last renewal. On one
+machine the kernel's lock decides, which goes with its process however that ends. A holder on another machine, or of
+a store at a URL, is known by its lease alone: it is dead when it has not renewed for LEASE seconds. Until that is
+told, who comes next waits, so that a job that was preempted here goes on elsewhere.
 """
 
 import contextlib
-import fcntl
 import json
 import os
+import secrets
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import fsspec
 
-from pipeline.errors import IO_ERRORS, PipelineError, Unreadable, UsageError, reason
+from pipeline.errors import IO_ERRORS, Unreadable, UsageError, reason, unwritable
+from pipeline.lock import kernel_lock
+from pipeline.signals import unwinding
 
 LEASE = 300.0  # seconds without renewal after which a holder counts as dead
 RENEWALS = 5  # in that time
 
 
+@dataclass(frozen=True)
+class Holder:
+    host: str
+    process: int
+    token: str
+    """Of this one holding: a container's next process may have its host's name and its number."""
+    renewed: float = 0.0
+    """Seconds since the epoch, by its own clock."""
+
+    @property
+    def age(self) -> float:
+        return max(0.0, time.time() - self.renewed)
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host}"
+
+
 @contextlib.contextmanager
 def lease(path: str, purpose: str, break_lock: bool = False) -> Iterator[None]:
     """Hold the lock at `path`, a file name or URL, until the block ends.
+
+    A lease of another machine is watched until it is renewed, given back, or LEASE seconds old.
 
     Args:
         break_lock: take it although another machine's lease still runs.
@@ -36,22 +59,23 @@ def lease(path: str, purpose: str, break_lock: bool = False) -> Iterator[None]:
     """
     filesystem, place = fsspec.core.url_to_fs(path)
     local = "file" in (protocol := filesystem.protocol) or protocol == "file"
-    with _kernel_lock(place, path, purpose) if local else contextlib.nullcontext():
+    mine = Holder(socket.gethostname(), os.getpid(), secrets.token_hex(8))
+    with _kernel_lock(place, path, purpose) if local else contextlib.nullcontext(False) as locked:
         holder = _read(filesystem, place)
-        mine = {"host": socket.gethostname(), "process": os.getpid()}
-        if holder and _lives(holder, mine, local) and not break_lock:
-            raise _refused(path, purpose, holder)
+        if holder and not break_lock and _may_live(holder, mine, locked):
+            _watch(filesystem, place, holder, path, purpose)
         try:
             _write(filesystem, place, mine)
         except IO_ERRORS as error:
-            raise _unwritable(path, error) from error
-        if not local:
+            raise unwritable(f"{path}:", error) from error
+        if not locked:
             _won(filesystem, place, mine, path, purpose)
         stopped = threading.Event()
         renewing = threading.Thread(target=_renew, args=(filesystem, place, mine, stopped), daemon=True)
         renewing.start()
         try:
-            yield
+            with unwinding():
+                yield
         finally:
             stopped.set()
             renewing.join()
@@ -60,13 +84,27 @@ def lease(path: str, purpose: str, break_lock: bool = False) -> Iterator[None]:
                     filesystem.rm_file(place)
 
 
-def _lives(holder: dict[str, Any], mine: dict[str, Any], local: bool) -> bool:
-    if holder["host"] != mine["host"]:
-        return time.time() - holder["renewed"] < LEASE
-    if local:
-        return False  # it does not hold the kernel's lock
+@contextlib.contextmanager
+def _kernel_lock(place: str, path: str, purpose: str) -> Iterator[bool]:
+    with contextlib.ExitStack() as stack:
+        try:
+            locked = stack.enter_context(kernel_lock(f"{place}.kernel"))
+        except BlockingIOError:
+            raise _refused(path, purpose, _read(fsspec.filesystem("file"), place)) from None
+        yield locked
+
+
+def _may_live(holder: Holder, mine: Holder, locked: bool) -> bool:
+    if holder.age >= LEASE:
+        return False
+    if holder.host != mine.host:
+        return True
+    return not locked and _runs(holder.process)  # where it can, this machine's kernel has told already
+
+
+def _runs(process: int) -> bool:
     try:
-        os.kill(holder["process"], 0)
+        os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
@@ -74,29 +112,28 @@ def _lives(holder: dict[str, Any], mine: dict[str, Any], local: bool) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _kernel_lock(place: str, path: str, purpose: str) -> Iterator[None]:
-    try:
-        os.makedirs(os.path.dirname(place), exist_ok=True)
-        file = open(f"{place}.kernel", "a")
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _refused(path, purpose, _read(fsspec.filesystem("file"), place)) from None
-        yield
+def _watch(filesystem, place: str, holder: Holder, path: str, purpose: str) -> None:
+    """Wait until a lease shows life, and refuse then; return when none is to be expected any more."""
+    left = min(LEASE - holder.age, LEASE)
+    print(f"{purpose}: {holder} may be at it; waits {left:.0f} s at most for a sign of its life", flush=True)
+    end = time.monotonic() + left
+    while time.monotonic() < end:
+        time.sleep(1)
+        found = _read(filesystem, place)
+        if found is None:
+            return
+        if found != holder:
+            raise _refused(path, purpose, found)
 
 
-def _won(filesystem, place: str, mine: dict[str, Any], path: str, purpose: str) -> None:
+def _won(filesystem, place: str, mine: Holder, path: str, purpose: str) -> None:
     """Where no kernel arbitrates, the last of two who wrote at once wins."""
     time.sleep(1)
     if _lost(filesystem, place, mine):
         raise _refused(path, purpose, _read(filesystem, place))
 
 
-def _renew(filesystem, place: str, mine: dict[str, Any], stopped: threading.Event) -> None:
+def _renew(filesystem, place: str, mine: Holder, stopped: threading.Event) -> None:
     while not stopped.wait(LEASE / RENEWALS):
         with contextlib.suppress(*IO_ERRORS, Unreadable):  # a full disk must not end the work that it may outlast
             if _lost(filesystem, place, mine):
@@ -104,17 +141,17 @@ def _renew(filesystem, place: str, mine: dict[str, Any], stopped: threading.Even
             _write(filesystem, place, mine)
 
 
-def _lost(filesystem, place: str, mine: dict[str, Any]) -> bool:
+def _lost(filesystem, place: str, mine: Holder) -> bool:
     """Whether another has taken the lease over, having broken it."""
     holder = _read(filesystem, place)
-    return holder is not None and (holder["host"], holder["process"]) != (mine["host"], mine["process"])
+    return holder is not None and holder.token != mine.token
 
 
-def _write(filesystem, place: str, mine: dict[str, Any]) -> None:
-    filesystem.pipe_file(place, json.dumps(mine | {"renewed": time.time()}).encode())
+def _write(filesystem, place: str, mine: Holder) -> None:
+    filesystem.pipe_file(place, json.dumps(asdict(mine) | {"renewed": time.time()}).encode())
 
 
-def _read(filesystem, place: str) -> dict[str, Any] | None:
+def _read(filesystem, place: str) -> Holder | None:
     """The lease, or None: there is none, it was given back, or it is torn.
 
     Raises:
@@ -127,27 +164,18 @@ def _read(filesystem, place: str) -> dict[str, Any] | None:
     except IO_ERRORS as error:
         raise Unreadable(f"{place}: cannot be read", found=reason(error), do="try again") from error
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        found = json.loads(data)
-        return {"host": str(found["host"]), "process": int(found["process"]), "renewed": float(found["renewed"])}
+        found: dict[str, Any] = json.loads(data)
+        return Holder(str(found["host"]), int(found["process"]), str(found["token"]), float(found["renewed"]))
     return None
 
 
-def _unwritable(path: str, error: Exception) -> PipelineError:
-    return PipelineError(
-        f"{path}: cannot be written",
-        found=reason(error),
-        do="make room or correct the permissions, then run the same command again: it goes on",
-    )
-
-
-def _refused(path: str, purpose: str, holder: dict[str, Any] | None) -> UsageError:
+def _refused(path: str, purpose: str, holder: Holder | None) -> UsageError:
     found = "another process holds the lock"
     if holder:
-        age = max(0, time.time() - holder["renewed"])
-        found = f"process {holder['process']} on {holder['host']} holds it, renewed {age:.0f} s ago"
+        found = f"{holder} holds it, renewed {holder.age:.0f} s ago"
     return UsageError(
         f"{path}: {purpose} is under way already",
         expected="one writer of a part",
         found=found,
-        do=f"wait for it or end it; of another machine's, --break-lock if it is dead (else after {LEASE:.0f} s)",
+        do="wait for it or end it",
     )

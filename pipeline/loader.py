@@ -22,6 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.plan import Item, Plan, Unit, group_members, unit_items
 from pipeline.recipe import draw_mix, draw_view, group_check, witness
 from pipeline.shards import Index
+from pipeline.signals import heed_the_parent_alone
 from pipeline.store import Answers, Store
 from pipeline.views import center_view, render
 
@@ -357,6 +358,7 @@ def _start_worker(_: int) -> None:
     # what a forked worker inherited must not be collected there: a connection's end closes the parent's too
     gc.freeze()
     torch.set_num_threads(1)
+    heed_the_parent_alone()
 
 
 def stored_answers(store: Store, groups: Groups, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import unwritable
 from pipeline.files import replacing
 
 
@@ -16,14 +17,18 @@ class Log:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        except OSError as error:
+            raise unwritable(f"{self.path}:", error) from error
 
     def rewind(self, step: int) -> None:
         """Keep the steps before `step`, and the epochs that had ended by then."""
         lines = read_log(self.path)
         kept = [x for x in lines if x["step"] < step or (x["kind"] == "epoch" and x["step"] == step)]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 import zarr
 
 from pipeline.answers import KINDS, payload_width
-from pipeline.errors import IO_ERRORS, PipelineError, Unreadable, UsageError, reason
+from pipeline.errors import IO_ERRORS, PipelineError, Unreadable, UsageError, unwritable
 from pipeline.plan import Unit
 from pipeline.sealed import create_array, create_group
 from pipeline.shards import Index
@@ -142,8 +142,4 @@ def _writing(path: str):
         with zarr.config.set({"array.write_empty_chunks": True}):
             yield
     except IO_ERRORS as error:
-        raise PipelineError(
-            f"{path}: the store cannot be written",
-            found=reason(error),
-            do="make room or correct the permissions, then run the same command again: it goes on",
-        ) from error
+        raise unwritable(f"{path}: the store", error) from error

@@ -8,9 +8,8 @@ seeded from (seed, step, rank). A non-finite loss stops it before a checkpoint c
 import contextlib
 import json
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from timm.utils import ModelEmaV3
@@ -22,8 +21,9 @@ from tqdm import tqdm
 from pipeline import checkpoint
 from pipeline.errors import PipelineError
 from pipeline.evaluation import predict, top_k_accuracy
-from pipeline.files import replacing
+from pipeline.files import replacing, sweep
 from pipeline.loader import Groups, mixed, on_device, step_loader, targets
+from pipeline.lock import kernel_lock
 from pipeline.losses import base_loss, hard_loss, soft_loss
 from pipeline.meters import Fetched, Speed, loader_limits
 from pipeline.models import Normalised, load_weights, read_weights, save_weights
@@ -32,13 +32,8 @@ from pipeline.ranks import Rank
 from pipeline.recipe import stream_key
 from pipeline.run import Run, named_by
 from pipeline.runlog import Log
+from pipeline.signals import Interrupted, Noted
 from pipeline.teaching import Answer
-
-
-class Interrupted(PipelineError):
-    """SIGTERM came; a checkpoint was saved and the same command goes on from it."""
-
-    exit_code = 143
 
 
 def train(run: Run) -> dict[str, float]:
@@ -49,23 +44,28 @@ def train(run: Run) -> dict[str, float]:
 
     Raises:
         PipelineError: a non-finite loss, damaged data, another run's checkpoint.
-        Interrupted: on SIGTERM, after saving.
+        Interrupted: on the first SIGTERM or Ctrl-C, after saving.
     """
     trainer = Trainer(run)
     trainer.resume()
-    with _Termination() as terminated:
-        return trainer.train(terminated)
+    with Noted() as trainer.signals:
+        return trainer.train()
 
 
 def complete(run: Run) -> None:
     """Train to the end unless that was done before; `run.model` holds the final weights then.
 
-    They stay with the run's state, so coming back to an earlier configuration costs nothing.
+    They stay with the run's state, so coming back to an earlier configuration costs nothing. One job at a
+    time: another that is given the same run waits, and takes its weights.
     """
     final, rank = run.folder / "final.safetensors", Rank.start(run.device)
-    rank.barrier()  # so that all ranks see the same
-    if not final.exists():
+    with _alone(run) if rank.rank == 0 and not final.exists() else contextlib.nullcontext():
+        rank.barrier()  # so that all ranks see the same
+        if final.exists():
+            load_weights(run.model.model, read_weights(final), str(final))
+            return
         if rank.rank == 0:
+            sweep(run.folder)
             with replacing(run.folder / "run.json") as temporary:
                 told = {"name": run.name, "steps": run.steps} | named_by(run.identity)
                 temporary.write_text(json.dumps(told, indent=1) + "\n")
@@ -74,8 +74,11 @@ def complete(run: Run) -> None:
         if rank.rank == 0:
             with replacing(final) as temporary:
                 save_weights(temporary, run.model.model)
-        return
-    load_weights(run.model.model, read_weights(final), str(final))
+
+
+def _alone(run: Run):
+    waiting = f"{run.name}: another process trains this run ({run.folder}); waits until it ends"
+    return kernel_lock(run.folder / "running", waiting)
 
 
 STEP_VALUES = ("loss", "loss_label", "loss_distillation", "terminated", "grad_norm")
@@ -117,13 +120,15 @@ class Trainer:
         self.log = Log(run.folder / "log.jsonl") if self.rank.rank == 0 else None
         self.speed, self.epoch_speed = Speed(), Speed()
         self.arriving: tuple[int, dict[str, float], Fetched] | None = None
-        self.terminated: Callable[[], bool] = lambda: False
+        self.signals = Noted()
         self.stop = self.warned = False
 
     def resume(self) -> None:
         run = self.run
         state = checkpoint.load(run.folder, run.identity, run.device)
         if state is None:
+            if self.log:
+                self.log.rewind(0)  # of an attempt that ended before its first checkpoint
             return
         run.model.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -143,8 +148,8 @@ class Trainer:
                 state["ema"] = self.ema.state_dict()
             checkpoint.save(self.run.folder, self.step, self.run.identity, state)
 
-    def train(self, terminated: Callable[[], bool]) -> dict[str, float]:
-        run, settings, self.terminated = self.run, self.run.settings, terminated
+    def train(self) -> dict[str, float]:
+        run, settings = self.run, self.run.settings
         slices = range(self.rank.rank * settings.accumulation, (self.rank.rank + 1) * settings.accumulation)
         steps, pin = range(self.step, run.steps), run.device.type == "cuda"
         loader = step_loader(run.plan, run.train, steps, slices, self.parts, settings.workers, pin)
@@ -165,9 +170,7 @@ class Trainer:
                     self.save()
                     saved = time.monotonic()
                 if self.stop and self.step < run.steps:
-                    raise Interrupted(
-                        f"{run.name}: ended by SIGTERM at step {self.step}; the same command goes on from there"
-                    )
+                    raise Interrupted(run.name, self.step, self.signals.came)
         return metrics
 
     def due(self, seconds: float) -> bool:
@@ -193,7 +196,7 @@ class Trainer:
                 (parts[0] * self.rank.world).backward()
             sums += parts.detach()
         # a rank that is told to end tells the others, so that all end at the same step
-        flag = torch.full((1,), float(self.terminated()), device=run.device)
+        flag = torch.full((1,), float(self.signals.came is not None), device=run.device)
         sums = self.rank.sum(torch.cat([sums, flag]))
         norm = self.gradient_norm()
         self.optimizer.step()
@@ -325,18 +328,3 @@ def warning_of(speed: dict[str, float], workers: int) -> str:
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Of what is drawn while a step trains, so a checkpoint needs no generator's state."""
     return int.from_bytes(stream_key(seed, "step", f"{step}\x1f{rank}")[:8], "little") >> 1
-
-
-class _Termination:
-    """Notes SIGTERM instead of dying of it, so that a checkpoint can be saved."""
-
-    def __enter__(self) -> Callable[[], bool]:
-        self.came = False
-        self.previous = signal.signal(signal.SIGTERM, self._note)
-        return lambda: self.came
-
-    def _note(self, *_) -> None:
-        self.came = True
-
-    def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGTERM, self.previous)

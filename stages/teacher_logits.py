@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,10 +18,10 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from pipeline.answers import as_stored, decode_logits, encode, row_bytes
-from pipeline.audit import damaged, manifest, store_bytes, sweep, write_manifest
+from pipeline.audit import damaged, manifest, store_bytes, write_manifest
 from pipeline.config import Config, Recipe
 from pipeline.errors import PipelineError
-from pipeline.files import replacing
+from pipeline.files import replacing, sweep
 from pipeline.layout import answers_folder, index_path, store_path, teacher_folder
 from pipeline.lease import lease
 from pipeline.loader import Groups, mixed, on_device, unit_loader
@@ -70,7 +71,7 @@ def run(
     number, parts = part or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     with lease(f"{path}.part-{number}-of-{parts}.lock", f"part {number} of {parts} of teacher-logits", break_lock):
         if parts == 1:
-            sweep(path)
+            sweep(Path(path))
         store = StoreWriter.create(path, identity, index, views, settings.kind, settings.top_k, settings.precision)
         # by its place among all units: other parts commit theirs meanwhile
         own = set(store.units(views)[number::parts])
@@ -282,7 +283,7 @@ def publish(config: Config, purpose: str, store: Store, views: int) -> None:
     """Write manifest and summary of a complete store into the outputs."""
     kind, folder = config.teacher_logits.kind, answers_folder(config, purpose)
     start = time.monotonic()
-    sweep(store.path)  # no part writes any more: the unit that it wrote would be missing
+    sweep(Path(store.path))  # no part writes any more: the unit that it wrote would be missing
     write_manifest(folder / "manifest.json", manifest(store, views, kind))
     agreement = _agreement(store, views)
     summary = {

@@ -124,3 +124,19 @@ def test_a_student_trained_through_kills_has_the_weights_of_an_undisturbed_run(t
         print(f"\n{len(hits)} kills of train-student hit: {', '.join(sorted(set(hits)))}")
     assert len(hits) - hits.count("between") >= len(hits) / 3
     assert final.read_bytes() == expected
+
+
+@pytest.mark.parametrize("command", [("teacher-logits",), ("train-student", "--student", "hard")])
+def test_a_job_that_is_preempted_with_its_loaders_workers_ends_well_and_goes_on(taught, command):  # noqa: F811
+    views = 400 if command == ("teacher-logits",) else 8  # eight are there
+    changes = "teacher_logits.workers=2", f"teacher_logits.views={views}", "student.workers=2", "student.epochs=400"
+    Path("params.yaml").write_text(dump(loaded(*changes)))
+    process = start(*command)
+    while not Path("marks").exists() or not Path("marks").read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "ended by SIGTERM" in said and "Traceback" not in said, said
+    assert not list(Path("work/stores").glob("*.lock"))

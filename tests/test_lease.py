@@ -1,10 +1,13 @@
 """One writer of a part: refused while the holder lives, free when it died, on this machine and others."""
 
+import contextlib
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,8 +15,11 @@ import fsspec
 import pytest
 
 import pipeline.lease
+import pipeline.lock
 from pipeline.errors import PipelineError, UsageError
 from pipeline.lease import LEASE, lease
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_second_holder_is_refused_and_told_the_first(tmp_path):
@@ -42,17 +48,22 @@ def test_parts_have_locks_of_their_own(tmp_path):
         pass
 
 
-def test_lock_of_a_killed_process_is_free(tmp_path):
+@pytest.mark.parametrize("forked", [False, True])
+def test_lock_of_a_killed_process_is_free(forked, tmp_path):
+    """Also while a child lives that it forked, as a loader's workers do for some seconds."""
     code = f"""
-import sys, time
+import os, sys, time
 from pipeline.lease import lease
 with lease({str(tmp_path / "a.lock")!r}, "work"):
+    if {forked} and os.fork() == 0:
+        os.close(1)
+        sys.exit(sys.stdin.read())
     print("held", flush=True)
     time.sleep(60)
 """
-    root = Path(__file__).parent.parent
     command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as holder:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}  # the child ends when its input does
+    with subprocess.Popen(command, **pipes, text=True, cwd=ROOT) as holder:
         try:
             assert holder.stdout.readline() == "held\n"
             told = f"process {holder.pid} on "
@@ -60,21 +71,85 @@ with lease({str(tmp_path / "a.lock")!r}, "work"):
                 pass
         finally:
             holder.send_signal(signal.SIGKILL)
-        holder.wait()
+        while holder.poll() is None:
+            time.sleep(0.01)
+        with lease(str(tmp_path / "a.lock"), "work"):
+            pass
+
+
+def test_a_file_system_without_locks_goes_by_leases_alone(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(pipeline.lock.fcntl, "flock", refuse)
+    monkeypatch.setattr(pipeline.lease, "LEASE", 2.0)
+    with lease(str(tmp_path / "a.lock"), "work"):
+        with pytest.raises(UsageError, match=f"process {os.getpid()}"), lease(str(tmp_path / "a.lock"), "work"):
+            pass
+
+
+def held_elsewhere(path: Path, age: float) -> None:
+    path.write_text(json.dumps({"host": "another", "process": 7, "token": "x", "renewed": time.time() - age}))
+
+
+@contextlib.contextmanager
+def another_machine(path: Path, renews: bool):
+    """It holds the lease, and renews it or is dead."""
+    held_elsewhere(path, age=0)
+    ended = threading.Event()
+
+    def renewing():
+        while not ended.wait(0.05):
+            held_elsewhere(path, age=0)
+
+    thread = threading.Thread(target=renewing)
+    if renews:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if renews:
+            thread.join()
+
+
+def test_a_lease_that_another_machine_renews_is_respected(tmp_path):
+    with another_machine(tmp_path / "a.lock", renews=True):
+        with pytest.raises(UsageError, match="process 7 on another holds it, renewed 0 s ago"), lease(
+            str(tmp_path / "a.lock"), "work"
+        ):
+            pass
+
+
+def test_a_fresh_lease_of_a_dead_machine_is_waited_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline.lease, "LEASE", 3.0)
+    with another_machine(tmp_path / "a.lock", renews=False), lease(str(tmp_path / "a.lock"), "work"):
+        assert json.loads((tmp_path / "a.lock").read_text())["process"] == os.getpid()
+    assert "work: process 7 on another may be at it; waits 3 s at most" in capsys.readouterr().out
+
+
+def test_a_lease_that_another_machine_gives_back_meanwhile_is_taken(tmp_path, monkeypatch):
+    held_elsewhere(tmp_path / "a.lock", age=0)
+    monkeypatch.setattr(pipeline.lease.time, "sleep", lambda _: (tmp_path / "a.lock").unlink(missing_ok=True))
     with lease(str(tmp_path / "a.lock"), "work"):
         pass
 
 
-def held_elsewhere(path: Path, age: float) -> None:
-    path.write_text(json.dumps({"host": "another", "process": 7, "renewed": time.time() - age}))
-
-
-def test_a_fresh_lease_of_another_machine_is_respected(tmp_path):
-    held_elsewhere(tmp_path / "a.lock", age=10)
-    with pytest.raises(UsageError, match="process 7 on another holds it, renewed 1"), lease(
-        str(tmp_path / "a.lock"), "work"
-    ):
-        pass
+def test_sigterm_gives_the_lease_back(tmp_path):
+    code = f"""
+import time
+from pipeline.lease import lease
+with lease({str(tmp_path / "a.lock")!r}, "work"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes, text=True, cwd=ROOT) as holder:
+        assert holder.stdout.readline() == "held\n"
+        holder.terminate()
+        _, said = holder.communicate(timeout=60)
+    assert holder.returncode == 143 and said.startswith("ended by SIGTERM")
+    assert not (tmp_path / "a.lock").exists()
 
 
 def test_a_lease_that_was_not_renewed_is_dead(tmp_path):
@@ -124,7 +199,7 @@ def test_a_lease_that_another_machine_broke_is_left_to_it(tmp_path, monkeypatch)
 
 
 def test_a_lease_at_a_url_refuses_a_second_holder(monkeypatch):
-    monkeypatch.setattr(pipeline.lease.time, "sleep", lambda _: None)
+    monkeypatch.setattr(pipeline.lease, "LEASE", 2.0)
     with lease("memory://locks/a.lock", "work"):
         with pytest.raises(UsageError, match=f"process {os.getpid()}"), lease("memory://locks/a.lock", "work"):
             pass
@@ -135,7 +210,7 @@ def test_a_lease_at_a_url_of_a_dead_process_of_this_machine_is_free(monkeypatch)
     monkeypatch.setattr(pipeline.lease.time, "sleep", lambda _: None)
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
-    holder = {"host": os.uname().nodename, "process": process.pid, "renewed": time.time()}
+    holder = {"host": os.uname().nodename, "process": process.pid, "token": "x", "renewed": time.time()}
     fsspec.filesystem("memory").pipe_file("/locks/b.lock", json.dumps(holder).encode())
     with lease("memory://locks/b.lock", "work"):
         pass

@@ -708,15 +708,16 @@ def test_store_verify_finds_a_shard_that_was_damaged_at_s3(dumped, bucket):
 
 HOLDER = """
 import sys
-from pipeline.lease import lease
-with lease(sys.argv[1], "work"):
+import pipeline.lease
+pipeline.lease.LEASE = 2.0
+with pipeline.lease.lease(sys.argv[1], "work"):
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
 def held_elsewhere(bucket: Bucket, key: str, age: float) -> None:
-    bucket.put(key, json.dumps({"host": "another", "process": 7, "renewed": time.time() - age}).encode())
+    bucket.put(key, json.dumps({"host": "another", "process": 7, "token": "x", "renewed": time.time() - age}).encode())
 
 
 @pytest.fixture
@@ -725,7 +726,8 @@ def at_once(monkeypatch):
     monkeypatch.setattr("pipeline.lease.time.sleep", lambda _: None)
 
 
-def test_lease_at_s3_refuses_a_second_holder_and_names_the_first(bucket, at_once):
+def test_lease_at_s3_refuses_a_second_holder_and_names_the_first(bucket, monkeypatch):
+    monkeypatch.setattr("pipeline.lease.LEASE", 2.0)
     with lease(f"{bucket.url}/locks/a.lock", "work"):
         with pytest.raises(UsageError, match=f"process {os.getpid()} on "), lease(
             f"{bucket.url}/locks/a.lock", "work"
@@ -747,12 +749,12 @@ def test_lease_at_s3_is_free_after_its_block_raised(bucket, at_once):
         pass
 
 
-def test_fresh_lease_of_another_machine_at_s3_is_respected_and_left(bucket, at_once):
+def test_lease_that_another_machine_renews_at_s3_is_respected_and_left(bucket, monkeypatch):
     held_elsewhere(bucket, "a.lock", age=10)
-    before = bucket.get("a.lock")
+    monkeypatch.setattr("pipeline.lease.time.sleep", lambda _: held_elsewhere(bucket, "a.lock", age=0))
     with pytest.raises(UsageError, match="process 7 on another"), lease(f"{bucket.url}/a.lock", "work"):
         pass
-    assert bucket.get("a.lock") == before
+    assert json.loads(bucket.get("a.lock"))["process"] == 7
 
 
 def test_lease_at_s3_that_was_not_renewed_is_dead(bucket, at_once):
@@ -788,7 +790,8 @@ def test_lease_in_a_bucket_that_is_not_there_is_told_plainly(bucket, at_once):
 
 
 @pytest.mark.parametrize("end", ["leaves", "is-killed"])
-def test_lease_at_s3_of_another_process_is_refused_and_free_when_it(end, bucket):
+def test_lease_at_s3_of_another_process_is_refused_and_free_when_it(end, bucket, monkeypatch):
+    monkeypatch.setattr("pipeline.lease.LEASE", 2.0)
     url = f"{bucket.url}/a.lock"
     command = [sys.executable, "-c", HOLDER, url]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -328,10 +328,15 @@ def start(*arguments: str, code: str = "from pipeline.cli import main; main()") 
 
 
 def test_watching_ends_well_with_ctrl_c(taught):  # noqa: F811
-    process = start("--watch", "0.1")
-    assert process.stdout.readline() == "small\n"
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    # a shell that starts the tests in its background has them ignore it
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    with start("--watch", "0.1", code=heed + "from pipeline.cli import main; main()") as process:
+        assert process.stdout.readline() == "small\n"
+        process.send_signal(signal.SIGINT)
+        try:
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert (process.returncode, errors) == (0, "")
 
 

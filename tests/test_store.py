@@ -15,9 +15,10 @@ from hypothesis.extra import numpy as hnp
 
 from pipeline import answers as kinds
 from pipeline.answers import DTYPES, KINDS, as_stored, decode_logits, log_probabilities, payload_width
-from pipeline.audit import damaged, manifest, read_manifest, store_bytes, sweep, write_manifest
+from pipeline.audit import damaged, manifest, read_manifest, store_bytes, write_manifest
 from pipeline.config import Recipe
 from pipeline.errors import PipelineError, UsageError
+from pipeline.files import sweep
 from pipeline.plan import Unit, all_units
 from pipeline.recipe import group_count
 from pipeline.store import Identity, Store
@@ -534,7 +535,7 @@ def test_sweep_removes_what_killed_writers_left_and_nothing_else(copy):
     path = copy("argmax")
     before = tree(path)
     (path / "argmax" / "c" / "0" / "1.0123abc.partial").write_bytes(b"half")
-    sweep(str(path))
+    sweep(path)
     assert tree(path) == before
 
 

@@ -5,6 +5,8 @@ import math
 import os
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -21,12 +23,14 @@ from pipeline.layout import (
     student_folder,
     teacher_folder,
 )
+from pipeline.lock import kernel_lock
 from pipeline.models import adaptable, build_student, build_teacher, read_weights
 from pipeline.params import dump
 from pipeline.plan import plan_of
 from pipeline.run import Run
 from pipeline.runlog import Log, read_log
 from pipeline.shards import Index
+from pipeline.signals import Interrupted
 from pipeline.store_writer import StoreWriter
 from pipeline.training import Trainer, train
 from stages import finetune, teacher, teacher_logits, train_student
@@ -166,7 +170,10 @@ def test_a_run_that_stops_anywhere_and_goes_on_ends_with_the_same_weights(taught
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_a_resumed_run_logs_every_step_once(taught, monkeypatch):
+@pytest.mark.parametrize("minutes", [0, 60])
+def test_a_resumed_run_logs_every_step_and_epoch_once(taught, monkeypatch, minutes):
+    """From a checkpoint, and from the start where there was none yet."""
+    config = loaded(f"student.checkpoint_minutes={minutes}")
     real = Trainer.train_step
 
     def stopping(self, batches):
@@ -176,12 +183,43 @@ def test_a_resumed_run_logs_every_step_once(taught, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(Trainer, "train_step", stopping)
-        train_student.run(taught, CPU, "hard")
+        train_student.run(config, CPU, "hard")
+    train_student.run(config, CPU, "hard")
+    log = read_log(newest_checkpoint().parent / "log.jsonl")
+    assert [x["step"] for x in log if x["kind"] == "step"] == list(range(len(losses(config))))
+    assert [x["epoch"] for x in log if x["kind"] == "epoch"] == list(range(1, config.student.epochs + 1))
+
+
+def test_a_second_process_waits_for_the_run_and_takes_its_weights(taught, capfd):
     train_student.run(taught, CPU, "hard")
-    count = len(losses(taught))
-    logs = [path for path in Path("work/state").glob("*/log.jsonl")]
-    steps = max(([x["step"] for x in read_log(path) if x["kind"] == "step"] for path in logs), key=len)
-    assert steps == list(range(count))
+    state = newest_checkpoint().parent
+    shutil.move(state / "final.safetensors", "final")
+
+    def first_process():
+        with kernel_lock(state / "running"):
+            said = ""
+            held.set()
+            while "waits until it ends" not in said:
+                said += capfd.readouterr().out
+                time.sleep(0.01)
+            shutil.move("final", state / "final.safetensors")
+
+    held, steps = threading.Event(), len(read_log(state / "log.jsonl"))
+    other = threading.Thread(target=first_process, daemon=True)
+    other.start()
+    held.wait()
+    train_student.run(taught, CPU, "hard")
+    other.join(60)
+    assert len(read_log(state / "log.jsonl")) == steps
+
+
+def test_what_a_killed_process_left_of_a_checkpoint_is_removed(taught):
+    train_student.run(taught, CPU, "hard")
+    state = newest_checkpoint().parent
+    (state / "final.safetensors").unlink()
+    (state / ".step-000000009.ckpt.0123abcd.partial").write_bytes(b"half")
+    train_student.run(taught, CPU, "hard")
+    assert not list(state.glob("*.partial"))
 
 
 def test_a_finished_run_is_not_trained_again(taught, monkeypatch):
@@ -415,20 +453,20 @@ def test_a_log_line_that_a_kill_cut_short_is_left_out(tmp_path):
     assert [line["step"] for line in read_log(log.path)] == [0]
 
 
-def test_sigterm_saves_and_the_run_goes_on_from_there(taught, monkeypatch):
-    from pipeline.training import Interrupted
-
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_from_there(taught, monkeypatch, number):
     real = Trainer.train_step
 
-    def terminated(self, batches):
+    def signalled(self, batches):
         if self.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(2):  # as from a scheduler, and from torchrun
+                os.kill(os.getpid(), number)
         return real(self, batches)
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="at step 7") as caught:
-        patch.setattr(Trainer, "train_step", terminated)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"by {number.name} at step 7") as caught:
+        patch.setattr(Trainer, "train_step", signalled)
         train_student.run(taught, CPU, "hard")
-    assert caught.value.exit_code == 143
+    assert caught.value.exit_code == 128 + number
     assert newest_checkpoint().name == "step-000000007.ckpt"
 
 

@@ -1,0 +1,67 @@
+"""The kernel's lock on a file: it goes with its process, however that ends."""
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from pipeline.errors import unwritable
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # said by network file systems without them
+
+_held: set[TextIO] = set()
+
+
+@contextlib.contextmanager
+def kernel_lock(path: str | Path, waiting: str = "") -> Iterator[bool]:
+    """Hold the lock at a local path until the block ends; yields False where the file system knows no locks.
+
+    Args:
+        waiting: printed where another process holds it, before waiting for that one to end.
+
+    Raises:
+        BlockingIOError: another process holds it, and `waiting` is empty.
+        PipelineError: no file can be written there.
+    """
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        file = open(path, "a")
+    except OSError as error:
+        raise unwritable(f"{path}:", error) from error
+    with file:
+        locked = _lock(file, waiting)
+        if locked:
+            _held.add(file)
+        try:
+            yield locked
+        finally:
+            _held.discard(file)
+
+
+def _lock(file: TextIO, waiting: str) -> bool:
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not waiting:
+                raise
+            print(waiting, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _let_go() -> None:
+    """In a forked child: a loader's workers, which outlive a killed parent by seconds, must not hold its lock."""
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)

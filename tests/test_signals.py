@@ -1,0 +1,69 @@
+"""SIGTERM and Ctrl-C: noted once by a training, heeded by a loader's worker only where its parent sends it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.signals import Noted
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT], [signal.SIGINT, signal.SIGTERM]])
+def test_the_first_signal_is_noted_and_what_comes_with_it_too(numbers):
+    with Noted() as noted:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+    assert noted.came == numbers[0]
+
+
+def test_a_later_ctrl_c_is_heeded_at_once(monkeypatch):
+    later = time.monotonic() + 2
+    with pytest.raises(KeyboardInterrupt), Noted():
+        os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr("pipeline.signals.time.monotonic", lambda: later)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_signals_are_as_they_were_afterwards():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with Noted():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+WORKER = """
+import multiprocessing, sys, time
+from pipeline.signals import heed_the_parent_alone
+
+def work(ready):
+    heed_the_parent_alone()
+    ready.set()
+    time.sleep(60)
+
+ready = multiprocessing.get_context("fork").Event()
+worker = multiprocessing.get_context("fork").Process(target=work, args=(ready,), daemon=True)
+worker.start()
+ready.wait()
+print(worker.pid, flush=True)
+sys.stdin.readline()
+lived = worker.is_alive()
+worker.terminate()
+worker.join()
+print(lived, worker.exitcode, flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_is_ended_by_its_parent_alone(number):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", WORKER], cwd=ROOT, **pipes) as process:
+        os.kill(int(process.stdout.readline()), number)
+        time.sleep(0.2)
+        said, _ = process.communicate("go on\n", timeout=30)
+    assert said == "True 143\n"
