@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from pipeline.config import Recipe, Student
-from pipeline.loader import Groups, step_loader, stored_answers
+from pipeline.groups import Groups
+from pipeline.loader import step_loader, stored_answers
 from pipeline.meters import Fetched
 from pipeline.models import Normalised, build_student
 from pipeline.plan import Plan

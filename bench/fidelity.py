@@ -12,8 +12,8 @@ import torch
 from machine import conditions
 
 from pipeline.answers import as_stored, encode, log_probabilities, row_bytes
+from pipeline.groups import Renderer, mixed
 from pipeline.layout import index_path
-from pipeline.loader import Renderer, mixed
 from pipeline.models import load_teacher, teacher_logits
 from pipeline.params import load
 from pipeline.plan import Item

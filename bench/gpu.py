@@ -60,7 +60,8 @@ from lab import BLOCK, CLASSES, Lab, allocated, attempt, head, make_lab, reason,
 from machine import conditions, spread
 
 from pipeline.config import Config, Finetune, Student, TeacherLogits
-from pipeline.loader import Groups, mixed, on_device, step_loader, unit_loader
+from pipeline.groups import Groups, mixed
+from pipeline.loader import on_device, step_loader, unit_loader
 from pipeline.models import build_student, teacher_logits
 from pipeline.plan import Unit
 from pipeline.store import Identity

@@ -25,7 +25,8 @@ import torch  # noqa: E402
 from machine import conditions, spread  # noqa: E402
 
 from pipeline.config import Recipe  # noqa: E402
-from pipeline.loader import Renderer, step_loader  # noqa: E402
+from pipeline.groups import Renderer  # noqa: E402
+from pipeline.loader import step_loader  # noqa: E402
 from pipeline.plan import Plan  # noqa: E402
 from pipeline.shards import Index, index_shard, write_index, write_shard  # noqa: E402
 

@@ -42,8 +42,8 @@ from machine import conditions, spread
 from torch import nn
 
 from pipeline.config import Recipe, Student, Teacher
+from pipeline.groups import mixed
 from pipeline.linear import OneDNNLinear
-from pipeline.loader import mixed
 from pipeline.models import Normalised, build_student, build_teacher, teacher_logits
 from pipeline.teaching import NoTeacher, OnlineTeacher, StoredTeacher
 

@@ -62,7 +62,7 @@ def timm_way(uint8: bool):
 
 
 def our_way(views: int):
-    """As pipeline.loader.Renderer does it: a group is decoded, then each view of it drawn and rendered."""
+    """As pipeline.groups.Renderer does it: a group is decoded, then each view of it drawn and rendered."""
     out = np.empty((64, 3, RECIPE.size, RECIPE.size), np.uint8)
 
     def several(group: list[bytes], turn: int) -> int:

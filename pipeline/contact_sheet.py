@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from pipeline.config import Recipe
 from pipeline.errors import UsageError
 from pipeline.files import replacing
-from pipeline.loader import Renderer, mixed
+from pipeline.groups import Renderer, mixed
 from pipeline.ops import apply_op
 from pipeline.plan import Item
 from pipeline.policies import INCREASING_OPS, op_argument

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.config import Student, Training
-from pipeline.loader import Groups
+from pipeline.groups import Groups
 from pipeline.models import Normalised, parameter_count
 from pipeline.plan import Plan
 from pipeline.shards import Index

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.answers import decode_logits
-from pipeline.loader import Groups, send, stored_answers
+from pipeline.groups import Groups
+from pipeline.loader import send, stored_answers
 from pipeline.models import Normalised, resize_pictures, teacher_logits
 from pipeline.store import Store
 

@@ -22,7 +22,8 @@ from pipeline import checkpoint
 from pipeline.errors import PipelineError
 from pipeline.evaluation import predict, top_k_accuracy
 from pipeline.files import replacing, sweep
-from pipeline.loader import Groups, mixed, on_device, step_loader, targets
+from pipeline.groups import Groups, mixed, targets
+from pipeline.loader import on_device, step_loader
 from pipeline.lock import kernel_lock
 from pipeline.losses import base_loss, hard_loss, soft_loss
 from pipeline.meters import Fetched, Speed, loader_limits

@@ -38,15 +38,9 @@ from pipeline.models import (
     parameter_count,
     read_weights,
 )
+from pipeline.plots import draw_views, plot_curves, plot_disagreement
 from pipeline.ranks import Rank
-from pipeline.report import (
-    Result,
-    draw_views,
-    format_table,
-    plot_curves,
-    plot_disagreement,
-    write_report,
-)
+from pipeline.report import Result, format_table, write_report
 from pipeline.shards import Index
 from pipeline.store import Store
 from stages.experiment import describe_experiment, shown_samples

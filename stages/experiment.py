@@ -10,11 +10,12 @@ import torch
 
 from pipeline.answers import decode_logits
 from pipeline.config import Config, Student
+from pipeline.groups import Groups, Renderer, mixed
 from pipeline.layout import FINETUNED, answers_folder
-from pipeline.loader import Groups, Renderer, mixed, stored_answers
+from pipeline.loader import stored_answers
 from pipeline.plan import Item
+from pipeline.plots import Sample, SeenView
 from pipeline.recipe import group_count, recipe_fingerprint
-from pipeline.report import Sample, SeenView
 from pipeline.shards import Index
 from pipeline.store import VERSIONS, Store
 

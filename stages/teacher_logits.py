@@ -22,9 +22,10 @@ from pipeline.audit import damaged, manifest, store_bytes, write_manifest
 from pipeline.config import Config, Recipe
 from pipeline.errors import PipelineError
 from pipeline.files import replacing, sweep
+from pipeline.groups import Groups, mixed
 from pipeline.layout import answers_folder, index_path, store_path, teacher_folder
 from pipeline.lease import lease
-from pipeline.loader import Groups, mixed, on_device, unit_loader
+from pipeline.loader import on_device, unit_loader
 from pipeline.meters import Fetched
 from pipeline.models import (
     Normalised,

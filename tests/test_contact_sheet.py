@@ -11,7 +11,7 @@ from pipeline.cli import main
 from pipeline.config import Recipe
 from pipeline.contact_sheet import draw_sheet, find_sample, group_cells, op_cells, sample_cells, words, words_of_op
 from pipeline.errors import UsageError
-from pipeline.loader import Renderer, mixed
+from pipeline.groups import Renderer, mixed
 from pipeline.params import dump
 from pipeline.plan import Item
 from pipeline.policies import INCREASING_OPS, op_argument

@@ -12,21 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pipeline.loader
+import pipeline.groups
 from pipeline.errors import PipelineError
-from pipeline.loader import (
-    Groups,
-    Renderer,
-    _Pool,
-    _Steps,
-    evaluation_loader,
-    mixed,
-    step_loader,
-    stored_answers,
-    targets,
-    unit_loader,
-)
+from pipeline.groups import Groups, Renderer, mixed, targets
+from pipeline.loader import _Steps, evaluation_loader, step_loader, stored_answers, unit_loader
 from pipeline.plan import Item, Plan, Unit, all_units, unit_items
+from pipeline.pool import Pool
 from pipeline.recipe import draw_mix, draw_view
 from pipeline.shards import Index
 from pipeline.store import Identity, Store
@@ -213,8 +204,8 @@ def pictures(small_set) -> list[torch.Tensor]:
 @pytest.fixture
 def taken(monkeypatch) -> list[int | None]:
     """What the pools give, as it grows."""
-    given, take = [], _Pool.take
-    monkeypatch.setattr(_Pool, "take", lambda self: given.append(take(self)) or given[-1])
+    given, take = [], Pool.take
+    monkeypatch.setattr(Pool, "take", lambda self: given.append(take(self)) or given[-1])
     return given
 
 
@@ -255,7 +246,7 @@ KEPT = {
 
 @pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
 def test_buffer_is_free_when_nothing_sees_its_memory_any_more(keep):
-    pool = _Pool(1, (4, 4, 3, 16, 16))
+    pool = Pool(1, (4, 4, 3, 16, 16))
     kept = keep(pool.lend(pool.take()))
     assert pool.take() is None
     del kept
@@ -272,7 +263,7 @@ def test_what_is_kept_of_a_slice_never_changes(small_set, pictures, kind, every)
 
 
 def test_buffer_is_lent_once_each_time_it_is_taken():
-    pool = _Pool(1, (1,))
+    pool = Pool(1, (1,))
     buffer = pool.take()
     held = pool.lend(buffer)
     with pytest.raises(KeyError):
@@ -481,7 +472,7 @@ def changed_pixel(image, params, recipe, out):
     render(image, params, recipe, out)[1, 3, 5] ^= 1
 
 
-GROUP_MEMBERS = pipeline.loader.group_members
+GROUP_MEMBERS = pipeline.groups.group_members
 
 
 @pytest.mark.parametrize(
@@ -498,7 +489,7 @@ GROUP_MEMBERS = pipeline.loader.group_members
     ids=["lambda", "partner", "box", "kind", "pixel", "order", "view"],
 )
 def test_group_that_is_not_the_one_the_teacher_saw_is_refused(name, changed, small_set, store, monkeypatch):
-    monkeypatch.setattr(pipeline.loader, name, changed)
+    monkeypatch.setattr(pipeline.groups, name, changed)
     groups = renderer(small_set).render([Item(2, 1, 5)])
     with pytest.raises(PipelineError) as caught:
         stored_answers(store, groups, "argmax")
@@ -515,7 +506,7 @@ def test_answers_of_another_unit_are_refused(small_set, store, monkeypatch):
 
 
 def test_message_about_another_group_names_the_versions_that_wrote_the_store(small_set, store, monkeypatch):
-    monkeypatch.setattr(pipeline.loader, "render", changed_pixel)
+    monkeypatch.setattr(pipeline.groups, "render", changed_pixel)
     with pytest.raises(PipelineError, match=f"numpy {np.__version__}"):
         stored_answers(store, renderer(small_set).render(ITEMS), "argmax")
 

@@ -11,7 +11,7 @@ from scipy import stats
 from test_recipe import DRAWS, LIKELY, check_recorded, plain, property_settings, same_distribution, seeded
 
 from pipeline.config import Recipe
-from pipeline.loader import Groups, mixed
+from pipeline.groups import Groups, mixed
 from pipeline.plan import Item
 from pipeline.recipe import Mix, draw_groups, draw_mix, group_check, witness
 

@@ -27,16 +27,8 @@ from pipeline.layout import (
 )
 from pipeline.models import build_student, build_teacher, parameter_count, save_weights
 from pipeline.params import resolve
-from pipeline.report import (
-    Result,
-    Sample,
-    SeenView,
-    draw_views,
-    format_table,
-    plot_curves,
-    plot_disagreement,
-    write_report,
-)
+from pipeline.plots import Sample, SeenView, draw_views, plot_curves, plot_disagreement
+from pipeline.report import Result, format_table, write_report
 from pipeline.shards import Index
 from stages import evaluate, prepare, teacher_logits
 from stages.experiment import shown_samples

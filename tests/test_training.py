@@ -340,15 +340,15 @@ def test_a_changed_recipe_fills_another_store_and_leaves_the_first(taught):
 
 
 def test_changed_pixels_stop_training_at_the_first_group(taught, monkeypatch):
-    from pipeline import loader
+    from pipeline import groups
 
-    real = loader.render
+    real = groups.render
 
     def changed(*given, out):
         real(*given, out)
         out ^= 1
 
-    monkeypatch.setattr(loader, "render", changed)
+    monkeypatch.setattr(groups, "render", changed)
     with pytest.raises(PipelineError, match="(?s)the pictures and mixing that the teacher saw.*pixel"):
         train_student.run(taught, CPU, "hard")
 
