@@ -12,7 +12,8 @@ from pipeline.answers import KINDS
 from pipeline.errors import PipelineError, Unreadable
 from pipeline.files import replacing
 from pipeline.plan import Unit
-from pipeline.store import FORMAT, Store
+from pipeline.store import Store
+from pipeline.store_files import FORMAT
 
 MANIFEST = {"format", "fingerprint", "kind", "views", "rows", "units"}
 

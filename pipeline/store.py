@@ -1,38 +1,25 @@
-"""The zarr store of the teacher's answers: how it is laid out, and reading a view of a shard.
+"""Reading the store of the teacher's answers: a view of a shard, or a whole unit, checked.
 
-Rows are laid out shard by shard with equal capacity, in tar order. Arrays: `argmax` (view, row),
-a kind's own (view, row, ...), and `check` (view, shard, slot): 64 bits a group (see
-recipe.group_check), then a checksum of what each kind holds of that view of that shard.
-
-A unit's argmax is written last, so what exists is complete (pipeline.store_writer). `argmax`, `check` and
-`topk` have one chunk a unit, its bytes followed by their CRC-32C; they are read without zarr, which
-costs ten times as much and takes a missing chunk for the fill value. The dense kinds are zarr shards
-of one unit, with inner chunks of the views that one visit wants (recipe.repeats).
+Chunks of `argmax`, `check` and `topk` are their bytes followed by their CRC-32C; they are read without zarr, which
+costs ten times as much and takes a missing chunk for the fill value.
 """
 
-import json
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from typing import Any, Self
 
-import fsspec
 import google_crc32c
 import numpy as np
 import zarr
-from zarr.codecs import Crc32cCodec
 
-from pipeline.answers import DTYPES, FILL, KINDS, SHARDED
+from pipeline.answers import FILL, KINDS, SHARDED
 from pipeline.config import Recipe
-from pipeline.errors import IO_ERRORS, PipelineError, Unreadable, UsageError, reason
-from pipeline.plan import Unit, all_units
+from pipeline.errors import IO_ERRORS, PipelineError, UsageError, reason
+from pipeline.plan import Unit
 from pipeline.recipe import group_count, recipe_fingerprint
-from pipeline.sealed import read_description
 from pipeline.shards import Index
+from pipeline.store_files import StoreFiles, exists, opened
 from pipeline.strict import fingerprint
-
-FORMAT = 2
-NO_CHECK = 2**64 - 1
-VERSIONS = ("numpy", "opencv-python-headless", "pillow", "timm", "torch", "torchvision", "zarr")
 
 
 @dataclass(frozen=True)
@@ -65,19 +52,14 @@ class Answers:
     check: np.ndarray
 
 
-class Store:
+class Store(StoreFiles):
     """An open store: `Store.open`."""
 
     def __init__(self, path: str, group: zarr.Group, index: Index, recipe: Recipe):
-        self.path, self.group, self.index, self.recipe = path, group, index, recipe
-        self.capacity = int(group.attrs["capacity"])
-        self.classes = int(group.attrs["classes"])
-        self.slots = max(group_count(int(samples), recipe.group_size) for samples in index.samples)
+        super().__init__(path, group, index, recipe)
         self.keep = 32  # chunks of each array at hand; a little more than the order's open shards
         self._cache: dict[str, OrderedDict] = defaultdict(OrderedDict)
         self._arrays: dict[str, zarr.Array | None] = {}
-        self._filesystem, self._root = fsspec.core.url_to_fs(path)
-        self._local = "file" in np.atleast_1d(self._filesystem.protocol)
 
     @classmethod
     def open(cls, path: str, index: Index, recipe: Recipe) -> Self:
@@ -103,95 +85,6 @@ class Store:
         for name in store.arrays():
             store._refuse_other_layout(name)
         return store
-
-    def _refuse_other(self, described: dict[str, Any]) -> None:
-        for key, value in {"format": FORMAT, **described}.items():
-            found = self.group.attrs.get(key)
-            if found != value:
-                raise UsageError(
-                    f"{self.path}: the store's {key}",
-                    expected=json.dumps(value),
-                    found=json.dumps(found),
-                    do="it belongs to another experiment: name the right store, or none",
-                )
-
-    @property
-    def fingerprint(self) -> str:
-        return self.group.attrs["fingerprint"]
-
-    def arrays(self) -> list[str]:
-        """`argmax`, `check` and the kinds that the store holds."""
-        names = ("check", *KINDS)
-        try:
-            return sorted(name for name in names if self._filesystem.exists(f"{self._root}/{name}/zarr.json"))
-        except IO_ERRORS as error:
-            raise self._unreadable("", error) from error
-
-    def _settings(self, name: str, views: int, width: int) -> dict[str, Any]:
-        """What an array is made with: shape, chunks, codecs, names of dimensions."""
-        block, shards, slots = self.recipe.block, len(self.index.names), self.slots + len(KINDS)
-        rows = shards * self.capacity
-        # zarr's default codecs let bit flips through
-        settings: dict[str, Any] = {"compressors": [Crc32cCodec()], "dtype": np.uint64, "fill_value": NO_CHECK}
-        if name == "check":
-            shape, chunks, dimensions = (views, shards, slots), (block, 1, slots), ["view", "shard", "slot"]
-        elif name == "argmax":
-            shape, chunks, dimensions = (views, rows), (block, self.capacity), ["view", "row"]
-        else:
-            shape, chunks = (views, rows, width), (block, self.capacity, width)
-            dimensions = ["view", "row", "packed" if name == "topk" else "class"]
-        if name != "check":
-            fill = np.nan if name == "dense" else 255 if name == "dense8" else FILL
-            settings |= {"dtype": DTYPES[name], "fill_value": fill}
-        if name in SHARDED:
-            settings["shards"], chunks = chunks, (self.recipe.repeats, *chunks[1:])
-        return settings | {"shape": shape, "chunks": chunks, "dimension_names": dimensions}
-
-    def _refuse_other_layout(self, name: str) -> None:
-        """An array must be laid out as it is read: chunks are found by their place and length.
-
-        Raises:
-            PipelineError: it is not, or its description is damaged.
-        """
-        try:
-            described = read_description(self._filesystem, f"{self._root}/{name}")
-            views, *rest = described["shape"]
-            settings = self._settings(name, views, rest[-1])
-            chunk = described["chunk_grid"]["configuration"]["chunk_shape"]
-            if tuple(described["shape"]) != settings["shape"] or views % self.recipe.block:
-                raise ValueError(f"shape {described['shape']}")
-            if tuple(chunk) != settings.get("shards", settings["chunks"]):
-                raise ValueError(f"chunks of {chunk}")
-        except Exception as error:  # of what is damaged nearly anything is raised
-            raise _not_described(f"{self.path}/{name}", error) from error
-
-    @property
-    def views(self) -> int:
-        """Views that the store has room for; which of their units are written is another question."""
-        return self.group["argmax"].shape[0] if "argmax" in self.arrays() else 0
-
-    def missing(self, views: int, kind: str) -> list[Unit]:
-        """Units of views 0..views-1 that are not there for a kind, in the order to compute them."""
-        needed = ["argmax", "check"] + [kind] * (kind != "argmax")
-        written = [self._written(name) for name in needed]
-        return [u for u in self.units(views) if not all((u.block, u.shard) in chunks for chunks in written)]
-
-    def units(self, views: int) -> list[Unit]:
-        """Every unit of views 0..views-1; a shard without a sample has none."""
-        return [u for u in all_units(len(self.index.names), views, self.recipe) if self.index.samples[u.shard]]
-
-    def _written(self, name: str) -> set[tuple[int, int]]:
-        """(block, shard) of a kind's chunks, from one listing."""
-        folder = f"{self._root}/{name}/c"
-        try:
-            paths = self._filesystem.find(folder) if self._filesystem.exists(folder) else []
-        except IO_ERRORS as error:
-            raise self._unreadable(name, error) from error
-        parts = [path[len(folder) + 1 :].split("/") for path in paths]
-        return {(int(p[0]), int(p[1])) for p in parts if all(part.isdigit() for part in p)}
-
-    def _chunk_path(self, name: str, shard: int, block: int) -> str:
-        return f"{self._root}/{name}/c/{block}/{shard}" + ("" if name == "argmax" else "/0")
 
     def read(self, shard: int, view: int, kind: str = "argmax") -> Answers:
         """A view of a shard. The returned arrays are a cache's: don't write into them.
@@ -331,11 +224,6 @@ class Store:
         except Exception as error:  # codecs raise nearly anything
             raise self._damage(name, shard, view, str(error)) from error
 
-    def _unreadable(self, name: str, error: Exception) -> Unreadable:
-        return Unreadable(
-            f"{self.path}/{name}: cannot be read", found=reason(error), do="try again when the disk or server answers"
-        )
-
     def _damage(self, name: str, shard: int, view: int, found: str) -> PipelineError:
         block = view // self.recipe.block
         return PipelineError(
@@ -349,37 +237,3 @@ class Store:
 def checksum(values: np.ndarray) -> int:
     """CRC-32C of what a kind holds of one view of a shard."""
     return google_crc32c.value(np.ascontiguousarray(values).tobytes())
-
-
-def opened(path: str, mode: str) -> zarr.Group:
-    """A store's group.
-
-    Raises:
-        PipelineError: it is damaged or cannot be read.
-    """
-    try:
-        filesystem, root = fsspec.core.url_to_fs(path)
-        described = json.loads(filesystem.cat_file(f"{root}/zarr.json"))
-        if described["attributes"]["format"] == FORMAT:  # another one is refused later, with its number
-            read_description(filesystem, root)
-        return zarr.open_group(path, mode=mode)
-    except Exception as error:  # zarr raises nearly anything about damaged metadata
-        raise _not_described(path, error) from error
-
-
-def _not_described(where: str, error: Exception) -> PipelineError:
-    if isinstance(error, IO_ERRORS) and not isinstance(error, FileNotFoundError):
-        do = "try again when the disk or server answers"
-        return Unreadable(f"{where}: cannot be read", found=reason(error), do=do)
-    return PipelineError(
-        f"{where}: damaged metadata",
-        expected="a store of answers",
-        found=f"{type(error).__name__}: {error}",
-        do="move it away and compute it again: dvc repro -f teacher-logits",
-    )
-
-
-def exists(path: str) -> bool:
-    """Whether a store is at a path or URL."""
-    filesystem, root = fsspec.core.url_to_fs(path)
-    return filesystem.exists(f"{root}/zarr.json")

@@ -17,7 +17,8 @@ from pipeline.errors import IO_ERRORS, PipelineError, Unreadable, UsageError, un
 from pipeline.plan import Unit
 from pipeline.sealed import create_array, create_group
 from pipeline.shards import Index
-from pipeline.store import FORMAT, NO_CHECK, VERSIONS, Identity, Store, checksum, exists, opened
+from pipeline.store import Identity, Store, checksum
+from pipeline.store_files import FORMAT, NO_CHECK, VERSIONS, exists, opened
 
 
 class StoreWriter(Store):

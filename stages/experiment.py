@@ -17,7 +17,8 @@ from pipeline.plan import Item
 from pipeline.plots import Sample, SeenView
 from pipeline.recipe import group_count, recipe_fingerprint
 from pipeline.shards import Index
-from pipeline.store import VERSIONS, Store
+from pipeline.store import Store
+from pipeline.store_files import VERSIONS
 
 SHOWN_SAMPLES, SHOWN_VIEWS = 4, 3
 

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 # A module imports only modules listed above it.
 ORDER = (
     "errors", "files", "signals", "lock", "lease", "strict", "policies", "config", "params", "layout", "recipe",
-    "ops", "views", "shards", "sources", "plan", "sealed", "answers", "store", "store_writer", "audit", "pool",
-    "groups", "loader", "linear", "models", "teaching", "losses", "optim", "checkpoint", "ranks", "evaluation",
+    "ops", "views", "shards", "sources", "plan", "sealed", "answers", "store_files", "store", "store_writer", "audit",
+    "pool", "groups", "loader", "linear", "models", "teaching", "losses", "optim", "checkpoint", "ranks", "evaluation",
     "runlog", "meters", "run", "training", "contact_sheet", "plots", "report", "progress", "options", "cli_store",
     "cli",
 )  # fmt: skip

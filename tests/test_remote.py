@@ -669,9 +669,10 @@ def test_unit_damaged_at_s3_is_computed_again(dumped, bucket):
     assert bucket.tree("work/stores") == before
 
 
-def test_teacher_logits_leaves_a_part_at_s3_to_the_machine_that_holds_it(dumped, bucket):
+def test_teacher_logits_leaves_a_part_at_s3_to_the_machine_that_holds_it(dumped, bucket, monkeypatch):
     place = f"{store_url(loaded(*dumped))}.part-0-of-1.lock".removeprefix(f"{bucket.url}/")
     held_elsewhere(bucket, place, age=10)
+    monkeypatch.setattr("pipeline.lease.time.sleep", lambda _: held_elsewhere(bucket, place, age=0))  # it is renewed
     assert "process 7 on another" in refusal(teacher_logits.run, loaded(*dumped), CPU, kind=UsageError)
 
 
