@@ -31,7 +31,7 @@ def save(folder: Path, step: int, identity: dict[str, Any], state: dict[str, Any
     """
     buffer = io.BytesIO()
     torch.save({"step": step, "identity": json.dumps(identity), **state}, buffer)
-    payload = buffer.getvalue()
+    payload = buffer.getbuffer()
     with replacing(folder / f"step-{step:09d}.ckpt") as temporary, open(temporary, "wb") as file:
         file.write(hashlib.blake2b(payload, digest_size=32).digest())
         file.write(payload)

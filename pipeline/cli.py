@@ -227,9 +227,10 @@ def views(key, seed, first, count, members, ops, zoom, split, output, path, over
 def status(path, overrides, watch, as_json):
     """How far every stage is, told by its files: state, count, speed, time left, loss and top-1.
 
-    It asks no process and writes nothing. `running`: a store with a lease that is renewed (one that was
-    killed counts for five minutes more); a training whose files moved within ten minutes. `stopped`: the
-    same command goes on from what is told. `left`: for what is missing, at its recent speed.
+    It asks no process and writes nothing. `running`: a store or a training whose lock is held on this
+    machine; on another, a store with a lease that is renewed (one that was killed counts for five minutes
+    more), a training whose files moved within ten minutes. `stopped`: the same command goes on from what
+    is told. `left`: for what is missing, at its recent speed.
 
     \b
     Examples:

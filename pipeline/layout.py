@@ -9,6 +9,8 @@ from pathlib import Path
 from pipeline.config import Config
 
 TEACHER, FINETUNED = "teacher", "finetuned"
+RUN_LOCK = "running"
+"""In a training's state folder: the lock of the process that trains it."""
 
 
 def outputs(config: Config) -> Path:

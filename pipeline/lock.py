@@ -4,6 +4,8 @@ import contextlib
 import errno
 import fcntl
 import os
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -35,16 +37,33 @@ def kernel_lock(path: str | Path, waiting: str = "") -> Iterator[bool]:
         locked = _lock(file, waiting)
         if locked:
             _held.add(file)
+            file.truncate(0)
+            file.write(socket.gethostname())
+            file.flush()
         try:
             yield locked
         finally:
             _held.discard(file)
 
 
+def held(path: str | Path) -> bool | None:
+    """Whether a process holds the lock; None where that is not for this machine's kernel to tell."""
+    try:
+        with open(path) as file:
+            if file.read() != socket.gethostname():
+                return None
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+
+
 def _lock(file: TextIO, waiting: str) -> bool:
     try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _try(file)
         except BlockingIOError:
             if not waiting:
                 raise
@@ -55,6 +74,13 @@ def _lock(file: TextIO, waiting: str) -> bool:
             raise
         return False
     return True
+
+
+def _try(file: TextIO) -> None:
+    with contextlib.suppress(BlockingIOError):
+        return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    time.sleep(0.1)  # somebody may have been looking: see `held`
+    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _let_go() -> None:

@@ -123,7 +123,7 @@ class Facts:
     foreign: bool = False
     """What is published is another configuration's."""
     writers: int | None = None
-    """Leases held; None where there are no leases, and a late movement tells that it runs."""
+    """Locks or leases held; None where there are none, and a late movement tells that it runs."""
     moved: float | None = None
     """When its newest file was written, in seconds since 1970."""
     rate: float | None = None

@@ -23,6 +23,7 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation import predict, top_k_accuracy
 from pipeline.files import replacing, sweep
 from pipeline.groups import Groups, mixed, targets
+from pipeline.layout import RUN_LOCK
 from pipeline.loader import on_device, step_loader
 from pipeline.lock import kernel_lock
 from pipeline.losses import base_loss, hard_loss, soft_loss
@@ -79,7 +80,7 @@ def complete(run: Run) -> None:
 
 def _alone(run: Run):
     waiting = f"{run.name}: another process trains this run ({run.folder}); waits until it ends"
-    return kernel_lock(run.folder / "running", waiting)
+    return kernel_lock(run.folder / RUN_LOCK, waiting)
 
 
 STEP_VALUES = ("loss", "loss_label", "loss_distillation", "terminated", "grad_norm")

@@ -1,8 +1,9 @@
 """How far every stage of an experiment is, from its files alone: nothing is written, no process is asked.
 
-A store runs while a lease beside it is renewed, so a writer that is killed counts for five minutes more.
-Anything else runs while its newest file is of the last ten minutes: a training writes its log and
-checkpoints, `prepare` its shards. `evaluate` writes at its end only.
+Trainings and writers of stores hold locks, of which this machine's kernel knows. Of one on another machine, or of a
+store at a URL, the files tell: a store runs while a lease beside it is renewed, so a writer that is killed counts for
+five minutes more; a training, and `prepare` anywhere, while its newest file is of the last ten minutes. `evaluate`
+writes at its end only.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from pipeline.config import Config, Training
 from pipeline.errors import IO_ERRORS, Unreadable, reason
 from pipeline.layout import (
     FINETUNED,
+    RUN_LOCK,
     TEACHER,
     answers_folder,
     evaluated_models,
@@ -35,6 +37,7 @@ from pipeline.layout import (
     teacher_folder,
 )
 from pipeline.lease import LEASE
+from pipeline.lock import held
 from pipeline.plan import plan_of
 from pipeline.progress import (
     Facts,
@@ -109,6 +112,11 @@ class State:
         """The step that the newest one goes on from; 0 without any."""
         names = [name for name in self.files if re.fullmatch(r"step-\d{9}\.ckpt", name)]
         return max((int(name[5:14]) for name in names), default=0)
+
+    @property
+    def writers(self) -> int | None:
+        """Of a training on this machine; None where it may be another's."""
+        return held(self.folder / RUN_LOCK)
 
     def log(self) -> list[dict[str, Any]]:
         return read_tail(self.folder / "log.jsonl")
@@ -204,6 +212,7 @@ def trained(experiment: Experiment, stage: str, settings: Training | None, folde
         begun=state is not None,
         published=bool(metrics),
         foreign=foreign,
+        writers=state and state.writers,
         moved=latest([newest(folder), state and state.moved]),
         rate=told["samples"] / pictures if told.get("samples") and pictures else None,
         pictures=pictures,
@@ -301,8 +310,13 @@ def written_units(path: str, kind: str, blocks: int, now: float) -> Units:
     times = [chunks["argmax"][place] for place in complete if int(place.partition("/")[0]) < blocks]
     beside = filesystem.ls(root.rpartition("/")[0], detail=True)
     leases = [i for i in beside if i["name"].startswith(f"{root}.part-") and i["name"].endswith(".lock")]
-    writers = sum(now - _modified(info) < LEASE for info in leases)
+    writers = sum(_is_held(info, now) for info in leases)
     return Units(times, max([_modified(filesystem.info(f"{root}/zarr.json")), *times]), writers)
+
+
+def _is_held(lease: dict[str, Any], now: float) -> bool:
+    told = held(f"{lease['name']}.kernel")
+    return now - _modified(lease) < LEASE if told is None else told
 
 
 def _modified(info: dict[str, Any]) -> float:

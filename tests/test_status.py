@@ -16,8 +16,9 @@ from conftest import tree
 from test_training import CPU, Stop, loaded, taught, taught_template  # noqa: F401  (fixtures)
 
 from pipeline.cli import main
-from pipeline.layout import index_path, student_folder
+from pipeline.layout import RUN_LOCK, index_path, student_folder
 from pipeline.lease import lease
+from pipeline.lock import kernel_lock
 from pipeline.params import dump
 from pipeline.progress import RECENT, Facts, duration, rate_of, row_of, short, table, told_by_log
 from pipeline.runlog import read_log
@@ -234,8 +235,23 @@ def test_a_teacher_that_was_trained_here_is_not_one_from_weights(taught):  # noq
     assert told("teacher.weights=regnety_160.deit_in1k")["teacher"].state == "done, of another configuration"
 
 
-def test_a_training_that_is_stopped_tells_its_checkpoint_and_how_long_ago(taught, monkeypatch):  # noqa: F811
+def state_of(name: str) -> Path:
+    """A student's state folder."""
+    states = Path("work/state").glob("*/run.json")
+    return next(path.parent for path in states if json.loads(path.read_text())["name"] == f"student {name}")
+
+
+def test_a_training_runs_while_its_lock_is_held_however_long_ago_it_moved(taught, monkeypatch):  # noqa: F811
     stop_at(5, monkeypatch)
+    assert told()["train-student@hard"].state == "stopped"
+    age(3600)
+    with kernel_lock(state_of("hard") / RUN_LOCK):
+        assert told()["train-student@hard"].state == "running"
+
+
+def test_a_training_of_another_machine_runs_while_its_files_move(taught, monkeypatch):  # noqa: F811
+    stop_at(5, monkeypatch)
+    (state_of("hard") / RUN_LOCK).write_text("another")
     assert told()["train-student@hard"].state == "running"
     age(3600)
     row = told()["train-student@hard"]
@@ -245,7 +261,8 @@ def test_a_training_that_is_stopped_tells_its_checkpoint_and_how_long_ago(taught
 
 def test_a_running_training_tells_loss_and_speed_of_its_log(taught, monkeypatch):  # noqa: F811
     stop_at(5, monkeypatch)
-    row = told()["train-student@hard"]
+    with kernel_lock(state_of("hard") / RUN_LOCK):
+        row = told()["train-student@hard"]
     assert row.loss in [read_log(path)[-1]["loss"] for path in Path("work/state").glob("*/log.jsonl")]
     assert row.images_per_second > 0 and row.seconds_left > 0
 

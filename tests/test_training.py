@@ -17,6 +17,7 @@ from pipeline import checkpoint
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UsageError
 from pipeline.layout import (
+    RUN_LOCK,
     answers_folder,
     finetune_folder,
     index_path,
@@ -196,7 +197,7 @@ def test_a_second_process_waits_for_the_run_and_takes_its_weights(taught, capfd)
     shutil.move(state / "final.safetensors", "final")
 
     def first_process():
-        with kernel_lock(state / "running"):
+        with kernel_lock(state / RUN_LOCK):
             said = ""
             held.set()
             while "waits until it ends" not in said:
