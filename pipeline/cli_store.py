@@ -99,13 +99,14 @@ def prune(yes, work):
     """Find stores and training state that neither params.yaml nor any of configs/ names.
 
     Named are those whose index (outputs/NAME/data), recipe and settings are a configuration's own;
-    overrides with --set are not known here, so look at the list before you say --yes.
+    overrides with --set are not known here, so look at the list before you say --yes. What a process
+    works on now stays.
 
     \b
     Example:
       pipeline prune
     """
-    from stages import store as stage
+    from stages import prune as stage
 
     files = [file for file in [Path("params.yaml"), *sorted(Path("configs").rglob("*.yaml"))] if file.exists()]
-    stage.prune(files, work, yes)
+    stage.run(files, work, yes)

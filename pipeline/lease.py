@@ -9,6 +9,7 @@ told, who comes next waits, so that a job that was preempted here goes on elsewh
 import contextlib
 import json
 import os
+import re
 import secrets
 import socket
 import threading
@@ -20,7 +21,7 @@ from typing import Any
 import fsspec
 
 from pipeline.errors import IO_ERRORS, Unreadable, UsageError, reason, unwritable
-from pipeline.lock import kernel_lock
+from pipeline.lock import held, kernel_lock
 from pipeline.signals import unwinding
 
 LEASE = 300.0  # seconds without renewal after which a holder counts as dead
@@ -110,6 +111,33 @@ def _runs(process: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def part_lock(store: str, number: int, parts: int) -> str:
+    """Where the lease of a part of a store's units lies."""
+    return f"{store}.part-{number}-of-{parts}.lock"
+
+
+def leases_beside(store: str) -> dict[str, bool]:
+    """The parts' locks that lie beside a store, by path: whether each is held."""
+    filesystem, root = fsspec.core.url_to_fs(store)
+    ours = re.compile(re.escape(root) + r"\.part-\d+-of-\d+\.lock(\.kernel)?")
+    beside = filesystem.ls(root.rpartition("/")[0], detail=True)
+    files = {info["name"]: info for info in beside if ours.fullmatch(info["name"])}
+    return {lock: _is_held(lock, files.get(lock)) for lock in {name.removesuffix(".kernel") for name in files}}
+
+
+def _is_held(lock: str, lease: dict[str, Any] | None) -> bool:
+    told = held(f"{lock}.kernel")
+    if told is None:
+        return lease is not None and time.time() - modified(lease) < LEASE
+    return told
+
+
+def modified(info: dict[str, Any]) -> float:
+    """When a file was written, by what its file system tells: a local one's has `mtime`, S3's `LastModified`."""
+    when = info.get("mtime") or info.get("LastModified") or 0.0
+    return when.timestamp() if hasattr(when, "timestamp") else when
 
 
 def _watch(filesystem, place: str, holder: Holder, path: str, purpose: str) -> None:

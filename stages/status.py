@@ -36,7 +36,7 @@ from pipeline.layout import (
     student_folder,
     teacher_folder,
 )
-from pipeline.lease import LEASE
+from pipeline.lease import leases_beside, modified
 from pipeline.lock import held
 from pipeline.plan import plan_of
 from pipeline.progress import (
@@ -84,7 +84,7 @@ def as_lines(rows: list[Row]) -> str:
 def survey(config: Config, now: float) -> list[Row]:
     """Every stage's row, in the order of `dvc repro`."""
     try:
-        return [row_of(facts, now) for facts in gather(Experiment(config, now))]
+        return [row_of(facts, now) for facts in gather(Experiment(config))]
     except IO_ERRORS as error:
         where = getattr(error, "filename", None) or config.work
         raise Unreadable(f"{where}: cannot be read", found=reason(error), do="correct it, or try again") from error
@@ -125,8 +125,8 @@ class State:
 class Experiment:
     """A configuration, and what is read once for all its stages."""
 
-    def __init__(self, config: Config, now: float):
-        self.config, self.now = config, now
+    def __init__(self, config: Config):
+        self.config = config
         self.indices = {split: read_json(index_path(config, split)) for split in ("train", "val")}
         self.index: str | None = self.indices["train"].get("fingerprint")
         self.names = [shard["name"] for shard in self.indices["train"].get("shards", [])]
@@ -255,7 +255,7 @@ def stored(experiment: Experiment, stage: str, want: Wanted) -> Facts:
     manifest, summary = (read_json(folder / f"{name}.json") for name in ("manifest", "summary"))
     published, fingerprint = bool(manifest and summary), manifest.get("fingerprint")
     own = {
-        attributes.get("fingerprint"): written_units(path, want.kind, blocks, experiment.now)
+        attributes.get("fingerprint"): written_units(path, want.kind, blocks)
         for path, attributes in experiment.stores
         if is_store_of(want.recipe, experiment.index, attributes) and _same_teacher(config, want, attributes)
     }
@@ -296,7 +296,7 @@ class Units:
     writers: int
 
 
-def written_units(path: str, kind: str, blocks: int, now: float) -> Units:
+def written_units(path: str, kind: str, blocks: int) -> Units:
     """What a store holds. A unit's argmax is written last, so its age is the unit's (see pipeline.store)."""
     filesystem, root = fsspec.core.url_to_fs(path)
     chunks = {}
@@ -304,25 +304,12 @@ def written_units(path: str, kind: str, blocks: int, now: float) -> Units:
         folder = f"{root}/{name}/c"
         # as deep as (block, shard), below which some arrays have one folder more
         found = filesystem.find(folder, maxdepth=2, withdirs=True, detail=True) if filesystem.exists(folder) else {}
-        places = {where[len(folder) + 1 :]: _modified(info) for where, info in found.items()}
+        places = {where[len(folder) + 1 :]: modified(info) for where, info in found.items()}
         chunks[name] = {place: when for place, when in places.items() if re.fullmatch(r"\d+/\d+", place)}
     complete = chunks["argmax"].keys() & chunks[kind].keys()
     times = [chunks["argmax"][place] for place in complete if int(place.partition("/")[0]) < blocks]
-    beside = filesystem.ls(root.rpartition("/")[0], detail=True)
-    leases = [i for i in beside if i["name"].startswith(f"{root}.part-") and i["name"].endswith(".lock")]
-    writers = sum(_is_held(info, now) for info in leases)
-    return Units(times, max([_modified(filesystem.info(f"{root}/zarr.json")), *times]), writers)
-
-
-def _is_held(lease: dict[str, Any], now: float) -> bool:
-    told = held(f"{lease['name']}.kernel")
-    return now - _modified(lease) < LEASE if told is None else told
-
-
-def _modified(info: dict[str, Any]) -> float:
-    """When a file was written: a local one has `mtime`, one of S3 `LastModified`."""
-    when = info.get("mtime") or info.get("LastModified") or 0.0
-    return when.timestamp() if hasattr(when, "timestamp") else when
+    writers = sum(leases_beside(path).values())
+    return Units(times, max([modified(filesystem.info(f"{root}/zarr.json")), *times]), writers)
 
 
 def evaluated(experiment: Experiment) -> Facts:

@@ -5,9 +5,7 @@ No stage of `dvc repro`. Everything works on a partial store and says what is mi
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import numpy as np
@@ -18,10 +16,9 @@ from pipeline.answers import row_bytes
 from pipeline.audit import manifest, read_manifest, store_bytes
 from pipeline.config import Config
 from pipeline.errors import IO_ERRORS, PipelineError, Unreadable, UsageError
-from pipeline.layout import answers_folder, index_path, local_work, store_path
-from pipeline.params import load
+from pipeline.layout import answers_folder, index_path, store_path
 from pipeline.plan import Unit
-from pipeline.progress import Wanted, is_run_of, is_store_of, list_stores, wanted, wanted_runs
+from pipeline.progress import Wanted, is_store_of, list_stores, wanted
 from pipeline.shards import Index
 from pipeline.store import Store
 from pipeline.store_writer import StoreWriter
@@ -247,55 +244,3 @@ def _break_even(config: Config, want: Wanted, classes: int) -> None:
 
 
 # prune
-
-
-def prune(config_files: list[Path], work: str, delete: bool) -> None:
-    """List, or delete, stores and training state below `work` that none of the configurations names."""
-    configs = [load(str(path), ()) for path in config_files]
-    here = [config for config in configs if config.work == work]
-    beside = [config for config in configs if local_work(config.work) == local_work(work)]
-    stores = [
-        (path, store_bytes(path))
-        for path, attributes in list_stores(work)
-        if not any(_names_store(config, attributes) for config in here)
-    ]
-    states = [
-        (str(folder), sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
-        for folder in sorted((local_work(work) / "state").glob("*"))
-        if not any(_names_state(config, folder) for config in beside)
-    ]
-    for path, size in stores + states:
-        print(f"{'deleted' if delete else 'unnamed'}  {size / 1e6:10,.1f} MB  {path}")
-        if delete:
-            _remove(path)
-    total = sum(size for _, size in stores + states)
-    print(
-        f"{len(stores)} stores and {len(states)} states that none of {len(beside)} configurations names:"
-        f" {total / 1e6:,.1f} MB" + ("" if delete or not total else "; delete them with --yes")
-    )
-
-
-def _index_of(config: Config) -> str | None:
-    path = index_path(config, "train")
-    return Index(path).fingerprint if path.exists() else None
-
-
-def _names_store(config: Config, attributes: dict[str, Any]) -> bool:
-    recipes = (config.recipe, config.finetune_recipe())
-    return any(is_store_of(recipe, _index_of(config), attributes) for recipe in recipes)
-
-
-def _names_state(config: Config, folder: Path) -> bool:
-    try:
-        described = json.loads((folder / "run.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return any(is_run_of(run, described) for run in wanted_runs(config, _index_of(config)).values())
-
-
-def _remove(path: str) -> None:
-    filesystem, root = fsspec.core.url_to_fs(path)
-    if "file" in np.atleast_1d(filesystem.protocol):
-        shutil.rmtree(root)
-    else:
-        filesystem.rm(root, recursive=True)

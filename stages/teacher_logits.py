@@ -24,7 +24,7 @@ from pipeline.errors import PipelineError
 from pipeline.files import replacing, sweep
 from pipeline.groups import Groups, mixed
 from pipeline.layout import answers_folder, index_path, store_path, teacher_folder
-from pipeline.lease import lease
+from pipeline.lease import lease, part_lock
 from pipeline.loader import on_device, unit_loader
 from pipeline.meters import Fetched
 from pipeline.models import (
@@ -70,7 +70,7 @@ def run(
     if dry_run:
         return
     number, parts = part or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-    with lease(f"{path}.part-{number}-of-{parts}.lock", f"part {number} of {parts} of teacher-logits", break_lock):
+    with lease(part_lock(path, number, parts), f"part {number} of {parts} of teacher-logits", break_lock):
         if parts == 1:
             sweep(Path(path))
         store = StoreWriter.create(path, identity, index, views, settings.kind, settings.top_k, settings.precision)

@@ -13,7 +13,9 @@ from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (f
 
 from pipeline.cli import main
 from pipeline.errors import PipelineError
-from pipeline.layout import state_folder, student_folder
+from pipeline.layout import RUN_LOCK, state_folder, student_folder
+from pipeline.lease import lease, part_lock
+from pipeline.lock import kernel_lock
 from pipeline.params import dump
 from stages import store as stage
 from stages import teacher_logits, train_student
@@ -219,6 +221,26 @@ def test_prune_keeps_a_student_s_state_and_drops_that_of_other_settings(taught):
     assert "0 states" in call("prune")
     Path("params.yaml").write_text(dump(loaded("student.lr=0.01")))
     assert "1 states" in call("prune")
+
+
+def test_prune_leaves_what_a_process_works_on(taught):  # noqa: F811
+    train_student.run(loaded(), CPU, "hard")
+    Path("params.yaml").write_text(dump(loaded("student.lr=0.01", "recipe.seed=5")))
+    runs = {path: json.loads(path.read_text())["name"] for path in Path("work/state").glob("*/run.json")}
+    state = next(path.parent for path, name in runs.items() if name == "student hard")
+    store = the_store()
+    with lease(part_lock(str(store), 0, 1), "a test"), kernel_lock(state / RUN_LOCK):
+        said = call("prune", "--yes")
+    assert store.exists() and state.exists() and said.count("in use") == 2 and "deleted" in said
+
+
+def test_prune_removes_the_locks_beside_a_store(taught):  # noqa: F811
+    with lease(part_lock(str(the_store()), 0, 1), "a test"):
+        pass
+    Path("params.yaml").write_text(dump(loaded("recipe.seed=5")))
+    assert list(Path("work/stores").glob("*.kernel"))
+    call("prune", "--yes")
+    assert not list(Path("work/stores").iterdir())
 
 
 def test_another_recipe_s_store_is_unnamed(taught):  # noqa: F811
