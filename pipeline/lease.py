@@ -26,6 +26,7 @@ from pipeline.signals import unwinding
 
 LEASE = 300.0  # seconds without renewal after which a holder counts as dead
 RENEWALS = 5  # in that time
+LOOK = 1.0  # seconds between two looks at another's lease, and before one's own counts where no kernel arbitrates
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _watch(filesystem, place: str, holder: Holder, path: str, purpose: str) -> N
     print(f"{purpose}: {holder} may be at it; waits {left:.0f} s at most for a sign of its life", flush=True)
     end = time.monotonic() + left
     while time.monotonic() < end:
-        time.sleep(1)
+        time.sleep(LOOK)
         found = _read(filesystem, place)
         if found is None:
             return
@@ -156,7 +157,7 @@ def _watch(filesystem, place: str, holder: Holder, path: str, purpose: str) -> N
 
 def _won(filesystem, place: str, mine: Holder, path: str, purpose: str) -> None:
     """Where no kernel arbitrates, the last of two who wrote at once wins."""
-    time.sleep(1)
+    time.sleep(LOOK)
     if _lost(filesystem, place, mine):
         raise _refused(path, purpose, _read(filesystem, place))
 

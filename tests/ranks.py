@@ -1,6 +1,7 @@
-"""Run a command of the pipeline as one rank that may die: for tests under torchrun.
+"""Run commands of the pipeline as one rank that may die: for tests under torchrun.
 
-`python ranks.py DIE ARGUMENT...`: unless DIE is `-`, rank 1 kills itself before training step DIE, once.
+`python ranks.py DIE ARGUMENT... [-- ARGUMENT...]`: unless DIE is `-`, rank 1 kills itself before training step DIE,
+once. Commands follow one another in the same processes: to start these takes longer than most of the work.
 """
 
 import os
@@ -8,7 +9,10 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 from pipeline.cli import main
+from pipeline.ranks import Rank
 from pipeline.training import Trainer
 
 
@@ -23,7 +27,19 @@ def dying(train_step, step: int):
     return call
 
 
+def commands(arguments: list[str]) -> list[list[str]]:
+    split: list[list[str]] = [[]]
+    for argument in arguments:
+        split.append([]) if argument == "--" else split[-1].append(argument)
+    return split
+
+
 if __name__ == "__main__":
     if sys.argv[1] != "-":
         Trainer.train_step = dying(Trainer.train_step, int(sys.argv[1]))
-    main(sys.argv[2:])
+    *first, last = commands(sys.argv[2:])
+    for command in first:
+        if code := main(command, standalone_mode=False):
+            sys.exit(code)
+        Rank.start(torch.device("cpu")).barrier()  # each command finds what the ranks of the one before wrote
+    main(last)

@@ -22,6 +22,11 @@ from pipeline.lease import LEASE, lease
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch):
+    monkeypatch.setattr(pipeline.lease, "LOOK", 0.02)
+
+
 def test_second_holder_is_refused_and_told_the_first(tmp_path):
     with lease(str(tmp_path / "new" / "a.lock"), "part 0 of 1"):
         with pytest.raises(UsageError) as caught, lease(str(tmp_path / "new" / "a.lock"), "part 0 of 1"):
@@ -82,7 +87,7 @@ def test_a_file_system_without_locks_goes_by_leases_alone(tmp_path, monkeypatch)
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(pipeline.lock.fcntl, "flock", refuse)
-    monkeypatch.setattr(pipeline.lease, "LEASE", 2.0)
+    monkeypatch.setattr(pipeline.lease, "LEASE", 0.5)
     with lease(str(tmp_path / "a.lock"), "work"):
         with pytest.raises(UsageError, match=f"process {os.getpid()}"), lease(str(tmp_path / "a.lock"), "work"):
             pass
@@ -122,10 +127,10 @@ def test_a_lease_that_another_machine_renews_is_respected(tmp_path):
 
 
 def test_a_fresh_lease_of_a_dead_machine_is_waited_for(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline.lease, "LEASE", 3.0)
+    monkeypatch.setattr(pipeline.lease, "LEASE", 1.0)
     with another_machine(tmp_path / "a.lock", renews=False), lease(str(tmp_path / "a.lock"), "work"):
         assert json.loads((tmp_path / "a.lock").read_text())["process"] == os.getpid()
-    assert "work: process 7 on another may be at it; waits 3 s at most" in capsys.readouterr().out
+    assert "work: process 7 on another may be at it; waits 1 s at most" in capsys.readouterr().out
 
 
 def test_a_lease_that_another_machine_gives_back_meanwhile_is_taken(tmp_path, monkeypatch):
@@ -199,7 +204,7 @@ def test_a_lease_that_another_machine_broke_is_left_to_it(tmp_path, monkeypatch)
 
 
 def test_a_lease_at_a_url_refuses_a_second_holder(monkeypatch):
-    monkeypatch.setattr(pipeline.lease, "LEASE", 2.0)
+    monkeypatch.setattr(pipeline.lease, "LEASE", 0.5)
     with lease("memory://locks/a.lock", "work"):
         with pytest.raises(UsageError, match=f"process {os.getpid()}"), lease("memory://locks/a.lock", "work"):
             pass

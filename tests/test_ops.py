@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
+from rendering import natural
 
 import pipeline.ops
 from pipeline.ops import FACTOR, FLOOR, OPS, TAP, _blend, _filtered, apply_op, keys_taps, warp
@@ -35,20 +36,6 @@ def needs(tar: Path):
     """Marks a slow test on the photographs of a tar."""
     reason = f"no {tar.name}: set IMAGENET_TAR or CIFAR10_TAR to one"
     return [pytest.mark.slow, pytest.mark.skipif(not tar.exists(), reason=reason)]
-
-
-def natural(seed: int, width: int, height: int, noise: float = 4) -> np.ndarray:
-    """uint8 (height, width, 3): gradients, blobs and light noise."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width] / max(width, height)
-    slopes, level = rng.uniform(-90, 90, (2, 3)), rng.uniform(60, 190, 3)
-    picture = level + slopes[0] * x[..., None] + slopes[1] * y[..., None]
-    for _ in range(12):
-        centre_x, centre_y, spread = rng.uniform(0, 1), rng.uniform(0, 1), rng.uniform(0.03, 0.2)
-        blob = np.exp(-((x - centre_x) ** 2 + (y - centre_y) ** 2) / (2 * spread**2))
-        picture += blob[..., None] * rng.uniform(-120, 120, 3)
-    picture += rng.normal(0, noise, picture.shape)
-    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
 @cache

@@ -13,22 +13,27 @@ from pathlib import Path
 import pytest
 import torch
 from test_report import mini  # noqa: F401  (fixture)
-from test_training import CPU, loaded, losses, newest_checkpoint, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import CPU, loaded, newest_checkpoint, taught, taught_template  # noqa: F401  (fixtures)
 
+from pipeline.config import Config
 from pipeline.layout import answers_folder, evaluation_folder, student_folder, teacher_folder
 from pipeline.params import dump
 from pipeline.ranks import Rank
+from pipeline.runlog import read_log
 from stages import evaluate, train_student
 
 ROOT = Path(__file__).parent.parent
 ONE_NODE = ("--standalone", "--nproc-per-node=2")
 
 
-def launch(*arguments: str, die: str = "-", restarts: int = 0, nodes=ONE_NODE, **switches: str) -> subprocess.Popen:
+def launch(
+    *arguments: str, die: str = "-", restarts: int = 0, nodes=ONE_NODE, folder: Path | None = None, **switches: str
+) -> subprocess.Popen:
     """The command under torchrun, in a process group of its own: in two ranks, or in one of several nodes'."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", *nodes, f"--max-restarts={restarts}"]
     return subprocess.Popen(
         [*torchrun, str(ROOT / "tests/ranks.py"), die, *arguments, "--device", "cpu"],
+        cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | switches,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -58,26 +63,39 @@ def two_nodes(*arguments: str, **options) -> str:
     return "".join([said_by(process) for process in both])
 
 
-def test_thirty_steps_of_two_ranks_have_the_losses_of_one(taught):  # noqa: F811
-    Path("params.yaml").write_text(dump(loaded("student.drop_path=0", "student.epochs=8")))
-    train_student.run(loaded(), CPU, "hard")
-    alone = losses(loaded())
-    shutil.rmtree("work/state")
-    two_ranks("train-student", "--student", "hard")
+PLAIN = "student.drop_path=0", "student.epochs=8"  # what drop-path draws depends on the rank
+COMMANDS = (
+    "teacher-logits",
+    "-- train-student --student hard " + " ".join(f"--set {change}" for change in PLAIN),
+    "-- train-student --student hard",
+    "-- teacher --set teacher.seed=5",
+)
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(taught_template, tmp_path_factory) -> tuple[Path, str]:  # noqa: F811
+    """A folder in which two ranks did COMMANDS, where there was a teacher only; and what they said."""
+    root = tmp_path_factory.mktemp("two") / "ranks"
+    shutil.copytree(taught_template, root)
+    shutil.rmtree(root / "work/stores")
+    shutil.rmtree(root / answers_folder(Config(name="small"), "train-student"))
+    return root, two_ranks(*" ".join(COMMANDS).split(), folder=root)
+
+
+def test_thirty_steps_of_two_ranks_have_the_losses_of_one(taught, of_two_ranks):  # noqa: F811
+    train_student.run(loaded(*PLAIN), CPU, "hard")
+    log = newest_checkpoint().parent / "log.jsonl"
+    alone, found = ([x["loss"] for x in read_log(at / log) if x["kind"] == "step"] for at in (Path(), of_two_ranks[0]))
     assert len(alone) >= 30
-    assert losses(loaded()) == pytest.approx(alone, rel=1e-4)
+    assert found == pytest.approx(alone, rel=1e-4)
 
 
 @pytest.mark.parametrize("launched", [two_ranks, pytest.param(two_nodes, marks=pytest.mark.slow)])
-def test_a_killed_rank_is_restarted_and_the_run_goes_on_to_the_same_weights(taught, launched):  # noqa: F811
+def test_a_killed_rank_is_restarted_and_the_run_goes_on_to_the_same_weights(taught, of_two_ranks, launched):  # noqa: F811
     final = student_folder(taught, "hard") / "weights.safetensors"
-    two_ranks("train-student", "--student", "hard")
-    expected = final.read_bytes()
-    final.unlink()
-    shutil.rmtree("work/state")
     said = launched("train-student", "--student", "hard", die="9", restarts=1)
     assert Path("died").exists() and "goes on from step 9" in said
-    assert final.read_bytes() == expected
+    assert final.read_bytes() == (of_two_ranks[0] / final).read_bytes()
 
 
 def test_sigterm_to_one_rank_ends_both_at_the_same_step(taught):  # noqa: F811
@@ -94,21 +112,16 @@ def test_sigterm_to_one_rank_ends_both_at_the_same_step(taught):  # noqa: F811
     assert len(ended) == 1 and newest_checkpoint().name == f"step-{int(ended.pop()):09d}.ckpt"
 
 
-def test_teacher_logits_of_two_ranks_fill_the_store_of_one(taught):  # noqa: F811
+def test_teacher_logits_of_two_ranks_fill_the_store_of_one(taught, of_two_ranks):  # noqa: F811
     manifest = answers_folder(taught, "train-student") / "manifest.json"
-    expected = manifest.read_bytes()
-    manifest.unlink()
-    shutil.rmtree("work/stores")
-    two_ranks("teacher-logits")
-    assert manifest.read_bytes() == expected
+    assert (of_two_ranks[0] / manifest).read_bytes() == manifest.read_bytes()
 
 
-def test_two_ranks_train_and_publish_a_teacher_once(taught):  # noqa: F811
-    shutil.rmtree("work/state")
-    shutil.rmtree(teacher_folder(taught))
-    said = two_ranks("teacher")
+def test_two_ranks_train_and_publish_a_teacher_once(taught, of_two_ranks):  # noqa: F811
+    root, said = of_two_ranks
+    weights = teacher_folder(taught) / "weights.safetensors"
     assert said.count("teacher: top-1") == 1
-    assert (teacher_folder(taught) / "weights.safetensors").exists()
+    assert (root / weights).read_bytes() != weights.read_bytes()  # of another seed
 
 
 def test_evaluation_in_two_ranks_is_that_of_one(mini):  # noqa: F811

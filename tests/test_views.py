@@ -1,7 +1,6 @@
 """Decoding and rendering: what is refused, the same bytes everywhere, torchvision's and Pillow's meaning."""
 
 import hashlib
-import io
 import multiprocessing
 import os
 import subprocess
@@ -9,14 +8,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_ops import FILL, IMAGENET, files, natural, needs
+from rendering import ENCODINGS, digest_of_views, encoded, natural, translucent
+from test_ops import FILL, IMAGENET, files, needs
 
 import pipeline.views
 from pipeline.config import Recipe
@@ -36,35 +34,6 @@ from pipeline.views import (
 property_settings = settings(derandomize=True, deadline=None, max_examples=40)
 
 
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def translucent(image: Image.Image) -> Image.Image:
-    image = image.convert("RGBA")
-    image.putalpha(Image.linear_gradient("L").resize(image.size))
-    return image
-
-
-ENCODINGS = {
-    "jpeg_420": lambda image: encoded(image, "JPEG", subsampling=2),
-    "jpeg_444": lambda image: encoded(image, "JPEG", subsampling=0),
-    "jpeg_progressive": lambda image: encoded(image, "JPEG", progressive=True),
-    "jpeg_grey": lambda image: encoded(image.convert("L"), "JPEG"),
-    "jpeg_cmyk": lambda image: encoded(image.convert("CMYK"), "JPEG"),
-    "png": lambda image: encoded(image, "PNG"),
-    "png_grey": lambda image: encoded(image.convert("L"), "PNG"),
-    "png_bits": lambda image: encoded(image.convert("1"), "PNG"),
-    "png_palette": lambda image: encoded(image.quantize(32), "PNG"),
-    "png_palette_alpha": lambda image: encoded(image.quantize(32), "PNG", transparency=bytes(range(32))),
-    "png_alpha": lambda image: encoded(translucent(image), "PNG"),
-    "png_grey_alpha": lambda image: encoded(translucent(image).convert("LA"), "PNG"),
-    "webp": lambda image: encoded(image, "WEBP"),
-    "webp_lossless": lambda image: encoded(image, "WEBP", lossless=True),
-    "webp_alpha": lambda image: encoded(translucent(image), "WEBP"),
-}
 TINY = {name: encode(Image.fromarray(natural(1, 19, 17))) for name, encode in ENCODINGS.items()}
 
 # decode
@@ -392,45 +361,12 @@ def test_erasing_noise_differs_from_pixel_to_pixel_and_channel_to_channel():
 
 # the same bytes everywhere
 
-RECIPES = (
-    Recipe(size=224, auto_augment="rand-m9-mstd0.5-p0.8-inc1"),
-    Recipe(size=65, auto_augment="rand-m9-mstd0.5-n4-p0.8-inc1"),
-    Recipe(size=65, auto_augment="original-mstd0.5"),
-    Recipe(size=64, auto_augment=None),
-)
-
-
-def ragged():
-    """Encoded images of every encoding and of ragged sizes: (key, bytes)."""
-    rng = np.random.default_rng(0)
-    for i, width, height in zip(range(60), *rng.integers(1, 330, (2, 60)).tolist(), strict=True):
-        encoding = list(ENCODINGS)[i % len(ENCODINGS)]
-        yield f"key{i}", ENCODINGS[encoding](Image.fromarray(natural(i, width, height, noise=15)))
-
-
-def digest_of_views(threads: int, reverse: bool = False) -> str:
-    """BLAKE2b over 60 x 8 views, put in one order whatever the order of rendering."""
-    before = torch.get_num_threads(), cv2.getNumThreads()
-    torch.set_num_threads(threads)
-    cv2.setNumThreads(threads)
-    images = [(key, decode_again(data)) for key, data in ragged()]
-    work = [(key, image, view) for key, image in images for view in range(8)]
-    digests = {}
-    for key, image, view in reversed(work) if reverse else work:
-        recipe = RECIPES[min(view, 7 - view)]
-        picture = render(image, draw_view(recipe, key, view, image.shape[1], image.shape[0]), recipe)
-        digests[key, view] = hashlib.blake2b(picture).digest()
-    torch.set_num_threads(before[0])
-    cv2.setNumThreads(before[1])
-    return hashlib.blake2b(b"".join(digests[key, view] for key, _, view in work)).hexdigest()
-
-
 def digest_in_another_process(**environment: str) -> str:
     here = Path(__file__).parent
     path = os.pathsep.join([str(here.parent), str(here)])
     unset = {name: value for name, value in os.environ.items() if name != "OPENCV_IPP"}
     result = subprocess.run(
-        [sys.executable, "-c", "import test_views; print(test_views.digest_of_views(1))"],
+        [sys.executable, "-c", "import rendering; print(rendering.digest_of_views(1))"],
         env=unset | {"PYTHONPATH": path} | environment,
         capture_output=True,
         text=True,
