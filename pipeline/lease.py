@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -60,9 +61,8 @@ def lease(path: str, purpose: str, break_lock: bool = False) -> Iterator[None]:
         PipelineError: no file can be written there.
     """
     filesystem, place = fsspec.core.url_to_fs(path)
-    local = "file" in (protocol := filesystem.protocol) or protocol == "file"
     mine = Holder(socket.gethostname(), os.getpid(), secrets.token_hex(8))
-    with _kernel_lock(place, path, purpose) if local else contextlib.nullcontext(False) as locked:
+    with _kernel_lock(place, path, purpose) if _is_local(filesystem) else contextlib.nullcontext(False) as locked:
         holder = _read(filesystem, place)
         if holder and not break_lock and _may_live(holder, mine, locked):
             _watch(filesystem, place, holder, path, purpose)
@@ -177,7 +177,18 @@ def _lost(filesystem, place: str, mine: Holder) -> bool:
 
 
 def _write(filesystem, place: str, mine: Holder) -> None:
-    filesystem.pipe_file(place, json.dumps(asdict(mine) | {"renewed": time.time()}).encode())
+    """Whole or not at all: who reads it torn would take the lease for given back."""
+    data = json.dumps(asdict(mine) | {"renewed": time.time()}).encode()
+    if not _is_local(filesystem):
+        filesystem.pipe_file(place, data)
+        return
+    temporary = Path(f"{place}.{mine.token}.partial")
+    temporary.write_bytes(data)
+    temporary.replace(place)
+
+
+def _is_local(filesystem) -> bool:
+    return "file" in (protocol := filesystem.protocol) or protocol == "file"
 
 
 def _read(filesystem, place: str) -> Holder | None:
