@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and what killed writers left."""
 
 import contextlib
 import hashlib
@@ -30,6 +30,11 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def is_local(filesystem) -> bool:
+    """Whether an fsspec file system is this machine's own, mounted ones among it."""
+    return "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,))
 
 
 def sweep(folder: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import fsspec
 
 from pipeline.errors import IO_ERRORS, Unreadable, UsageError, reason, unwritable
+from pipeline.files import is_local
 from pipeline.lock import held, kernel_lock
 from pipeline.signals import unwinding
 
@@ -62,7 +63,7 @@ def lease(path: str, purpose: str, break_lock: bool = False) -> Iterator[None]:
     """
     filesystem, place = fsspec.core.url_to_fs(path)
     mine = Holder(socket.gethostname(), os.getpid(), secrets.token_hex(8))
-    with _kernel_lock(place, path, purpose) if _is_local(filesystem) else contextlib.nullcontext(False) as locked:
+    with _kernel_lock(place, path, purpose) if is_local(filesystem) else contextlib.nullcontext(False) as locked:
         holder = _read(filesystem, place)
         if holder and not break_lock and _may_live(holder, mine, locked):
             _watch(filesystem, place, holder, path, purpose)
@@ -179,16 +180,12 @@ def _lost(filesystem, place: str, mine: Holder) -> bool:
 def _write(filesystem, place: str, mine: Holder) -> None:
     """Whole or not at all: who reads it torn would take the lease for given back."""
     data = json.dumps(asdict(mine) | {"renewed": time.time()}).encode()
-    if not _is_local(filesystem):
+    if not is_local(filesystem):
         filesystem.pipe_file(place, data)
         return
     temporary = Path(f"{place}.{mine.token}.partial")
     temporary.write_bytes(data)
     temporary.replace(place)
-
-
-def _is_local(filesystem) -> bool:
-    return "file" in (protocol := filesystem.protocol) or protocol == "file"
 
 
 def _read(filesystem, place: str) -> Holder | None:

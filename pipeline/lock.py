@@ -14,7 +14,7 @@ from pipeline.errors import unwritable
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # said by network file systems without them
 
-_held: set[TextIO] = set()
+_mine: set[TextIO] = set()
 
 
 @contextlib.contextmanager
@@ -36,14 +36,14 @@ def kernel_lock(path: str | Path, waiting: str = "") -> Iterator[bool]:
     with file:
         locked = _lock(file, waiting)
         if locked:
-            _held.add(file)
-            file.truncate(0)
-            file.write(socket.gethostname())
-            file.flush()
+            _mine.add(file)
+            with contextlib.suppress(OSError):  # a full disk: nobody is told who holds it
+                os.ftruncate(file.fileno(), 0)
+                os.write(file.fileno(), socket.gethostname().encode())
         try:
             yield locked
         finally:
-            _held.discard(file)
+            _mine.discard(file)
 
 
 def held(path: str | Path) -> bool | None:
@@ -85,9 +85,9 @@ def _try(file: TextIO) -> None:
 
 def _let_go() -> None:
     """In a forked child: a loader's workers, which outlive a killed parent by seconds, must not hold its lock."""
-    for file in _held:
+    for file in _mine:
         file.close()
-    _held.clear()
+    _mine.clear()
 
 
 os.register_at_fork(after_in_child=_let_go)

@@ -20,6 +20,7 @@ from zarr.codecs import Crc32cCodec
 from pipeline.answers import DTYPES, FILL, KINDS, SHARDED
 from pipeline.config import Recipe
 from pipeline.errors import IO_ERRORS, PipelineError, Unreadable, UsageError, reason
+from pipeline.files import is_local
 from pipeline.plan import Unit, all_units
 from pipeline.recipe import group_count
 from pipeline.sealed import read_description
@@ -40,7 +41,7 @@ class StoreFiles:
         self.classes = int(group.attrs["classes"])
         self.slots = max(group_count(int(samples), recipe.group_size) for samples in index.samples)
         self._filesystem, self._root = fsspec.core.url_to_fs(path)
-        self._local = "file" in np.atleast_1d(self._filesystem.protocol)
+        self._local = is_local(self._filesystem)
 
     @property
     def fingerprint(self) -> str:
