@@ -33,6 +33,8 @@ LOOK = 1.0  # seconds between two looks at another's lease, and before one's own
 
 @dataclass(frozen=True)
 class Holder:
+    """Who holds a lease."""
+
     host: str
     process: int
     token: str

@@ -62,8 +62,9 @@ def complete(run: Run) -> None:
     """
     final, rank = run.folder / "final.safetensors", Rank.start(run.device)
     with _alone(run) if rank.rank == 0 and not final.exists() else contextlib.nullcontext():
-        rank.barrier()  # so that all ranks see the same
-        if final.exists():
+        # rank 0 tells: on a network file system the others may see it later, and would train alone
+        done = rank.sum(torch.full((1,), float(rank.rank == 0 and final.exists()), device=run.device))
+        if done.item():
             load_weights(run.model.model, read_weights(final), str(final))
             return
         if rank.rank == 0:

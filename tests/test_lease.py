@@ -220,6 +220,14 @@ def test_a_lease_at_a_url_of_a_dead_process_of_this_machine_is_free(monkeypatch)
         pass
 
 
+def test_a_lease_of_a_dead_container_of_the_same_name_and_number_is_taken_when_it_is_over(monkeypatch):
+    monkeypatch.setattr(pipeline.lease, "LEASE", 1.0)
+    holder = {"host": os.uname().nodename, "process": os.getpid(), "token": "x", "renewed": time.time()}
+    fsspec.filesystem("memory").pipe_file("/locks/c.lock", json.dumps(holder).encode())
+    with lease("memory://locks/c.lock", "work"):
+        assert json.loads(fsspec.filesystem("memory").cat_file("/locks/c.lock"))["token"] != "x"
+
+
 def test_a_place_that_cannot_be_written_is_told_plainly(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(PipelineError, match="cannot be written"), lease(str(tmp_path / "file" / "a.lock"), "work"):
