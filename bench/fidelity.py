@@ -12,6 +12,7 @@ import torch
 from machine import conditions
 
 from pipeline.answers import as_stored, encode, log_probabilities, row_bytes
+from pipeline.config import Config
 from pipeline.groups import Renderer, mixed
 from pipeline.layout import index_path
 from pipeline.models import load_teacher, teacher_logits
@@ -23,7 +24,7 @@ from pipeline.shards import Index
 TAUS = (1.0, 3.0)
 
 
-def teachers_logits(config, groups: int) -> tuple[torch.Tensor, int]:
+def teachers_logits(config: Config, groups: int) -> tuple[torch.Tensor, int]:
     """Float32 logits (samples, classes) of the first groups' first views, and the number of classes."""
     index, recipe = Index(index_path(config, "train")), config.recipe
     teacher = load_teacher(config, len(index.classes), torch.device("cpu"))
@@ -43,7 +44,9 @@ def teachers_logits(config, groups: int) -> tuple[torch.Tensor, int]:
 def distances(logits: torch.Tensor, kind: str, top_k: int, tau: float) -> tuple[float, float]:
     """Mean KL(teacher || stored) and total variation at a temperature."""
     true = (logits.double() / tau).log_softmax(1).numpy()
-    payload = as_stored(kind, encode(kind, logits, top_k)[1])
+    encoded = encode(kind, logits, top_k)[1]
+    assert encoded is not None, f"{kind} keeps no logits"
+    payload = as_stored(kind, encoded)
     stored = log_probabilities(kind, payload, logits.shape[1], tau).astype(np.float64)
     divergence = (np.exp(true) * (true - stored)).sum(1).mean()
     return float(divergence), float(0.5 * np.abs(np.exp(true) - np.exp(stored)).sum(1).mean())

@@ -111,7 +111,8 @@ def op_cells(index: Index, recipe: Recipe, shard: int, position: int) -> list[Ce
     """The picture, and it under every op of RandAugment's increasing set: one that takes an argument at
     rising magnitudes, signs in turn."""
     picture = center_view(index.image(shard, position), recipe.size, 1.0).transpose(1, 2, 0).copy()
-    fill = tuple(round(255 * value) for value in recipe.mean)
+    red, green, blue = (round(255 * value) for value in recipe.mean)
+    fill = (red, green, blue)
     cells = [(picture, "original")]
     for name in INCREASING_OPS:
         arguments = [op_argument(name, magnitude, turn % 2 == 1) for turn, magnitude in enumerate(LEVELS)]

@@ -7,6 +7,9 @@ within 24 bits), or a rounding whose ties are out of reach of float error.
 All functions take uint8 (size, size, 3) and return the same, never in place.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import cv2
 import numpy as np
 
@@ -37,7 +40,7 @@ def apply_op(view: np.ndarray, name: str, argument: float | None, fill: Fill) ->
 # pointwise: a table, or a threshold
 
 
-def _autocontrast(view, _, __):
+def _autocontrast(view: np.ndarray, _: object, __: object) -> np.ndarray:
     return cv2.merge([cv2.LUT(plane, _autocontrast_table(plane)) for plane in cv2.split(view)])
 
 
@@ -49,7 +52,7 @@ def _autocontrast_table(plane: np.ndarray) -> np.ndarray:
     return np.clip((LEVELS * scale + -low * scale).astype(np.int64), 0, 255).astype(np.uint8)
 
 
-def _equalize(view, _, __):
+def _equalize(view: np.ndarray, _: object, __: object) -> np.ndarray:
     return cv2.merge([cv2.LUT(plane, _equalize_table(plane)) for plane in cv2.split(view)])
 
 
@@ -63,20 +66,20 @@ def _equalize_table(plane: np.ndarray) -> np.ndarray:
     return np.minimum((step // 2 + before) // step, 255).astype(np.uint8)
 
 
-def _invert(view, _, __):
+def _invert(view: np.ndarray, _: object, __: object) -> np.ndarray:
     return 255 - view
 
 
-def _posterize(view, bits, _):
+def _posterize(view: np.ndarray, bits: int, _: object) -> np.ndarray:
     return view & np.uint8(0xFF << (8 - bits) & 0xFF)  # 0 bits: black, as Pillow before 13
 
 
-def _solarize(view, threshold, _):
+def _solarize(view: np.ndarray, threshold: float, _: object) -> np.ndarray:
     mask = (view >= threshold).view(np.uint8)  # 1 becomes 255, which inverts
     return view ^ -mask
 
 
-def _solarize_add(view, addend, _):
+def _solarize_add(view: np.ndarray, addend: float, _: object) -> np.ndarray:
     return view + (view < 128).view(np.uint8) * np.uint8(addend)  # at most 127 + 128
 
 
@@ -91,24 +94,24 @@ def _blend(view: np.ndarray, base: np.ndarray | int, factor: float) -> np.ndarra
     return cv2.addWeighted(view, factor, base, 1 - factor, FLOOR)
 
 
-def _color(view, factor, _):
+def _color(view: np.ndarray, factor: float, _: object) -> np.ndarray:
     grey = cv2.cvtColor(view, cv2.COLOR_RGB2GRAY)
     return _blend(view, cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB), factor)
 
 
-def _contrast(view, factor, _):
+def _contrast(view: np.ndarray, factor: float, _: object) -> np.ndarray:
     grey = cv2.cvtColor(view, cv2.COLOR_RGB2GRAY)
     return _blend(view, int(cv2.sumElems(grey)[0] / grey.size + 0.5), factor)
 
 
-def _brightness(view, factor, _):
+def _brightness(view: np.ndarray, factor: float, _: object) -> np.ndarray:
     return _blend(view, 0, factor)
 
 
 SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's ImageFilter.SMOOTH
 
 
-def _sharpness(view, factor, _):
+def _sharpness(view: np.ndarray, factor: float, _: object) -> np.ndarray:
     smooth = cv2.filter2D(view, -1, SMOOTH)  # a 13th is never within 1/26 of a tie
     smooth[0], smooth[-1], smooth[:, 0], smooth[:, -1] = view[0], view[-1], view[:, 0], view[:, -1]
     return _blend(view, smooth, factor)
@@ -140,7 +143,7 @@ def _filtered(view: np.ndarray, kernel: np.ndarray, anchor: tuple[int, int]) -> 
     )
 
 
-def _translate_x(view, fraction, fill):
+def _translate_x(view: np.ndarray, fraction: float, fill: Fill) -> np.ndarray:
     distance = fraction * view.shape[1]
     whole = round(distance)  # so what is uncovered is what Pillow uncovers
     before = distance < whole
@@ -152,11 +155,11 @@ def _translate_x(view, fraction, fill):
     )
 
 
-def _translate_y(view, fraction, fill):
+def _translate_y(view: np.ndarray, fraction: float, fill: Fill) -> np.ndarray:
     return cv2.transpose(_translate_x(cv2.transpose(view), fraction, fill))
 
 
-def _shear_x(view, factor, fill):
+def _shear_x(view: np.ndarray, factor: float, fill: Fill) -> np.ndarray:
     """Every row moves by its own distance: rows of one phase (1/32 pixel) are filtered together."""
     height, width = view.shape[:2]
     step = round(factor * (1 << FIXED))
@@ -178,11 +181,11 @@ def _shear_x(view, factor, fill):
     return out
 
 
-def _shear_y(view, factor, fill):
+def _shear_y(view: np.ndarray, factor: float, fill: Fill) -> np.ndarray:
     return cv2.transpose(_shear_x(cv2.transpose(view), factor, fill))
 
 
-def _rotate(view, degrees, fill):
+def _rotate(view: np.ndarray, degrees: float, fill: Fill) -> np.ndarray:
     angle = -np.radians(degrees)
     cos, sin = float(np.cos(angle)), float(np.sin(angle))
     centre = view.shape[0] / 2
@@ -219,7 +222,7 @@ def warp(view: np.ndarray, matrix: tuple[float, ...], fill: Fill) -> np.ndarray:
     return cv2.addWeighted(cubic, 1 + 5 / 16, linear, -5 / 16, -3 / 8)
 
 
-OPS = {
+OPS: dict[str, Callable[[np.ndarray, Any, Fill], np.ndarray]] = {
     "AutoContrast": _autocontrast,
     "Equalize": _equalize,
     "Invert": _invert,

@@ -8,10 +8,11 @@ So resuming is arithmetic, and what a step holds does not depend on ranks or wor
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Protocol
 
 import numpy as np
 
-from pipeline.config import Recipe
+from pipeline.config import Recipe, Training
 from pipeline.recipe import draw_groups, group_count, permutation, stream_key
 
 
@@ -115,7 +116,8 @@ class Plan:
 
 def group_members(recipe: Recipe, names: tuple[str, ...], samples: tuple[int, ...], item: Item) -> np.ndarray:
     block = item.view // recipe.block
-    return _groups(recipe, names[item.shard], block, samples[item.shard])[item.group]
+    groups = _groups(recipe, names[item.shard], block, samples[item.shard])  # pyright: ignore[reportArgumentType] frozen
+    return groups[item.group]
 
 
 @lru_cache(maxsize=256)
@@ -142,7 +144,14 @@ def draw_cycle(plan: Plan, cycle: int) -> np.ndarray:
     return np.concatenate(visits)
 
 
-def plan_of(index, recipe: Recipe, training, views: int) -> Plan:
+class Indexed(Protocol):
+    """What a plan needs of an index."""
+
+    names: list[str]
+    samples: np.ndarray
+
+
+def plan_of(index: Indexed, recipe: Recipe, training: Training, views: int) -> Plan:
     """The plan of a training section over an index."""
     return Plan(
         recipe,

@@ -8,6 +8,7 @@ choose from one set.
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 # timm.data.auto_augment._RAND_INCREASING_TRANSFORMS, in its order
 INCREASING_OPS = (
@@ -111,8 +112,8 @@ def _auto_fields(text: str, parts: list[str]) -> dict[str, float]:
     return fields
 
 
-def _rand_fields(text: str, parts: list[str]) -> dict[str, float]:
-    fields: dict[str, float] = {}
+def _rand_fields(text: str, parts: list[str]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
     increasing = False
     for part in parts:
         match = re.fullmatch(r"(mstd|p)(\d+(?:\.\d+)?)|(mmax|inc|m|n)(\d+)", part)

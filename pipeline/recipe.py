@@ -89,7 +89,7 @@ def raw_words(key: bytes, count: int, stream: int = 0) -> np.ndarray:
         bits = _of_thread.philox
     except AttributeError:
         bits = _of_thread.philox = np.random.Philox(key=0)
-    bits.state = {
+    bits.state = {  # pyright: ignore[reportAttributeAccessIssue] tuples, which numpy takes too, cost less
         "bit_generator": "Philox",
         "state": {"counter": (0, stream, 0, 0), "key": np.frombuffer(key, "<u8")},
         "buffer": (0, 0, 0, 0), "buffer_pos": 4, "has_uint32": 0, "uinteger": 0,
@@ -291,5 +291,5 @@ def group_check(keys: bytes, mix: Mix, picture: np.ndarray) -> int:
     numbers = [("none", "mixup", "cutmix").index(mix.kind), round(mix.lam * 2**40), *mix.box]
     digest.update(np.array(numbers, "<i8").tobytes())
     digest.update(mix.partner.astype("<i8").tobytes())
-    digest.update(np.ascontiguousarray(picture))
+    digest.update(np.ascontiguousarray(picture).data)
     return int.from_bytes(digest.digest(), "little")
