@@ -135,21 +135,26 @@ class Renderer:
 def mixed(groups: Groups) -> torch.Tensor:
     """The groups' pictures after Mixup or CutMix, float32 (G * S, 3, P, P) in 0..255.
 
-    timm.data.mixup.Mixup._mix_batch with the drawn lambda, box and partners. Elementwise, so the
-    same bits for any number of groups at a time.
+    timm.data.mixup.Mixup._mix_batch with the drawn lambda, box and partners: own * share + other * (1 - share), a
+    pixel's share being lambda, or 1 outside and 0 inside a box. A share of n / 65536 of a byte fits into float32's 24
+    bits, and so do the products and their sum: nothing is rounded, so any device, fused multiply-add and order of
+    groups gives the same bits. Both pictures are read as bytes; one float32 buffer is written twice.
     """
-    own = groups.images
-    count, slots, _, size, _ = own.shape
-    other = own[torch.arange(count, device=own.device)[:, None], groups.partner]
-    left, top, right, bottom = (edge[:, None, None] for edge in groups.box.T)
-    place = torch.arange(size, device=own.device)
-    inside = (place >= left) & (place < right) & ((place[:, None] >= top) & (place[:, None] < bottom))
-    boxed = (groups.box[:, 2] > groups.box[:, 0])[:, None, None, None, None]
-    lam = groups.lam[:, None, None, None, None]
-    own, other = own.float(), other.float()
-    pasted = torch.where(inside[:, None, None], other, own)
-    result = torch.where(boxed, pasted, own * lam + other * (1 - lam))
-    return result.reshape(count * slots, 3, size, size)
+    count, slots, _, size, _ = groups.images.shape
+    first = torch.arange(0, count * slots, slots, device=groups.images.device)
+    partners = (groups.partner + first[:, None]).flatten()
+    other = groups.images.flatten(0, 1).index_select(0, partners).view_as(groups.images)
+    share = _shares(groups, size)[:, None, None]
+    return (groups.images * share).addcmul_(other, 1 - share).flatten(0, 1)
+
+
+def _shares(groups: Groups, size: int) -> torch.Tensor:
+    """What of each pixel is a slot's own, float32 (G, P, P)."""
+    left, top, right, bottom = groups.box[:, :, None].unbind(1)
+    place = torch.arange(size, device=groups.box.device)
+    across, down = (place >= left) & (place < right), (place >= top) & (place < bottom)
+    outside = torch.where(right > left, 1.0, groups.lam[:, None])[:, :, None]  # of what is mixed without a box, all
+    return torch.where(down[:, :, None] & across[:, None, :], 0.0, outside)
 
 
 def targets(groups: Groups, classes: int, smoothing: float) -> torch.Tensor:

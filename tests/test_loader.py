@@ -11,6 +11,8 @@ import timm.data.mixup
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import pipeline.groups
 from pipeline.errors import PipelineError
@@ -336,12 +338,18 @@ def random_groups(mixes: list[tuple[float, tuple]], slots=6, size=16, classes=5)
 
 NO_BOX = (0, 0, 0, 0)
 edges = st.integers(0, 16)
+boxes = st.tuples(edges, edges, edges, edges).map(lambda e: (min(e[:2]), min(e[2:]), max(e[:2]), max(e[2:])))
+
+
+def cut(box: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
+    """CutMix with this box."""
+    left, top, right, bottom = box
+    return 1 - (right - left) * (bottom - top) / 256, box
+
+
 mixes = st.one_of(
     st.tuples(st.floats(0, 1, width=32), st.just(NO_BOX)),
-    st.tuples(edges, edges, edges, edges)
-    .map(lambda e: (min(e[:2]), min(e[2:]), max(e[:2]), max(e[2:])))
-    .filter(lambda b: b[2] > b[0] and b[3] > b[1])
-    .map(lambda b: (1 - (b[2] - b[0]) * (b[3] - b[1]) / 256, b)),
+    boxes.filter(lambda box: box[2] > box[0] and box[3] > box[1]).map(cut),
 )
 
 
@@ -370,6 +378,46 @@ def test_labels_are_mixed_and_smoothed_as_timm_does(drawn, smoothing):
     for number, (lam, _) in enumerate(drawn):
         theirs = timm.data.mixup.mixup_target(groups.labels[number], 5, lam, smoothing)
         assert torch.allclose(result[number], theirs, rtol=1e-6, atol=1e-7)
+
+
+drawn_mixes = st.one_of(st.integers(0, 65536).map(lambda share: (share / 65536, NO_BOX)), boxes.map(cut))
+
+
+@property_settings
+@given(st.lists(drawn_mixes, min_size=1, max_size=4))
+def test_mixing_rounds_nothing_so_its_bits_are_those_of_any_formula(drawn):
+    groups = random_groups(drawn)
+    result = mixed(groups).unflatten(0, (len(drawn), 6))
+    for number, (lam, (left, top, right, bottom)) in enumerate(drawn):
+        own, other = groups.images[number].long(), groups.images[number][groups.partner[number]].long()
+        if right > left and bottom > top:
+            expected = own.clone()
+            expected[..., top:bottom, left:right] = other[..., top:bottom, left:right]
+        else:
+            expected = (own * round(65536 * lam) + other * round(65536 * (1 - lam))).double() / 65536
+            plain = own.float() * torch.tensor(lam) + other.float() * (1 - torch.tensor(lam))
+            assert torch.equal(result[number], plain)
+        assert torch.equal(result[number].double(), expected.double())
+
+
+class Moved(TorchDispatchMode):
+    """Counts the bytes of tensors that operations read and write; views are free."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.bytes += sum(t.nbytes for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor))
+        return result
+
+
+def test_mixing_moves_a_fraction_of_what_plain_float_formulas_do():
+    groups = random_groups([(0.25, NO_BOX), (0.75, (0, 0, 8, 8))], slots=64)
+    with Moved() as moved:
+        mixed(groups)
+    # a byte read twice and written for the partner, and read; a float written, read and written again
+    assert moved.bytes <= 20 * groups.images.numel()
 
 
 def test_pictures_and_labels_of_a_pair_have_the_partner_of_their_slot():
