@@ -61,11 +61,10 @@ def find_device(name: str):
     """
     import torch
 
-    local = os.environ.get("LOCAL_RANK")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and local is not None:
-        name = f"cuda:{local}"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # set_device takes none without a number
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
