@@ -4,6 +4,7 @@ A group always has `group_size` slots; an unused slot has weight 0, so shapes ne
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,11 +51,12 @@ class Groups:
         fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
         return {name: value for name, value in fields if isinstance(value, torch.Tensor)}
 
-    def _each(self, change) -> "Groups":
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Groups":
         return dataclasses.replace(self, **{name: change(value) for name, value in self.tensors().items()})
 
-    def pinmemory(self) -> "Groups":
-        return self._each(lambda tensor: tensor.pinmemory())
+    def pin_memory(self) -> "Groups":
+        """A copy in pinned memory; by this name torch's loader asks for it."""
+        return self._each(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> "Groups":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm.data.mixup
 import torch
+import torch.utils.data._utils.pin_memory as torchs_pinning
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -303,6 +304,40 @@ def test_workers_that_are_spawned_render_into_the_buffers_too(small_set, picture
     for expected, groups in zip(pictures, loader, strict=True):
         assert torch.equal(groups.images, expected) and not groups.images.is_shared()
     assert None not in taken
+
+
+# pinned memory
+
+
+@pytest.fixture
+def pinned(monkeypatch) -> list[torch.Tensor]:
+    """Copies that were made where torch pins memory, as it grows; torch believes that there is a GPU."""
+    made = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: made.append(self.clone()) or made[-1])
+    for name, found in {
+        "is_available": True, "current_accelerator": torch.device("cuda"), "current_device_index": 0,
+        "set_device_index": None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.accelerator, name, lambda *_, found=found, **__: found)
+    return made
+
+
+def test_torchs_loader_pins_every_tensor_of_a_batch(small_set, pinned):
+    batch = renderer(small_set).render(ITEMS)
+    found = torchs_pinning.pin_memory(batch, "cuda")
+    assert isinstance(found, Groups) and values(found) == values(batch)
+    assert {id(tensor) for tensor in found.tensors().values()} == {id(tensor) for tensor in pinned}
+    assert len(pinned) == 6
+
+
+@workers_settings
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_pinned_slices_free_their_buffers_though_they_are_held(small_set, pictures, taken, pinned, workers):
+    held = list(step_loader(plan_over(small_set), small_set[1], range(SLICES), range(1), 1, workers, True))
+    assert all(torch.equal(groups.images, other) for groups, other in zip(held, pictures, strict=True))
+    copies = {id(tensor) for tensor in pinned}
+    assert all(id(tensor) in copies for groups in held for tensor in groups.tensors().values())
+    assert set(taken) == (set(range(2 * workers)) if workers else {None})
 
 
 # evaluation
