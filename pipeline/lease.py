@@ -122,13 +122,43 @@ def part_lock(store: str, number: int, parts: int) -> str:
     return f"{store}.part-{number}-of-{parts}.lock"
 
 
+@contextlib.contextmanager
+def part_lease(store: str, number: int, parts: int, purpose: str, break_lock: bool = False) -> Iterator[None]:
+    """Hold the lease of a part of a store's units until the block ends.
+
+    Who divides the store into another number of parts has units of this part among its own, so it must not run.
+
+    Raises:
+        UsageError: another process holds this part, or one of another number of parts; names host, process and age.
+        PipelineError: no file can be written there.
+    """
+    with lease(part_lock(store, number, parts), purpose, break_lock):
+        filesystem, _ = fsspec.core.url_to_fs(store)
+        for other, is_held in leases_beside(store).items():
+            if is_held and not other.endswith(f"-of-{parts}.lock"):
+                holder = _read(filesystem, other)
+                if held(f"{other}.kernel"):
+                    raise _refused(other, f"another division than into {parts} parts", holder)
+                if holder and not break_lock:
+                    _watch(filesystem, other, holder, other, f"another division than into {parts} parts")
+        yield
+
+
 def leases_beside(store: str) -> dict[str, bool]:
     """The parts' locks that lie beside a store, by path: whether each is held."""
     filesystem, root = fsspec.core.url_to_fs(store)
+    filesystem.invalidate_cache()  # another machine may have come since
     ours = re.compile(re.escape(root) + r"\.part-\d+-of-\d+\.lock(\.kernel)?")
     beside = filesystem.ls(root.rpartition("/")[0], detail=True)
     files = {info["name"]: info for info in beside if ours.fullmatch(info["name"])}
     return {lock: _is_held(lock, files.get(lock)) for lock in {name.removesuffix(".kernel") for name in files}}
+
+
+def perhaps_held(store: str) -> set[str]:
+    """The parts' locks beside a store that are held, or may be: another machine's lease counts whatever its age."""
+    filesystem, _ = fsspec.core.url_to_fs(store)
+    told = {lock: held(f"{lock}.kernel") for lock in leases_beside(store)}
+    return {lock for lock, known in told.items() if known or known is None and filesystem.exists(lock)}
 
 
 def _is_held(lock: str, lease: dict[str, Any] | None) -> bool:

@@ -14,6 +14,7 @@ import zarr
 
 from pipeline.answers import KINDS, payload_width
 from pipeline.errors import IO_ERRORS, PipelineError, Unreadable, UsageError, unwritable
+from pipeline.lease import perhaps_held
 from pipeline.plan import Unit
 from pipeline.sealed import create_array, create_group
 from pipeline.shards import Index
@@ -144,3 +145,19 @@ def _writing(path: str):
             yield
     except IO_ERRORS as error:
         raise unwritable(f"{path}: the store", error) from error
+
+
+def sweep_store(path: str, own: str = "") -> None:
+    """Remove the temporary files that killed writers left in a store and beside it, unless somebody may be writing.
+
+    Args:
+        own: the lock that the caller holds itself.
+    """
+    place = Path(path)
+    # listed before the locks are looked at: who writes one of them held its lease already
+    partials = [*place.rglob("*.partial"), *place.parent.glob(f"{place.name}.part-*.partial")]
+    if partials and not {Path(lock).name for lock in perhaps_held(path)} - {Path(own).name}:
+        for partial in partials:
+            if not (own and partial.name.startswith(f"{Path(own).name}.")):
+                with contextlib.suppress(OSError):  # a disk that is read-only by now
+                    partial.unlink(missing_ok=True)

@@ -21,10 +21,10 @@ from pipeline.answers import as_stored, decode_logits, encode, row_bytes
 from pipeline.audit import damaged, manifest, store_bytes, write_manifest
 from pipeline.config import Config, Recipe
 from pipeline.errors import PipelineError
-from pipeline.files import replacing, sweep
+from pipeline.files import replacing
 from pipeline.groups import Groups, mixed
 from pipeline.layout import answers_folder, index_path, store_path, teacher_folder
-from pipeline.lease import lease, part_lock
+from pipeline.lease import part_lease, part_lock
 from pipeline.loader import on_device, unit_loader
 from pipeline.meters import Fetched
 from pipeline.models import (
@@ -39,7 +39,7 @@ from pipeline.plan import Unit, unit_items
 from pipeline.recipe import group_count
 from pipeline.shards import Index
 from pipeline.store import Identity, Store
-from pipeline.store_writer import StoreWriter
+from pipeline.store_writer import StoreWriter, sweep_store
 
 
 def run(
@@ -54,7 +54,7 @@ def run(
 
     Raises:
         PipelineError: damaged shards, a full disk, a teacher that answers NaN.
-        UsageError: another process writes the same part.
+        UsageError: another process writes the same part, or divides the store into another number of parts.
     """
     index = Index(index_path(config, "train"))
     recipe, views, own_size = _purpose(config, purpose)
@@ -70,9 +70,8 @@ def run(
     if dry_run:
         return
     number, parts = part or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-    with lease(part_lock(path, number, parts), f"part {number} of {parts} of teacher-logits", break_lock):
-        if parts == 1:
-            sweep(Path(path))
+    with part_lease(path, number, parts, f"part {number} of {parts} of teacher-logits", break_lock):
+        sweep_store(path, part_lock(path, number, parts))
         store = StoreWriter.create(path, identity, index, views, settings.kind, settings.top_k, settings.precision)
         # by its place among all units: other parts commit theirs meanwhile
         own = set(store.units(views)[number::parts])
@@ -284,7 +283,7 @@ def publish(config: Config, purpose: str, store: Store, views: int) -> None:
     """Write manifest and summary of a complete store into the outputs."""
     kind, folder = config.teacher_logits.kind, answers_folder(config, purpose)
     start = time.monotonic()
-    sweep(Path(store.path))  # no part writes any more: the unit that it wrote would be missing
+    sweep_store(store.path)
     write_manifest(folder / "manifest.json", manifest(store, views, kind))
     agreement = _agreement(store, views)
     summary = {

@@ -17,7 +17,7 @@ import pytest
 import pipeline.lease
 import pipeline.lock
 from pipeline.errors import PipelineError, UsageError
-from pipeline.lease import LEASE, lease
+from pipeline.lease import LEASE, lease, part_lease, part_lock, perhaps_held
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,6 +51,42 @@ def test_lock_is_free_after_its_block_raised(tmp_path):
 def test_parts_have_locks_of_their_own(tmp_path):
     with lease(str(tmp_path / "a.lock"), "work"), lease(str(tmp_path / "b.lock"), "work"):
         pass
+
+
+@pytest.mark.parametrize(("first", "second"), [((0, 4), (0, 1)), ((0, 1), (0, 4)), ((1, 2), (0, 3))])
+def test_a_store_is_written_in_one_number_of_parts_at_a_time(first, second, tmp_path):
+    store = str(tmp_path / "a.zarr")
+    with part_lease(store, *first, "work"):
+        with pytest.raises(UsageError, match=f"process {os.getpid()}"), part_lease(store, *second, "work"):
+            pass
+    with part_lease(store, *second, "work"):
+        pass
+
+
+def test_parts_of_one_number_are_written_together(tmp_path):
+    with part_lease(str(tmp_path / "a.zarr"), 0, 2, "work"), part_lease(str(tmp_path / "a.zarr"), 1, 2, "work"):
+        pass
+
+
+def test_another_machine_s_part_of_another_number_is_watched(tmp_path, monkeypatch):
+    store, other = str(tmp_path / "a.zarr"), tmp_path / "a.zarr.part-1-of-4.lock"
+    with another_machine(other, renews=True), pytest.raises(UsageError, match="process 7 on another"):
+        with part_lease(store, 0, 1, "work"):
+            pass
+    monkeypatch.setattr(pipeline.lease, "LEASE", 0.2)
+    held_elsewhere(other, age=0)
+    with part_lease(store, 0, 1, "work"):
+        pass
+
+
+def test_a_lock_is_perhaps_held_while_nobody_can_tell_that_it_is_not(tmp_path):
+    store, other = str(tmp_path / "a.zarr"), tmp_path / "a.zarr.part-1-of-2.lock"
+    with lease(part_lock(store, 0, 2), "work"):
+        assert perhaps_held(store) == {part_lock(store, 0, 2)}
+    assert not perhaps_held(store)
+    held_elsewhere(other, age=1e6)
+    os.utime(other, (0, 0))
+    assert perhaps_held(store) == {str(other)}
 
 
 @pytest.mark.parametrize("forked", [False, True])

@@ -1,5 +1,6 @@
 """The store of answers: what is written is read; what is missing, damaged or another's is refused."""
 
+import json
 import math
 import random
 import shutil
@@ -18,11 +19,11 @@ from pipeline.answers import DTYPES, KINDS, as_stored, decode_logits, log_probab
 from pipeline.audit import damaged, manifest, read_manifest, store_bytes, write_manifest
 from pipeline.config import Recipe
 from pipeline.errors import PipelineError, UsageError
-from pipeline.files import sweep
+from pipeline.lease import lease, part_lock
 from pipeline.plan import Unit, all_units
 from pipeline.recipe import group_count
 from pipeline.store import Identity, Store
-from pipeline.store_writer import StoreWriter
+from pipeline.store_writer import StoreWriter, sweep_store
 
 property_settings = settings(derandomize=True, deadline=None, max_examples=25)
 
@@ -535,8 +536,31 @@ def test_sweep_removes_what_killed_writers_left_and_nothing_else(copy):
     path = copy("argmax")
     before = tree(path)
     (path / "argmax" / "c" / "0" / "1.0123abc.partial").write_bytes(b"half")
-    sweep(path)
-    assert tree(path) == before
+    Path(f"{part_lock(str(path), 0, 1)}.0123.partial").write_bytes(b"half")
+    sweep_store(str(path))
+    assert tree(path) == before and not list(path.parent.glob("*.partial"))
+
+
+@pytest.mark.parametrize(("part", "own"), [((0, 4), (0, 1)), ((0, 1), None), ((3, 4), (1, 4))])
+def test_sweep_leaves_what_another_writer_may_be_writing(part, own, copy):
+    path = copy("argmax")
+    partial = path / "argmax" / "c" / "0" / "1.0123abc.partial"
+    partial.write_bytes(b"half")
+    with lease(part_lock(str(path), *part), "work"):
+        sweep_store(str(path), part_lock(str(path), *own) if own else "")
+        assert partial.exists()
+    sweep_store(str(path), part_lock(str(path), *own) if own else "")
+    assert not partial.exists()
+
+
+def test_sweep_leaves_what_another_machine_may_be_writing(copy):
+    path = copy("argmax")
+    partial = path / "argmax" / "c" / "0" / "1.0123abc.partial"
+    partial.write_bytes(b"half")
+    holder = {"host": "another", "process": 7, "token": "x", "renewed": 0.0}
+    Path(part_lock(str(path), 0, 1)).write_text(json.dumps(holder))
+    sweep_store(str(path))
+    assert partial.exists()
 
 
 def test_bytes_of_a_store_are_those_on_disk(filled):

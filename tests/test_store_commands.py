@@ -12,11 +12,13 @@ from conftest import tree
 from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (fixtures)
 
 from pipeline.cli import main
-from pipeline.errors import PipelineError
-from pipeline.layout import RUN_LOCK, state_folder, student_folder
+from pipeline.errors import PipelineError, UsageError
+from pipeline.layout import RUN_LOCK, index_path, state_folder, student_folder
 from pipeline.lease import lease, part_lock
 from pipeline.lock import kernel_lock
 from pipeline.params import dump
+from pipeline.shards import Index
+from pipeline.store import Store
 from stages import store as stage
 from stages import teacher_logits, train_student
 
@@ -141,6 +143,31 @@ def trains_the_same_or_stops(kind: str, damage, chance: random.Random, expected:
         return True
     finally:
         path.write_bytes(whole)
+
+
+# several writers
+
+
+def test_a_plain_run_beside_a_part_is_refused_and_both_leave_its_files(taught):  # noqa: F811
+    next(path for path in the_store().glob("argmax/c/*/*") if path.is_file()).unlink()
+    partial = the_store() / "argmax" / "c" / "0" / "1.0123abc.partial"
+    partial.write_bytes(b"half")
+    with lease(part_lock(str(the_store()), 0, 4), "a test"):
+        with pytest.raises(UsageError, match="part-0-of-4.lock: another division"):
+            teacher_logits.run(loaded(), CPU)
+        assert partial.exists()
+    teacher_logits.run(loaded(), CPU)
+    assert not partial.exists()
+
+
+def test_publishing_leaves_the_files_of_who_adds_views(taught):  # noqa: F811
+    partial = the_store() / "argmax" / "c" / "2" / "1.0123abc.partial"
+    partial.parent.mkdir()
+    partial.write_bytes(b"half")
+    store = Store.open(str(the_store()), Index(index_path(taught, "train")), taught.recipe)
+    with lease(part_lock(str(the_store()), 0, 4), "a test"):
+        teacher_logits.publish(taught, WANTED, store, 8)
+    assert partial.exists()
 
 
 # repair
