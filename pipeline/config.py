@@ -4,6 +4,8 @@ The defaults are the paper's (Touvron et al. 2020, arXiv 2012.12877, Table 9). U
 and impossible combinations are refused with the key's full name; see pipeline.strict and pipeline.params.
 """
 
+import json
+import os
 import re
 from typing import Annotated, Any, Literal
 
@@ -11,12 +13,16 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline.errors import UsageError
 from pipeline.policies import parse_policy
-from pipeline.strict import Section, validate
+from pipeline.strict import Section, shown, validate
 
 # 0 switches mixing off; tiny parameters would make the rejection that draws from Beta endless
 Alpha = Annotated[float, Field(ge=0, le=4), AfterValidator(lambda value: _alpha(value))]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=1_000_000)]
+Long = Annotated[int, Field(ge=1, le=100_000)]
+"""Epochs and views, of which a run keeps lists."""
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Workers = Annotated[int, Field(ge=0, le=1024)]
 NonNegative = Annotated[float, Field(ge=0)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 Range = Annotated[tuple[float, float], Field(strict=False)]
@@ -25,10 +31,58 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$"
+"""Of an experiment and of a student: a folder's name, and no option of a command."""
+
+
 def _alpha(value: float) -> float:
     if 0 < value < 0.05:
         raise ValueError(f"0 or at least 0.05, not {value}")
     return value
+
+
+def _json(value: dict[str, Any]) -> dict[str, Any]:
+    """What a fingerprint can name: no dates, sets, bytes, NaN, and no keys but strings."""
+    try:
+        same = json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError, RecursionError):
+        same = False
+    if not same:
+        raise Unsuitable("names of arguments with plain values: numbers, words, booleans, null, lists", value)
+    return value
+
+
+def _work(value: str) -> str:
+    """A folder, or a URL whose scheme fsspec knows, that means to everyone what it says."""
+    value = _home(value)
+    if "::" in value or "%" in value:
+        raise Unsuitable("a folder or a URL without :: and %, which parts of URLs are read as", value)
+    scheme, url, _ = value.partition("://")
+    if url:
+        from fsspec import available_protocols  # half of what `pipeline --help` takes, and needed for URLs alone
+
+        if scheme not in available_protocols():
+            raise Unsuitable("a folder, or a URL of a scheme that fsspec knows, such as s3:// or gs://", value)
+    return value
+
+
+def _home(value: str) -> str:
+    if not value or not value.isprintable():
+        raise Unsuitable("a path of printable characters", value)
+    return os.path.expanduser(value)
+
+
+class Unsuitable(ValueError):
+    """A value that is not what was expected."""
+
+    def __init__(self, expected: str, value: Any):
+        super().__init__(expected)
+        self.found = shown(value)
+
+
+Arguments = Annotated[dict[str, Any], AfterValidator(_json)]
+"""Of timm.create_model."""
+File = Annotated[str, AfterValidator(_home)]
 
 
 class Data(Section):
@@ -55,7 +109,7 @@ class Data(Section):
 class Recipe(Section):
     """Everything that decides views, groups and mixing. Its fingerprint names the views."""
 
-    seed: int = 0
+    seed: Seed = 0
     size: Annotated[int, Field(ge=8, le=4096)] = 224
     """Pixels a side of a view."""
     scale: Range = (0.08, 1.0)
@@ -111,7 +165,7 @@ class Recipe(Section):
 class Training(Section):
     """What the one training loop needs; shared by teacher, student and fine-tuning."""
 
-    epochs: Positive = 300
+    epochs: Long = 300
     batch_size: Positive = 1024
     """Global: over all ranks and accumulation steps, counting repeated copies (DeiT issue 95)."""
     lr: NonNegative = 5e-4
@@ -119,7 +173,7 @@ class Training(Section):
     min_lr: NonNegative | None = 1e-5
     """Not scaled, as in DeiT; null keeps the rate constant after warm-up."""
     warmup_lr: NonNegative = 1e-6
-    warmup_epochs: Annotated[int, Field(ge=0)] = 5
+    warmup_epochs: Annotated[int, Field(ge=0, le=100_000)] = 5
     optimizer: Literal["adamw", "sgd"] = "adamw"
     momentum: Fraction = 0.9
     """SGD only."""
@@ -138,11 +192,11 @@ class Training(Section):
     channels_last: bool = False
     accumulation: Positive = 1
     """Slices that a rank's share of the batch is computed in."""
-    workers: Annotated[int, Field(ge=0)] = 8
+    workers: Workers = 8
     """Rendering processes a rank."""
     open_shards: Positive = 16
     """Shards that the order keeps open at a time."""
-    seed: int = 0
+    seed: Seed = 0
     """Initial weights, drop-path and the order of training."""
     eval_epochs: Positive = 10
     """Validate every so many epochs, and after the last."""
@@ -160,9 +214,9 @@ class Teacher(Training):
 
     model: str = "regnety_160"
     """Any timm classifier. Without weights it is trained on the shards."""
-    kwargs: dict[str, Any] = {}
+    kwargs: Arguments = {}
     """Passed to timm.create_model."""
-    weights: str | None = None
+    weights: File | None = None
     """A timm tag such as regnety_160.deit_in1k, or a local .safetensors / .pth file."""
     mean: Triple = IMAGENET_MEAN
     """What its input is normalised with."""
@@ -179,12 +233,12 @@ class TeacherFinetune(Training):
     Off unless `epochs` is set. Its views are plain crops of nearly all of the image, unmixed.
     """
 
-    epochs: Annotated[int, Field(ge=0)] = 0
+    epochs: Annotated[int, Field(ge=0, le=100_000)] = 0
     """0 leaves the teacher as it is; FixRes's example has 56."""
     batch_size: Positive = 512
     lr: NonNegative = 1e-3
     min_lr: NonNegative | None = 0.0
-    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    warmup_epochs: Annotated[int, Field(ge=0, le=100_000)] = 0
     optimizer: Literal["adamw", "sgd"] = "sgd"
     weight_decay: NonNegative = 1e-4
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -196,15 +250,15 @@ class TeacherFinetune(Training):
 class TeacherLogits(Section):
     """The store of the teacher's answers."""
 
-    views: Positive = 300
+    views: Long = 300
     """V: views 0..V-1 of every training image; a multiple of recipe.block."""
     kind: Literal["argmax", "topk", "dense8", "dense"] = "argmax"
     """argmax: 2 bytes, all that hard distillation needs; topk, dense8 (a byte a class), dense (float16): soft too."""
-    top_k: Positive = 10
+    top_k: Annotated[int, Field(ge=1, le=65_535)] = 10
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     batch_groups: Positive = 8
     """Groups a forward of the teacher; 1 makes offline and online equal to the bit on a CPU."""
-    workers: Annotated[int, Field(ge=0)] = 8
+    workers: Workers = 8
     channels_last: bool = False
     compile: bool = False
 
@@ -214,7 +268,7 @@ class Student(Training):
 
     model: str = "deit_tiny_distilled_patch16_224"
     """A deit_* of timm; with `_distilled` it has the distillation token and head."""
-    kwargs: dict[str, Any] = {}
+    kwargs: Arguments = {}
     """Passed to timm.create_model: patch_size, embed_dim, depth, num_heads, ..."""
     distillation: Literal["none", "soft", "hard"] = "hard"
     alpha: Fraction = 0.5
@@ -228,7 +282,7 @@ class Student(Training):
 class Finetune(Training):
     """Fine-tuning at a higher resolution; both heads learn from label and teacher."""
 
-    epochs: Positive = 30
+    epochs: Long = 30
     batch_size: Positive = 512
     lr: NonNegative = 5e-6
     min_lr: NonNegative | None = None
@@ -236,13 +290,13 @@ class Finetune(Training):
     weight_decay: NonNegative = 1e-8
     student: str = Field(default="hard", alias="from")
     """The name, out of `students`, that it starts from."""
-    weights: str | None = None
+    weights: File | None = None
     """A .safetensors or .pth to start from instead, as for another data set: `from` then names its settings only.
     Heads of another number of classes begin anew."""
     size: Annotated[int, Field(ge=8, le=4096)] = 384
-    views: Positive = 30
+    views: Long = 30
     """V of the second store."""
-    teacher_size: Positive | None = None
+    teacher_size: Annotated[int, Field(ge=8, le=4096)] | None = None
     """Pixels the teacher sees: null for `size`, or its own, resized on the device."""
     train_mode: bool = True
     """false: dropout and drop-path off while the weights learn, as DeiT's first code did."""
@@ -255,16 +309,16 @@ class Evaluate(Section):
     crop_finetuned: Annotated[float, Field(gt=0, le=1)] = 0.875
     sizes: list[Annotated[int, Field(ge=8, le=4096)]] = []
     """Pixels a side at which every model is evaluated besides, positions resized (compare Table 10)."""
-    workers: Annotated[int, Field(ge=0)] = 8
+    workers: Workers = 8
     throughput_seconds: NonNegative = 5.0
 
 
 class Config(Section):
     """A whole experiment: what params.yaml holds."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "imagenet-deit-tiny"
+    name: Annotated[str, Field(pattern=NAME)] = "imagenet-deit-tiny"
     """Outputs lie under outputs/<name>/."""
-    work: str = "work"
+    work: Annotated[str, AfterValidator(_work)] = "work"
     """Folder of shards, stores and training state, each in a folder named by its fingerprint. At a URL lie the
     stores alone; the rest is in the folder `work` then."""
     data: Data = Data()
@@ -276,7 +330,7 @@ class Config(Section):
     students: list[str] = ["hard"]
     """The students of this experiment, each a name out of `variants`."""
     variants: dict[str, dict[str, Any]] = {"hard": {}}
-    """What each named student changes of `student`."""
+    """What each named student changes of `student`; its kwargs are laid on the student's one by one (null: timm's)."""
     finetune: Finetune = Finetune()
     evaluate: Evaluate = Evaluate()
 
@@ -299,7 +353,10 @@ class Config(Section):
                 found="no such entry in `variants`",
                 do=f"add `variants.{name}: {{}}` to params.yaml or correct the name",
             )
-        return validate(Student, self.student.model_dump() | self.variants[name], section=f"variants.{name}")
+        own, student = self.variants[name], self.student.model_dump()
+        if isinstance(own.get("kwargs"), dict):
+            own = own | {"kwargs": student["kwargs"] | own["kwargs"]}
+        return validate(Student, student | own, section=f"variants.{name}")
 
     def finetune_student(self) -> Student:
         """The student that is fine-tuned, with fine-tuning's own dropout and drop-path."""
@@ -342,8 +399,16 @@ def inconsistencies(config: Config) -> list[str]:
                 f"{key}.accumulation must divide the {run.batch_size // group} groups of a batch: {run.accumulation}"
             )
     for name in config.variants:
-        if name in ("truth", "teacher", "finetuned") or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-            found.append(f"variants.{name}: a name in [A-Za-z0-9._-] other than truth, teacher and finetuned")
+        if name in ("truth", "teacher", "finetuned") or not re.fullmatch(NAME, name):
+            found.append(
+                f"variants.{name}: a name in [A-Za-z0-9._-], that no . or - begins, other than truth, teacher, finetuned"
+            )
+    if config.data.source == "shards":
+        found += [
+            f"data.{split}: braces that are closed, as in train-{{0000..1023}}.tar, not {text!r}"
+            for split, text in (("train", config.data.train), ("val", config.data.val))
+            if not _balanced(text)
+        ]
     if len(set(config.students)) != len(config.students):
         found.append(f"students must be different names: {config.students}")
     for name in config.students:
@@ -359,6 +424,15 @@ def inconsistencies(config: Config) -> list[str]:
     if config.students and not config.finetune.weights and config.finetune.student not in config.students:
         found.append(f"finetune.from must be one of students {config.students}: found {config.finetune.student!r}")
     return found
+
+
+def _balanced(text: str) -> bool:
+    depth = 0
+    for character in text:
+        depth += (character == "{") - (character == "}")
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 # How a run is computed, not what it computes: these change no result and no fingerprint.

@@ -19,6 +19,10 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
+LONGEST = 2000
+"""Characters of a message's part: a value out of a stranger's file may have millions."""
+
+
 class PipelineError(Exception):
     """The work failed for a reason outside the program: data, files, disk, another version.
 
@@ -37,7 +41,7 @@ class PipelineError(Exception):
         for label, text in (("expected", expected), ("found", found), ("do", do)):
             if text:
                 parts.append(f"  {label + ':':<10}{text}")
-        super().__init__("\n".join(parts))
+        super().__init__("\n".join(part if len(part) <= LONGEST else f"{part[:LONGEST]}..." for part in parts))
 
 
 class Unreadable(PipelineError):

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline.errors import UsageError
 
 
+SHOWN = 120  # characters of a value in a message
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
@@ -41,6 +44,8 @@ def validate(kind: type[Section], values: Any, source: str = "", section: str = 
     """`values` as a `kind`, or a UsageError that names the key in full and the nearest valid one."""
     try:
         return kind.model_validate(values)
+    except UsageError as error:  # of a section that is validated on its own, a variant's
+        raise UsageError(f"{source}: {error}" if source else str(error)) from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     location = [str(part) for part in first["loc"]]
@@ -49,20 +54,31 @@ def validate(kind: type[Section], values: Any, source: str = "", section: str = 
     if first["type"] == "extra_forbidden":
         valid = _keys_beside(kind, location)
         near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.4)
+        meant = f"did you mean {near[0]}? " if near else ""
         raise UsageError(
             where,
-            expected=f"did you mean {near[0]}? " * bool(near) + f"valid keys: {', '.join(sorted(valid))}",
+            expected=f"{meant}valid keys: {', '.join(sorted(valid))}",
             found=f"an unknown key, {location[-1]}",
             do="correct the key or remove it",
         )
     if first["type"] == "value_error":
-        raise UsageError(where, expected=str(first["ctx"]["error"]), do="change it")
+        problem = first["ctx"]["error"]
+        raise UsageError(where, expected=str(problem), found=getattr(problem, "found", ""), do="change it")
     raise UsageError(
         where,
         expected=first["msg"].removeprefix("Input should be "),
-        found=f"{first['input']!r} ({type(first['input']).__name__})",
+        found=f"{shown(first['input'])} ({type(first['input']).__name__})",
         do="correct the value",
     )
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: its beginning, where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python prints no integer of more than 4,300 digits
+        return "a value too large to print"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _keys_beside(kind: type[BaseModel], location: list[str]) -> list[str]:

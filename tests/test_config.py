@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import Config, Recipe, Student, result_fields
 from pipeline.errors import UsageError
-from pipeline.params import dump, load, parse_yaml, resolve
+from pipeline.params import LARGEST, dump, load, parse_yaml, resolve
 from pipeline.strict import fingerprint
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -188,7 +188,7 @@ json_values = st.recursive(
     max_leaves=5,
 )
 fractions = st.floats(0, 1)
-student_names = st.from_regex(r"[A-Za-z0-9._-]{1,12}", fullmatch=True).filter(
+student_names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,11}", fullmatch=True).filter(
     lambda name: name not in ("truth", "teacher", "finetuned")
 )
 
@@ -206,10 +206,10 @@ def configs(draw) -> Config:
     )
     return Config.model_validate(
         {
-            "name": draw(st.from_regex(r"x[A-Za-z0-9._-]*", fullmatch=True)),
+            "name": draw(st.from_regex(r"x[A-Za-z0-9._-]{0,99}", fullmatch=True)),
             "data": {"train": draw(words), "max_per_class": draw(st.none() | st.integers(1, 9))},
             "recipe": {
-                "seed": draw(st.integers()),
+                "seed": draw(st.integers(-(2**63), 2**63 - 1)),
                 "size": draw(st.integers(8, 4096)),
                 "scale": sorted(draw(st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)))),
                 "hflip": draw(fractions),
@@ -362,3 +362,168 @@ def test_default_is_the_papers(key, value):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_configuration_loads(path):
     assert isinstance(load(path), Config)
+
+
+def test_an_unknown_key_that_is_near_none_is_told_the_valid_ones():
+    message = refusal({}, ("lr=3",))
+    assert "an unknown key, lr" in message and "valid keys: data" in message
+
+
+@pytest.mark.parametrize("override", ["..=1", ".=1", "student..lr=1", "=1", "a." * 5000 + "a=1"])
+def test_an_override_without_a_key_is_refused(override):
+    assert "section.key=value" in refusal({}, (override,))
+
+
+KWARGS = {"patch_size": 8, "embed_dim": 128}
+
+
+def test_an_override_of_one_argument_keeps_the_others():
+    config = resolve({"student": {"kwargs": KWARGS}}, ("student.kwargs.depth=3",), "trial.yaml")
+    assert config.student.kwargs == KWARGS | {"depth": 3}
+
+
+def test_an_override_of_all_arguments_replaces_them():
+    config = resolve({"student": {"kwargs": KWARGS}}, ("student.kwargs={depth: 3}",), "trial.yaml")
+    assert config.student.kwargs == {"depth": 3}
+
+
+def test_an_override_of_one_variant_keeps_the_others_and_its_other_keys():
+    values = {"variants": {"hard": {"lr": 0.1}, "token": {}}, "teacher_logits": {"kind": "dense"}}
+    config = resolve(values, ("variants.hard.distillation=soft",), "trial.yaml")
+    assert config.variants == {"hard": {"lr": 0.1, "distillation": "soft"}, "token": {}}
+
+
+def test_a_variant_lays_its_arguments_on_the_students():
+    values = {"student": {"kwargs": KWARGS}, "variants": {"hard": {"kwargs": {"depth": 3, "embed_dim": 64}}}}
+    assert resolve(values, (), "trial.yaml").student_named("hard").kwargs == KWARGS | {"depth": 3, "embed_dim": 64}
+
+
+def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file():
+    message = refusal({"student": {"lr": 0.1}}, ("student.epcohs=3",))
+    assert message.startswith("command line (student.epcohs=3): student.epcohs\n")
+
+
+def test_a_mistake_of_a_variant_on_the_command_line_is_not_blamed_on_the_file():
+    assert refusal({}, ("variants.hard.lr=fast",)).startswith("command line (variants.hard.lr=fast): variants.hard.lr")
+
+
+def test_a_mistake_in_the_file_is_not_blamed_on_the_command_line():
+    assert refusal({"student": {"epcohs": 3}}, ("student.lr=0.1",)).startswith("trial.yaml: student.epcohs\n")
+
+
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)
+)
+MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (LAUGHS, "values"),
+        (MERGED, "values"),
+        ("a: &a [*a]", "levels"),
+        ("[" * 5000 + "]" * 5000, "levels"),
+        ("[" * 30 + "]" * 30, "levels"),
+        ("".join(f"key{n}: {n}\n" for n in range(20_000)), "characters"),
+        ("".join(f"k{n}: 1\n" for n in range(11_000)), "values"),
+        ("a: " + "9" * 5000, "digits"),
+        ("a: !!bool x", "x"),
+        ('a: !!int ""', "index"),
+        ("a: !!timestamp x", "trial.yaml"),
+    ],
+    ids=["aliases", "merges", "itself", "depth", "a bit deep", "size", "keys", "digits", "bool", "int", "time"],
+)
+def test_yaml_that_would_grow_is_refused_before_it_does(text, told):
+    with pytest.raises(UsageError) as caught:
+        parse_yaml(text, "trial.yaml")
+    assert told in str(caught.value) and len(str(caught.value)) < 2000
+
+
+def test_a_variant_may_share_keys_with_another_by_an_alias():
+    text = "variants: {hard: &h {lr: 0.1}, long: {<<: *h, epochs: 900}}"
+    assert resolve(parse_yaml(text, "t"), (), "t").student_named("long") == Student(lr=0.1, epochs=900)
+
+
+def test_a_file_without_end_is_refused():
+    with pytest.raises(UsageError, match=f"{LARGEST:,}"):
+        load("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    "values", [{"student": {"lr": "x" * 90_000}}, {"x" * 90_000: 1}, {"student": {"epochs": 1 << 200_000}}],
+    ids=["value", "key", "number"],
+)  # fmt: skip
+def test_a_refusal_shows_the_beginning_of_a_long_value(values):
+    assert len(refusal(values)) < 5000
+
+
+@pytest.mark.parametrize("name", ["..", ".", ".hidden", "-x", "a/b", "", "a b", "x" * 101, "a\n"])
+def test_a_name_that_is_no_folder_of_its_own_is_refused(name):
+    assert "name" in refusal({"name": name})
+    assert refusal({"variants": {name: {}}, "students": []})
+
+
+@pytest.mark.parametrize("work", ["s4://bucket/x", "", "a::b", "filecache::s3://b", "a%41", "a\nb", "a\0b"])
+def test_a_work_folder_that_is_read_otherwise_than_written_is_refused(work):
+    message = refusal({"work": work})
+    assert message.startswith("trial.yaml: work\n") and repr(work) in message
+
+
+@pytest.mark.parametrize("work", ["work", "/a b/c", "s3://bucket/x", "memory://x", "file:///x"])
+def test_a_work_folder_or_url_is_taken(work):
+    assert resolve({"work": work}, (), "trial.yaml").work == work
+
+
+def test_the_home_folder_is_meant_by_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert resolve({"work": "~/w", "teacher": {"weights": "~/t.pth"}}, (), "t").work == "/home/me/w"
+
+
+@pytest.mark.parametrize(
+    "key", ["teacher_logits.views", "finetune.views", "student.epochs", "student.batch_size", "recipe.seed",
+            "student.seed", "student.workers", "teacher_logits.top_k", "recipe.block", "student.warmup_epochs"],
+)  # fmt: skip
+def test_a_number_beyond_what_any_run_could_do_is_refused(key):
+    for number in (10**20, 2**64, 10**5000):
+        assert refusal(nested(key, number)).startswith(f"trial.yaml: {key}\n")
+
+
+@pytest.mark.parametrize("text", ["{0..3", "0..3}", "}{", "{a,{b}"])
+def test_shards_whose_braces_are_not_closed_are_refused(text):
+    assert "data.train: braces" in refusal({"data": {"source": "shards", "train": f"/data/x-{text}.tar"}})
+
+
+@pytest.mark.parametrize("text", ["2024-01-01", "!!set {a}", "!!binary YQ==", ".nan", "{1: 2}", "[{2: 1}]"])
+def test_arguments_that_are_no_plain_values_are_refused(text):
+    message = refusal(parse_yaml(f"student: {{kwargs: {{a: {text}}}}}", "t"))
+    assert message.startswith("trial.yaml: student.kwargs\n") and "found:" in message
+
+
+keys = st.sampled_from([*Config.model_fields, *Student.model_fields, *Recipe.model_fields, "hard", "x", "..", ""])
+leaves = st.none() | st.booleans() | st.integers(-(10**25), 10**25) | st.floats() | st.text(max_size=9) | keys
+trees = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=5), max_leaves=25
+)
+mutations = st.lists(st.tuples(st.integers(0, 4000), st.sampled_from("\0\t\n :{}[]&*!|>'\"%@`-?,#~<x1.é")), max_size=12)
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(trees)
+def test_a_configuration_of_anything_is_taken_or_refused_in_our_words(values):
+    try:
+        assert isinstance(resolve(values, (), "fuzz"), Config)
+    except UsageError as error:
+        assert len(str(error)) < 10_000
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(mutations, keys, keys, st.text(max_size=12))
+def test_a_damaged_params_yaml_is_taken_or_refused_in_our_words(changes, section, key, value):
+    text = list(dump(Config()))
+    for place, character in changes:
+        text[place % len(text)] = character
+    try:
+        resolve(parse_yaml("".join(text), "fuzz"), (f"{section}.{key}={value}",), "fuzz")
+    except UsageError as error:
+        assert "fuzz" in str(error) or "command line" in str(error) or "override" in str(error)
