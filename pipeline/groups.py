@@ -1,6 +1,7 @@
 """Groups of samples as they are trained on: rendered, checked, mixed, with their targets.
 
-A group always has `group_size` slots; an unused slot has weight 0, so shapes never change.
+A group always has `group_size` slots, so shapes never change. Unused slots repeat the members, with weight 0: a
+network that computes statistics over its batch, as batch norm does while it learns, sees samples alone.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ class Groups:
     labels: torch.Tensor
     """int64 (G, S)"""
     weights: torch.Tensor
-    """float32 (G, S): 1 for a sample, 0 for an unused slot."""
+    """float32 (G, S): 1 for a sample, 0 for an unused slot, which shows a member once more."""
     partner: torch.Tensor
     """int64 (G, S)"""
     lam: torch.Tensor
@@ -113,12 +114,13 @@ class Renderer:
         ]
         for image, params, picture in zip(decoded, drawn, pictures, strict=False):  # there may be more slots
             render(image, params, self.recipe, out=picture)
-        pictures[len(members) :] = 0
         mix = draw_mix(self.recipe, self.names[item.shard], item.group, item.view, len(members))
         left, top, width, height = mix.box
-        groups.labels[number, : len(members)] = torch.from_numpy(rows["label"][members].astype(np.int64))
+        shown = np.arange(len(pictures)) % len(members)  # whom a slot shows: its own member, or one once more
+        pictures[len(members) :] = pictures[shown[len(members) :]]
+        groups.labels[number] = torch.from_numpy(rows["label"][members[shown]].astype(np.int64))
         groups.weights[number, : len(members)] = 1
-        groups.partner[number] = torch.from_numpy(mix.partner)
+        groups.partner[number] = torch.from_numpy(mix.partner[shown])
         groups.lam[number] = mix.lam
         groups.box[number] = torch.tensor([left, top, left + width, top + height])
         seen = witness(item.group, item.view, len(members))

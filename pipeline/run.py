@@ -15,7 +15,7 @@ from pipeline.plan import Plan
 from pipeline.shards import Index
 from pipeline.teaching import Answer, NoTeacher
 
-TRAINING_VERSION = 3  # bump on any change of what a step computes, or finished runs would be taken for it
+TRAINING_VERSION = 4  # bump on any change of what a step computes, or finished runs would be taken for it
 
 
 @dataclass

@@ -12,6 +12,7 @@ import torch
 import torch.utils.data._utils.pin_memory as torchs_pinning
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -91,16 +92,34 @@ def test_mixing_is_the_drawn_one(small_set):
         left, top, right, bottom = groups.box[number].tolist()
         assert (left, top, right - left, bottom - top) == mix.box
         assert groups.lam[number].item() == np.float32(mix.lam)
-        assert groups.partner[number].tolist() == mix.partner.tolist()
+        assert groups.partner[number, :members].tolist() == mix.partner[:members].tolist()
 
 
-def test_unused_slots_have_no_weight_and_no_picture(small_set):
+def test_unused_slots_have_no_weight(small_set):
     groups = renderer(small_set).render(ITEMS)
     for number, members in enumerate(groups.members):
         assert groups.weights[number].tolist() == [1] * len(members) + [0] * (4 - len(members))
-        assert not groups.images[number, len(members) :].any()
-        assert groups.images[number, : len(members)].flatten(1).any(1).all()
     assert {len(members) for members in groups.members} == {2, 3}
+
+
+def test_unused_slots_repeat_the_members_as_they_are_mixed(small_set):
+    groups = renderer(small_set).render(ITEMS)
+    pictures, labels = mixed(groups).unflatten(0, (-1, 4)), targets(groups, 3, 0.1).unflatten(0, (-1, 4))
+    for number, members in enumerate(groups.members):
+        for slot in range(len(members), 4):
+            member = slot - len(members)
+            assert torch.equal(groups.images[number, slot], groups.images[number, member])
+            assert torch.equal(pictures[number, slot], pictures[number, member])
+            assert torch.equal(labels[number, slot], labels[number, member])
+
+
+def test_unused_slots_do_not_shift_the_statistics_of_a_batch_norm(small_set):
+    """A group that fills half of its slots gives its members what they give alone."""
+    groups = renderer(small_set).render([Item(1, 1, 0)])
+    assert len(groups.members[0]) == 2
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)).train()
+    torch.testing.assert_close(network(mixed(groups))[:2], network(mixed(groups)[:2]))
 
 
 def test_repeats_of_a_group_share_a_decoding(small_set):
