@@ -59,10 +59,10 @@ from experiment import (
 from lab import BLOCK, CLASSES, Lab, allocated, attempt, head, make_lab, reason, row
 from machine import conditions, spread
 
-from pipeline.config import Config, Finetune, Student, TeacherLogits
+from pipeline.config import Config, Finetune, Student
 from pipeline.groups import Groups, mixed
 from pipeline.loader import on_device, step_loader, unit_loader
-from pipeline.models import build_student, teacher_logits
+from pipeline.models import Answering, build_student
 from pipeline.plan import Unit
 from pipeline.store import Identity
 from pipeline.store_writer import StoreWriter
@@ -84,10 +84,7 @@ def compute(
     lab: Lab, store: StoreWriter, unit: Unit, kind: str, loader: Callable, workers: int = 0, commit=None
 ) -> float:
     """Seconds of UnitWorker.compute from the arrival of its first batch on; `loader` stands for unit_loader."""
-    settings = TeacherLogits(
-        views=BLOCK, kind=kind, top_k=1, precision="bfloat16", batch_groups=lab.groups, workers=workers,
-        channels_last=True, compile=lab.compile,
-    )  # fmt: skip
+    settings = lab.answering.model_copy(update={"kind": kind, "workers": workers})
     config = Config(recipe=lab.recipe, teacher_logits=settings, finetune=Finetune(views=BLOCK))
     started = []
 
@@ -124,7 +121,7 @@ def forward_of(lab: Lab, groups: list[Groups]) -> Callable[[], torch.Tensor]:
     """The teacher's bare forward of their pictures, which lie on the device as UnitWorker would have them."""
     pictures = torch.cat([mixed(some.to(lab.device)) for some in groups])
     pictures = pictures.contiguous(memory_format=torch.channels_last)
-    return partial(teacher_logits, lab.forward, pictures, lab.recipe.group_size, lab.groups, True)
+    return partial(Answering(lab.teacher, lab.answering).logits, pictures, lab.recipe.group_size)
 
 
 def teacher_part(lab: Lab) -> None:
@@ -216,7 +213,7 @@ def step_part(lab: Lab, name: str, size: int) -> None:
     ways = {
         "without": (settings.model_copy(update={"distillation": "none"}), NoTeacher()),
         "stored": (settings, clocked),
-        "online": (settings, OnlineTeacher(lab.forward, None, lab.groups, True)),
+        "online": (settings, OnlineTeacher(Answering(lab.teacher, lab.answering))),
     }
     works, memory, failed = {}, {}, {}
     for way, (student, answering) in ways.items():

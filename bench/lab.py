@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from experiment import TINY_STUDENT, TINY_TEACHER, make_index, photographs, synchronize
 
-from pipeline.config import Recipe, Teacher
+from pipeline.config import Recipe, Teacher, TeacherLogits
 from pipeline.models import Normalised, build_teacher
 from pipeline.shards import Index
 
@@ -30,8 +30,8 @@ class Lab:
     """Three shards: of as many groups as there are workers, the same, and of four groups."""
     recipe: Recipe
     teacher: Normalised
-    forward: Callable
-    """The teacher, compiled with --compile; makes pictures channels_last that are not."""
+    answering: TeacherLogits
+    """How the teacher is asked: bfloat16, channels_last, compiled with --compile."""
     groups: int
     """Of a step, and of a forward of the teacher."""
     kwargs: dict
@@ -64,20 +64,22 @@ def make_lab(root: Path, device: torch.device, given) -> Lab:
     samples = [group * max(workers, 4), group * max(workers, 4), group * 4]
     index = make_index(root / "shards", photographs(16, 64, 48) if given.tiny else photographs(200), samples, CLASSES)
     teacher = build_teacher(Teacher(model=TINY_TEACHER if given.tiny else given.teacher), CLASSES).to(device).eval()
-    teacher.to(memory_format=torch.channels_last)
     if given.compile:
         import torch._dynamo.config as dynamo
 
         # a shape is constant in training; here several models of several sizes share one Normalised.forward
         dynamo.automatic_dynamic_shapes, dynamo.recompile_limit = False, 64
-    model = torch.compile(teacher) if given.compile else teacher
+    answering = TeacherLogits(
+        views=BLOCK, top_k=1, precision="bfloat16", batch_groups=batch // group, channels_last=True,
+        compile=given.compile,
+    )  # fmt: skip
     return Lab(
         root=root,
         device=device,
         index=index,
         recipe=Recipe(size=size, group_size=group, block=BLOCK),
         teacher=teacher,
-        forward=lambda pictures: model(pictures.contiguous(memory_format=torch.channels_last)),
+        answering=answering,
         groups=batch // group,
         kwargs=TINY_STUDENT if given.tiny else {},
         compile=given.compile,

@@ -41,14 +41,15 @@ from experiment import (
 from machine import conditions, spread
 from torch import nn
 
-from pipeline.config import Recipe, Student, Teacher
+from pipeline.config import Recipe, Student, Teacher, TeacherLogits
 from pipeline.groups import mixed
 from pipeline.linear import OneDNNLinear
-from pipeline.models import Normalised, build_student, build_teacher, teacher_logits
+from pipeline.models import Answering, Normalised, build_student, build_teacher
 from pipeline.teaching import NoTeacher, OnlineTeacher, StoredTeacher
 
 CPU = torch.device("cpu")
 GROUP, STEPS = 8, 12
+ASKED = TeacherLogits(precision="float32", batch_groups=1)
 AT_LEAST = {"tiny": 3.8, "small": 2.0}  # times, online / stored
 
 
@@ -60,7 +61,7 @@ def measure(material: Material, settings: Student, teacher: Normalised, rounds: 
         "without": (undistilled, NoTeacher()),
         "stored": (settings, clocked),
         "plain linear": (settings, StoredTeacher(material.store, "argmax")),
-        "online": (settings, OnlineTeacher(teacher, None, 1, False)),
+        "online": (settings, OnlineTeacher(Answering(teacher, ASKED))),
     }
     works = {}
     for way, (student, answering) in ways.items():
@@ -71,7 +72,7 @@ def measure(material: Material, settings: Student, teacher: Normalised, rounds: 
                 if type(part) is OneDNNLinear:
                     part.__class__ = nn.Linear
     pictures = mixed(material.steps[0])
-    works["forward"] = lambda: teacher_logits(teacher, pictures, GROUP, 1, False)
+    works["forward"] = lambda: Answering(teacher, ASKED).logits(pictures, GROUP)
     in_turns(works, 1, 0, CPU)  # warms up: AdamW makes its state
     clocked.seconds.clear()
     found = in_turns(works, rounds, 0, CPU)

@@ -14,7 +14,7 @@ from timm.layers import trunc_normal_
 from torch import nn
 from torch.nn.functional import interpolate
 
-from pipeline.config import Config
+from pipeline.config import Config, TeacherLogits
 from pipeline.errors import PipelineError, UsageError
 from pipeline.layout import teacher_folder
 from pipeline.linear import use_onednn
@@ -34,18 +34,26 @@ class Normalised(nn.Module):
         super().__init__()
         use_onednn(model)
         self.model = model
+        self.float32_head = False
+        """Whether what follows the features, pooling and classifier, is in float32 under autocast too."""
         self.distilled = hasattr(model, "head_dist")
         self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std)[:, None, None], persistent=False)
 
     def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Float pictures (N, 3, P, P) in 0..255 to class and distillation logits (N, classes)."""
-        x = (pictures - self.mean) / self.std
+        features = self.model.forward_features((pictures - self.mean) / self.std)
+        if not self.float32_head:
+            return self.heads(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.heads(features.float())
+
+    def heads(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.distilled:
-            logits = self.model(x)
+            logits = self.model.forward_head(features)
             return logits, logits
         # timm averages the heads in eval mode; both are wanted in every mode
-        tokens = self.model.head_drop(self.model.forward_features(x)[:, :2])
+        tokens = self.model.head_drop(features[:, :2])
         return self.model.head(tokens[:, 0]), self.model.head_dist(tokens[:, 1])
 
 
@@ -98,9 +106,31 @@ def build_teacher(section: Section, classes: int) -> Normalised:
     return build(section, classes, seed=section.seed)
 
 
+class Answering:
+    """A teacher as it is asked, for the store and in the loop alike.
+
+    Its head computes in float32 whatever the precision: logits that were rounded to bfloat16 tie, and flip.
+    """
+
+    def __init__(self, teacher: Normalised, settings: TeacherLogits, size: int | None = None):
+        """`size` is the teacher's own input in pixels, where it is another than the views'."""
+        self.settings, self.size = settings, size
+        teacher.float32_head = True
+        if settings.channels_last:
+            teacher = teacher.to(memory_format=torch.channels_last)
+        self.teacher = torch.compile(teacher) if settings.compile else teacher
+
+    def logits(self, pictures: torch.Tensor, slots: int) -> torch.Tensor:
+        """Mixed pictures (N, 3, P, P) in 0..255, N a multiple of `slots`, to float32 logits (N, classes)."""
+        settings, pictures = self.settings, resize_pictures(pictures, self.size)
+        if settings.channels_last:
+            pictures = pictures.contiguous(memory_format=torch.channels_last)
+        return teacher_logits(self.teacher, pictures, slots, settings.batch_groups, settings.precision == "bfloat16")
+
+
 @torch.no_grad()
-def teacher_logits(teacher: Normalised, pictures: torch.Tensor, slots: int, groups: int, bf16: bool) -> torch.Tensor:
-    """What the teacher answers: mixed pictures (N, 3, P, P) in 0..255 to float32 logits (N, classes).
+def teacher_logits(teacher: nn.Module, pictures: torch.Tensor, slots: int, groups: int, bf16: bool) -> torch.Tensor:
+    """What the teacher answers: pictures (N, 3, P, P) in 0..255 to float32 logits (N, classes).
 
     Always in forwards of at most `groups` groups of `slots` pictures: offline and online use this one
     function, so on a CPU in float32 with one group a forward they agree to the bit.

@@ -7,7 +7,7 @@ import torch
 from pipeline.answers import decode_logits
 from pipeline.groups import Groups
 from pipeline.loader import send, stored_answers
-from pipeline.models import Normalised, resize_pictures, teacher_logits
+from pipeline.models import Answering
 from pipeline.store import Store
 
 
@@ -44,12 +44,8 @@ class StoredTeacher:
 class OnlineTeacher:
     """The teacher in the loop over the same groups: the proof of the store, and its baseline."""
 
-    model: Normalised
-    size: int | None
-    batch_groups: int
-    bf16: bool
+    teacher: Answering
 
     def __call__(self, groups: Groups, pictures: torch.Tensor) -> Answer:
-        pictures = resize_pictures(pictures, self.size)
-        logits = teacher_logits(self.model, pictures, groups.labels.shape[1], self.batch_groups, self.bf16)
+        logits = self.teacher.logits(pictures, groups.labels.shape[1])
         return Answer(logits.argmax(1), logits)

@@ -28,11 +28,10 @@ from pipeline.lease import part_lease, part_lock
 from pipeline.loader import on_device, unit_loader
 from pipeline.meters import Fetched
 from pipeline.models import (
+    Answering,
     Normalised,
     describe_teacher,
     load_teacher,
-    resize_pictures,
-    teacher_logits,
     weights_hash,
 )
 from pipeline.plan import Unit, unit_items
@@ -134,11 +133,9 @@ class UnitWorker:
         self, config: Config, store: Store, teacher: Normalised, own_size: int | None, device: torch.device, commit
     ):
         self.commit = commit
-        self.settings, self.store, self.device, self.own_size = config.teacher_logits, store, device, own_size
+        self.settings, self.store, self.device = config.teacher_logits, store, device
         self.recipe, self.index = store.recipe, store.index
-        if self.settings.channels_last:
-            teacher = teacher.to(memory_format=torch.channels_last)
-        self.teacher = torch.compile(teacher) if self.settings.compile else teacher
+        self.teacher = Answering(teacher, self.settings, own_size)
         self.open: dict[Unit, tuple[dict[str, np.ndarray], np.ndarray]] = {}
         self.remaining: dict[Unit, int] = {}
 
@@ -165,11 +162,7 @@ class UnitWorker:
         settings, slots = self.settings, self.recipe.group_size
         pictures = torch.cat([mixed(groups) for groups in batch])
         pictures = pad(pictures, (0, 0, 0, 0, 0, 0, 0, slots * (settings.batch_groups - len(batch))))
-        pictures = resize_pictures(pictures, self.own_size)
-        if settings.channels_last:
-            pictures = pictures.contiguous(memory_format=torch.channels_last)
-        bf16 = settings.precision == "bfloat16"
-        logits = teacher_logits(self.teacher, pictures, slots, settings.batch_groups, bf16)[: slots * len(batch)]
+        logits = self.teacher.logits(pictures, slots)[: slots * len(batch)]
         finite = (logits.abs() <= torch.finfo(torch.float16).max).all(1)
         argmax, payload = encode(settings.kind, logits, settings.top_k)
         return batch, Fetched(finite, argmax, *([] if payload is None else [payload]))

@@ -16,7 +16,7 @@ from pipeline.layout import (
     store_path,
     student_folder,
 )
-from pipeline.models import build_student, load_teacher, save_weights
+from pipeline.models import Answering, build_student, load_teacher, save_weights
 from pipeline.plan import plan_of
 from pipeline.ranks import Rank
 from pipeline.recipe import recipe_fingerprint
@@ -125,8 +125,7 @@ def _online(config: Config, purpose: str, index: Index, device: torch.device) ->
     settings = config.teacher_logits
     size = config.finetune.teacher_size if purpose == "finetune" else None
     model = load_teacher(config, len(index.classes), device, purpose)
-    bf16 = settings.precision == "bfloat16"
-    return OnlineTeacher(model, size, settings.batch_groups, bf16), {"online": settings.precision}
+    return OnlineTeacher(Answering(model, settings, size)), {"online": settings.precision}
 
 
 def finish(training: Run, folder: Path) -> None:

@@ -9,9 +9,10 @@ import timm
 import torch
 from torch.nn.functional import interpolate
 
-from pipeline.config import Recipe, Student, Teacher
+from pipeline.config import Recipe, Student, Teacher, TeacherLogits
 from pipeline.errors import PipelineError, UsageError
 from pipeline.models import (
+    Answering,
     Normalised,
     adaptable,
     build,
@@ -169,6 +170,39 @@ def test_teacher_answers_a_group_alone_as_among_others():
     together = teacher_logits(teacher, many, 4, 1, False)
     alone = [teacher_logits(teacher, group, 4, 1, False) for group in many.split(4)]
     assert torch.equal(together, torch.cat(alone)) and together.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "deit_tiny_distilled_patch16_224"])
+def test_in_bfloat16_a_teachers_head_computes_in_float32(name):
+    asked = TeacherLogits(precision="bfloat16")
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2} if "deit" in name else {}
+    teacher = build_teacher(Teacher(model=name, kwargs=size), 50).eval()
+    logits = Answering(teacher, asked).logits(pictures(), 3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features = teacher.model.forward_features((pictures() - teacher.mean) / teacher.std)
+    with torch.no_grad():
+        assert torch.equal(logits, teacher.heads(features.float())[0])
+    assert (logits != logits.bfloat16()).float().mean() > 0.9
+
+
+def test_a_teacher_that_is_asked_answers_in_float32_as_its_model_does():
+    teacher = build_teacher(Teacher(model="resnet10t"), 5).eval()
+    with torch.no_grad():
+        expected = teacher.model((pictures() - teacher.mean) / teacher.std)
+    assert torch.equal(Answering(teacher, TeacherLogits(precision="float32")).logits(pictures(), 3), expected)
+
+
+def test_a_teacher_that_is_asked_gets_its_pictures_as_the_settings_say(monkeypatch):
+    teacher, seen = build_teacher(Teacher(model="resnet10t"), 5).eval(), []
+    teacher.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    Answering(teacher, TeacherLogits(channels_last=True, compile=True, batch_groups=2), 16).logits(pictures(6), 2)
+    assert [tuple(x.shape) for x in seen] == [(4, 3, 16, 16), (2, 3, 16, 16)]
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    weights = [w for w in teacher.parameters() if w.ndim == 4 and w.shape[2] > 1]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    assert compiled == [teacher]
 
 
 def test_pictures_of_the_teachers_own_size_are_not_resized():
