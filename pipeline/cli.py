@@ -1,6 +1,5 @@
 """The command line. Each command imports its stage inside its body, so `--help` needs no torch."""
 
-import sys
 from pathlib import Path
 
 import click
@@ -271,6 +270,3 @@ def configure(name, overrides, output):
 
 main.add_command(store)
 main.add_command(prune)
-
-if __name__ == "__main__":
-    sys.exit(main())

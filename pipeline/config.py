@@ -41,8 +41,13 @@ def _alpha(value: float) -> float:
     return value
 
 
+FORBIDDEN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+
+
 def _json(value: dict[str, Any]) -> dict[str, Any]:
     """What a fingerprint can name: no dates, sets, bytes, NaN, and no keys but strings."""
+    if FORBIDDEN & value.keys():
+        raise Unsuitable(f"no {', '.join(sorted(FORBIDDEN))}: weights are named by the key `weights`", value)
     try:
         same = json.loads(json.dumps(value, allow_nan=False)) == value
     except (TypeError, ValueError, RecursionError):
@@ -66,6 +71,12 @@ def _work(value: str) -> str:
     return value
 
 
+def _model(value: str) -> str:
+    if ":" in value or "/" in value:  # hf-hub:NAME would be fetched, again and again
+        raise Unsuitable("the name of one of timm's own models", value)
+    return value
+
+
 def _home(value: str) -> str:
     if not value or not value.isprintable():
         raise Unsuitable("a path of printable characters", value)
@@ -83,6 +94,7 @@ class Unsuitable(ValueError):
 Arguments = Annotated[dict[str, Any], AfterValidator(_json)]
 """Of timm.create_model."""
 File = Annotated[str, AfterValidator(_home)]
+Model = Annotated[str, AfterValidator(_model)]
 
 
 class Data(Section):
@@ -212,7 +224,7 @@ class Training(Section):
 class Teacher(Training):
     """The teacher: trained here, or read from weights."""
 
-    model: str = "regnety_160"
+    model: Model = "regnety_160"
     """Any timm classifier. Without weights it is trained on the shards."""
     kwargs: Arguments = {}
     """Passed to timm.create_model."""
@@ -266,7 +278,7 @@ class TeacherLogits(Section):
 class Student(Training):
     """A student. `variants` overrides these keys by name."""
 
-    model: str = "deit_tiny_distilled_patch16_224"
+    model: Model = "deit_tiny_distilled_patch16_224"
     """A deit_* of timm; with `_distilled` it has the distillation token and head."""
     kwargs: Arguments = {}
     """Passed to timm.create_model: patch_size, embed_dim, depth, num_heads, ..."""

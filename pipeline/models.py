@@ -1,13 +1,9 @@
-"""Teacher and student from timm; normalisation; weights in and out."""
+"""Teacher and student from timm; normalisation; which weights they have."""
 
 import difflib
-import hashlib
 import math
-from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import timm
 import torch
 from timm.layers import trunc_normal_
@@ -19,8 +15,9 @@ from pipeline.errors import PipelineError, UsageError
 from pipeline.layout import teacher_folder
 from pipeline.linear import use_onednn
 from pipeline.strict import Section
-
-HEADS = ("class", "distillation")
+from pipeline.weights import SUFFIXES, load_weights, read_weights
+from pipeline.weights import save_weights as save_weights
+from pipeline.weights import weights_hash as weights_hash
 
 
 class Normalised(nn.Module):
@@ -83,18 +80,23 @@ def build(
                 drop_path_rate=section.drop_path,
                 **kwargs,
             )
-        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-            close = difflib.get_close_matches(section.model, timm.list_models(), n=5, cutoff=0.5)
-            raise UsageError(
-                f"model {section.model!r} with {kwargs}",
-                expected=f"a timm model and arguments it takes; near: {', '.join(close)}",
-                found=str(error),
-                do="correct model or kwargs",
-            ) from error
+        except Exception as error:  # each of timm's models has its own way to refuse arguments
+            raise _unsuitable(section.model, kwargs, error) from error
         if hasattr(model, "cls_token"):
             trunc_normal_(model.cls_token, std=0.02)  # as DeiT (timm 0.3.2); timm's is 1e-6 now
     mean, std = mean or getattr(section, "mean", None), std or getattr(section, "std", None)
     return Normalised(model, mean, std)
+
+
+def _unsuitable(model: str, kwargs: dict[str, Any], error: Exception) -> UsageError:
+    found = f"{type(error).__name__}: {error}"
+    if timm.is_model(model):
+        return UsageError(
+            f"model {model!r} with {kwargs}", expected="arguments that it takes", found=found, do="correct kwargs"
+        )
+    close = difflib.get_close_matches(model, timm.list_models(), n=5, cutoff=0.5)
+    near = f", such as {', '.join(close)}" if close else ""
+    return UsageError(f"model {model!r}", expected=f"a model of timm's{near}", found=found, do="correct the name")
 
 
 def build_student(section: Section, recipe: Section, classes: int, size: int) -> Normalised:
@@ -148,68 +150,13 @@ def resize_pictures(pictures: torch.Tensor, size: int | None) -> torch.Tensor:
     return interpolate(pictures, (size, size), mode="bilinear", antialias=True)
 
 
-def weights_hash(model: nn.Module) -> str:
-    """32 hex digits over names, types, shapes and bytes of all weights and buffers."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def save_weights(path: Path, model: nn.Module, metadata: dict[str, str] | None = None) -> None:
-    """A state dict as safetensors; `path` is written directly, so give a temporary one."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    safetensors.torch.save_file(state, path, metadata)
-
-
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """A state dict from .safetensors, or from .pth with `weights_only` (DeiT's lie under `model`).
-
-    Raises:
-        PipelineError: missing, damaged, or no weights.
-    """
-    try:
-        if str(path).endswith(".safetensors"):
-            return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("model", state)
-        if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-            raise ValueError("not a mapping of names to tensors")
-        return state
-    except Exception as error:  # pickle, zip and safetensors errors share no base
-        raise PipelineError(
-            f"{path}: the weights cannot be read",
-            expected="a .safetensors file, or a .pth of tensors only",
-            found=f"{type(error).__name__}: {error}",
-            do="name the right file",
-        ) from error
-
-
-def load_weights(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Strictly.
-
-    Raises:
-        PipelineError: a name or shape differs; names the first few.
-    """
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise PipelineError(
-            f"{source}: weights of another model",
-            expected=f"those of {type(model).__name__} as configured",
-            found="; ".join(str(error).splitlines()[1:4]).strip(),
-            do="name the file that belongs to this model and number of classes",
-        ) from error
-
-
 def pretrained_teacher(section: Section, classes: int) -> Normalised:
     """The teacher with `teacher.weights`: a local file, or a timm tag (downloaded by timm).
 
     Raises:
         UsageError, PipelineError: no such tag, no network, other shapes.
     """
-    if Path(section.weights).suffix in (".safetensors", ".pth", ".pt"):
+    if section.weights.endswith(SUFFIXES):
         teacher = build_teacher(section, classes)
         load_weights(teacher.model, read_weights(section.weights), section.weights)
         return teacher
@@ -238,10 +185,10 @@ def load_teacher(
         command = "pipeline teacher" + " --for finetune" * (purpose == "finetune")
         raise PipelineError(f"{path}: no teacher", do=f"run: {command}")
     section = config.teacher
-    if section.weights and not section.weights.endswith((".safetensors", ".pth", ".pt")):
+    if section.weights and not section.weights.endswith(SUFFIXES):
         section = section.model_copy(update={"model": section.weights})
     teacher = build_teacher(section.model_copy(update={"drop_path": 0.0}), classes)
-    load_weights(teacher.model, read_weights(path), str(path))
+    load_weights(teacher.model, read_weights(path, own=True), str(path))
     return teacher.to(device).eval()
 
 

@@ -65,7 +65,7 @@ def complete(run: Run) -> None:
         # rank 0 tells: on a network file system the others may see it later, and would train alone
         done = rank.sum(torch.full((1,), float(rank.rank == 0 and final.exists()), device=run.device))
         if done.item():
-            load_weights(run.model.model, read_weights(final), str(final))
+            load_weights(run.model.model, read_weights(final, own=True), str(final))
             return
         if rank.rank == 0:
             sweep(run.folder)

@@ -158,7 +158,7 @@ def load_model(
     if entry.student is None:
         return load_teacher(config, classes, device)
     model = build_student(entry.student, config.recipe, classes, size or entry.size)
-    load_resized(model, read_weights(entry.weights), str(entry.weights))
+    load_resized(model, read_weights(entry.weights, own=True), str(entry.weights))
     return model.to(device).eval()
 
 

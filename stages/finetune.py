@@ -81,7 +81,7 @@ def run(config: Config, device: torch.device, teacher: str = "stored", dry_run: 
 
 def start(model: Normalised, source: Path, transfer: bool) -> None:
     """Load what fine-tuning starts from; onto another data set (paper, section 5.4), with heads of its own."""
-    state = read_weights(source)
+    state = read_weights(source, own=not transfer)
     if transfer:
         state, anew = with_new_heads(model, state)
         print(f"{source}: " + (f"{', '.join(anew)} begin anew" if anew else "heads kept, the classes being as many"))

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "errors", "files", "signals", "lock", "lease", "strict", "policies", "config", "params", "layout", "recipe",
     "ops", "views", "shards", "sources", "plan", "sealed", "answers", "store_files", "store", "store_writer", "audit",
-    "pool", "groups", "loader", "linear", "models", "teaching", "losses", "optim", "checkpoint", "ranks", "evaluation",
+    "pool", "groups", "loader", "linear", "weights", "models", "teaching", "losses", "optim", "checkpoint", "ranks", "evaluation",
     "runlog", "meters", "run", "training", "contact_sheet", "plots", "report", "progress", "options", "cli_store",
     "cli",
 )  # fmt: skip

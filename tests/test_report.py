@@ -338,7 +338,7 @@ def test_a_model_that_was_not_trained_is_named_with_its_command(mini, capsys):
 
 
 def test_a_student_cannot_take_the_name_of_another_row():
-    with pytest.raises(UsageError, match="other than truth, teacher and finetuned"):
+    with pytest.raises(UsageError, match="other than truth, teacher, finetuned"):
         resolve({"variants": {"hard": {}, "teacher": {}}}, (), "test")
 
 

@@ -1,0 +1,150 @@
+"""Weights in and out: safetensors under a digest of their own, and files of others.
+
+What this project writes carries a digest of its tensors, which is compared whenever it is read.
+"""
+
+import argparse
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from pipeline.errors import PipelineError
+from pipeline.files import file_sha256
+
+DIGEST = "digest"
+"""The only entry of our files' metadata, as safetensors writes several in no certain order."""
+SUFFIXES = (".safetensors", ".pth", ".pt")
+"""Of files that hold weights; whatever else `teacher.weights` says is a timm tag."""
+
+
+def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """32 hex digits of BLAKE2b over names, types, shapes and bytes of a state dict's tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def weights_hash(model: nn.Module) -> str:
+    """`tensors_digest` of all weights and buffers."""
+    return tensors_digest(model.state_dict())
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """A state dict as safetensors under its digest; `path` is written directly, so give a temporary one.
+
+    Raises:
+        OSError: the disk is full or read-only.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        safetensors.torch.save_file(state, path, {DIGEST: tensors_digest(state)})
+    except safetensors.SafetensorError as error:  # how it tells what the disk said
+        raise OSError(str(error)) from error
+
+
+def read_weights(path: str | Path, own: bool = False) -> dict[str, torch.Tensor]:
+    """A state dict from .safetensors, or from .pth without running code.
+
+    DeiT's lie under `model`, in released files and in training checkpoints; others' under `state_dict`,
+    or with DistributedDataParallel's `module.` before every name.
+
+    Args:
+        own: it was written by `save_weights`, so it must have its digest.
+
+    Raises:
+        PipelineError: missing, damaged, or no weights.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            state, noted = _read_safetensors(path)
+        else:
+            state, noted = _read_pickle(path), None
+    except Exception as error:  # pickle, zip and safetensors errors share no base
+        raise PipelineError(
+            f"{path}: the weights cannot be read",
+            expected="a .safetensors file, or a .pth of tensors only",
+            found=_without_advice(error),
+            do="name the right file",
+        ) from error
+    _refuse_damaged(path, state, noted, own)
+    return state
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], str | None]:
+    with safetensors.safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get(DIGEST)
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    with torch.serialization.safe_globals([argparse.Namespace]):  # of DeiT's checkpoints, which hold their arguments
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("model", "state_dict"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not state or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+    ):
+        raise ValueError("not a mapping of names to tensors")
+    parallel = all(name.startswith("module.") for name in state)
+    return {name.removeprefix("module.") if parallel else name: tensor for name, tensor in state.items()}
+
+
+def _refuse_damaged(path: Path, state: dict[str, torch.Tensor], noted: str | None, own: bool) -> None:
+    if noted is None and own:
+        raise PipelineError(
+            f"{path}: the weights have no digest",
+            expected="a file of this version of the pipeline, which carries one",
+            found="none: it is damaged, another file, or an earlier version's",
+            do="delete it, then run the command that makes it again",
+        )
+    if noted is not None and noted != tensors_digest(state):
+        raise PipelineError(
+            f"{path}: damaged weights",
+            expected=f"tensors of digest {noted}, as they were written",
+            found="others",
+            do="delete the file, then run the command that makes it again, or fetch it anew",
+        )
+    # the beginning of its SHA-256 is part of the name of a file that torch.hub's users release, DeiT's among them
+    named = re.fullmatch(r".+-([0-9a-f]{8,64})\.pth", path.name)
+    if named and not file_sha256(path).startswith(named[1]):
+        raise PipelineError(
+            f"{path}: damaged weights",
+            expected=f"a SHA-256 that begins with {named[1]}, as the file's name says",
+            found=file_sha256(path),
+            do="fetch it anew; or give it another name, if it is another file",
+        )
+
+
+def _without_advice(error: Exception) -> str:
+    """What torch's loading says, less how one would run the file's code."""
+    text = str(error)
+    if "Weights only load failed" in text or "weights_only" in text:
+        code = re.search(r"GLOBAL (\S+)", text)
+        return f"more than tensors: {code[1] if code else 'a pickle with code'}"
+    return f"{type(error).__name__}: {text}"
+
+
+def load_weights(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Strictly.
+
+    Raises:
+        PipelineError: a name or shape differs; names the first few.
+    """
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise PipelineError(
+            f"{source}: weights of another model",
+            expected=f"those of {type(model).__name__} as configured",
+            found="; ".join(str(error).splitlines()[1:4]).strip(),
+            do="name the file that belongs to this model and number of classes",
+        ) from error
