@@ -199,9 +199,11 @@ class Training(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = 0.99996
     """Tracked and evaluated beside the raw weights; results are of the raw weights, as in DeiT."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """bfloat16: autocast of forward and loss."""
+    """float32 is IEEE's, never TF32; bfloat16: autocast of the forward."""
     compile: bool = False
     channels_last: bool = False
+    deterministic: bool = False
+    """On a GPU, only kernels that give the same bits each time: slower, and torch has not all of them."""
     accumulation: Positive = 1
     """Slices that a rank's share of the batch is computed in."""
     workers: Workers = 8
@@ -268,6 +270,7 @@ class TeacherLogits(Section):
     """argmax: 2 bytes, all that hard distillation needs; topk, dense8 (a byte a class), dense (float16): soft too."""
     top_k: Annotated[int, Field(ge=1, le=65_535)] = 10
     precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """float32 is IEEE's, never TF32; bfloat16: autocast, but for the head, which is float32."""
     batch_groups: Positive = 8
     """Groups a forward of the teacher; 1 makes offline and online equal to the bit on a CPU."""
     workers: Workers = 8
@@ -450,7 +453,7 @@ def _balanced(text: str) -> bool:
 # How a run is computed, not what it computes: these change no result and no fingerprint.
 NOT_RESULT = {
     "workers", "accumulation", "checkpoint_minutes", "checkpoint_steps", "stop_above", "log_steps", "eval_epochs",
-    "compile", "channels_last",
+    "compile", "channels_last", "deterministic",
 }  # fmt: skip
 
 

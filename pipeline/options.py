@@ -54,12 +54,14 @@ WHICH_STORE = purpose_option("Which store: at recipe.size for the students, or a
 
 
 def find_device(name: str):
-    """The torch.device that `--device` names, made the current one where it is a GPU.
+    """The torch.device that `--device` names, made the current one where it is a GPU; float32 is IEEE's there.
 
     Raises:
         UsageError: this machine has no such device.
     """
     import torch
+
+    from pipeline.arithmetic import ieee_float32
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,4 +77,5 @@ def find_device(name: str):
         ) from None  # fmt: skip
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    ieee_float32()
     return device

@@ -2,7 +2,8 @@
 
 A run that is killed at any step and started again ends with the same weights: its position is a step
 number, what a step holds is the plan's, and what is drawn while training (drop-path, dropout) is
-seeded from (seed, step, rank). A non-finite loss stops it before a checkpoint could hold it.
+seeded from (seed, step, rank). To the bit that holds on a CPU, and on a GPU whose kernels are
+deterministic (pipeline.arithmetic). A non-finite loss stops it before a checkpoint could hold it.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from tqdm import tqdm
 
 from pipeline import checkpoint
+from pipeline.arithmetic import repeatable
 from pipeline.errors import PipelineError
 from pipeline.evaluation import predict, top_k_accuracy
 from pipeline.files import replacing, sweep
@@ -45,13 +47,14 @@ def train(run: Run) -> dict[str, float]:
         The last epoch's metrics. The model, `run.model`, holds the final weights.
 
     Raises:
-        PipelineError: a non-finite loss, damaged data, another run's checkpoint.
+        PipelineError: a non-finite loss, damaged data, another run's checkpoint, `deterministic` where it can't be.
         Interrupted: on the first SIGTERM or Ctrl-C, after saving.
     """
-    trainer = Trainer(run)
-    trainer.resume()
-    with Noted() as trainer.signals:
-        return trainer.train()
+    with repeatable(run.settings.deterministic):
+        trainer = Trainer(run)
+        trainer.resume()
+        with Noted() as trainer.signals:
+            return trainer.train()
 
 
 def complete(run: Run) -> None:

@@ -17,9 +17,9 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "errors", "files", "signals", "lock", "lease", "strict", "policies", "config", "params", "layout", "recipe",
     "ops", "views", "shards", "sources", "plan", "sealed", "answers", "store_files", "store", "store_writer", "audit",
-    "pool", "groups", "loader", "linear", "weights", "models", "teaching", "losses", "optim", "checkpoint", "ranks", "evaluation",
-    "runlog", "meters", "run", "training", "contact_sheet", "plots", "report", "progress", "options", "cli_store",
-    "cli",
+    "pool", "groups", "loader", "linear", "weights", "models", "teaching", "losses", "optim", "checkpoint", "ranks",
+    "evaluation", "arithmetic", "runlog", "meters", "run", "training", "contact_sheet", "plots", "report", "progress",
+    "options", "cli_store", "cli",
 )  # fmt: skip
 
 STAGE_MODULES = {

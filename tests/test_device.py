@@ -39,3 +39,10 @@ def test_under_torchrun_it_is_the_local_ranks(two_gpus, monkeypatch, name):
 def test_a_cpu_may_be_asked_for_where_there_are_gpus(two_gpus):
     assert find_device("cpu") == torch.device("cpu")
     assert not two_gpus
+
+
+def test_float32_is_never_tf32():
+    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    matmul.fp32_precision = convolutions.fp32_precision = "tf32"
+    find_device("cpu")
+    assert (matmul.fp32_precision, convolutions.fp32_precision) == ("ieee", "ieee")

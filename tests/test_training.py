@@ -118,6 +118,20 @@ def newest_checkpoint() -> Path:
     return max(Path("work/state").glob("*/step-*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
 
 
+def test_deterministic_asks_torch_for_it_while_a_student_trains_and_no_longer(taught, monkeypatch):
+    asked, step = [], Trainer.train_step
+
+    def noting(self, batches):
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        return step(self, batches)
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(Trainer, "train_step", noting)
+    train_student.run(loaded("student.deterministic=true"), CPU, "hard")
+    assert asked and all(asked)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_hard_distillation_offline_equals_online_to_the_bit(taught):
     offline = trained_losses(taught, "hard", "stored")
     assert len(offline) >= 20

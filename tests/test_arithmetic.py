@@ -1,0 +1,56 @@
+"""Kernels that give the same bits each time: asked for inside a training, and only there."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.arithmetic import repeatable
+from pipeline.errors import PipelineError
+
+
+def asked() -> tuple[Any, ...]:
+    """What torch is asked for now."""
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.deterministic,
+        torch.utils.deterministic.fill_uninitialized_memory,
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    )
+
+
+@pytest.fixture(autouse=True)
+def workspace(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+
+
+def test_all_that_torch_offers_is_on_inside():
+    with repeatable(True):
+        assert asked() == (True, True, False, ":4096:8")
+        assert torch._inductor.config.deterministic
+    assert asked()[:3] == (False, False, True)
+
+
+def test_nothing_changes_where_it_is_not_wanted():
+    before = asked()
+    with repeatable(False):
+        assert asked() == before
+
+
+def test_it_is_off_again_after_an_error():
+    with pytest.raises(KeyError), repeatable(True):
+        raise KeyError
+    assert asked()[:3] == (False, False, True)
+
+
+def test_an_operation_without_such_a_kernel_is_told_in_words():
+    with pytest.raises(PipelineError, match="found: *put_ does not have") as caught, repeatable(True):
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+    assert "set deterministic to false" in str(caught.value)
+
+
+def test_other_errors_pass_as_they_are():
+    with pytest.raises(RuntimeError, match="no such thing"), repeatable(True):
+        raise RuntimeError("no such thing")
