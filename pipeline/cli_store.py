@@ -94,13 +94,14 @@ def repair(path, overrides, purpose, named):
 
 @click.command()
 @click.option("--yes", is_flag=True, help="Delete them; without it they are only listed.")
-@click.option("--work", default="work", show_default=True, help="The folder of stores and training state.")
+@click.option("--work", default="work", show_default=True, help="The folder of stores, training state and data.")
 def prune(yes, work):
-    """Find stores and training state that neither params.yaml nor any of configs/ names.
+    """Find stores, training state and data that nothing needs any more.
 
-    Named are those whose index (outputs/NAME/data), recipe and settings are a configuration's own;
-    overrides with --set are not known here, so look at the list before you say --yes. What a process
-    works on now stays.
+    Needed is what a configuration names by its recipe and settings (params.yaml, configs/, and
+    outputs/*/params.yaml, which holds what an experiment's last command used, overrides included), what
+    any file under outputs/ refers to, and what a process works on, here or perhaps on another machine.
+    What nothing tells whose it is stays too. Outputs of another folder that shares WORK are not known here.
 
     \b
     Example:
@@ -108,5 +109,5 @@ def prune(yes, work):
     """
     from stages import prune as stage
 
-    files = [file for file in [Path("params.yaml"), *sorted(Path("configs").rglob("*.yaml"))] if file.exists()]
-    stage.run(files, work, yes)
+    named = [Path("params.yaml"), *sorted(Path("configs").rglob("*.yaml")), *sorted(Path("outputs").glob("*/params.yaml"))]
+    stage.run([file for file in named if file.exists()], work, yes)

@@ -4,10 +4,13 @@ Outputs that DVC knows lie under `outputs/<name>/`; what resumes lies under `<wo
 by the fingerprint of all that they depend on.
 """
 
+import re
 from pathlib import Path
 
 from pipeline.config import Config
 
+FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+"""The name of a store (before `.zarr`), of a training's state and of a data set below `work`."""
 TEACHER, FINETUNED = "teacher", "finetuned"
 RUN_LOCK = "running"
 """In a training's state folder: the lock of the process that trains it."""
@@ -15,6 +18,11 @@ RUN_LOCK = "running"
 
 def outputs(config: Config) -> Path:
     return Path("outputs") / config.name
+
+
+def used_params(config: Config) -> Path:
+    """The configuration that the experiment's last command used, overrides included."""
+    return outputs(config) / "params.yaml"
 
 
 def index_path(config: Config, split: str) -> Path:

@@ -28,13 +28,10 @@ def kernel_lock(path: str | Path, waiting: str = "") -> Iterator[bool]:
         BlockingIOError: another process holds it, and `waiting` is empty.
         PipelineError: no file can be written there.
     """
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        file = open(path, "a")
-    except OSError as error:
-        raise unwritable(f"{path}:", error) from error
-    with file:
-        locked = _lock(file, waiting)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(_open(path))
+        while (locked := _lock(file, waiting)) and not _in_place(file, path):
+            file = stack.enter_context(_open(path))  # who had it has deleted it, with its folder
         if locked:
             _mine.add(file)
             with contextlib.suppress(OSError):  # a full disk: nobody is told who holds it
@@ -44,6 +41,20 @@ def kernel_lock(path: str | Path, waiting: str = "") -> Iterator[bool]:
             yield locked
         finally:
             _mine.discard(file)
+
+
+def _open(path: str | Path) -> TextIO:
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return open(path, "a")
+    except OSError as error:
+        raise unwritable(f"{path}:", error) from error
+
+
+def _in_place(file: TextIO, path: str | Path) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    return False
 
 
 def held(path: str | Path) -> bool | None:

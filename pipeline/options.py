@@ -32,9 +32,11 @@ def stage_options(with_device: bool = True):
         @click.option("--dry-run", is_flag=True, help="Say what would be done, with sizes and counts, and do nothing.")
         @functools.wraps(body)
         def command(path, overrides, dry_run, device=None, **options):
-            from pipeline.params import load
+            from pipeline.params import load, record
 
             config = load(path, overrides)
+            if not dry_run:
+                record(config)
             if with_device:
                 options["device"] = find_device(device)
             return body(config=config, dry_run=dry_run, **options)

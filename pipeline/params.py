@@ -12,6 +12,8 @@ import yaml
 
 from pipeline.config import Config
 from pipeline.errors import UsageError
+from pipeline.files import replacing
+from pipeline.layout import used_params
 from pipeline.strict import shown, validate
 
 LARGEST = 100_000
@@ -167,3 +169,11 @@ def dump(config: Config) -> str:
     """The whole configuration as YAML; `resolve(parse_yaml(dump(c)))` is c again."""
     values = config.model_dump(mode="json", by_alias=True)
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
+
+
+def record(config: Config) -> None:
+    """Leave the configuration beside its outputs, so that `pipeline prune` knows it when params.yaml is another's."""
+    path, text = used_params(config), dump(config)
+    if not path.exists() or path.read_bytes() != text.encode():
+        with replacing(path) as temporary:
+            temporary.write_text(text)

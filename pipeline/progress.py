@@ -1,16 +1,12 @@
 """What below `work` is a configuration's, and how far its stages are: facts to rows, rows to a table.
 
-`list_stores` reads; all else is pure. stages/status.py gathers the facts.
+All of it is pure. stages/status.py gathers the facts.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
-
 from pipeline.config import Config, Recipe, result_fields
-from pipeline.errors import IO_ERRORS, Unreadable, reason
 from pipeline.recipe import recipe_fingerprint
 
 RECENT = 600.0  # seconds: what moved so lately is running; also what a rate is taken over
@@ -71,35 +67,6 @@ def is_run_of(run: dict[str, Any], described: dict[str, Any]) -> bool:
 def is_store_of(recipe: Recipe, index: str | None, attributes: dict[str, Any]) -> bool:
     """Whether a store with these attributes is of a recipe and an index."""
     return attributes.get("index") == index and attributes.get("recipe") == recipe_fingerprint(recipe)
-
-
-def list_stores(work: str) -> list[tuple[str, dict[str, Any]]]:
-    """Every store below `work`, with its attributes ({} where they are damaged).
-
-    Raises:
-        Unreadable: a server does not answer, or the library of a URL's scheme is not installed.
-    """
-    try:
-        return _list_stores(work)
-    except IO_ERRORS as error:
-        where = f"{work}/stores"
-        raise Unreadable(f"{where}: cannot be read", found=reason(error), do="correct it, or try again") from error
-
-
-def _list_stores(work: str) -> list[tuple[str, dict[str, Any]]]:
-    filesystem, root = fsspec.core.url_to_fs(f"{work}/stores")
-    filesystem.invalidate_cache()  # another machine may have written there since
-    if not filesystem.exists(root):
-        return []
-    found = []
-    for path in sorted(filesystem.ls(root, detail=False)):
-        if path.endswith(".zarr"):
-            try:
-                attributes = json.loads(filesystem.cat_file(f"{path}/zarr.json"))["attributes"]
-            except (OSError, ValueError, KeyError):
-                attributes = {}
-            found.append((f"{work}/stores/{path.rpartition('/')[2]}", attributes))
-    return found
 
 
 # how far it is

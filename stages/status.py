@@ -9,20 +9,18 @@ writes at its end only.
 import contextlib
 import csv
 import json
-import os
 import re
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import click
-import fsspec
 
 from pipeline.config import Config, Training
 from pipeline.errors import IO_ERRORS, Unreadable, reason
+from pipeline.glance import latest, list_stores, newest, read_json, read_tail, written, written_units
 from pipeline.layout import (
     FINETUNED,
     RUN_LOCK,
@@ -36,7 +34,6 @@ from pipeline.layout import (
     student_folder,
     teacher_folder,
 )
-from pipeline.lease import leases_beside, modified
 from pipeline.lock import held
 from pipeline.plan import plan_of
 from pipeline.progress import (
@@ -45,7 +42,6 @@ from pipeline.progress import (
     Wanted,
     is_run_of,
     is_store_of,
-    list_stores,
     rate_of,
     row_of,
     short,
@@ -55,8 +51,6 @@ from pipeline.progress import (
     wanted,
     wanted_runs,
 )
-
-LOG_TAIL = 2**18  # bytes of a log that are read: about a thousand lines
 
 
 def run(config: Config, as_json: bool = False, watch: float | None = None) -> None:
@@ -287,31 +281,6 @@ def _same_teacher(config: Config, want: Wanted, attributes: dict[str, Any]) -> b
     return found["size"] == want.teacher_size and weights in (None, found["weights"])
 
 
-@dataclass(frozen=True)
-class Units:
-    """Of a store: when each complete unit of the blocks asked for was written, when anything was, leases held."""
-
-    times: list[float]
-    moved: float
-    writers: int
-
-
-def written_units(path: str, kind: str, blocks: int) -> Units:
-    """What a store holds. A unit's argmax is written last, so its age is the unit's (see pipeline.store)."""
-    filesystem, root = fsspec.core.url_to_fs(path)
-    chunks = {}
-    for name in {"argmax", kind}:
-        folder = f"{root}/{name}/c"
-        # as deep as (block, shard), below which some arrays have one folder more
-        found = filesystem.find(folder, maxdepth=2, withdirs=True, detail=True) if filesystem.exists(folder) else {}
-        places = {where[len(folder) + 1 :]: modified(info) for where, info in found.items()}
-        chunks[name] = {place: when for place, when in places.items() if re.fullmatch(r"\d+/\d+", place)}
-    complete = chunks["argmax"].keys() & chunks[kind].keys()
-    times = [chunks["argmax"][place] for place in complete if int(place.partition("/")[0]) < blocks]
-    writers = sum(leases_beside(path).values())
-    return Units(times, max([modified(filesystem.info(f"{root}/zarr.json")), *times]), writers)
-
-
 def evaluated(experiment: Experiment) -> Facts:
     """All models at once, written at the end; the top-1 is the last model's."""
     config, folder = experiment.config, evaluation_folder(experiment.config)
@@ -328,44 +297,3 @@ def evaluated(experiment: Experiment) -> Facts:
         top1=(last.get("mean") or last.get("class") or {}).get("top1"),
         note=f"waits for {', '.join(untrained)}" if untrained else "",
     )  # fmt: skip
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What a file holds; {} where there is none, or no object."""
-    try:
-        found = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def read_tail(path: Path) -> list[dict[str, Any]]:
-    """The last lines of a log; those that are cut short are left out."""
-    if not path.exists():
-        return []
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - LOG_TAIL))
-        texts = file.read().decode(errors="replace").splitlines()
-    lines = []
-    for text in texts:
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    return [line for line in lines if isinstance(line, dict)]
-
-
-def written(folder: Path) -> dict[str, float]:
-    """When each file of a folder was written; what goes while it is looked at is left out."""
-    found = {}
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):
-                found[entry.name] = entry.stat().st_mtime
-    return found
-
-
-def newest(folder: Path) -> float | None:
-    return latest(written(folder).values())
-
-
-def latest(times: Iterable[float | None]) -> float | None:
-    return max((when for when in times if when), default=None)

@@ -16,9 +16,10 @@ from pipeline.answers import row_bytes
 from pipeline.audit import manifest, read_manifest, store_bytes
 from pipeline.config import Config
 from pipeline.errors import IO_ERRORS, PipelineError, Unreadable, UsageError
+from pipeline.glance import list_stores
 from pipeline.layout import answers_folder, index_path, store_path
 from pipeline.plan import Unit
-from pipeline.progress import Wanted, is_store_of, list_stores, wanted
+from pipeline.progress import Wanted, is_store_of, wanted
 from pipeline.shards import Index
 from pipeline.store import Store
 from pipeline.store_writer import StoreWriter
@@ -241,6 +242,3 @@ def _break_even(config: Config, want: Wanted, classes: int) -> None:
         f"  then   a step is {1 + teacher / (3 * own):.2f} times as fast as with the teacher in the loop, by"
         f" multiply-adds\n         ({teacher / 1e9:.3g} G the teacher, 3 x {own / 1e9:.3g} G {student.model})"
     )
-
-
-# prune

@@ -18,6 +18,7 @@ import pipeline.lease
 import pipeline.lock
 from pipeline.errors import PipelineError, UsageError
 from pipeline.lease import LEASE, lease, part_lease, part_lock, perhaps_held
+from pipeline.lock import held, kernel_lock
 
 ROOT = Path(__file__).parent.parent
 
@@ -268,3 +269,21 @@ def test_a_place_that_cannot_be_written_is_told_plainly(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(PipelineError, match="cannot be written"), lease(str(tmp_path / "file" / "a.lock"), "work"):
         pass
+
+
+def test_who_waits_for_a_lock_that_is_deleted_meanwhile_gets_the_one_in_its_place(tmp_path):
+    path, got = tmp_path / "state" / "running", threading.Event()
+    with kernel_lock(path):
+
+        def wait():
+            with kernel_lock(path, "waits"):
+                assert held(path)
+                got.set()
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.3)
+        path.unlink()
+        path.parent.rmdir()
+    waiting.join(10)
+    assert got.is_set()

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from conftest import tree
 from test_training import CPU, Stop, loaded, taught, taught_template  # noqa: F401  (fixtures)
 
+from pipeline import glance
 from pipeline.cli import main
 from pipeline.layout import RUN_LOCK, index_path, student_folder
 from pipeline.lease import lease
@@ -317,7 +318,7 @@ def test_a_folder_that_cannot_be_read_is_named(taught, monkeypatch):  # noqa: F8
     def forbidden(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(status.os, "scandir", forbidden)
+    monkeypatch.setattr(glance.os, "scandir", forbidden)
     said = CliRunner().invoke(main, ["status"])
     assert said.exit_code == 1 and "Permission denied" in said.output and "work/" in said.output
 
@@ -368,7 +369,7 @@ def test_no_torch_is_loaded(taught):  # noqa: F811
 
 def test_prune_keeps_what_status_counts(taught, monkeypatch):  # noqa: F811
     stop_at(5, monkeypatch)
-    assert "0 stores and 0 states" in CliRunner().invoke(main, ["prune"]).output
+    assert "0 stores, 0 states" in CliRunner().invoke(main, ["prune"]).output
     Path("params.yaml").write_text(dump(loaded("student.lr=0.5")))
-    assert "0 stores and 1 states" in CliRunner().invoke(main, ["prune"]).output
+    assert "0 stores, 1 states" in CliRunner().invoke(main, ["prune"]).output
     assert told()["train-student@hard"].state == "not begun"

@@ -1,9 +1,11 @@
 """`pipeline store` and `pipeline prune`: what they find, mend, tell and leave alone."""
 
 import json
+import os
 import random
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,12 @@ from pipeline.errors import PipelineError, UsageError
 from pipeline.layout import RUN_LOCK, index_path, state_folder, student_folder
 from pipeline.lease import lease, part_lock
 from pipeline.lock import kernel_lock
+from pipeline.models import Answering
 from pipeline.params import dump
 from pipeline.shards import Index
 from pipeline.store import Store
+from stages import prune, teacher_logits, train_student
 from stages import store as stage
-from stages import teacher_logits, train_student
 
 WANTED = "train-student"
 
@@ -64,10 +67,8 @@ def test_units_computed_again_are_the_same(taught):  # noqa: F811
 
 
 def test_another_teacher_s_answers_are_found(taught, monkeypatch):  # noqa: F811
-    from pipeline import models
-
-    right = models.teacher_logits
-    monkeypatch.setattr(teacher_logits, "teacher_logits", lambda *arguments: -right(*arguments))
+    right = Answering.logits
+    monkeypatch.setattr(Answering, "logits", lambda *arguments: -right(*arguments))
     said = call("store", "verify", "--teacher", "1", "--device", "cpu", code=1)
     assert "another teacher?" in said
 
@@ -232,46 +233,219 @@ def test_estimate_of_imagenet_needs_no_data(taught):  # noqa: F811
 # prune
 
 
-def test_prune_lists_what_no_configuration_names_and_deletes_it_only_when_told(taught):  # noqa: F811
-    kept, state = tree(the_store()), sorted(Path("work/state").iterdir())
-    (stray := Path("work/stores/0123.zarr")).mkdir()
-    (stray / "zarr.json").write_text("{}")
+def change(*overrides: str) -> None:
+    """The current configuration is another from now on."""
+    Path("params.yaml").write_text(dump(loaded(*overrides)))
+
+
+def forget(*overrides: str) -> None:
+    """So is it, and nothing under outputs/ refers to what was made before but the data."""
+    change(*overrides)
+    for name in ("teacher", "teacher-finetune", "teacher-logits", "students"):
+        shutil.rmtree(Path("outputs/small") / name, ignore_errors=True)
+
+
+def age(path: Path, days: float = 2.0) -> None:
+    for file in [path, *path.rglob("*")]:
+        os.utime(file, (time.time() - 86400 * days,) * 2)
+
+
+def state_of(name: str) -> Path:
+    names = {path.parent: json.loads(path.read_text())["name"] for path in Path("work/state").glob("*/run.json")}
+    return next(folder for folder, found in names.items() if found == name)
+
+
+def copied(path: Path, digit: str) -> Path:
+    """Beside it, as if it were another's."""
+    return Path(shutil.copytree(path, path.with_name(digit * 32 + path.suffix)))
+
+
+def test_prune_lists_what_nothing_needs_and_deletes_it_only_when_told(taught):  # noqa: F811
+    before = tree(Path("work"))
+    stray = copied(the_store(), "0")
+    described = json.loads((stray / "zarr.json").read_text())
+    described["attributes"]["recipe"] = "1" * 32
+    (stray / "zarr.json").write_text(json.dumps(described))
     said = call("prune")
-    assert "1 stores and 0 states" in said and stray.exists()
-    call("prune", "--yes")
-    assert not stray.exists() and tree(Path(next(Path("work/stores").glob("*.zarr")))) == kept
-    assert sorted(Path("work/state").iterdir()) == state
+    assert "1 stores, 0 states, 0 data sets" in said and "answers of regnety_002 at 16 px" in said and stray.exists()
+    assert "deleted" in call("prune", "--yes")
+    assert tree(Path("work")) == before
 
 
 def test_prune_keeps_a_student_s_state_and_drops_that_of_other_settings(taught):  # noqa: F811
     train_student.run(loaded(), CPU, "hard")
     assert "0 states" in call("prune")
-    Path("params.yaml").write_text(dump(loaded("student.lr=0.01")))
+    change("student.lr=0.01")
+    shutil.rmtree("outputs/small/students")
     assert "1 states" in call("prune")
+
+
+def test_prune_keeps_what_outputs_refer_to_whatever_is_configured(taught):  # noqa: F811
+    train_student.run(loaded(), CPU, "hard")
+    before = tree(Path("work"))
+    change("student.lr=0.01", "recipe.seed=5", "data.seed=5", "teacher.lr=0.5")
+    age(Path("work/data"))
+    call("prune", "--yes")
+    kept = tree(Path("work"))
+    assert kept.keys() >= {name for name in before if name.startswith(("stores", "data"))}
+    student = state_of("student hard").relative_to("work").as_posix()
+    assert any(name.startswith(student) for name in kept)
+
+
+def test_prune_knows_an_interrupted_experiment_by_its_last_command(taught):  # noqa: F811
+    """Its overrides are in no file of configs/, and its params.yaml was written over."""
+    call("teacher-logits", "--set", "name=other", "--set", "recipe.seed=5", "--dry-run", code=1)
+    assert not Path("outputs/other").exists()
+    shutil.copytree("outputs/small", "outputs/other")
+    call("teacher-logits", "--set", "name=other", "--set", "recipe.seed=5", "--device", "cpu")
+    shutil.rmtree("outputs/other/teacher-logits")
+    stores = sorted(Path("work/stores").glob("*.zarr"))
+    call("prune", "--yes")
+    assert len(stores) == 2 and sorted(Path("work/stores").glob("*.zarr")) == stores
+    Path("outputs/other/params.yaml").unlink()
+    assert "1 stores" in call("prune")
+
+
+@pytest.mark.parametrize("work", ["work/", "./work", "work/../work", "absolute"])
+def test_prune_takes_a_folder_for_the_same_however_it_is_written(work, taught):  # noqa: F811
+    shutil.rmtree("outputs/small/teacher-logits")
+    change(f"work={Path('work').absolute() if work == 'absolute' else work}")
+    before = tree(Path("work"))
+    assert "0 stores, 0 states, 0 data sets" in call("prune", "--yes")
+    assert tree(Path("work")) == before
+
+
+def test_prune_refuses_without_any_configuration(taught):  # noqa: F811
+    before = tree(Path("work"))
+    Path("params.yaml").unlink()
+    assert "no configuration here" in call("prune", "--yes", code=2)
+    assert tree(Path("work")) == before
+
+
+def test_prune_keeps_what_may_be_of_data_that_it_does_not_know(taught):  # noqa: F811
+    train_student.run(loaded(), CPU, "hard")
+    shutil.rmtree("outputs")
+    age(Path("work"))
+    before = tree(Path("work"))
+    call("prune", "--yes")
+    assert tree(Path("work")) == before
+
+
+@pytest.mark.parametrize("damage", [flip, cut, delete])
+def test_prune_keeps_what_nothing_tells_whose_it_is(damage, taught):  # noqa: F811
+    train_student.run(loaded(), CPU, "hard")
+    forget("student.lr=0.01", "recipe.seed=5")
+    state, store, chance = state_of("student hard"), the_store(), random.Random(1)
+    described = (state / "run.json", store / "zarr.json")
+    for path in described:
+        path.write_bytes(b"[]" if damage is flip else path.read_bytes())
+        if damage is not flip:
+            damage(path, chance)
+    said = call("prune", "--yes")
+    assert state.exists() and store.exists() and "0 stores" in said and "damaged" in said
+
+
+def test_prune_leaves_folders_that_are_not_its_own(taught, tmp_path):  # noqa: F811
+    for folder in ("stores", "state", "data"):
+        for name in ("notes", "0123.zarr", "A" * 32):
+            (Path("work") / folder / name).mkdir()
+        (elsewhere := tmp_path / folder).mkdir()
+        (elsewhere / "kept").write_text("")
+        link = Path("work") / folder / ("e" * 32 + (".zarr" if folder == "stores" else ""))
+        link.symlink_to(elsewhere)
+    age(Path("work"))
+    before = tree(Path("work"))
+    call("prune", "--yes")
+    assert tree(Path("work")) == before and len(list(tmp_path.glob("*/kept"))) == 3
+    assert len(list(Path("work").glob("*/notes"))) == 3
+
+
+def test_prune_leaves_what_only_a_link_leads_to(taught, tmp_path):  # noqa: F811
+    forget("student.lr=0.01", "recipe.seed=5", "teacher.lr=0.5")
+    for folder in ("stores", "state"):
+        shutil.move(Path("work") / folder, tmp_path / folder)
+        (Path("work") / folder).symlink_to(tmp_path / folder)
+    before = tree(tmp_path)
+    assert "0 stores, 0 states" in call("prune", "--yes")
+    assert tree(tmp_path) == before
 
 
 def test_prune_leaves_what_a_process_works_on(taught):  # noqa: F811
     train_student.run(loaded(), CPU, "hard")
-    Path("params.yaml").write_text(dump(loaded("student.lr=0.01", "recipe.seed=5")))
-    runs = {path: json.loads(path.read_text())["name"] for path in Path("work/state").glob("*/run.json")}
-    state = next(path.parent for path, name in runs.items() if name == "student hard")
-    store = the_store()
-    with lease(part_lock(str(store), 0, 1), "a test"), kernel_lock(state / RUN_LOCK):
+    forget("student.lr=0.01", "recipe.seed=5")
+    state, store = state_of("student hard"), the_store()
+    with lease(part_lock(str(store), 1, 4), "a test"), kernel_lock(state / RUN_LOCK):
         said = call("prune", "--yes")
-    assert store.exists() and state.exists() and said.count("in use") == 2 and "deleted" in said
+    assert store.exists() and state.exists() and said.count("in use") == 2
+    call("prune", "--yes")
+    assert not store.exists() and not state.exists()
+
+
+def test_prune_leaves_what_a_process_takes_up_meanwhile(taught, monkeypatch):  # noqa: F811
+    train_student.run(loaded(), CPU, "hard")
+    forget("student.lr=0.01", "recipe.seed=5")
+    state, store = state_of("student hard"), the_store()
+    monkeypatch.setattr(prune, "_perhaps_written", lambda _: "")
+    monkeypatch.setattr(prune, "_perhaps_trained", lambda _: "")
+    with lease(part_lock(str(store), 1, 4), "a test"), kernel_lock(state / RUN_LOCK):
+        call("prune", "--yes")
+    assert store.exists() and state.exists()
+
+
+def test_prune_leaves_what_another_machine_may_work_on(taught):  # noqa: F811
+    train_student.run(loaded(), CPU, "hard")
+    forget("student.lr=0.01", "recipe.seed=5")
+    state, store = state_of("student hard"), the_store()
+    (state / RUN_LOCK).write_text("another")
+    lock = Path(part_lock(str(store), 0, 1))
+    lock.write_text(json.dumps({"host": "another", "process": 7, "token": "x", "renewed": 0.0}))
+    Path(f"{lock}.kernel").write_text("another")
+    os.utime(lock, (0, 0))
+    said = call("prune", "--yes")
+    assert store.exists() and state.exists() and said.count("another machine") == 2
+
+
+def test_prune_knows_data(taught):  # noqa: F811
+    (data,) = Path("work/data").iterdir()
+    new = copied(data, "1")
+    for path in new.glob("*/index.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "3" * 32}))
+    assert "of the last day" in call("prune", "--yes") and new.exists()
+    age(Path("work/data"))
+    assert "train 20, val 4" in call("prune")
+    assert "1 data sets" in call("prune", "--yes") and not new.exists() and data.exists()
+
+
+def test_prune_keeps_the_data_of_what_it_keeps(taught):  # noqa: F811
+    shutil.rmtree("outputs/small/data/val")
+    index = index_path(loaded(), "train")
+    index.write_text(json.dumps({"fingerprint": "3" * 32}))
+    age(Path("work"))
+    data = tree(Path("work/data"))
+    call("prune", "--yes")
+    assert tree(Path("work/data")) == data and the_store().exists()
+
+
+def test_a_prune_that_was_killed_is_finished_by_the_next(taught):  # noqa: F811
+    before = tree(Path("work"))
+    for folder in ("stores", "state", "data"):
+        (Path("work") / folder / (".deleted-" + "1" * 32) / "half").mkdir(parents=True)
+    call("prune")
+    call("prune", "--yes")
+    assert not list(Path("work").glob("*/.deleted-*")) and tree(Path("work")) == before
 
 
 def test_prune_removes_the_locks_beside_a_store(taught):  # noqa: F811
     with lease(part_lock(str(the_store()), 0, 1), "a test"):
         pass
-    Path("params.yaml").write_text(dump(loaded("recipe.seed=5")))
+    forget("recipe.seed=5")
     assert list(Path("work/stores").glob("*.kernel"))
     call("prune", "--yes")
     assert not list(Path("work/stores").iterdir())
 
 
-def test_another_recipe_s_store_is_unnamed(taught):  # noqa: F811
-    Path("params.yaml").write_text(dump(loaded("recipe.seed=5")))
+def test_another_recipe_s_store_is_unneeded(taught):  # noqa: F811
+    forget("recipe.seed=5")
     assert "1 stores" in call("prune")
 
 

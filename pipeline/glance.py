@@ -1,0 +1,132 @@
+"""A look at files that other processes write, or that are damaged: what they tell, and nothing where they do not.
+
+Nothing is written, and nothing is raised about a file's contents.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from pipeline.errors import IO_ERRORS, Unreadable, reason
+from pipeline.lease import leases_beside, modified
+
+LOG_TAIL = 2**18  # bytes of a log that are read: about a thousand lines
+JSON_LIMIT = 2**28  # bytes of a JSON file; beyond it is none of ours
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """A JSON object; {} where it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file holds; {} where there is none, or no object."""
+    try:
+        return parse_object(path.read_bytes()) if path.stat().st_size < JSON_LIMIT else {}
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return {}
+
+
+def read_tail(path: Path) -> list[dict[str, Any]]:
+    """The last lines of a log; those that are damaged or cut short are left out."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - LOG_TAIL))
+            lines = file.read().splitlines()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return []
+    return [found for found in map(parse_object, lines) if found]
+
+
+def written(folder: Path) -> dict[str, float]:
+    """When each file of a folder was written; what goes while it is looked at is left out."""
+    found = {}
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                found[entry.name] = entry.stat().st_mtime
+    return found
+
+
+def newest(folder: Path) -> float | None:
+    return latest(written(folder).values())
+
+
+def latest(times: Iterable[float | None]) -> float | None:
+    return max((when for when in times if when), default=None)
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, those of linked folders too."""
+    seen: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(root) / name for name in names)
+
+
+# stores
+
+
+def list_stores(work: str) -> list[tuple[str, dict[str, Any]]]:
+    """Every store below `work`, with its attributes ({} where they are damaged).
+
+    Raises:
+        Unreadable: a server does not answer, or the library of a URL's scheme is not installed.
+    """
+    where = f"{work}/stores"
+    try:
+        filesystem, root = fsspec.core.url_to_fs(where)
+        filesystem.invalidate_cache()  # another machine may have written there since
+        paths = sorted(filesystem.ls(root, detail=False)) if filesystem.isdir(root) else []
+    except IO_ERRORS as error:
+        raise Unreadable(f"{where}: cannot be read", found=reason(error), do="correct it, or try again") from error
+    stores = [path.rstrip("/") for path in paths if path.rstrip("/").endswith(".zarr")]
+    return [(f"{where}/{path.rpartition('/')[2]}", _attributes(filesystem, path)) for path in stores]
+
+
+def _attributes(filesystem, path: str) -> dict[str, Any]:
+    try:
+        found = parse_object(filesystem.cat_file(f"{path}/zarr.json")).get("attributes")
+    except IO_ERRORS:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@dataclass(frozen=True)
+class Units:
+    """Of a store: when each complete unit of the blocks asked for was written, when anything was, leases held."""
+
+    times: list[float]
+    moved: float
+    writers: int
+
+
+def written_units(path: str, kind: str, blocks: int) -> Units:
+    """What a store holds. A unit's argmax is written last, so its age is the unit's (see pipeline.store)."""
+    filesystem, root = fsspec.core.url_to_fs(path)
+    chunks = {}
+    for name in {"argmax", kind}:
+        folder = f"{root}/{name}/c"
+        # as deep as (block, shard), below which some arrays have one folder more
+        found = filesystem.find(folder, maxdepth=2, withdirs=True, detail=True) if filesystem.exists(folder) else {}
+        places = {where[len(folder) + 1 :]: modified(info) for where, info in found.items()}
+        chunks[name] = {place: when for place, when in places.items() if re.fullmatch(r"\d+/\d+", place)}
+    complete = chunks["argmax"].keys() & chunks[kind].keys()
+    times = [chunks["argmax"][place] for place in complete if int(place.partition("/")[0]) < blocks]
+    writers = sum(leases_beside(path).values())
+    return Units(times, max([modified(filesystem.info(f"{root}/zarr.json")), *times]), writers)
