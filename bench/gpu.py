@@ -4,6 +4,8 @@
 * teacher: views/s of stages.teacher_logits.UnitWorker, committing to a store, with groups that were rendered
   before and with the real loader, beside the bare forward of the same teacher on pictures on the device;
 * bits: a unit's float16 logits, computed again, and with other numbers of workers;
+* repeats: steps of a student and of a teacher that is trained, done twice from the same weights, without and with
+  `deterministic`: how many weights differ, and what a step takes;
 * each of --cases, a student at a size: the step of pipeline.training.Trainer without distillation, with the
   store, and with the teacher in the loop, on groups in the host's pinned memory (copied as in training) and
   on the device; and the teacher's forward alone. Bound: 1 + forward / step without distillation, groups on
@@ -58,11 +60,13 @@ from experiment import (
 )
 from lab import BLOCK, CLASSES, Lab, allocated, attempt, head, make_lab, reason, row
 from machine import conditions, spread
+from repeats import repeats_part
 
 from pipeline.config import Config, Finetune, Student
 from pipeline.groups import Groups, mixed
 from pipeline.loader import on_device, step_loader, unit_loader
 from pipeline.models import Answering, build_student
+from pipeline.options import DEVICE, find_device
 from pipeline.plan import Unit
 from pipeline.store import Identity
 from pipeline.store_writer import StoreWriter
@@ -318,17 +322,20 @@ def loader_part(lab: Lab, name: str, size: int) -> None:
     row("of the time, waiting for the loader, %", f"{100 * told['wait_s'] / told['seconds']:.3g}")
 
 
+PARTS = {"teacher": teacher_part, "bits": bits_part, "repeats": repeats_part}
+
+
 def parts_of(lab: Lab, cases: str) -> dict[str, Callable[[], None]]:
     """Every part by its name, in order."""
     named = {case: (case.split("@")[0], int(case.split("@")[1])) for case in cases.split(",")}
     fed = next((case for case in named.values() if case[0] == "small"), next(iter(named.values())))
     steps = {case: partial(step_part, lab, *of) for case, of in named.items()}
-    teacher = {"teacher": partial(teacher_part, lab), "bits": partial(bits_part, lab)}
+    teacher = {name: partial(part, lab) for name, part in PARTS.items()}
     return teacher | steps | {"loader": partial(loader_part, lab, *fed)}
 
 
 @click.command(help=__doc__)
-@click.option("--only", help="Parts, by their names: teacher, bits, the cases, loader.")
+@click.option("--only", help="Parts, by their names: teacher, bits, repeats, the cases, loader.")
 @click.option("--cases", default="tiny@224,small@224,base@224,base@384", show_default=True)
 @click.option("--teacher", default="regnety_160", show_default=True)
 @click.option("--batch", default=256, show_default=True, help="Views of a step.")
@@ -338,11 +345,11 @@ def parts_of(lab: Lab, cases: str) -> dict[str, Callable[[], None]]:
 @click.option("--minutes", default=6.5, show_default=True, help="After these no part begins.")
 @click.option("--workers", default=0, show_default=True, help="0: one less than the cores.")
 @click.option("--compile/--no-compile", default=None, help="Compiled on a GPU unless told otherwise.")
-@click.option("--device", default=None, help="cuda where there is one.")
+@DEVICE
 @click.option("--tiny", is_flag=True, help="Small models and pictures, two rounds: to see that it runs.")
 def main(**options):
     given = SimpleNamespace(**options)
-    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(given.device)
     if given.compile is None:
         given.compile = device.type == "cuda"
     if given.tiny:

@@ -29,6 +29,7 @@ class Lab:
     index: Index
     """Three shards: of as many groups as there are workers, the same, and of four groups."""
     recipe: Recipe
+    teacher_model: str
     teacher: Normalised
     answering: TeacherLogits
     """How the teacher is asked: bfloat16, channels_last, compiled with --compile."""
@@ -63,7 +64,8 @@ def make_lab(root: Path, device: torch.device, given) -> Lab:
     workers = given.workers or max(1, (os.cpu_count() or 2) - 1)
     samples = [group * max(workers, 4), group * max(workers, 4), group * 4]
     index = make_index(root / "shards", photographs(16, 64, 48) if given.tiny else photographs(200), samples, CLASSES)
-    teacher = build_teacher(Teacher(model=TINY_TEACHER if given.tiny else given.teacher), CLASSES).to(device).eval()
+    name = TINY_TEACHER if given.tiny else given.teacher
+    teacher = build_teacher(Teacher(model=name), CLASSES).to(device).eval()
     if given.compile:
         import torch._dynamo.config as dynamo
 
@@ -78,6 +80,7 @@ def make_lab(root: Path, device: torch.device, given) -> Lab:
         device=device,
         index=index,
         recipe=Recipe(size=size, group_size=group, block=BLOCK),
+        teacher_model=name,
         teacher=teacher,
         answering=answering,
         groups=batch // group,

@@ -63,7 +63,7 @@ def find_device(name: str):
     """
     import torch
 
-    from pipeline.arithmetic import ieee_float32
+    from pipeline.arithmetic import settle
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,5 +79,5 @@ def find_device(name: str):
         ) from None  # fmt: skip
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    ieee_float32()
+    settle()
     return device

@@ -64,7 +64,7 @@ def gpu() -> str:
 
 
 def test_gpu_fails_and_leaves_out_no_part(gpu):
-    assert list(parts(gpu)) == ["teacher", "bits", "tiny@32", "small@48", "loader"]
+    assert list(parts(gpu)) == ["teacher", "bits", "repeats", "tiny@32", "small@48", "loader"]
     assert "failed" not in gpu and "left out" not in gpu
 
 
@@ -75,6 +75,14 @@ def test_gpu_tells_the_teachers_speed_beside_its_forward(gpu):
     assert all(min(found[name][:2]) > 0 for name in names)
     assert found["forward alone, pictures on the device"][0] > 0
     assert "limits" in gpu and found["UnitWorker / forward, real loader"][-1] > 0
+
+
+def test_gpu_trains_to_the_same_bits_again(gpu):
+    told = [line.split(" | ") for line in gpu.splitlines() if line.startswith(("| student: ", "| teacher: "))]
+    assert [cells[1] for cells in told] == ["no", "yes"] * 2
+    for _, _, weights, other, largest, milliseconds in told:  # on a CPU always
+        assert int(weights.replace(",", "")) > 10_000 and (other, largest) == ("0", "0")
+        assert float(milliseconds.strip(" |")) > 0
 
 
 def test_gpu_finds_a_units_logits_again(gpu):

@@ -1,5 +1,7 @@
 """The device that a command takes: torch's own functions are asked, as far as a machine without a GPU lets them."""
 
+import os
+
 import pytest
 import torch
 
@@ -46,3 +48,10 @@ def test_float32_is_never_tf32():
     matmul.fp32_precision = convolutions.fp32_precision = "tf32"
     find_device("cpu")
     assert (matmul.fp32_precision, convolutions.fp32_precision) == ("ieee", "ieee")
+
+
+def test_cublas_is_told_to_repeat_its_bits_before_it_is_used(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    find_device("cpu")
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

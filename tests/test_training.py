@@ -125,7 +125,6 @@ def test_deterministic_asks_torch_for_it_while_a_student_trains_and_no_longer(ta
         asked.append(torch.are_deterministic_algorithms_enabled())
         return step(self, batches)
 
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setattr(Trainer, "train_step", noting)
     train_student.run(loaded("student.deterministic=true"), CPU, "hard")
     assert asked and all(asked)
