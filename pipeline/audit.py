@@ -14,6 +14,7 @@ from pipeline.files import replacing
 from pipeline.plan import Unit
 from pipeline.store import Store
 from pipeline.store_files import FORMAT
+from pipeline.strict import fingerprint
 
 MANIFEST = {"format", "fingerprint", "kind", "views", "rows", "units"}
 
@@ -83,6 +84,33 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError(f"not an object with {', '.join(sorted(MANIFEST))}")
         return found
     except FileNotFoundError:
-        raise PipelineError(f"{path}: no store is complete", do="run: pipeline teacher-logits") from None
+        raise PipelineError(f"{path}: no store is complete", do=f"run: {_maker(path)}") from None
     except ValueError as error:
-        raise PipelineError(f"{path}: damaged", found=str(error), do="run: pipeline teacher-logits") from error
+        raise PipelineError(f"{path}: damaged", found=str(error), do=f"run: {_maker(path)}") from error
+
+
+def write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """Figures of a complete store for people, under a digest."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(summary | {"digest": fingerprint(summary)}, indent=1) + "\n")
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """What `write_summary` wrote. Raises PipelineError where there is nothing, or it is damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+        if found.pop("digest") != fingerprint(found):
+            raise ValueError("it is not what its digest says")
+        return found
+    except FileNotFoundError:
+        raise PipelineError(f"{path}: missing", do=f"run: {_maker(path)}") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise PipelineError(
+            f"{path}: damaged", expected="figures of a store under a digest", found=str(error),
+            do=f"run: {_maker(path)}",
+        ) from error  # fmt: skip
+
+
+def _maker(path: Path) -> str:
+    """The command that writes a manifest or a summary."""
+    return "pipeline teacher-logits" + " --for finetune" * path.parent.name.endswith("finetune")

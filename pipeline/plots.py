@@ -3,7 +3,6 @@
 Every file is written whole or not at all. Nothing here computes a result: it shows what it is given.
 """
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,19 +52,17 @@ class Sample:
     views: list[SeenView]
 
 
-def plot_curves(path: Path, curves: dict[str, Path]) -> None:
+def plot_curves(path: Path, curves: dict[str, list[dict[str, str]]]) -> None:
     """Loss and validation top-1 against the epoch, as PNG.
 
     Args:
-        curves: name of each run, and its CSV with columns epoch, loss, val_top1_class, val_top1_mean
-            (empty where there was no validation). A run without epochs is left out.
+        curves: name of each run, and of each epoch its epoch, loss, val_top1_class, val_top1_mean
+            (empty where there was no validation), as `read_curve` gives them. A run without epochs is left out.
     """
     figure = Figure((10, 4.4), dpi=DPI, layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     handles, two_heads = [], False
-    for number, (name, source) in enumerate(curves.items()):
-        with open(source, newline="") as file:
-            epochs = list(csv.DictReader(file))
+    for number, (name, epochs) in enumerate(curves.items()):
         if not epochs:
             continue
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]

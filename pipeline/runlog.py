@@ -1,12 +1,18 @@
-"""A run's log: JSON lines, one a logged step or an epoch, and the epochs as CSV."""
+"""A run's log: JSON lines, one a logged step or an epoch, and the epochs as CSV; each line under a checksum."""
 
 import csv
+import io
 import json
+import os
+import zlib
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import unwritable
+from pipeline.errors import PipelineError, unwritable
 from pipeline.files import replacing
+from pipeline.strict import shown
+
+CHECK = "check"  # a line's last key, and a curve's last column
 
 
 class Log:
@@ -19,34 +25,129 @@ class Log:
     def write(self, kind: str, step: int, **values: Any) -> None:
         try:
             with open(self.path, "a") as file:
-                file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+                file.write(_line({"kind": kind, "step": step, **values}))
         except OSError as error:
             raise unwritable(f"{self.path}:", error) from error
 
+    def sync(self) -> None:
+        """Onto the disk; before a checkpoint is, so that no run goes on from a step whose epochs are lost."""
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
+
     def rewind(self, step: int) -> None:
-        """Keep the steps before `step`, and the epochs that had ended by then."""
+        """Keep the steps before `step`, and the epochs that had ended by then.
+
+        Raises:
+            PipelineError: a line is damaged.
+        """
         lines = read_log(self.path)
         kept = [x for x in lines if x["step"] < step or (x["kind"] == "epoch" and x["step"] == step)]
         with replacing(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.write_text("".join(map(_line, kept)))
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values | {CHECK: _crc(json.dumps(values))}) + "\n"
+
+
+def _crc(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; a last line that a kill cut short is left out."""
+    """The lines of a run's log; a last line that a kill cut short is left out.
+
+    Raises:
+        PipelineError: another line is not as it was written.
+    """
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
+    *whole, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, text in enumerate(whole, 1):
+        values = _parsed(text)
+        if values is None:
+            raise PipelineError(
+                f"{path}: line {number} is damaged",
+                expected="a line under its checksum, as it was written",
+                found=shown(text),
+                do="delete that line, or the whole file: curves then lack what it told",
+            )
+        lines.append(values)
+    last = _parsed(rest)
+    return lines if last is None else [*lines, last]
 
 
-def write_curve(path: Path, log: Path) -> None:
-    """A log's epochs as CSV, for `dvc plots` and the report; validation only where there was one."""
-    epochs = [line for line in read_log(log) if line["kind"] == "epoch"]
-    columns = list(dict.fromkeys(key for line in epochs for key in line if key not in ("kind", "step", "speed")))
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        values = json.loads(text)
+        check = values.pop(CHECK)
+        return values if check == _crc(json.dumps(values)) else None
+    # of the last three, JSON that is no object, or is one without a checksum
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError, IndexError):
+        return None
+
+
+def last_epoch(path: Path, step: int) -> dict[str, Any]:
+    """What a log tells of the epoch that ended at `step`, the run's last.
+
+    Raises:
+        PipelineError: it is not there, or the log is damaged.
+    """
+    epochs = [line for line in read_log(path) if line["kind"] == "epoch"]
+    if not epochs or epochs[-1]["step"] != step:
+        raise PipelineError(
+            f"{path}: what the run's last epoch came to",
+            expected=f"a line of the epoch that ended at step {step}",
+            found=f"the last ended at step {epochs[-1]['step']}" if epochs else "none",
+            do=f"delete {path.parent}: the run begins anew",
+        )
+    return epochs[-1]
+
+
+def write_curve(path: Path, log: Path | None) -> None:
+    """A log's epochs as CSV, for `dvc plots` and the report; validation only where there was one.
+
+    None: of a model that was not trained here, a curve without epochs.
+    """
+    epochs = [line for line in read_log(log) if line["kind"] == "epoch"] if log else []
+    told = dict.fromkeys(key for line in epochs for key in line if key not in ("kind", "step", "speed"))
+    header = list(told) or EMPTY
+    rows = [["" if line.get(key) is None else str(line[key]) for key in header] for line in epochs]
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(epochs)
+        writer = csv.writer(file)
+        writer.writerow([*header, CHECK])
+        writer.writerows([*row, check] for row, check in zip(rows, _chain(header, rows), strict=True))
+
+
+EMPTY = ["epoch", "loss"]  # columns of a curve without epochs
+
+
+def _chain(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A checksum a row, of all up to it; the last row's says that it is the last."""
+    checks, before = [], _crc("\x1f".join(header))
+    for number, row in enumerate(rows, 1):
+        before = _crc("\x1f".join([before, *row, "last" if number == len(rows) else ""]))
+        checks.append(before)
+    return checks
+
+
+def read_curve(path: Path) -> list[dict[str, str]]:
+    """The epochs that `write_curve` wrote: of each, a text by column; empty where it tells nothing.
+
+    Raises:
+        PipelineError: it is not as it was written.
+    """
+    try:
+        table = list(csv.reader(io.StringIO(path.read_bytes().decode(), newline=""), strict=True))
+        (*header, mark), rows = table[0], [row[:-1] for row in table[1:]]
+        sound = mark == CHECK and all(len(row) == len(header) for row in rows) and (rows or header == EMPTY)
+        if not sound or [row[-1] for row in table[1:]] != _chain(header, rows):
+            raise ValueError("it has another checksum")
+    except (OSError, ValueError, IndexError, csv.Error) as error:
+        raise PipelineError(
+            f"{path}: the curve is damaged",
+            expected="rows under their checksums, as they were written",
+            found=str(error),
+            do="run the stage that makes it again, by its command or by dvc repro: it trains nothing anew",
+        ) from error
+    return [dict(zip(header, row, strict=True)) for row in rows]

@@ -147,7 +147,8 @@ class Trainer:
 
     def save(self) -> None:
         self.settle()
-        if self.rank.rank == 0:
+        if self.log:
+            self.log.sync()
             state = {"model": self.run.model.model.state_dict(), "optimizer": self.optimizer.state_dict()}
             state |= {"epoch_loss": self.epoch_loss, "first_loss": self.first_loss}
             if self.ema:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.audit import read_manifest
+from pipeline.audit import read_manifest, read_summary
 from pipeline.config import Config, Student
 from pipeline.errors import PipelineError
 from pipeline.evaluation import (
@@ -41,6 +41,7 @@ from pipeline.models import (
 from pipeline.plots import draw_views, plot_curves, plot_disagreement
 from pipeline.ranks import Rank
 from pipeline.report import Result, format_table, write_report
+from pipeline.runlog import read_curve
 from pipeline.shards import Index
 from pipeline.store import Store
 from stages.experiment import describe_experiment, shown_samples
@@ -94,6 +95,8 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
         return
     refuse_missing(entries)
     answers = open_store(config, train_index) if entries[0].name == TEACHER else None
+    summary = read_summary(answers_folder(config, "train-student") / "summary.json") if answers else {}
+    curves = {e.name: read_curve(e.folder / "curve.csv") for e in entries if (e.folder / "curve.csv").exists()}
     labels, results, decisions, at_sizes = torch.from_numpy(val_index.labels()), [], {}, []
     for entry in entries:
         rows, decisions[entry.name] = evaluate(config, entry, val_index, labels, device)
@@ -105,14 +108,13 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     table = disagreement(deciders(config, decisions, labels.numpy()))
     folder = evaluation_folder(config)
     write_tables(folder, results, at_sizes, table)
-    curves = {entry.name: entry.folder / "curve.csv" for entry in entries}
-    plot_curves(folder / "curves.png", {name: path for name, path in curves.items() if path.exists()})
+    plot_curves(folder / "curves.png", curves)
     plot_disagreement(folder / "disagreement.png", table)
     pictures = {"curves": folder / "curves.png"}
     if answers:
         pictures["views"] = folder / "views.png"
         draw_views(pictures["views"], shown_samples(config, *answers))
-    facts = describe_experiment(config, train_index, val_index, answers and answers[0], device)
+    facts = describe_experiment(config, train_index, val_index, answers and answers[0], summary, device)
     write_report(folder / "report.html", config.name, results, table, pictures, facts)
     sizes = f"\n{format_sizes(at_sizes)}\n" if at_sizes else ""
     text = f"{format_table(results)}\n{sizes}\nreport: {folder / 'report.html'}\n"

@@ -1,7 +1,6 @@
 """What the report tells of an experiment beside its results: pictures that the teacher judged, and facts."""
 
 import importlib.metadata
-import json
 import platform
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from pipeline.answers import decode_logits
 from pipeline.config import Config, Student
 from pipeline.groups import Groups, Renderer, mixed
-from pipeline.layout import FINETUNED, answers_folder
+from pipeline.layout import FINETUNED
 from pipeline.loader import stored_answers
 from pipeline.plan import Item
 from pipeline.plots import Sample, SeenView
@@ -68,9 +67,9 @@ def _seen(store: Store, groups: Groups, kind: str, slots: list[int]) -> Iterator
 
 
 def describe_experiment(
-    config: Config, train: Index, val: Index, store: Store | None, device: torch.device
+    config: Config, train: Index, val: Index, store: Store | None, summary: dict[str, Any], device: torch.device
 ) -> dict[str, dict[str, str]]:
-    """What the run was, for the report: headings, terms and what they are."""
+    """What the run was, for the report: headings, terms and what they are; `summary` is the store's."""
     recipe, teacher, tuned, evaluated = config.recipe, config.teacher, config.finetune, config.evaluate
     students = {name: _taught(config.student_named(name)) for name in config.students}
     if students or tuned.weights:
@@ -81,7 +80,7 @@ def describe_experiment(
     if store:
         trained = "elsewhere" if teacher.weights else f"here, epochs: {teacher.epochs}"
         taught["Teacher"] = {"model": teacher.weights or teacher.model, "trained": trained}
-        taught["Store of its answers"] = _describe_store(config, store)
+        taught["Store of its answers"] = _describe_store(store, summary)
     return {
         "Students": students,
         **taught,
@@ -120,8 +119,7 @@ def _taught(student: Student) -> str:
     return f"{student.model}, {how}, epochs: {student.epochs}"
 
 
-def _describe_store(config: Config, store: Store) -> dict[str, str]:
-    summary = json.loads((answers_folder(config, "train-student") / "summary.json").read_text())
+def _describe_store(store: Store, summary: dict[str, Any]) -> dict[str, str]:
     rows, views, size = summary["rows"], summary["views"], summary["bytes"]
     return {
         "images": f"{rows:,}",

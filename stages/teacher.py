@@ -4,7 +4,6 @@ For fine-tuning at a higher resolution it is evaluated there, after its own fine
 """
 
 import json
-from pathlib import Path
 
 import torch
 
@@ -82,7 +81,7 @@ def publish(
     folder = teacher_folder(config, purpose)
     with replacing(folder / "weights.safetensors") as temporary:
         save_weights(temporary, teacher.model)
-    write_curve(folder / "curve.csv", training.folder / "log.jsonl" if training else Path("none"))
+    write_curve(folder / "curve.csv", training.folder / "log.jsonl" if training else None)
     with replacing(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
 

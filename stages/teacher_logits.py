@@ -17,10 +17,9 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from pipeline.answers import as_stored, decode_logits, encode, row_bytes
-from pipeline.audit import damaged, manifest, store_bytes, write_manifest
+from pipeline.audit import damaged, manifest, store_bytes, write_manifest, write_summary
 from pipeline.config import Config, Recipe
 from pipeline.errors import PipelineError
-from pipeline.files import replacing
 from pipeline.groups import Groups, mixed
 from pipeline.layout import answers_folder, index_path, store_path, teacher_folder
 from pipeline.lease import part_lease, part_lock
@@ -285,8 +284,7 @@ def publish(config: Config, purpose: str, store: Store, views: int) -> None:
         "bytes": store_bytes(store.path),
         "agreement_with_labels": agreement,
     }
-    with replacing(folder / "summary.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=1) + "\n")
+    write_summary(folder / "summary.json", summary)
     print(
         f"store complete: {summary['rows']:,} rows x {views} views, {summary['bytes'] / 1e6:,.1f} MB;"
         f" the teacher agrees with the label on {agreement:.1%} of the (mixed) views;"

@@ -21,7 +21,7 @@ from pipeline.plan import plan_of
 from pipeline.ranks import Rank
 from pipeline.recipe import recipe_fingerprint
 from pipeline.run import Run, describe_run, run_identity
-from pipeline.runlog import read_log, write_curve
+from pipeline.runlog import last_epoch, write_curve
 from pipeline.shards import Index
 from pipeline.store import Store
 from pipeline.strict import fingerprint
@@ -133,8 +133,8 @@ def finish(training: Run, folder: Path) -> None:
     complete(training)
     if Rank.start(training.device).rank:
         return  # rank 0 publishes
-    epochs = [line for line in read_log(training.folder / "log.jsonl") if line["kind"] == "epoch"]
-    metrics = {key: value for key, value in epochs[-1].items() if key not in ("kind", "step", "speed")}
+    told = last_epoch(training.folder / "log.jsonl", training.steps)
+    metrics = {key: value for key, value in told.items() if key not in ("kind", "step", "speed")}
     with replacing(folder / "weights.safetensors") as temporary:
         save_weights(temporary, training.model.model)
     write_curve(folder / "curve.csv", training.folder / "log.jsonl")

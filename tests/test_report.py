@@ -22,6 +22,7 @@ from pipeline.layout import (
     evaluation_folder,
     finetune_folder,
     index_path,
+    outputs,
     student_folder,
     teacher_folder,
 )
@@ -29,6 +30,7 @@ from pipeline.models import build_student, build_teacher, parameter_count, save_
 from pipeline.params import resolve
 from pipeline.plots import Sample, SeenView, draw_views, plot_curves, plot_disagreement
 from pipeline.report import Result, format_table, write_report
+from pipeline.runlog import write_curve
 from pipeline.shards import Index
 from stages import evaluate, prepare, teacher_logits
 from stages.experiment import shown_samples
@@ -59,12 +61,11 @@ def seen(number: int, kind: str, size: int, probability: float | None) -> SeenVi
 
 
 def test_curves_show_every_run_that_was_logged(tmp_path):
-    header = "epoch,loss,lr,val_top1_class,val_top1_mean"
-    (tmp_path / "two.csv").write_text(f"{header}\n1,2.3,0.1,,\n2,1.9,0.1,0.5,0.6\n")
-    (tmp_path / "one.csv").write_text("epoch,loss,lr,val_top1_class\n1,3.3,0.1,0.4\n")
-    (tmp_path / "none.csv").write_text("\n")  # of a teacher that was not trained here
-    runs = {"two $heads$": "two.csv", "one head": "one.csv", "none": "none.csv"}
-    plot_curves(tmp_path / "curves.png", {name: tmp_path / file for name, file in runs.items()})
+    first = {"epoch": "1", "loss": "2.3", "val_top1_class": "", "val_top1_mean": ""}
+    second = {"epoch": "2", "loss": "1.9", "val_top1_class": "0.5", "val_top1_mean": "0.6"}
+    alone = {"epoch": "1", "loss": "3.3", "val_top1_class": "0.4"}
+    # the last is of a teacher that was not trained here
+    plot_curves(tmp_path / "curves.png", {"two $heads$": [first, second], "one head": [alone], "none": []})
     picture = pixels(tmp_path / "curves.png")
     assert picture.shape[0] > 400 and picture.shape[1] > 1000
     colours = {tuple(colour) for colour in picture.reshape(-1, 3)}
@@ -347,3 +348,26 @@ def test_a_missing_store_is_told(mini, tmp_path):
     index = Index(index_path(config, "train"))
     with pytest.raises(PipelineError, match="pipeline teacher-logits"):
         evaluate.open_store(config.model_copy(update={"name": "elsewhere"}), index)
+
+
+DAMAGE = {"empty": b"", "bytes": b"\xff", "other": b"epoch,loss\n1,x\n", "gone": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("teacher-logits/summary.json", damage) for damage in DAMAGE.values()]
+    + [("teacher/curve.csv", damage) for damage in DAMAGE.values() if damage is not None],
+)
+def test_what_the_report_tells_is_refused_before_anything_is_evaluated_if_it_is_damaged(mini, monkeypatch, name, damage):
+    config, device = mini
+    path = outputs(config) / name
+    if name.endswith("curve.csv"):
+        write_curve(path, None)
+    kept = path.read_bytes()
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("it computes"))
+    try:
+        path.unlink() if damage is None else path.write_bytes(damage)
+        with pytest.raises(PipelineError, match=str(path)):
+            evaluate.run(config, device)
+    finally:
+        path.write_bytes(kept)

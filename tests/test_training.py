@@ -493,3 +493,12 @@ def test_run_names_a_batch_that_ranks_do_not_divide(taught):
     )  # fmt: skip
     with pytest.raises(PipelineError, match="ranks x accumulation"):
         train(run)
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_is(taught, monkeypatch):
+    order = []
+    for kind, part in ((Log, "sync"), (checkpoint, "save")):
+        real = getattr(kind, part)
+        monkeypatch.setattr(kind, part, lambda *given, real=real, part=part: (order.append(part), real(*given))[1])
+    train_student.run(taught, CPU, "none")
+    assert len(order) > 2 and order == ["sync", "save"] * (len(order) // 2)
