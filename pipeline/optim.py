@@ -1,5 +1,6 @@
-"""DeiT's optimizer and schedule (paper, section 6 and Table 9; main.py)."""
+"""DeiT's optimizer, schedule and average of the weights (paper, section 6 and Table 9; main.py)."""
 
+import copy
 from typing import Any
 
 import torch
@@ -56,3 +57,27 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: Training) -> Cosi
 def scheduled_epoch(epoch: int) -> int:
     """What the schedule is asked for in `epoch`: DeiT steps it after an epoch, so it lags by one."""
     return max(epoch - 1, 0)
+
+
+class Average(nn.Module):
+    """The exponential moving average of a model's weights and buffers, `module`: to the bit timm's ModelEmaV3.
+
+    Its state dict is ModelEmaV3's too. The tensors are listed once, as listing them costs the host a millisecond a
+    step; so the model keeps its tensors from now on, whatever their values.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__()
+        self.module, self.decay = copy.deepcopy(model).eval(), decay
+        own, theirs = (list(of.state_dict(keep_vars=True).values()) for of in (self.module, model))
+        pairs = list(zip(own, theirs, strict=True))
+        self.averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self.copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the model's weights after `step`; after steps 0 and 1 they are taken as they are."""
+        own, theirs = zip(*self.averaged, strict=True)
+        torch._foreach_lerp_(own, theirs, weight=1.0 - (self.decay if step > 1 else 0.0))
+        for own, theirs in self.copied:
+            own.copy_(theirs)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
@@ -31,7 +30,7 @@ from pipeline.lock import kernel_lock
 from pipeline.losses import base_loss, hard_loss, soft_loss
 from pipeline.meters import Fetched, Speed, loader_limits
 from pipeline.models import Normalised, load_weights, read_weights, save_weights
-from pipeline.optim import build_optimizer, build_schedule, scheduled_epoch
+from pipeline.optim import Average, build_optimizer, build_schedule, scheduled_epoch
 from pipeline.ranks import Rank
 from pipeline.recipe import stream_key
 from pipeline.run import Run, named_by
@@ -113,7 +112,7 @@ class Trainer:
             run.model.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(run.model.model, settings)
         self.schedule = build_schedule(self.optimizer, settings)
-        self.ema = ModelEmaV3(run.model, decay=settings.ema_decay) if settings.ema_decay else None
+        self.ema = Average(run.model, settings.ema_decay) if settings.ema_decay else None
         self.forward: nn.Module = run.model
         if self.rank.world > 1:
             # without distillation head_dist gets no gradient
@@ -128,6 +127,15 @@ class Trainer:
         self.arriving: tuple[int, dict[str, float], Fetched] | None = None
         self.signals = Noted()
         self.stop = self.warned = False
+        # once, not in every step: asking a model for its parameters, or setting its mode, costs the host half a ms
+        self.learned = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+        self.set_modes()
+
+    def set_modes(self) -> None:
+        """Training and evaluation modes of all modules as a step wants them; validation changes them."""
+        self.forward.train(self.run.train_mode and not self.run.learning)
+        for part in self.run.learning:
+            part.train()
 
     def resume(self) -> None:
         run = self.run
@@ -190,10 +198,7 @@ class Trainer:
         """One step of the optimizer. Returns STEP_VALUES over all ranks, float32 on the device."""
         run, settings = self.run, self.run.settings
         self.schedule.step(scheduled_epoch(run.plan.epoch(self.step)))
-        torch.manual_seed(step_seed(settings.seed, self.step, self.rank.rank))
-        self.forward.train(run.train_mode and not run.learning)
-        for part in run.learning:
-            part.train()
+        self.seed()
         weight, sums = run.plan.weight(self.step), torch.zeros(3, device=run.device)
         for number in range(settings.accumulation):
             groups = self.next_groups(batches)
@@ -209,10 +214,17 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema:
-            self.ema.update(run.model, step=self.step)
+            self.ema.update(self.step)
         self.speed.stepped(weight)
         self.epoch_speed.stepped(weight)
         return torch.cat([sums, norm[None]])
+
+    def seed(self) -> None:
+        """For what a step draws: the numbers of torch.manual_seed, which goes on to every device that there is."""
+        number = step_seed(self.run.settings.seed, self.step, self.rank.rank)
+        torch.default_generator.manual_seed(number)
+        if self.run.device.type == "cuda":
+            torch.cuda.manual_seed(number)  # of this process's own device
 
     def next_groups(self, batches: Iterator[Groups]) -> Groups:
         start = time.monotonic()
@@ -227,10 +239,10 @@ class Trainer:
 
     def gradient_norm(self) -> torch.Tensor:
         """Of all gradients, before they are clipped to `clip_grad`."""
-        parameters, clip = list(self.run.model.parameters()), self.run.settings.clip_grad
+        clip = self.run.settings.clip_grad
         if clip:
-            return clip_grad_norm_(parameters, clip)
-        return get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+            return clip_grad_norm_(self.learned, clip)
+        return get_total_norm([parameter.grad for parameter in self.learned if parameter.grad is not None])
 
     def loss(self, groups: Groups) -> torch.Tensor:
         """Weighted sums over a slice of the step: loss, and its parts from the labels and from the teacher."""
@@ -317,6 +329,7 @@ class Trainer:
         logits = predict(
             model, run.val, run.size, run.crop, 256, run.settings.workers, run.device, run.settings.precision
         )
+        self.set_modes()
         labels = torch.from_numpy(run.val.labels())
         both = {"class": logits[0], "mean": (logits[0] + logits[1]) / 2}
         heads = both if model.distilled and run.distilled else {"class": logits[0]}

@@ -19,7 +19,13 @@ from torch.utils._pytree import tree_leaves
 import pipeline.groups
 from pipeline.errors import PipelineError
 from pipeline.groups import Groups, Renderer, mixed, targets
-from pipeline.loader import _Steps, evaluation_loader, step_loader, stored_answers, unit_loader
+from pipeline.loader import (
+    _Steps,
+    evaluation_loader,
+    step_loader,
+    stored_answers,
+    unit_loader,
+)
 from pipeline.plan import Item, Plan, Unit, all_units, unit_items
 from pipeline.pool import Pool
 from pipeline.recipe import draw_mix, draw_view

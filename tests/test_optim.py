@@ -3,10 +3,19 @@
 import pytest
 import timm
 import torch
+from timm.utils import ModelEmaV3
+from torch import nn
 
 from pipeline.config import Finetune, Recipe, Student, Training
 from pipeline.models import build_student
-from pipeline.optim import build_optimizer, build_schedule, parameter_groups, peak_rate, scheduled_epoch
+from pipeline.optim import (
+    Average,
+    build_optimizer,
+    build_schedule,
+    parameter_groups,
+    peak_rate,
+    scheduled_epoch,
+)
 
 SMALL = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 
@@ -92,3 +101,35 @@ def test_parameter_that_does_not_learn_is_left_out():
     model = student()
     model.head.weight.requires_grad_(False)
     assert "head.weight" not in decayed_names(model)
+
+
+def averages(decay: float = 0.9) -> tuple[nn.Module, Average, ModelEmaV3]:
+    """A network with batch norm that has changed in seven steps, and its average, ours and timm's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(180, 4))
+    ours, theirs = Average(model, decay), ModelEmaV3(model, decay)
+    for step in range(7):
+        model(torch.randn(8, 3, 8, 8))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        ours.update(step)
+        theirs.update(model, step=step)
+    return model, ours, theirs
+
+
+def test_the_average_of_the_weights_is_timms_to_the_bit():
+    model, ours, theirs = averages()
+    found, expected = ours.state_dict(), theirs.state_dict()
+    assert list(found) == list(expected) and len(found) == len(model.state_dict())
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not torch.equal(found["module.0.weight"], model[0].weight) and found["module.1.num_batches_tracked"] == 7
+
+
+def test_the_average_goes_on_from_what_timms_has_saved():
+    model, _, theirs = averages()
+    resumed = Average(model, 0.9)
+    resumed.load_state_dict(theirs.state_dict())
+    resumed.update(7)
+    theirs.update(model, step=7)
+    assert torch.equal(resumed.module[0].weight, theirs.module[0].weight)

@@ -7,11 +7,13 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_data_set
+from torch import nn
 
 from pipeline import checkpoint
 from pipeline.config import Config
@@ -33,7 +35,7 @@ from pipeline.runlog import Log, read_log
 from pipeline.shards import Index
 from pipeline.signals import Interrupted
 from pipeline.store_writer import StoreWriter
-from pipeline.training import Trainer, train
+from pipeline.training import Trainer, step_seed, train
 from stages import finetune, teacher, teacher_logits, train_student
 
 PURPOSES = ("train-student", "finetune")
@@ -92,6 +94,9 @@ def taught(taught_template, tmp_path, monkeypatch) -> Config:
     shutil.copytree(taught_template, root)
     monkeypatch.chdir(root)
     return loaded()
+
+
+TUNED = "teacher_finetune.batch_size=8", "teacher_finetune.workers=0"
 
 
 def loaded(*overrides: str) -> Config:
@@ -441,7 +446,7 @@ def test_fine_tuning_goes_on_onto_another_number_of_classes_from_named_weights(t
 
 
 def test_a_teacher_is_made_used_to_a_higher_resolution_in_its_last_layers_only(taught):
-    config = loaded("teacher_finetune.epochs=2", "teacher_finetune.batch_size=8", "teacher_finetune.workers=0")
+    config = loaded(*TUNED, "teacher_finetune.epochs=2")
     teacher.run(config, CPU, "finetune")
     before, after = (read_weights(teacher_folder(config, p) / "weights.safetensors") for p in PURPOSES)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -482,6 +487,58 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(taught, monkeypatch, numb
         train_student.run(taught, CPU, "hard")
     assert caught.value.exit_code == 128 + number
     assert newest_checkpoint().name == "step-000000007.ckpt"
+
+
+WALKS = "train", "state_dict", "named_parameters", "named_buffers", "named_modules", "children"
+
+
+def test_a_step_walks_no_model_and_seeds_no_device_but_its_own(taught, monkeypatch):
+    """Each costs the host up to a millisecond, and a small share of a batch takes a GPU not many."""
+    asked, real = [], Trainer.train_step
+
+    def told(name: str, method: Callable) -> Callable:
+        return lambda *args, **named: asked.append(name) or method(*args, **named)
+
+    def watched(self, batches):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in WALKS:
+                patch.setattr(nn.Module, name, told(name, getattr(nn.Module, name)))
+            patch.setattr(torch, "manual_seed", told("manual_seed", torch.manual_seed))
+            return real(self, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    train_student.run(taught, CPU, "hard")
+    assert not asked
+
+
+def test_every_step_finds_the_modules_in_their_modes_after_validation_too(taught, monkeypatch):
+    """The student's all train; of a teacher that gets used to a resolution, what learns alone."""
+    seen, real = [], Trainer.train_step
+
+    def watched(self, batches):
+        parts = {part for learns in self.run.learning for part in learns.modules()} or set(self.run.model.modules())
+        seen.append([part.training is (part in parts) for part in self.run.model.modules()])
+        return real(self, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    train_student.run(loaded("student.eval_epochs=1"), CPU, "hard")
+    teacher.run(loaded(*TUNED, "teacher_finetune.epochs=2", "teacher_finetune.eval_epochs=1"), CPU, "finetune")
+    assert len(seen) > 20 and all(map(all, seen))
+
+
+def test_what_a_step_draws_are_the_numbers_of_torchs_own_seed(taught, monkeypatch):
+    seeds, drawn, real = [], [], Trainer.loss
+
+    def watched(self, groups):
+        seeds.append(step_seed(self.run.settings.seed, self.step, 0))
+        drawn.append(torch.get_rng_state())
+        return real(self, groups)
+
+    monkeypatch.setattr(Trainer, "loss", watched)
+    train_student.run(taught, CPU, "none")
+    for seed, state in zip(seeds, drawn, strict=True):
+        torch.manual_seed(seed)
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_run_names_a_batch_that_ranks_do_not_divide(taught):
