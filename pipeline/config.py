@@ -237,6 +237,9 @@ class Teacher(Training):
     std: Triple = IMAGENET_STD
     crop: Annotated[float, Field(gt=0, le=1)] = 0.875
     """Centre crop when it is evaluated."""
+    size: Annotated[int, Field(ge=8, le=4096)] | None = None
+    """Pixels a side, for a model with weights that takes one size alone, as a ViT: pictures are resized to it on the
+    device. null: those of the pictures."""
     min_top1: Fraction = 0.5
     """It is refused below this top-1 on val: a wrong teacher must not label a million images."""
 
@@ -312,7 +315,7 @@ class Finetune(Training):
     views: Long = 30
     """V of the second store."""
     teacher_size: Annotated[int, Field(ge=8, le=4096)] | None = None
-    """Pixels the teacher sees: null for `size`, or its own, resized on the device."""
+    """Pixels the teacher sees: null for teacher.size or, without that, `size`; resized on the device."""
     train_mode: bool = True
     """false: dropout and drop-path off while the weights learn, as DeiT's first code did."""
 
@@ -373,6 +376,12 @@ class Config(Section):
             own = own | {"kwargs": student["kwargs"] | own["kwargs"]}
         return validate(Student, student | own, section=f"variants.{name}")
 
+    def teacher_size(self, purpose: str) -> int:
+        """Pixels a side that the teacher sees where it answers for train-student or finetune."""
+        if purpose == "finetune":
+            return self.finetune.teacher_size or self.teacher.size or self.finetune.size
+        return self.teacher.size or self.recipe.size
+
     def finetune_student(self) -> Student:
         """The student that is fine-tuned, with fine-tuning's own dropout and drop-path."""
         student = self.student_named(self.finetune.student)
@@ -431,10 +440,15 @@ def inconsistencies(config: Config) -> list[str]:
             found.append(
                 f"teacher_logits.kind must be topk, dense8 or dense: student {name} distils softly; found argmax"
             )
-    if config.teacher_finetune.epochs and config.finetune.teacher_size:
+    if config.teacher_finetune.epochs and config.teacher_size("finetune") != config.finetune.size:
         found.append(
-            f"finetune.teacher_size must be null where the teacher is fine-tuned at finetune.size:"
-            f" {config.finetune.teacher_size}, teacher_finetune.epochs {config.teacher_finetune.epochs}"
+            f"finetune.teacher_size and teacher.size must be null where the teacher is fine-tuned at finetune.size:"
+            f" {config.teacher_size('finetune')}, teacher_finetune.epochs {config.teacher_finetune.epochs}"
+        )
+    if config.teacher.size and not config.teacher.weights:
+        found.append(
+            f"teacher.size must be null without teacher.weights: it is trained here at recipe.size; found"
+            f" {config.teacher.size}"
         )
     if config.students and not config.finetune.weights and config.finetune.student not in config.students:
         found.append(f"finetune.from must be one of students {config.students}: found {config.finetune.student!r}")

@@ -1,7 +1,9 @@
 """Teacher and student from timm; normalisation; which weights they have."""
 
 import difflib
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -10,12 +12,12 @@ from timm.layers import trunc_normal_
 from torch import nn
 from torch.nn.functional import interpolate
 
-from pipeline.config import Config, TeacherLogits
+from pipeline.config import Config, Teacher, TeacherLogits
 from pipeline.errors import PipelineError, UsageError
 from pipeline.layout import teacher_folder
 from pipeline.linear import use_onednn
-from pipeline.strict import Section
-from pipeline.weights import SUFFIXES, load_weights, read_weights
+from pipeline.strict import Section, differences
+from pipeline.weights import SUFFIXES, load_weights, read_own_weights, read_weights
 from pipeline.weights import save_weights as save_weights
 from pipeline.weights import weights_hash as weights_hash
 
@@ -24,16 +26,17 @@ class Normalised(nn.Module):
     """A model behind its own normalisation: takes pictures in 0..255, gives two heads' logits.
 
     A model without a distillation head gives its logits twice, so a plain student can be distilled
-    (Table 3's "usual" and "hard" rows).
+    (Table 3's "usual" and "hard" rows). So does a `joint` one, as a teacher is: its logits are the mean
+    of its heads, where it has two, as timm answers.
     """
 
-    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], joint: bool = False):
         super().__init__()
         use_onednn(model)
         self.model = model
         self.float32_head = False
         """Whether what follows the features, pooling and classifier, is in float32 under autocast too."""
-        self.distilled = hasattr(model, "head_dist")
+        self.distilled = hasattr(model, "head_dist") and not joint
         self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std)[:, None, None], persistent=False)
 
@@ -47,7 +50,7 @@ class Normalised(nn.Module):
 
     def heads(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.distilled:
-            logits = self.model.forward_head(features)
+            logits = self.model.forward_head(features)  # of two heads, timm's gives the mean
             return logits, logits
         # timm averages the heads in eval mode; both are wanted in every mode
         tokens = self.model.head_drop(features[:, :2])
@@ -55,13 +58,14 @@ class Normalised(nn.Module):
 
 
 def build(
-    section: Section, classes: int, *, size: int | None = None, seed: int = 0, mean=None, std=None
+    section: Section, classes: int, *, size: int | None = None, seed: int = 0, mean=None, std=None, joint: bool = False
 ) -> Normalised:
     """The timm model that a teacher or student section names, with fresh weights drawn from `seed`.
 
     Args:
         section: gives model, kwargs, drop_path, dropout, and mean and std where it has them.
         size: pixels a side, for models with position embeddings (deit_*).
+        joint: two heads answer as one; see Normalised.
 
     Raises:
         UsageError: timm knows no such model, or it does not take these kwargs.
@@ -85,7 +89,7 @@ def build(
         if hasattr(model, "cls_token"):
             trunc_normal_(model.cls_token, std=0.02)  # as DeiT (timm 0.3.2); timm's is 1e-6 now
     mean, std = mean or getattr(section, "mean", None), std or getattr(section, "std", None)
-    return Normalised(model, mean, std)
+    return Normalised(model, mean, std, joint)
 
 
 def _unsuitable(model: str, kwargs: dict[str, Any], error: Exception) -> UsageError:
@@ -105,7 +109,7 @@ def build_student(section: Section, recipe: Section, classes: int, size: int) ->
 
 
 def build_teacher(section: Section, classes: int) -> Normalised:
-    return build(section, classes, seed=section.seed)
+    return build(section, classes, seed=section.seed, joint=True)
 
 
 class Answering:
@@ -169,7 +173,31 @@ def pretrained_teacher(section: Section, classes: int) -> Normalised:
             found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             do="check the tag and the network, or download the file and name it",
         ) from error
-    return Normalised(model, section.mean, section.std)
+    return Normalised(model, section.mean, section.std, joint=True)
+
+
+def teacher_function(section: Teacher) -> dict[str, Any]:
+    """What a teacher's weights are put into, as JSON values: other arguments may take the same weights."""
+    own = section.model
+    if section.weights and not section.weights.endswith(SUFFIXES):
+        own = section.weights  # a timm tag, which names the model
+    described = {"model": own, "kwargs": section.kwargs, "mean": section.mean, "std": section.std}
+    return json.loads(json.dumps(described))
+
+
+def describe_teacher(section: Teacher, teacher: Normalised, size: int) -> dict[str, Any]:
+    """All of a teacher that its answers depend on, as JSON values; part of a store's and of a run's identity.
+
+    Args:
+        size: pixels a side of what it sees.
+    """
+    heads = "mean" if hasattr(teacher.model, "head_dist") else "class"
+    return {**teacher_function(section), "head": heads, "weights": weights_hash(teacher.model), "size": size}
+
+
+def save_teacher(path: Path, section: Teacher, teacher: Normalised) -> None:
+    """Its weights, and what they belong into; `path` is written directly, so give a temporary one."""
+    save_weights(path, teacher.model, teacher_function(section))
 
 
 def load_teacher(
@@ -180,16 +208,44 @@ def load_teacher(
     Raises:
         PipelineError: it was not computed yet, or is another model's.
     """
-    path = teacher_folder(config, purpose) / "weights.safetensors"
+    path, section = teacher_folder(config, purpose) / "weights.safetensors", config.teacher
+    command = "pipeline teacher" + " --for finetune" * (purpose == "finetune")
     if not path.exists():
-        command = "pipeline teacher" + " --for finetune" * (purpose == "finetune")
         raise PipelineError(f"{path}: no teacher", do=f"run: {command}")
-    section = config.teacher
-    if section.weights and not section.weights.endswith(SUFFIXES):
-        section = section.model_copy(update={"model": section.weights})
-    teacher = build_teacher(section.model_copy(update={"drop_path": 0.0}), classes)
-    load_weights(teacher.model, read_weights(path, own=True), str(path))
+    state, about = read_own_weights(path)
+    function = teacher_function(section)
+    others = differences(about, function)
+    if others:
+        raise PipelineError(
+            f"{path}: the teacher of another configuration",
+            expected="weights that were published with the model and arguments of `teacher`",
+            found="(there, here) " + "; ".join(others[:8]),
+            do=f"run: {command}",
+        )
+    teacher = build_teacher(section.model_copy(update={"drop_path": 0.0, "model": function["model"]}), classes)
+    load_weights(teacher.model, state, str(path))
     return teacher.to(device).eval()
+
+
+def refuse_size(teacher: Normalised, size: int, do: str) -> None:
+    """Whether a teacher takes pictures of this size: position embeddings are of one size.
+
+    Raises:
+        UsageError: it does not; `do` is what to do then.
+    """
+    training = teacher.training
+    try:
+        with torch.no_grad():
+            teacher.eval()(torch.zeros(1, 3, size, size, device=teacher.mean.device))
+    except (AssertionError, RuntimeError, ValueError) as error:  # what timm's and torch's layers raise
+        raise UsageError(
+            f"the teacher with pictures of {size} px",
+            expected="a model that takes them",
+            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            do=do,
+        ) from error
+    finally:
+        teacher.train(training)
 
 
 def resize_position_embedding(embedding: torch.Tensor, grid: int, prefix: int) -> torch.Tensor:
@@ -249,14 +305,3 @@ def adaptable(model: nn.Module) -> list[nn.Module]:
 
 def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def describe_teacher(section: Any, weights: str, size: int | None) -> dict[str, Any]:
-    """What of a teacher its answers depend on; part of the store's identity."""
-    return {
-        "model": section.model if not section.weights else section.weights,
-        "weights": weights,
-        "mean": list(section.mean),
-        "std": list(section.std),
-        "size": size,
-    }

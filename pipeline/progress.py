@@ -22,16 +22,16 @@ class Wanted:
     recipe: Recipe
     views: int
     kind: str
-    teacher_size: int | None
-    """Pixels that the teacher sees, where they are not the recipe's."""
+    teacher_size: int
+    """Pixels that the teacher sees."""
 
 
 def wanted(config: Config, purpose: str) -> Wanted:
     """Of the store for train-student or finetune."""
-    kind, tuned = config.teacher_logits.kind, config.finetune
+    kind, size = config.teacher_logits.kind, config.teacher_size(purpose)
     if purpose == "train-student":
-        return Wanted(purpose, config.recipe, config.teacher_logits.views, kind, None)
-    return Wanted(purpose, config.finetune_recipe(), tuned.views, kind, tuned.teacher_size)
+        return Wanted(purpose, config.recipe, config.teacher_logits.views, kind, size)
+    return Wanted(purpose, config.finetune_recipe(), config.finetune.views, kind, size)
 
 
 def wanted_runs(config: Config, index: str | None) -> dict[str, dict[str, Any]]:

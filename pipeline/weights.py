@@ -1,10 +1,12 @@
 """Weights in and out: safetensors under a digest of their own, and files of others.
 
-What this project writes carries a digest of its tensors, which is compared whenever it is read.
+What this project writes carries a digest of its tensors, and of what is said about them, which is compared whenever
+it is read.
 """
 
 import argparse
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +19,10 @@ from torch import nn
 
 from pipeline.errors import PipelineError
 from pipeline.files import file_sha256
+from pipeline.strict import fingerprint
 
 DIGEST = "digest"
-"""The only entry of our files' metadata, as safetensors writes several in no certain order."""
+"""The only entry of our files' metadata, JSON of `about` and `digest`: safetensors writes several in no certain order."""
 SUFFIXES = (".safetensors", ".pth", ".pt")
 """Of files that hold weights; whatever else `teacher.weights` says is a timm tag."""
 
@@ -38,15 +41,19 @@ def weights_hash(model: nn.Module) -> str:
     return tensors_digest(model.state_dict())
 
 
-def save_weights(path: Path, model: nn.Module) -> None:
-    """A state dict as safetensors under its digest; `path` is written directly, so give a temporary one.
+def save_weights(path: Path, model: nn.Module, about: Mapping[str, Any] | None = None) -> None:
+    """A state dict as safetensors under a digest; `path` is written directly, so give a temporary one.
+
+    Args:
+        about: JSON values that `read_own_weights` gives back with the weights; the digest is of both.
 
     Raises:
         OSError: the disk is full or read-only.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     try:
-        safetensors.torch.save_file(state, path, {DIGEST: tensors_digest(state)})
+        noted = {"about": about or {}, "digest": _digest(state, about or {})}
+        safetensors.torch.save_file(state, path, {DIGEST: json.dumps(noted)})
     except safetensors.SafetensorError as error:  # how it tells what the disk said
         raise OSError(str(error)) from error
 
@@ -63,10 +70,23 @@ def read_weights(path: str | Path, own: bool = False) -> dict[str, torch.Tensor]
     Raises:
         PipelineError: missing, damaged, or no weights.
     """
-    path = Path(path)
+    return _read(Path(path), own)[0]
+
+
+def read_own_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A state dict that `save_weights` wrote, and what it wrote about it.
+
+    Raises:
+        PipelineError: missing, damaged, or no weights.
+    """
+    return _read(path, own=True)
+
+
+def _read(path: Path, own: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    about: dict[str, Any] = {}
     try:
         if path.suffix == ".safetensors":
-            state, noted = _read_safetensors(path)
+            state, about, noted = _read_safetensors(path)
         else:
             state, noted = _read_pickle(path), None
     except Exception as error:  # pickle, zip and safetensors errors share no base
@@ -76,13 +96,20 @@ def read_weights(path: str | Path, own: bool = False) -> dict[str, torch.Tensor]
             found=_without_advice(error),
             do="name the right file",
         ) from error
-    _refuse_damaged(path, state, noted, own)
-    return state
+    _refuse_damaged(path, state, about, noted, own)
+    return state, about
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], str | None]:
+def _digest(state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> str:
+    return fingerprint([tensors_digest(state), about])
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], str | None]:
+    """A state dict, what was written about it, and their digest; none in a foreign file."""
     with safetensors.safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get(DIGEST)
+        noted = (file.metadata() or {}).get(DIGEST)
+        sealed = json.loads(noted) if noted else {"about": {}, "digest": None}
+        return {name: file.get_tensor(name) for name in file.keys()}, sealed["about"], sealed["digest"]
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -98,7 +125,9 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module.") if parallel else name: tensor for name, tensor in state.items()}
 
 
-def _refuse_damaged(path: Path, state: dict[str, torch.Tensor], noted: str | None, own: bool) -> None:
+def _refuse_damaged(
+    path: Path, state: dict[str, torch.Tensor], about: dict[str, Any], noted: str | None, own: bool
+) -> None:
     if noted is None and own:
         raise PipelineError(
             f"{path}: the weights have no digest",
@@ -106,11 +135,11 @@ def _refuse_damaged(path: Path, state: dict[str, torch.Tensor], noted: str | Non
             found="none: it is damaged, another file, or an earlier version's",
             do="delete it, then run the command that makes it again",
         )
-    if noted is not None and noted != tensors_digest(state):
+    if noted is not None and noted != _digest(state, about):
         raise PipelineError(
             f"{path}: damaged weights",
-            expected=f"tensors of digest {noted}, as they were written",
-            found="others",
+            expected=f"what was written, of digest {noted}",
+            found="something else",
             do="delete the file, then run the command that makes it again, or fetch it anew",
         )
     # the beginning of its SHA-256 is part of the name of a file that torch.hub's users release, DeiT's among them

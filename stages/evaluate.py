@@ -101,7 +101,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     for entry in entries:
         rows, decisions[entry.name] = evaluate(config, entry, val_index, labels, device)
         results += rows
-        for size in config.evaluate.sizes:
+        for size in [] if entry.name == TEACHER and config.teacher.size else config.evaluate.sizes:
             at_sizes += at_size(config, entry, size, val_index, labels, device)
     if Rank.start(device).rank:
         return  # rank 0 writes
@@ -133,6 +133,7 @@ def describe_entry(config: Config, name: str, folder: Path) -> Entry:
     size, crop, teacher, tuned = config.recipe.size, config.evaluate.crop, config.teacher, config.finetune
     if name == TEACHER:
         model = teacher.weights or teacher.model
+        size = config.teacher_size("train-student")
         return Entry(name, model, folder, "teacher", size, teacher.crop, teacher.precision)
     if name == FINETUNED:
         student, crop = config.finetune_student(), config.evaluate.crop_finetuned
@@ -216,7 +217,7 @@ def format_sizes(rows: list[dict[str, Any]]) -> str:
         joint = "mean" if any(row["classifier"] == "mean" for row in own) else "class"
         best = {row["size"]: row["top1"] for row in own if row["classifier"] == joint}
         label = f"{name} ({own[0]['trained']} px)"
-        lines.append(f"{label:<24}" + "".join(f"{100 * best[size]:>11.2f}" for size in sizes))
+        lines.append(f"{label:<24}" + "".join(f"{100 * best[size]:>11.2f}" if size in best else " " * 11 for size in sizes))
     return "\n".join(lines)
 
 

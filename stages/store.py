@@ -233,8 +233,7 @@ def _break_even(config: Config, want: Wanted, classes: int) -> None:
 
     epochs = config.student.epochs if want.purpose == "train-student" else config.finetune.epochs
     student = config.finetune_student() if want.purpose == "finetune" else config.student
-    teacher_size = want.recipe.size if want.purpose == "train-student" else config.finetune.teacher_size
-    teacher = multiply_adds(build_teacher(config.teacher, classes), teacher_size or want.recipe.size)
+    teacher = multiply_adds(build_teacher(config.teacher, classes), want.teacher_size)
     own = multiply_adds(build_student(student, config.recipe, classes, want.recipe.size), want.recipe.size)
     print(f"  pays   after {want.views / epochs:.2f} students of {epochs} epochs: the dump is {want.views} forwards of")
     print(f"         the teacher an image, each student with the teacher in the loop would be {epochs}")

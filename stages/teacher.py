@@ -16,10 +16,12 @@ from pipeline.models import (
     Normalised,
     adaptable,
     build_teacher,
+    describe_teacher,
     load_teacher,
     parameter_count,
     pretrained_teacher,
-    save_weights,
+    refuse_size,
+    save_teacher,
     weights_hash,
 )
 from pipeline.plan import Plan, plan_of
@@ -39,9 +41,7 @@ def run(config: Config, device: torch.device, purpose: str = "train-student", dr
         PipelineError: its top-1 on val is below `teacher.min_top1`; nothing is published then.
     """
     train, val = Index(index_path(config, "train")), Index(index_path(config, "val"))
-    size = config.recipe.size
-    if purpose == "finetune":
-        size = config.finetune.teacher_size or config.finetune.size
+    size = config.teacher_size(purpose)
     try:
         training = _training(config, purpose, train, val, device)
     except PipelineError as error:
@@ -50,6 +50,8 @@ def run(config: Config, device: torch.device, purpose: str = "train-student", dr
         print(f"not yet: {error.what}")
         return
     print(describe_run(training) if training else f"teacher: {config.teacher.weights or 'as it is'}, {size} px")
+    if training:
+        refuse_size(training.model, size, _size_key(config, purpose))
     if dry_run:
         return
     if training:
@@ -59,7 +61,16 @@ def run(config: Config, device: torch.device, purpose: str = "train-student", dr
         teacher = load_teacher(config, len(train.classes), device)
     else:
         teacher = pretrained_teacher(config.teacher, len(train.classes))
+    refuse_size(teacher, size, _size_key(config, purpose))
     publish(config, purpose, teacher, val, size, training, device)
+
+
+def _size_key(config: Config, purpose: str) -> str:
+    """What to do about a teacher that does not take the pictures."""
+    if purpose == "train-student" and not config.teacher.weights:
+        return "set recipe.size to the size that it takes, or teacher.kwargs so that it takes this one"
+    key = "teacher.size" if purpose == "train-student" else "finetune.teacher_size"
+    return f"set {key} to the size that it takes: pictures are resized to it"
 
 
 def publish(
@@ -80,7 +91,7 @@ def publish(
     print(f"teacher: top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f} on {len(val):,} images at {size} px")
     folder = teacher_folder(config, purpose)
     with replacing(folder / "weights.safetensors") as temporary:
-        save_weights(temporary, teacher.model)
+        save_teacher(temporary, section, teacher)
     write_curve(folder / "curve.csv", training.folder / "log.jsonl" if training else None)
     with replacing(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
@@ -119,7 +130,7 @@ def _finetuning(config: Config, train: Index, val: Index, device: torch.device) 
     teacher = load_teacher(config, len(train.classes), device)
     identity = run_identity(
         teacher_finetune=result_fields(section),
-        start=weights_hash(teacher.model),
+        start=describe_teacher(config.teacher, teacher, recipe.size),
         recipe=recipe_fingerprint(recipe),
         index=train.fingerprint,
     )

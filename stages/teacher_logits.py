@@ -30,7 +30,6 @@ from pipeline.models import (
     Normalised,
     describe_teacher,
     load_teacher,
-    weights_hash,
 )
 from pipeline.plan import Unit, unit_items
 from pipeline.recipe import group_count
@@ -59,9 +58,7 @@ def run(
         print(describe(config, index, recipe, views, "a store that is named when the teacher is there"))
         return
     teacher = load_teacher(config, len(index.classes), device, purpose)
-    identity = Identity(
-        index.fingerprint, recipe, describe_teacher(config.teacher, weights_hash(teacher.model), own_size)
-    )
+    identity = Identity(index.fingerprint, recipe, describe_teacher(config.teacher, teacher, own_size))
     path, settings = store_path(config, identity.fingerprint), config.teacher_logits
     print(describe(config, index, recipe, views, path))
     if dry_run:
@@ -93,10 +90,11 @@ def remove_damaged(store: StoreWriter, views: int, kind: str, own: set[Unit]) ->
     return [unit for unit, _ in bad]
 
 
-def _purpose(config: Config, purpose: str) -> tuple[Recipe, int, int | None]:
+def _purpose(config: Config, purpose: str) -> tuple[Recipe, int, int]:
+    size = config.teacher_size(purpose)
     if purpose == "train-student":
-        return config.recipe, config.teacher_logits.views, None
-    return config.finetune_recipe(), config.finetune.views, config.finetune.teacher_size
+        return config.recipe, config.teacher_logits.views, size
+    return config.finetune_recipe(), config.finetune.views, size
 
 
 def describe(config: Config, index: Index, recipe: Recipe, views: int, path: str) -> str:
@@ -123,12 +121,11 @@ def batched(groups: Iterable[Groups], count: int) -> Iterator[list[Groups]]:
 class UnitWorker:
     """Renders, asks the teacher, and commits unit after unit.
 
-    `own_size` is the teacher's own input in pixels, where it is another; `commit` takes what
-    StoreWriter.write_unit takes.
+    `own_size` is what the teacher sees, in pixels; `commit` takes what StoreWriter.write_unit takes.
     """
 
     def __init__(
-        self, config: Config, store: Store, teacher: Normalised, own_size: int | None, device: torch.device, commit
+        self, config: Config, store: Store, teacher: Normalised, own_size: int, device: torch.device, commit
     ):
         self.commit = commit
         self.settings, self.store, self.device = config.teacher_logits, store, device
@@ -237,7 +234,7 @@ def recompute_unit(
     """
     _, _, own_size = _purpose(config, purpose)
     teacher = load_teacher(config, store.classes, device, purpose)
-    described = describe_teacher(config.teacher, weights_hash(teacher.model), own_size)
+    described = describe_teacher(config.teacher, teacher, own_size)
     if described != store.group.attrs["teacher"]:
         raise PipelineError(
             f"{store.path}: the teacher",

@@ -16,7 +16,7 @@ from pipeline.layout import (
     store_path,
     student_folder,
 )
-from pipeline.models import Answering, build_student, load_teacher, save_weights
+from pipeline.models import Answering, build_student, describe_teacher, load_teacher, save_weights
 from pipeline.plan import plan_of
 from pipeline.ranks import Rank
 from pipeline.recipe import recipe_fingerprint
@@ -122,10 +122,10 @@ def find_teacher(
 
 
 def _online(config: Config, purpose: str, index: Index, device: torch.device) -> tuple[OnlineTeacher, dict]:
-    settings = config.teacher_logits
-    size = config.finetune.teacher_size if purpose == "finetune" else None
+    settings, size = config.teacher_logits, config.teacher_size(purpose)
     model = load_teacher(config, len(index.classes), device, purpose)
-    return OnlineTeacher(Answering(model, settings, size)), {"online": settings.precision}
+    online = OnlineTeacher(Answering(model, settings, size))
+    return online, {"online": describe_teacher(config.teacher, model, size), "precision": settings.precision}
 
 
 def finish(training: Run, folder: Path) -> None:

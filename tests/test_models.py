@@ -164,6 +164,16 @@ def test_normalisation_is_no_part_of_the_weights():
     assert set(student().state_dict()) == {f"model.{name}" for name in student().model.state_dict()}
 
 
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_a_distilled_teacher_answers_with_the_mean_of_its_heads_as_timm_does(mode):
+    section = Teacher(model=DISTILLED.model, kwargs=SMALL | {"img_size": 32}, drop_path=0.0)
+    teacher = build_teacher(section, 5).train(mode)
+    own, taught = student(DISTILLED).eval()(pictures())  # of the same seed, so with the same weights
+    answered = teacher_logits(teacher, pictures(), 4, 1, False)
+    torch.testing.assert_close(answered, (own + taught) / 2, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(own, taught, atol=1e-3)
+
+
 def test_teacher_answers_a_group_alone_as_among_others():
     teacher = build_teacher(Teacher(model="resnet10t"), 5).eval()
     many = pictures(12)

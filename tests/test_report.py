@@ -26,7 +26,7 @@ from pipeline.layout import (
     student_folder,
     teacher_folder,
 )
-from pipeline.models import build_student, build_teacher, parameter_count, save_weights
+from pipeline.models import build_student, build_teacher, parameter_count, save_teacher, save_weights
 from pipeline.params import resolve
 from pipeline.plots import Sample, SeenView, draw_views, plot_curves, plot_disagreement
 from pipeline.report import Result, format_table, write_report
@@ -261,6 +261,7 @@ def mini(tmp_path_factory):
         for folder, model in models.items():
             folder.mkdir(parents=True)
             save_weights(folder / "weights.safetensors", model.model)
+        save_teacher(teacher_folder(config) / "weights.safetensors", config.teacher, models[teacher_folder(config)])
         teacher_logits.run(config, device)
         yield config, device
 

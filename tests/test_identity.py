@@ -1,0 +1,141 @@
+"""What a result depends on is in its identity: another teacher is another store, and another run."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (fixtures)
+
+from pipeline.config import Config
+from pipeline.errors import PipelineError, UsageError
+from pipeline.layout import student_folder, teacher_folder
+from pipeline.models import build_teacher, describe_teacher, load_teacher, read_weights, save_teacher, save_weights
+from stages import finetune, teacher, teacher_logits, train_student
+
+BRIEF = "student.epochs=1", "student.eval_epochs=1"
+VIT = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "img_size": 24}
+
+
+@pytest.fixture
+def told(capsys):
+    """Where a dry run would put things: `told(run, ...)` gives the last folder that it names."""
+
+    def call(run, *arguments, **options) -> str:
+        capsys.readouterr()
+        run(*arguments, **options, dry_run=True)
+        return re.findall(r"work/(?:state|stores)/\S+", capsys.readouterr().out)[-1]
+
+    return call
+
+
+def publish_teacher(config: Config, purpose: str = "train-student", seed: int = 0) -> None:
+    """A teacher with fresh weights of a seed, as if it had been trained."""
+    model = build_teacher(config.teacher.model_copy(update={"seed": seed}), 3)
+    save_teacher(teacher_folder(config, purpose) / "weights.safetensors", config.teacher, model)
+
+
+# the teacher in the loop
+
+
+def test_a_student_of_another_online_teacher_is_trained_anew(taught):  # noqa: F811
+    config, weights = loaded(*BRIEF), student_folder(taught, "hard") / "weights.safetensors"
+    train_student.run(config, CPU, "hard", teacher="online")
+    first = read_weights(weights)
+    publish_teacher(config, seed=5)
+    train_student.run(config, CPU, "hard", teacher="online")
+    second = read_weights(weights)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_another_online_teacher_is_another_fine_tuning(taught, told):  # noqa: F811
+    config = loaded(*BRIEF)
+    train_student.run(config, CPU, "hard")
+    first = told(finetune.run, config, CPU, teacher="online")
+    assert first == told(finetune.run, config, CPU, teacher="online")
+    publish_teacher(config, "finetune", seed=5)
+    assert first != told(finetune.run, config, CPU, teacher="online")
+
+
+@pytest.mark.parametrize(
+    "change", ["teacher_logits.precision=bfloat16", "teacher.mean=[0.5, 0.5, 0.5]", "teacher.kwargs.output_stride=32"]
+)
+def test_an_online_teacher_that_answers_otherwise_is_another_run(taught, told, change):  # noqa: F811
+    first = told(train_student.run, taught, CPU, "hard", teacher="online")
+    publish_teacher(loaded(change))
+    assert first != told(train_student.run, loaded(change), CPU, "hard", teacher="online")
+
+
+# stores
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["teacher.kwargs.output_stride=32", "teacher.mean=[0.5, 0.5, 0.5]", "teacher.std=[0.5, 0.5, 0.5]"],
+)
+def test_the_same_weights_in_another_function_fill_another_store(taught, told, change):  # noqa: F811
+    first, changed = told(teacher_logits.run, taught, CPU), loaded(change)
+    same = load_teacher(taught, 3, CPU)
+    save_teacher(teacher_folder(changed) / "weights.safetensors", changed.teacher, same)
+    assert first != told(teacher_logits.run, changed, CPU)
+
+
+def test_a_teacher_that_sees_another_size_fills_another_store(taught, told):  # noqa: F811
+    stores = [
+        told(teacher_logits.run, loaded(*change), CPU, "finetune") for change in ([], ["finetune.teacher_size=16"])
+    ]
+    assert stores[0] != stores[1]
+    assert stores[0] == told(teacher_logits.run, loaded("finetune.teacher_size=24"), CPU, "finetune")
+
+
+def test_a_published_teacher_is_not_taken_for_another_function_of_the_same_weights(taught):  # noqa: F811
+    with pytest.raises(PipelineError, match=r"(?s)kwargs.output_stride: 8, 32.*run: pipeline teacher$"):
+        teacher_logits.run(loaded("teacher.kwargs.output_stride=32"), CPU)
+
+
+def test_another_function_of_the_same_weights_is_fine_tuned_anew(taught, told):  # noqa: F811
+    tuned = "teacher_finetune.epochs=1", "teacher_finetune.batch_size=8", "teacher_finetune.workers=0"
+    first, changed = told(teacher.run, loaded(*tuned), CPU, "finetune"), loaded(*tuned, "teacher.std=[0.5, 0.5, 0.5]")
+    same = load_teacher(taught, 3, CPU)
+    save_teacher(teacher_folder(changed) / "weights.safetensors", changed.teacher, same)
+    assert first != told(teacher.run, changed, CPU, "finetune")
+
+
+# teachers with two heads, or of a fixed input size
+
+
+def vit_teacher(size: str = "24") -> Config:
+    """A distilled ViT that takes pictures of 24 px alone, read from weights; the recipe's have 16."""
+    changes = ["teacher.model=deit_tiny_distilled_patch16_224", "teacher.weights=vit.safetensors"]
+    changes += [f"teacher.size={size}", "teacher.crop=1.0"]
+    config = loaded(*BRIEF, *changes)
+    config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"kwargs": VIT})})
+    save_weights(Path("vit.safetensors"), build_teacher(config.teacher, 3).model)
+    return config
+
+
+def test_a_teacher_of_a_fixed_input_size_answers_about_the_recipes_pictures(taught):  # noqa: F811
+    config = vit_teacher()
+    teacher.run(config, CPU)
+    teacher_logits.run(config, CPU)
+    train_student.run(config, CPU, "hard")
+    offline = read_weights(student_folder(config, "hard") / "weights.safetensors")
+    train_student.run(config, CPU, "hard", teacher="online")
+    online = read_weights(student_folder(config, "hard") / "weights.safetensors")
+    assert all(torch.equal(offline[name], online[name]) for name in offline)
+
+
+def test_a_teacher_that_does_not_take_the_recipes_size_is_told_what_to_set(taught):  # noqa: F811
+    with pytest.raises(UsageError, match=r"(?s)the teacher with pictures of 16 px.*24.*set teacher\.size"):
+        teacher.run(vit_teacher("null"), CPU)
+
+
+def test_a_size_of_its_own_is_refused_for_a_teacher_that_is_trained_here(taught):  # noqa: F811
+    with pytest.raises(UsageError, match=r"teacher\.size must be null without teacher\.weights"):
+        loaded("teacher.size=24")
+
+
+def test_a_teachers_identity_tells_that_both_heads_answer(taught):  # noqa: F811
+    distilled, plain = vit_teacher().teacher, taught.teacher
+    assert describe_teacher(distilled, build_teacher(distilled, 3), 24)["head"] == "mean"
+    assert describe_teacher(plain, build_teacher(plain, 3), 24)["head"] == "class"
