@@ -22,7 +22,7 @@ from pipeline.files import file_sha256
 from pipeline.strict import fingerprint
 
 DIGEST = "digest"
-"""The only entry of our files' metadata, JSON of `about` and `digest`: safetensors writes several in no certain order."""
+"""The only entry of our files' metadata, JSON with `about` and `digest`: several are written in no certain order."""
 SUFFIXES = (".safetensors", ".pth", ".pt")
 """Of files that hold weights; whatever else `teacher.weights` says is a timm tag."""
 

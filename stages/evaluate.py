@@ -217,7 +217,8 @@ def format_sizes(rows: list[dict[str, Any]]) -> str:
         joint = "mean" if any(row["classifier"] == "mean" for row in own) else "class"
         best = {row["size"]: row["top1"] for row in own if row["classifier"] == joint}
         label = f"{name} ({own[0]['trained']} px)"
-        lines.append(f"{label:<24}" + "".join(f"{100 * best[size]:>11.2f}" if size in best else " " * 11 for size in sizes))
+        cells = [f"{100 * best[size]:.2f}" if size in best else "" for size in sizes]
+        lines.append(f"{label:<24}" + "".join(f"{cell:>11}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ from pipeline.models import (
     load_resized,
     load_weights,
     parameter_count,
+    read_own_weights,
     read_weights,
     resize_pictures,
     resize_position_embedding,
@@ -310,6 +311,14 @@ def test_weights_are_loaded_as_they_were_saved(tmp_path):
     save_weights(tmp_path / "w.safetensors", model.model)
     load_weights(other.model, read_weights(tmp_path / "w.safetensors"), "trial")
     assert weights_hash(other.model) == weights_hash(model.model)
+
+
+def test_what_is_said_about_weights_is_read_with_them_and_under_their_digest(tmp_path):
+    path, about = tmp_path / "w.safetensors", {"model": "one", "mean": [0.5]}
+    save_weights(path, student().model, about)
+    assert read_own_weights(path)[1] == about
+    path.write_bytes(path.read_bytes().replace(b"one", b"two"))
+    assert "damaged weights" in refusal(read_own_weights, path)
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "as DeiT's"])
