@@ -45,13 +45,17 @@ def main():
 
 
 @main.command()
+@click.option(
+    "--quick", is_flag=True, help="Files of the size and times that they had the last time are taken for unchanged."
+)
 @stage_options(with_device=False)
-def prepare(config, dry_run):
+def prepare(config, dry_run, quick):
     """Images to WebDataset shards (train and val) and their index.
 
     Samples are shuffled by data.seed and cut into shards of equal size; every image is decoded once,
     strictly, and what fails is named. Sources: digits (bundled), folder (class folders), shards
-    (WebDataset tars that are there already).
+    (WebDataset tars that are there already). Run again, it reads everything and mends what is damaged
+    or changed; `dvc repro` runs it with --quick, each time, so that changed images are noticed.
 
     \b
     Example:
@@ -59,7 +63,7 @@ def prepare(config, dry_run):
     """
     from stages import prepare
 
-    prepare.run(config, dry_run)
+    prepare.run(config, dry_run, quick)
 
 
 @main.command()

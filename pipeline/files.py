@@ -32,6 +32,19 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+Stamp = tuple[int, int, int]
+
+
+def stamp(status: os.stat_result) -> Stamp:
+    """Size, time of the contents' last change, time of any last change: a file of the same stamp is the same file."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def settled(stamped: Stamp, when: float) -> bool:
+    """Whether a stamp taken at `when` (seconds) tells of every change since: a clock's tick may hide one in the same."""
+    return max(stamped[1:]) < (when - 2) * 1e9
+
+
 def is_local(filesystem) -> bool:
     """Whether an fsspec file system is this machine's own, mounted ones among it."""
     return "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,))

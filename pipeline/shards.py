@@ -10,14 +10,17 @@ substituted or skipped.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
 import os
 import tarfile
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import google_crc32c
@@ -25,13 +28,16 @@ import numpy as np
 import webdataset
 
 from pipeline.errors import IO_ERRORS, PipelineError, reason
-from pipeline.files import replacing
+from pipeline.files import replacing, settled, stamp
 from pipeline.strict import fingerprint
 from pipeline.views import Undecodable, decode, decode_again
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 MAX_CLASSES = 65535  # class numbers are uint16 in the store, whose fill value is 65535
 FORMAT = 1
+PLACES = ("location", "table")  # what index.json says of where things lie
+VERSIONS = ("ETag", "LastModified", "Last-Modified", "Content-MD5", "last_modified", "updated", "mtime", "created")
+"""What file systems behind URLs tell of a file besides its size, by their names for it."""
 OPEN = 64  # shards whose rows and files stay at hand: a few times Training.open_shards
 
 
@@ -74,12 +80,7 @@ def index_shard(location: str, name: str) -> ShardIndex:
             data = file.read()
         members = _members(data)
     except (*IO_ERRORS, tarfile.TarError) as error:
-        raise PipelineError(
-            f"{where}: the shard cannot be read",
-            expected="a tar of KEY.jpg (png, webp) and KEY.cls members",
-            found=str(error) or type(error).__name__,
-            do="restore the shard, or remove it and run prepare again",
-        ) from error
+        raise _unreadable(where, error) from error
     rows, refused, seen = [], [], set()
     for key, parts in members:
         found = [extension for extension in parts if extension in IMAGE_TYPES]
@@ -103,6 +104,35 @@ def index_shard(location: str, name: str) -> ShardIndex:
     length = max((len(row[0]) for row in rows), default=1)
     return ShardIndex(
         name, np.array(rows, row_type(length)), len(data), hashlib.sha256(data).hexdigest(), refused
+    )
+
+
+def shard_stamp(location: str, name: str) -> Any:
+    """A JSON value that is another when the shard is; None where nothing but its contents would tell.
+
+    Raises:
+        PipelineError: no such shard, or no answer.
+    """
+    where, now = f"{location}/{name}", time.time()
+    try:
+        if "://" not in where:
+            found = stamp(os.stat(where))
+            return [*found] if settled(found, now) else None
+        filesystem, path = fsspec.core.url_to_fs(where)
+        filesystem.invalidate_cache()
+        about = filesystem.info(path)
+    except IO_ERRORS as error:
+        raise _unreadable(where, error) from error
+    versions = {key: str(about[key]) for key in VERSIONS if about.get(key) is not None}
+    return [about.get("size"), versions] if versions else None
+
+
+def _unreadable(where: str, error: Exception) -> PipelineError:
+    return PipelineError(
+        f"{where}: the shard cannot be read",
+        expected="a tar of KEY.jpg (png, webp) and KEY.cls members",
+        found=str(error) or type(error).__name__,
+        do="restore the shard, or remove it and run prepare again",
     )
 
 
@@ -135,12 +165,20 @@ def _label(data: bytes, part: tuple[int, int] | None) -> int | None:
     return int(text) if text.isdigit() and len(text) < 6 and int(text) < MAX_CLASSES else None
 
 
-def write_index(path: Path, location: str, classes: list[str], shards: list[ShardIndex]) -> None:
+def write_index(path: Path, location: str, classes: list[str], shards: list[ShardIndex]) -> str:
     """Write `index.json` at `path` and its table beside it; index.json last.
+
+    A view is drawn from its sample's key, so no two samples may have the same. Where shards number their samples
+    alike, every key becomes SHARD/KEY.
+
+    Returns:
+        which samples had the same key, for a message; empty if none had.
 
     Raises:
         PipelineError: no sample at all, or a label beyond `classes`.
     """
+    if alike := same_key(shards):
+        shards = [_keyed_by_shard(shard) for shard in shards]
     length = max(shard.rows.dtype["key"].itemsize for shard in shards)
     rows = np.concatenate([shard.rows.astype(row_type(length)) for shard in shards])
     if not len(rows):
@@ -173,11 +211,61 @@ def write_index(path: Path, location: str, classes: list[str], shards: list[Shar
         ],
         "refused": [refused for shard in shards for refused in shard.refused],
     }
+    if alike:
+        described["keys"] = "SHARD/KEY"
     described["fingerprint"] = fingerprint(described)
+    _write_described(path, described, location, path.with_suffix(".npy"))
+    return alike
+
+
+def publish_index(index: "Index", path: Path) -> None:
+    """The same index at another place, its table where it is; written only if it is not there already."""
+    described = json.loads(Path(index.path).read_text())
+    _write_described(path, described, index.location, index.table)
+
+
+def _write_described(path: Path, described: dict, location: str, table: str | Path) -> None:
     # where things lie is no part of what they are
-    described |= {"location": location, "table": str(path.with_suffix(".npy"))}
+    places = {"location": _place(location, path), "table": _place(table, path)}
+    text = json.dumps(described | places, indent=1) + "\n"
+    with contextlib.suppress(OSError, ValueError):
+        if path.read_text() == text:
+            return
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(described, indent=1) + "\n")
+        temporary.write_text(text)
+
+
+def _place(target: str | Path, index: Path) -> str:
+    """How an index names a place: from its own folder where both lie below the current one, so that copies hold."""
+    if "://" in str(target):
+        return str(target)
+    here, target, folder = (os.path.abspath(path) for path in (".", target, index.parent))
+    below = target == folder or all(os.path.commonpath([here, path]) == here for path in (target, folder))
+    return os.path.relpath(target, folder) if below else target
+
+
+def same_key(shards: list[ShardIndex]) -> str:
+    """Two samples of different shards that have the same key, in words; empty if there are none."""
+    keys = np.concatenate([shard.rows["key"] for shard in shards])
+    order = np.argsort(keys, kind="stable")
+    alike = np.flatnonzero(keys[order][1:] == keys[order][:-1])
+    if not len(alike):
+        return ""
+    ends = np.cumsum([len(shard.rows) for shard in shards])
+    first, second = (shards[np.searchsorted(ends, order[alike[0] + i], "right")].name for i in (0, 1))
+    return f"{keys[order[alike[0]]].decode()!r} in {first} and in {second}"
+
+
+def _keyed_by_shard(shard: ShardIndex) -> ShardIndex:
+    prefix = f"{shard.name}/".encode()
+    rows = shard.rows.astype(row_type(shard.rows.dtype["key"].itemsize + len(prefix)))
+    rows["key"] = [prefix + key for key in shard.rows["key"]]
+    return dataclasses.replace(shard, rows=rows)
+
+
+def _found(place: str, index: str | Path) -> str:
+    """The path or URL that an index means by a place. Lexically, as it was written: links are not followed."""
+    return place if "://" in place else os.path.abspath(os.path.join(os.path.dirname(index), place))
 
 
 class Index:
@@ -195,7 +283,7 @@ class Index:
         try:
             described = json.loads(Path(path).read_text())
             claimed = described.pop("fingerprint")
-            self.location, self.table = described.pop("location"), described.pop("table")
+            self.location, self.table = (_found(described.pop(place), path) for place in PLACES)
             if described["format"] != FORMAT or fingerprint(described) != claimed:
                 raise ValueError("its fingerprint is not that of its contents")
         except FileNotFoundError:
@@ -204,10 +292,11 @@ class Index:
             raise PipelineError(
                 f"{path}: not a whole index of format {FORMAT}",
                 found=str(error),
-                do="run prepare again (dvc repro -f prepare)",
+                do="run: pipeline prepare",
             ) from error
         self.fingerprint: str = claimed
         self.classes: list[str] = described["classes"]
+        self.keyed_by_shard: bool = "keys" in described
         self.refused: list[dict[str, str]] = described["refused"]
         self.shards: list[dict] = described["shards"]
         self.names = [shard["name"] for shard in self.shards]
@@ -239,7 +328,7 @@ class Index:
                 f"{self.table}: the table of {self.path} cannot be read",
                 expected=f"{len(self)} rows",
                 found=str(error),
-                do="run prepare again (dvc repro -f prepare)",
+                do="run: pipeline prepare",
             ) from error
 
     def rows(self, shard: int) -> np.ndarray:
@@ -255,12 +344,22 @@ class Index:
                     f"{self.table}: the rows of {self.names[shard]}",
                     expected="the checksum that index.json names",
                     found="another: the table was damaged or replaced",
-                    do="run prepare again (dvc repro -f prepare)",
+                    do="run: pipeline prepare",
                 )
             if len(self._rows) >= OPEN:
                 self._rows.pop(next(iter(self._rows)))
             self._rows[shard] = rows
         return self._rows[shard]
+
+    def shard(self, number: int) -> ShardIndex:
+        """A shard as it was when it was indexed.
+
+        Raises:
+            PipelineError: the table is missing or damaged.
+        """
+        about = self.shards[number]
+        refused = [bad for bad in self.refused if bad["shard"] == about["name"]]
+        return ShardIndex(about["name"], self.rows(number), about["bytes"], about["sha256"], refused)
 
     def labels(self) -> np.ndarray:
         """int64 (samples,), over all shards."""
@@ -281,14 +380,14 @@ class Index:
                 f"{self.location}/{self.names[shard]}: the shard cannot be read",
                 expected="the shard that was indexed",
                 found=reason(error),
-                do="restore it, or run prepare again (dvc repro -f prepare)",
+                do="restore it, or run: pipeline prepare",
             ) from error
         if google_crc32c.value(data) != row["crc32c"]:
             raise PipelineError(
                 f"{self.location}/{self.names[shard]}: sample {row['key'].decode()!r} at byte {offset}",
                 expected=f"{size} bytes with crc32c {row['crc32c']:08x}, as indexed",
                 found=f"{len(data)} bytes with crc32c {google_crc32c.value(data):08x}: damaged or replaced",
-                do="restore the shard, or run prepare again (dvc repro -f prepare)",
+                do="restore the shard, or run: pipeline prepare",
             )
         return data
 

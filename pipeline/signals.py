@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -75,6 +76,19 @@ def heed_the_parent_alone() -> None:
         return  # macOS cannot tell who sent a signal
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before there are other threads: they inherit it
     threading.Thread(target=_end_by, args=(multiprocessing.parent_process().pid,), daemon=True).start()
+
+
+def end_with_the_parent() -> None:
+    """For a pool's worker: it ends as soon as its parent has, however that ended, and of Ctrl-C without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only a worker has one"
+    threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    multiprocessing.connection.wait([parent])
+    os._exit(1)
 
 
 def _end_by(parent: int) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,9 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import Data
-from pipeline.errors import PipelineError, UsageError
+from pipeline.contents import digest
+from pipeline.errors import PipelineError, UsageError, reason
+from pipeline.files import Stamp, stamp
 from pipeline.shards import IMAGE_TYPES
 
 DIGITS_SIZE = 32  # pixels a side that the 8 x 8 digits are stored at
@@ -27,8 +30,8 @@ class Listing:
     names: list[str]
     """Path below the split's folder (folder), or the sample's number (digits)."""
     labels: list[int]
-    sizes: list[int]
-    """Bytes of each file, so that a changed folder is another listing."""
+    stamps: list[Stamp]
+    """Of each file; empty for digits."""
 
 
 def list_split(data: Data, split: str) -> Listing:
@@ -41,19 +44,34 @@ def list_split(data: Data, split: str) -> Listing:
     return _list_digits(split) if data.source == "digits" else _list_folder(data, split)
 
 
-def load_sample(data: Data, split: str, name: str) -> tuple[str, bytes]:
-    """A sample's image type (jpg, png, webp) and encoded bytes."""
+def load_sample(data: Data, split: str, name: str, held: str) -> tuple[str, bytes]:
+    """A sample's image type (jpg, png, webp) and encoded bytes.
+
+    Args:
+        held: the digest that its file had; empty for digits.
+
+    Raises:
+        PipelineError: the file is gone or changed.
+    """
     if data.source == "digits":
         return "png", _digit_png(int(name))
     path = Path(getattr(data, split)) / name
     try:
-        return path.suffix[1:].lower(), path.read_bytes()
+        image = path.read_bytes()
     except OSError as error:
         raise PipelineError(
             f"{path}: the image cannot be read",
-            found=error.strerror or str(error),
+            found=reason(error),
             do="restore it or correct its permissions, then run prepare again",
         ) from error
+    if digest(image) != held:
+        raise PipelineError(
+            f"{path}: the image",
+            expected="what it was when prepare began",
+            found="it changed meanwhile, or it was replaced with its times kept",
+            do="run: pipeline prepare",
+        )
+    return path.suffix[1:].lower(), image
 
 
 def sample_keys(names: list[str]) -> list[str]:
@@ -91,7 +109,7 @@ def _list_digits(split: str) -> Listing:
         classes=[str(digit) for digit in range(10)],
         names=[f"{i:04d}" for i in chosen],
         labels=[int(target[i]) for i in chosen],
-        sizes=[0] * len(chosen),
+        stamps=[],
     )
 
 
@@ -113,22 +131,20 @@ def _list_folder(data: Data, split: str) -> Listing:
             do=f"set data.{split} in params.yaml, or --set data.{split}=FOLDER",
         )
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    names, labels, sizes = [], [], []
+    names, labels, stamps = [], [], []
     for label, name in enumerate(classes):
-        files = sorted(
-            path for path in (root / name).rglob("*") if path.suffix[1:].lower() in IMAGE_TYPES and path.is_file()
-        )
-        if not files:
+        images = sorted(_images(root, name), key=lambda image: image[0].split("/"))
+        if not images:
             raise PipelineError(
                 f"{root / name}: a class without images",
                 expected=f"at least one file of {', '.join(IMAGE_TYPES)}",
                 found="none",
                 do="add images or remove the folder",
             )
-        for path in files[: data.max_per_class]:
-            names.append(path.relative_to(root).as_posix())
+        for image, stamped in images[: data.max_per_class]:
+            names.append(image)
             labels.append(label)
-            sizes.append(path.stat().st_size)
+            stamps.append(stamped)
     if not classes:
         raise PipelineError(
             f"{root}: no classes",
@@ -136,4 +152,15 @@ def _list_folder(data: Data, split: str) -> Listing:
             found="no folder in it",
             do=f"point data.{split} at the folder that holds the class folders",
         )
-    return Listing(classes, names, labels, sizes)
+    return Listing(classes, names, labels, stamps)
+
+
+def _images(root: Path, below: str) -> Iterator[tuple[str, Stamp]]:
+    """The images below a folder of `root`: path from there, and stamp."""
+    with os.scandir(root / below) as entries:
+        for entry in entries:
+            name = f"{below}/{entry.name}"
+            if entry.is_dir(follow_symlinks=False):
+                yield from _images(root, name)
+            elif entry.name.rpartition(".")[2].lower() in IMAGE_TYPES and entry.is_file():
+                yield name, stamp(entry.stat())

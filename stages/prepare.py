@@ -1,61 +1,124 @@
 """Images to WebDataset shards and their index.
 
 Samples are shuffled by a seed, so every shard is a fair sample of the whole, and spread evenly.
-The shards lie in `<work>/data/<fingerprint>/`, the fingerprint being of the settings and the listing
-of files, so nothing is overwritten; `outputs/<name>/data/{train,val}/index.json` names them.
+A split's shards lie in `<work>/data/<fingerprint>/<split>/`, the fingerprint being of the settings and of all that
+the split's images hold, so nothing is overwritten; `outputs/<name>/data/{train,val}/index.json` names them.
 """
 
+import contextlib
 import multiprocessing
-import shutil
-from concurrent.futures import ProcessPoolExecutor
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import webdataset
 from tqdm import tqdm
 
 from pipeline.config import Config, Data
+from pipeline.contents import digest, file_digests, recall, remember
 from pipeline.errors import PipelineError, UsageError
-from pipeline.files import file_sha256, replacing
-from pipeline.layout import local_work
+from pipeline.files import file_sha256, sweep
+from pipeline.layout import index_path, local_work
+from pipeline.lock import kernel_lock
 from pipeline.recipe import permutation, stream_key
-from pipeline.shards import Index, ShardIndex, index_shard, write_index, write_shard
+from pipeline.shards import Index, ShardIndex, index_shard, publish_index, shard_stamp, write_index, write_shard
+from pipeline.signals import end_with_the_parent, unwinding
 from pipeline.sources import Listing, list_split, load_sample, sample_keys
 from pipeline.strict import fingerprint
 
 SPLITS = ("train", "val")
+REQUESTS = 8  # files asked about at a time
 
 
-def run(config: Config, dry_run: bool = False) -> None:
+@dataclass(frozen=True)
+class Part:
+    """A split's shards, written here or another's, and where their index goes."""
+
+    split: str
+    root: Path
+    """Of the index in the work folder; of the shards too if they are written here."""
+    location: str
+    """Of the shards."""
+    names: list[str]
+    classes: list[str]
+    """Empty if labels alone tell how many there are."""
+    jobs: Callable[[dict[str, bool]], list[tuple]]
+    """Arguments of `work` for shards by name; true: one that is there is written again all the same."""
+    work: Callable[[tuple], ShardIndex]
+
+    @property
+    def own(self) -> bool:
+        return self.location == str(self.root)
+
+
+def run(config: Config, dry_run: bool = False, quick: bool = False) -> None:
     """Write what is missing of both splits' shards, index them, publish the index.
+
+    Args:
+        quick: files whose size and times are those of the last time are taken for unchanged; without it
+            every image and every shard is read.
 
     Raises:
         UsageError, PipelineError: see pipeline.sources and pipeline.shards.
     """
-    if config.data.source == "shards":
-        return _index_shards(config, dry_run)
+    parts = _foreign_parts(config) if config.data.source == "shards" else _own_parts(config, dry_run, quick)
+    classes: list[str] = []
+    for part in parts:
+        if not dry_run:
+            with unwinding():
+                classes = _prepare(config, part, part.classes or classes, quick)
+
+
+def _own_parts(config: Config, dry_run: bool, quick: bool) -> Iterator[Part]:
     listings = {split: list_split(config.data, split) for split in SPLITS}
     _check_classes(config.data, listings)
-    identity = config.data.model_dump(exclude={"workers", "train", "val"})
-    content = {split: [listing.names, listing.labels, listing.sizes] for split, listing in listings.items()}
-    root = local_work(config.work) / "data" / fingerprint([identity, content])
     for split, listing in listings.items():
-        size = f", {sum(listing.sizes) / 1e6:,.1f} MB" if any(listing.sizes) else ""
         count = -(-len(listing.names) // config.data.shard_samples)
-        print(
-            f"{split}: {len(listing.names):,} images of {len(listing.classes)} classes"
-            f" in {count} shards{size}: {root / split}"
-        )
+        size = f", {sum(at[0] for at in listing.stamps) / 1e6:,.1f} MB" if listing.stamps else ""
+        about = f"{split}: {len(listing.names):,} images of {len(listing.classes)} classes in {count} shards{size}"
         if dry_run:
+            print(about)
             continue
-        names = [f"{number:06d}.tar" for number in range(count)]
-        order = permutation(stream_key(config.data.seed, "shards", split), len(listing.names))
+        held = _contents(config, split, listing, quick)
+        # of this split alone, and of nothing that shards do not depend on
+        identity = config.data.model_dump(include={"source", "seed", "shard_samples"})
+        content = [identity, split, listing.names, listing.labels, digest("".join(held).encode())]
+        root = local_work(config.work) / "data" / fingerprint(content) / split
+        print(f"{about}: {root}")
+        yield _own_part(config.data, split, listing, held, root, count)
+
+
+def _contents(config: Config, split: str, listing: Listing, quick: bool) -> list[str]:
+    """The digest of every image; of digits, which never change, an empty one."""
+    if not listing.stamps:
+        return [""] * len(listing.names)
+    folder = Path(getattr(config.data, split))
+    memory = _memory(config) / f"{fingerprint(str(folder.absolute()))}.json"
+    return file_digests(folder, listing.names, listing.stamps, memory, quick, config.data.workers)
+
+
+def _memory(config: Config) -> Path:
+    """Of what is remembered of files, to be quick; whatever it holds may be deleted."""
+    return local_work(config.work) / "data" / "seen"
+
+
+def _own_part(data: Data, split: str, listing: Listing, held: list[str], root: Path, count: int) -> Part:
+    def jobs(wanted: dict[str, bool]) -> list[tuple]:
+        order = permutation(stream_key(data.seed, "shards", split), len(listing.names))
         keys = sample_keys(listing.names)
-        samples = [(keys[i], listing.names[i], listing.labels[i]) for i in order]
-        jobs = [
-            (config.data, split, root / split / name, samples[number::count])
+        samples = [(keys[i], listing.names[i], held[i], listing.labels[i]) for i in order]
+        return [
+            (data, split, root / name, samples[number::count], wanted[name])
             for number, name in enumerate(names)
+            if name in wanted
         ]
-        _build(config, split, root / split, listing.classes, _write_and_index, jobs)
+
+    names = [f"{number:06d}.tar" for number in range(count)]
+    return Part(split, root, str(root), names, listing.classes, jobs, _write_and_index)
 
 
 def _check_classes(data: Data, listings: dict[str, Listing]) -> None:
@@ -72,15 +135,15 @@ def _check_classes(data: Data, listings: dict[str, Listing]) -> None:
 
 
 def _write_and_index(job: tuple) -> ShardIndex:
-    data, split, path, samples = job
-    if not path.exists():
-        write_shard(path, ((key, *load_sample(data, split, name), label) for key, name, label in samples))
+    data, split, path, samples, again = job
+    if again or not path.exists():
+        images = ((key, *load_sample(data, split, name, held), label) for key, name, held, label in samples)
+        write_shard(path, images)
     return index_shard(str(path.parent), path.name)
 
 
-def _index_shards(config: Config, dry_run: bool) -> None:
-    """Index shards that are there already; they may be read-only and at a URL."""
-    classes: list[str] = []
+def _foreign_parts(config: Config) -> Iterator[Part]:
+    """Shards that are there already; they may be read-only and at a URL."""
     for split in SPLITS:
         if not getattr(config.data, split):
             raise UsageError(
@@ -99,51 +162,105 @@ def _index_shards(config: Config, dry_run: bool) -> None:
             )
         location = folders.pop()
         names = [path.rpartition("/")[2] for path in paths]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UsageError(
+                f"data.{split}: {getattr(config.data, split)}",
+                expected="every shard once",
+                found=f"twice: {', '.join(twice[:5])}",
+                do="name each once",
+            )
         print(f"{split}: {len(paths)} shards at {location}")
-        if dry_run:
-            continue
-        root = local_work(config.work) / "data" / fingerprint([config.data.max_bad, paths]) / split
-        jobs = [(location, name) for name in names]
-        classes = _build(config, split, root, classes, _index_one, jobs, location)
+        root = local_work(config.work) / "data" / fingerprint(paths) / split
+        yield Part(split, root, location, names, [], _foreign_jobs(location), _index_one)
+
+
+def _foreign_jobs(location: str) -> Callable[[dict[str, bool]], list[tuple]]:
+    return lambda wanted: [(location, name) for name in wanted]
 
 
 def _index_one(job: tuple[str, str]) -> ShardIndex:
     return index_shard(*job)
 
 
-def _build(config, split, root, classes, work, jobs, location=None) -> list[str]:
-    """Run the jobs, write the index below `root`, copy index.json to the outputs."""
-    path = root / "index.json"
-    if not (location is None and path.exists() and _complete(path)):
-        shards = []
-        with _executor(min(config.data.workers, len(jobs))) as map_jobs:
-            for shard in tqdm(map_jobs(work, jobs), total=len(jobs), desc=f"{split} shards", unit="shard"):
-                shards.append(shard)
-                _check_bad(config.data, [bad for done in shards for bad in done.refused], root)
-        classes = classes or [str(n) for n in range(1 + max(s.rows["label"].max(initial=-1) for s in shards))]
-        write_index(path, location or str(root), classes, shards)
-    for bad in Index(path).refused:
-        print(f"{split}: refused {bad['shard']} {bad['key']}: {bad['reason']}")
-    published = Path("outputs") / config.name / "data" / split / "index.json"
-    with replacing(published) as temporary:
-        shutil.copyfile(path, temporary)
-    return Index(path).classes
+def _prepare(config: Config, part: Part, classes: list[str], quick: bool) -> list[str]:
+    """Make what is missing of a split, its index, and the copy of that in the outputs; returns the classes."""
+    path = part.root / "index.json"
+    memory = _memory(config) / f"{fingerprint(str(part.root.absolute()))}.json"
+    now = _stamps(part)
+    index = _whole_index(part, path)
+    same = _unchanged(part, index, now, (recall(memory) or {}) if quick else {}) if index else set()
+    if index is None or len(same) < len(part.names) or classes not in ([], index.classes):
+        lock = local_work(config.work) / "data" / "preparing"
+        with kernel_lock(lock, f"{part.split}: waiting for another process, which prepares data there") as locked:
+            if locked:
+                sweep(part.root)
+            _make(config.data, part, path, classes, index, same)
+        index = Index(path)
+    if kept := {name: at for name, at in now.items() if at is not None}:
+        remember(memory, kept)
+    _check_bad(config.data, index.refused, part.root)
+    for bad in index.refused:
+        print(f"{part.split}: refused {bad['shard']} {bad['key']}: {bad['reason']}")
+    publish_index(index, index_path(config, part.split))
+    return index.classes
 
 
-def _complete(path: Path) -> bool:
-    """Whether an index and its shards are whole; a damaged shard is removed, to be written again."""
+def _whole_index(part: Part, path: Path) -> Index | None:
     try:
         index = Index(path)
         index.labels()
     except PipelineError:
-        return False
-    complete = True
-    for shard in tqdm(index.shards, desc=f"check {path.parent}", unit="shard"):
-        file = Path(index.location) / shard["name"]
-        if not file.exists() or file_sha256(file) != shard["sha256"]:
-            file.unlink(missing_ok=True)
-            complete = False
-    return complete
+        return None
+    # an index is not to say where else to look
+    location = part.location if "://" in part.location else os.path.abspath(part.location)
+    there = (index.location, index.table) == (location, os.path.abspath(path.with_suffix(".npy")))
+    return index if there and index.names == part.names else None
+
+
+def _stamps(part: Part) -> dict[str, Any]:
+    """Those of the shards that are there. Of another's, all must be."""
+
+    def one(name: str) -> tuple[str, Any]:
+        return name, shard_stamp(part.location, name)
+
+    names = [name for name in part.names if not part.own or (part.root / name).exists()]
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        return dict(pool.map(one, names))
+
+
+def _unchanged(part: Part, index: Index, now: dict[str, Any], remembered: dict[str, Any]) -> set[str]:
+    """The shards that are as the index says: of a remembered stamp, or, for those written here, of its SHA-256."""
+
+    def same(shard: dict[str, Any]) -> bool:
+        name = shard["name"]
+        if now.get(name) is not None and remembered.get(name) == now[name]:
+            return True
+        return part.own and name in now and file_sha256(part.root / name) == shard["sha256"]
+
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        compared = tqdm(
+            pool.map(same, index.shards), total=len(index.shards), desc=f"check {part.root}", unit="shard", leave=False
+        )
+        return {shard["name"] for shard, equal in zip(index.shards, compared, strict=True) if equal}
+
+
+def _make(data: Data, part: Part, path: Path, classes: list[str], index: Index | None, same: set[str]) -> None:
+    """Write and read what is not `same` as in the old index, and write the index."""
+    if index is None or index.keyed_by_shard:  # whose keys are no longer those of the shards
+        found: dict[str, ShardIndex] = {}
+    else:
+        found = {name: index.shard(number) for number, name in enumerate(index.names) if name in same}
+    # one that an index names but that is not as it says is damaged
+    wanted = {name: index is not None and name not in same for name in part.names if name not in found}
+    with _executor(min(data.workers, len(wanted))) as map_jobs:
+        made = map_jobs(part.work, part.jobs(wanted))
+        for shard in tqdm(made, total=len(wanted), desc=f"{part.split} shards", unit="shard"):
+            found[shard.name] = shard
+            _check_bad(data, [bad for done in found.values() for bad in done.refused], part.root)
+    shards = [found[name] for name in part.names]
+    classes = classes or [str(n) for n in range(1 + max(shard.rows["label"].max(initial=-1) for shard in shards))]
+    if alike := write_index(path, part.location, classes, shards):
+        print(f"{part.split}: the key {alike}: every sample is named SHARD/KEY")
 
 
 def _check_bad(data: Data, refused: list[dict[str, str]], root: Path) -> None:
@@ -157,18 +274,30 @@ def _check_bad(data: Data, refused: list[dict[str, str]], root: Path) -> None:
         )
 
 
-class _executor:
-    """`map` in order over processes, or in this one where one is enough."""
+@contextlib.contextmanager
+def _executor(workers: int) -> Iterator[Callable[..., Any]]:
+    """`map` in order over processes, or in this one where one is enough.
 
-    def __init__(self, workers: int):
-        self.pool = None
-        if workers > 1:
-            context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has threads
-            self.pool = ProcessPoolExecutor(workers, mp_context=context)
-
-    def __enter__(self):
-        return self.pool.map if self.pool else map
-
-    def __exit__(self, *_):
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
+    Raises:
+        PipelineError: a worker was killed.
+    """
+    if workers <= 1:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has threads
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_the_parent)
+    try:
+        yield pool.map
+    except BrokenProcessPool:
+        raise PipelineError(
+            "prepare: a worker process was ended from outside",
+            found="most likely the system was out of memory",
+            do=f"choose fewer than the {workers} processes of data.workers, then run: pipeline prepare; it goes on",
+        ) from None
+    except BaseException:
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -175,13 +175,14 @@ def prepared(experiment: Experiment) -> Facts:
         images = " + ".join(short(index["samples"]) for index in indices.values())
         moved = latest(newest(index_path(config, split).parent) for split in indices)
         return Facts("prepare", "shards", count, count, published=True, moved=moved, note=f"{images} images")
-    # whose a folder is nothing tells before its index is there: the one that moved last
+    # whose a folder is nothing tells before its index is there: of each split the one that moved last
     times: list[float] = []
-    for root in (local_work(config.work) / "data").glob("*"):
-        splits = {split: written(root / split) for split in indices}
-        if not all("index.json" in files for files in splits.values()):
-            found = [when for files in splits.values() for name, when in files.items() if name.endswith(".tar")]
-            times = max(times, found, key=lambda times: max(times, default=0.0))
+    for split in indices:
+        tars = [
+            [when for name, when in written(folder).items() if name.endswith(".tar")]
+            for folder in (local_work(config.work) / "data").glob(f"*/{split}")
+        ]
+        times += max(tars, key=lambda found: max(found, default=0.0), default=[])
     return Facts(
         "prepare", "shards", len(times), begun=bool(times), moved=latest(times), rate=rate_of(times),
         pictures=config.data.shard_samples,

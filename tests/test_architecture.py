@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only modules listed above it.
 ORDER = (
-    "errors", "files", "signals", "lock", "lease", "strict", "policies", "config", "layout", "params", "recipe",
+    "errors", "files", "contents", "signals", "lock", "lease", "strict", "policies", "config", "layout", "params",
+    "recipe",
     "ops", "views", "shards", "sources", "plan", "sealed", "answers", "store_files", "store", "store_writer", "audit",
     "pool", "groups", "loader", "linear", "weights", "models", "teaching", "losses", "optim", "checkpoint", "ranks",
     "evaluation", "arithmetic", "runlog", "meters", "run", "training", "contact_sheet", "plots", "report",

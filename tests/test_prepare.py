@@ -1,22 +1,34 @@
 """Preparation: every image once, in even shards, the same bytes anywhere; what is wrong is named."""
 
+import io
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from conftest import make_data_set, picture, small_config, tree, write_folders
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from pipeline import contents
+from pipeline import shards as shards_module
 from pipeline.errors import PipelineError, UsageError
 from pipeline.layout import index_path
+from pipeline.params import dump
 from pipeline.shards import Index, write_shard
 from pipeline.sources import sample_keys
 from stages import prepare
 
+ROOT = Path(__file__).parent.parent
 TRAIN, VAL = {"cat": 7, "dog": 6, "eel": 4}, {"cat": 2, "dog": 1, "eel": 1}
 
 
@@ -37,7 +49,9 @@ def shards(root: Path) -> dict[str, bytes]:
 
 
 def times(folder: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    """Of all files but what is remembered of them, and the lock."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not {path.name, path.parent.name} & {"seen", "preparing"})
+    return {str(path): path.stat().st_mtime_ns for path in files}
 
 
 def refusal(config, kind=PipelineError) -> str:
@@ -185,7 +199,7 @@ def test_running_prepare_again_mends_a_damaged_shard_as_its_message_says(in_tmp)
     path.write_bytes(data)
     with pytest.raises(PipelineError) as caught:
         index_of(config).read(0, 0)
-    assert "run prepare again" in str(caught.value)
+    assert "run: pipeline prepare" in str(caught.value)
     prepare.run(config)
     assert samples(index_of(config)) == images
 
@@ -226,6 +240,215 @@ def test_changed_folder_is_another_data_folder_and_leaves_the_old_one(in_tmp, ch
     again = index_of(config)
     assert again.location != index.location and again.fingerprint != index.fingerprint
     assert before.items() < shards(in_tmp).items()
+
+
+def replace_an_image(path: Path) -> None:
+    """Another image with as many bytes in the place of a PNG; its times are kept."""
+    plain, status = [], path.stat()
+    for seed in (1, 2):
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(picture(seed))).save(buffer, "png", compress_level=0)
+        plain.append(buffer.getvalue())
+    assert len(plain[0]) == len(plain[1])
+    path.write_bytes(plain[1] if path.read_bytes() == plain[0] else plain[0])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """The clock goes 10 s ahead: what was just written counts as settled."""
+    ahead = SimpleNamespace(time=lambda: time.time() + 10)
+    for module in (contents, shards_module):
+        monkeypatch.setattr(module, "time", ahead)
+
+
+def reading_anything(*_):
+    raise AssertionError("it was read")
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_replaced_image_of_equal_size_and_time_is_noticed(in_tmp, later, split, quick):
+    config = written(in_tmp)
+    replace_an_image(in_tmp / split / "cat" / "000.png")
+    prepare.run(config, quick=quick)
+    before = index_of(config, split)
+    replace_an_image(in_tmp / split / "cat" / "000.png")
+    prepare.run(config, quick=quick)
+    after = index_of(config, split)
+    assert after.fingerprint != before.fingerprint and after.location != before.location
+    assert (in_tmp / split / "cat" / "000.png").read_bytes() in {image for _, image, _ in samples(after)}
+
+
+def test_quick_run_reads_no_image_and_no_shard_and_leaves_the_published_index(in_tmp, later, monkeypatch):
+    config = written(in_tmp)
+    prepare.run(config)
+    prepare.run(config, quick=True)  # the shards were new
+    before = times(in_tmp)
+    for module, name in ((contents, "_file_digest"), (prepare, "file_sha256"), (prepare, "index_shard")):
+        monkeypatch.setattr(module, name, reading_anything)
+    prepare.run(config, quick=True)
+    assert times(in_tmp) == before
+
+
+def test_images_are_read_again_unless_it_shall_be_quick(in_tmp, later, monkeypatch):
+    config = written(in_tmp)
+    prepare.run(config)
+    monkeypatch.setattr(contents, "_file_digest", reading_anything)
+    with pytest.raises(AssertionError, match="it was read"):
+        prepare.run(config)
+
+
+def test_image_so_new_that_its_times_may_not_tell_is_read_again(in_tmp, monkeypatch):
+    config = written(in_tmp)
+    prepare.run(config)
+    monkeypatch.setattr(contents, "_file_digest", reading_anything)
+    with pytest.raises(AssertionError, match="it was read"):
+        prepare.run(config, quick=True)
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.replace("0", "1"), lambda text: "["])
+def test_damaged_memory_of_images_only_makes_them_read_again(in_tmp, later, damage):
+    config = written(in_tmp)
+    prepare.run(config)
+    before = times(in_tmp)
+    for memory in (in_tmp / "work/data/seen").iterdir():
+        memory.write_text(damage(memory.read_text()))
+    prepare.run(config, quick=True)
+    assert times(in_tmp) == before
+
+
+def test_image_that_changes_while_shards_are_written_is_named(in_tmp, monkeypatch):
+    config = written(in_tmp)
+    path, listed = in_tmp / "train" / "cat" / "000.png", prepare.file_digests
+
+    def read_then_change(*arguments):
+        held = listed(*arguments)
+        path.write_bytes(picture(99))
+        return held
+
+    monkeypatch.setattr(prepare, "file_digests", read_then_change)
+    assert f"{path}: the image" in refusal(config)
+
+
+def test_another_validation_set_writes_no_training_shard_again(in_tmp):
+    config, index = make_data_set(in_tmp, TRAIN, VAL)
+    before = times(in_tmp / "work")
+    write_folders(in_tmp / "other", VAL, seed=5)
+    config = small_config(in_tmp, data__val=str(in_tmp / "other"))
+    prepare.run(config)
+    after = times(in_tmp / "work")
+    assert {path for path in after if path not in before and "/train/" in path} == set()
+    assert before.items() <= after.items()
+    assert (index_of(config).location, index_of(config).fingerprint) == (index.location, index.fingerprint)
+
+
+@pytest.mark.parametrize("changes", [{"data__max_bad": 3}, {"data__workers": 2}, {"data__max_per_class": 50}])
+def test_what_changes_no_shard_writes_none_again(in_tmp, changes):
+    config, _ = make_data_set(in_tmp, TRAIN, VAL)
+    before = times(in_tmp / "work")
+    prepare.run(small_config(in_tmp, **changes))
+    assert times(in_tmp / "work") == before
+
+
+def test_fewer_bad_images_tolerated_than_an_index_has_are_refused(in_tmp):
+    config = written(in_tmp, data__max_bad=1)
+    (in_tmp / "train" / "cat" / "000.png").write_bytes(b"")
+    prepare.run(config)
+    assert "cat/000" in refusal(small_config(in_tmp))
+
+
+def test_copy_of_work_and_outputs_reads_its_own_files(in_tmp, monkeypatch):
+    _, index = make_data_set(in_tmp / "here", TRAIN, VAL)
+    whole = samples(index)
+    (in_tmp / "elsewhere").mkdir()
+    for name in ("here", "outputs"):
+        shutil.move(name, in_tmp / "elsewhere" / name)
+    monkeypatch.chdir(in_tmp / "elsewhere")
+    for path in ("outputs/small/data/train/index.json", next(Path("here/work").rglob("train/index.json"))):
+        assert samples(Index(path)) == whole
+
+
+def test_work_elsewhere_than_the_outputs_is_named_in_full(in_tmp, monkeypatch):
+    (in_tmp / "project").mkdir()
+    monkeypatch.chdir(in_tmp / "project")
+    config, index = make_data_set(in_tmp, TRAIN, VAL)
+    (in_tmp / "moved").mkdir()
+    shutil.move("outputs", in_tmp / "moved")
+    monkeypatch.chdir(in_tmp / "moved")
+    assert samples(index_of(config)) == samples(index)
+
+
+def test_file_that_an_index_names_outside_the_work_folder_is_left_alone(in_tmp):
+    config, index = make_data_set(in_tmp, TRAIN, VAL)
+    whole, precious = samples(index), in_tmp / "precious" / index.names[0]
+    precious.parent.mkdir()
+    precious.write_bytes(b"not ours")
+    path = Path(index.location) / "index.json"
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps(described | {"location": str(precious.parent)}))
+    prepare.run(config)
+    assert precious.read_bytes() == b"not ours"
+    assert samples(index_of(config)) == whole and index_of(config).location == index.location
+
+
+def test_partial_files_of_a_killed_run_are_swept_when_shards_are_written_again(in_tmp):
+    config, index = make_data_set(in_tmp, TRAIN, VAL)
+    Path(index.location, ".000000.tar.0123abcd.partial").write_bytes(b"half")
+    Path(index.location, index.names[0]).unlink()
+    prepare.run(config)
+    assert not list(in_tmp.rglob("*.partial"))
+
+
+def test_killed_worker_is_told_in_one_message():
+    with pytest.raises(PipelineError, match="out of memory") as caught, prepare._executor(2) as map_jobs:
+        list(map_jobs(os._exit, [9]))
+    assert "data.workers" in str(caught.value)
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_parent(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "from stages.prepare import _executor; from test_prepare import pid_slowly\n"
+        "if __name__ == '__main__':\n"
+        "    with _executor(2) as map_jobs:\n"
+        "        [print(pid, flush=True) for pid in map_jobs(pid_slowly, range(99))]"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    parent = subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    workers = {int(parent.stdout.readline()) for _ in range(4)}
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    until = time.monotonic() + 10
+    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+def pid_slowly(_: int) -> int:
+    time.sleep(0.3)
+    return os.getpid()
+
+
+@pytest.mark.slow
+def test_dvc_notices_a_replaced_image_and_runs_nothing_more_where_none_was(in_tmp):
+    config = written(in_tmp, work="work")
+    replace_an_image(in_tmp / "train" / "cat" / "000.png")
+    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["prepare"] | {"deps": []}
+    after = {"cmd": "echo begun >> after", "deps": ["outputs/${name}/data/train/index.json"]}
+    dag = {"vars": ["params.yaml"], "stages": {"prepare": stage, "after": after}}
+    Path("dvc.yaml").write_text(yaml.safe_dump(dag))
+    Path("params.yaml").write_text(dump(config))
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    for command in ("init -q --no-scm", "repro -q", "repro -q"):
+        subprocess.run(["dvc", *command.split()], env=environment, check=True)
+    assert Path("after").read_text() == "begun\n"
+    replace_an_image(in_tmp / "train" / "cat" / "000.png")
+    subprocess.run(["dvc", "repro", "-q"], env=environment, check=True)
+    assert Path("after").read_text() == "begun\nbegun\n"
 
 
 def test_dry_run_says_what_it_would_write_and_writes_nothing(in_tmp, capsys):
@@ -468,6 +691,55 @@ def test_shards_of_several_folders_are_refused_or_read(in_tmp):
         assert "in/b" in str(error) or "data.train" in str(error)
     else:
         assert samples(index_of(config)) == a + b
+
+
+def numbered_alike(root: Path, split: str, numbers: range) -> None:
+    """Shards that each number their samples from 0."""
+    for number in numbers:
+        lot = [(f"{i:06d}", "png", picture(100 * number + i), i) for i in range(3)]
+        write_shard(root / f"{split}-{number:04d}.tar", lot)
+
+
+def test_keys_that_shards_share_become_unique_by_the_shard_s_name(in_tmp, capsys):
+    numbered_alike(in_tmp / "in", "train", range(3))
+    numbered_alike(in_tmp / "in", "val", range(1))
+    config = shards_config(in_tmp)
+    prepare.run(config)
+    keys = [key for key, *_ in samples(index_of(config))]
+    assert keys == [f"train-{number:04d}.tar/{i:06d}" for number in range(3) for i in range(3)]
+    assert "train: the key '000000' in train-0000.tar and in train-0001.tar" in capsys.readouterr().out
+    assert [key for key, *_ in samples(index_of(config, "val"))] == ["000000", "000001", "000002"]
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_shard_changed_beside_others_that_share_its_keys_is_indexed(in_tmp, quick, later):
+    numbered_alike(in_tmp / "in", "train", range(3))
+    numbered_alike(in_tmp / "in", "val", range(1))
+    config = shards_config(in_tmp)
+    prepare.run(config, quick=quick)
+    write_shards(in_tmp / "in", [2])
+    prepare.run(config, quick=quick)
+    assert len(samples(index_of(config))) == 8
+
+
+def test_shard_that_is_listed_twice_is_refused(in_tmp):
+    write_shards(in_tmp / "in", [3])
+    write_shards(in_tmp / "in", [3], "val")
+    assert "twice: train-0000.tar" in refusal(shards_config(in_tmp, train="train-{0000,0000}.tar"), UsageError)
+
+
+def test_quick_run_reads_only_the_shard_that_changed(in_tmp, later, monkeypatch):
+    write_shards(in_tmp / "in", [4, 3, 5])
+    write_shards(in_tmp / "in", [3], "val")
+    config = shards_config(in_tmp)
+    prepare.run(config, quick=True)
+    path = in_tmp / "in" / "train-0001.tar"
+    write_shard(path, [("new", "png", picture(55), 1)])
+    read, index = [], prepare.index_shard
+    monkeypatch.setattr(prepare, "index_shard", lambda *where: read.append(where[1]) or index(*where))
+    prepare.run(config, quick=True)
+    assert read == ["train-0001.tar"]
+    assert [key for key, *_ in samples(index_of(config))][4] == "new"
 
 
 # keys

@@ -268,10 +268,10 @@ def test_indices_of_shards_at_s3_are_those_of_local_ones_but_for_their_location(
     for location, name in (("in", "local"), (f"{bucket.url}/in", "remote")):
         config = config_of(location, name, workers=workers)
         prepare.run(config)
-        read = [json.loads(index_path(config, split).read_text()) for split in prepare.SPLITS]
-        assert [index.pop("location") for index in read] == [location, location]
-        tables.append([Path(index.pop("table")).read_bytes() for index in read])
-        described.append(read)
+        read = [Index(index_path(config, split)) for split in prepare.SPLITS]
+        assert {index.location for index in read} == {location if "://" in location else str(Path(location).absolute())}
+        tables.append([Path(index.table).read_bytes() for index in read])
+        described.append([(index.fingerprint, index.shards) for index in read])
     assert described[0] == described[1]
     assert tables[0] == tables[1]
 

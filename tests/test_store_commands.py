@@ -78,11 +78,11 @@ FILES = ("store", "shard", "table", "index", "manifest")
 
 def files_of(kind: str) -> list[Path]:
     data = Path("outputs/small/data/train/index.json")
-    index = json.loads(data.read_text())
+    index = Index(data)
     return {
         "store": lambda: [path for path in sorted(the_store().rglob("*")) if path.is_file()],
-        "shard": lambda: sorted(Path(index["location"]).glob("*.tar")),
-        "table": lambda: [Path(index["table"])],
+        "shard": lambda: sorted(Path(index.location).glob("*.tar")),
+        "table": lambda: [Path(index.table)],
         "index": lambda: [data],
         "manifest": lambda: [Path("outputs/small/teacher-logits/manifest.json")],
     }[kind]()
