@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from machine import conditions
 
-from pipeline.answers import as_stored, encode, log_probabilities, row_bytes
+from pipeline.answers import decode_logits, encode, row_bytes
 from pipeline.config import Config
 from pipeline.groups import Renderer, mixed
 from pipeline.layout import index_path
@@ -46,8 +46,7 @@ def distances(logits: torch.Tensor, kind: str, top_k: int, tau: float) -> tuple[
     true = (logits.double() / tau).log_softmax(1).numpy()
     encoded = encode(kind, logits, top_k)[1]
     assert encoded is not None, f"{kind} keeps no logits"
-    payload = as_stored(kind, encoded)
-    stored = log_probabilities(kind, payload, logits.shape[1], tau).astype(np.float64)
+    stored = (decode_logits(kind, encoded, logits.shape[1]) / tau).log_softmax(1).double().numpy()
     divergence = (np.exp(true) * (true - stored)).sum(1).mean()
     return float(divergence), float(0.5 * np.abs(np.exp(true) - np.exp(stored)).sum(1).mean())
 

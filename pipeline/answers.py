@@ -66,33 +66,26 @@ def _levels(logits: torch.Tensor) -> torch.Tensor:
     return torch.cat([levels, ends.view(torch.uint8)], dim=1)
 
 
-def decode_logits(kind: str, payload: np.ndarray, classes: int) -> np.ndarray:
-    """A payload (rows, width) as float32 logits (rows, classes), up to what the kind rounds away.
+def decode_logits(kind: str, payload: torch.Tensor, classes: int) -> torch.Tensor:
+    """A payload (rows, width) as float32 logits (rows, classes) on its device, up to what the kind rounds away.
 
     Classes outside the top k share their log-sum-exp evenly, so the tail's mass is exact at tau 1
-    and evenly spread at any other.
+    and evenly spread at any other. The same bits on every device.
     """
     if kind == "dense":
-        return payload.astype(np.float32)
+        return payload.float()
     if kind == "dense8":
-        ends = np.ascontiguousarray(payload[:, classes:]).view(np.float32)
-        return ends[:, :1] + payload[:, :classes] * ((ends[:, 1:] - ends[:, :1]) / np.float32(255))
-    top_k = (payload.shape[1] - 2) // 2
-    packed = np.ascontiguousarray(payload)
-    chosen = packed[:, :top_k].astype(np.int64)
-    values = np.ascontiguousarray(packed[:, top_k : 2 * top_k]).view(np.float16).astype(np.float32)
-    rest = np.ascontiguousarray(packed[:, 2 * top_k :]).view(np.float32)
-    logits = np.repeat(rest - math.log(max(classes - top_k, 1)), classes, axis=1)
-    np.put_along_axis(logits, chosen, values, axis=1)
-    return logits
+        least, greatest = _as_floats(payload[:, classes:]).split(1, dim=1)
+        # by a tensor: a GPU would multiply by the reciprocal of a plain number, which rounds otherwise
+        step = (greatest - least) / torch.full_like(least, 255)
+        return least + payload[:, :classes] * step
+    top_k, packed = (payload.shape[1] - 2) // 2, payload.view(torch.int16)
+    chosen = packed[:, :top_k].long() & 0xFFFF
+    values = packed[:, top_k : 2 * top_k].view(torch.float16).float()
+    rest = _as_floats(packed[:, 2 * top_k :]) - math.log(max(classes - top_k, 1))
+    return rest.repeat(1, classes).scatter_(1, chosen, values)
 
 
-def log_probabilities(kind: str, payload: np.ndarray, classes: int, tau: float) -> np.ndarray:
-    """log softmax(logits / tau) of a payload (rows, width), float32 (rows, classes).
-
-    Of a top k the tail is accounted for: exactly in its mass at tau 1, as if spread evenly over the
-    other classes at any other tau.
-    """
-    logits = decode_logits(kind, payload, classes) / np.float32(tau)
-    logits -= logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+def _as_floats(numbers: torch.Tensor) -> torch.Tensor:
+    """The bytes of rows as float32; copied, since a row may begin anywhere in memory."""
+    return numbers.clone(memory_format=torch.contiguous_format).view(torch.float32)

@@ -48,7 +48,7 @@ def _seen(store: Store, groups: Groups, kind: str, slots: list[int]) -> Iterator
     argmax, payload = stored_answers(store, groups, kind)
     sure = None
     if payload is not None:
-        sure = torch.from_numpy(decode_logits(kind, payload.numpy(), store.classes)).softmax(1)
+        sure = decode_logits(kind, payload, store.classes).softmax(1)
     pictures = mixed(groups).round().byte().permute(0, 2, 3, 1).numpy()
     classes, labels = store.index.classes, groups.labels[0]
     for slot in slots:

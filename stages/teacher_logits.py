@@ -254,17 +254,20 @@ def recompute_unit(
     stored = [store.read(unit.shard, view, kind) for view in range(first, first + block)]
     largest = None
     if kind != "argmax":
-        pairs = [
-            (decode_logits(kind, was.payload, store.classes), decode_logits(kind, now, store.classes))
+        largest = max(
+            float((_logits(kind, was.payload, store) - _logits(kind, now, store)).abs().max())
             for was, now in zip(stored, answers[kind], strict=True)
-        ]
-        largest = max(float(np.abs(was - now).max()) for was, now in pairs)
+        )
     return Difference(
         answers=answers["argmax"].size,
         flips=int(sum((was.argmax != now).sum() for was, now in zip(stored, answers["argmax"], strict=True))),
         checks=int(sum((was.check != now).sum() for was, now in zip(stored, checks, strict=True))),
         largest=largest,
     )
+
+
+def _logits(kind: str, payload: np.ndarray, store: Store) -> torch.Tensor:
+    return decode_logits(kind, torch.tensor(payload), store.classes)
 
 
 def publish(config: Config, purpose: str, store: Store, views: int) -> None:

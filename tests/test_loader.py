@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pipeline.groups
+from pipeline import teaching
 from pipeline.errors import PipelineError
 from pipeline.groups import Groups, Renderer, mixed, targets
 from pipeline.loader import (
@@ -32,6 +33,7 @@ from pipeline.recipe import draw_mix, draw_view
 from pipeline.shards import Index
 from pipeline.store import Identity, Store
 from pipeline.store_writer import StoreWriter
+from pipeline.teaching import StoredTeacher
 from pipeline.views import center_view, render
 
 ROOT = Path(__file__).parent.parent
@@ -555,6 +557,15 @@ def test_unused_slots_get_class_0(small_set, store):
     argmax, payload = stored_answers(store, groups, "dense")
     unused = groups.weights.flatten() == 0
     assert unused.any() and not argmax[unused].any() and not payload[unused].any()
+
+
+def test_answers_go_to_the_device_as_they_are_stored_and_are_decoded_there(small_set, store, monkeypatch):
+    sent = []
+    monkeypatch.setattr(teaching, "send", lambda tensor, device: sent.append(tensor) or tensor.to(device))
+    elsewhere = torch.device("meta")
+    answer = StoredTeacher(store, "dense")(renderer(small_set).render(ITEMS), torch.zeros(20, device=elsewhere))
+    assert {(tensor.dtype, tensor.shape) for tensor in sent} == {(torch.float16, (20, 3)), (torch.int64, (20,))}
+    assert answer.logits.dtype == torch.float32 and answer.logits.device == answer.argmax.device == elsewhere
 
 
 def test_argmax_alone_has_no_payload(small_set, store):

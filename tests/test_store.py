@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pipeline import answers as kinds
-from pipeline.answers import DTYPES, KINDS, as_stored, decode_logits, log_probabilities, payload_width
+from pipeline.answers import DTYPES, KINDS, as_stored, payload_width
 from pipeline.audit import damaged, manifest, read_manifest, store_bytes, write_manifest
 from pipeline.config import Recipe
 from pipeline.errors import PipelineError, UsageError
@@ -664,6 +664,48 @@ def test_argmax_tells_apart_what_float16_does_not():
     assert [encode(kind, close, 1)[0].item() for kind in KINDS] == [1] * len(KINDS)
 
 
+def decode_logits(kind: str, payload: np.ndarray, classes: int) -> np.ndarray:
+    return kinds.decode_logits(kind, torch.from_numpy(payload), classes).numpy()
+
+
+def decoded_by_numpy(kind: str, payload: np.ndarray, classes: int) -> np.ndarray:
+    """What a payload says, written down in numpy."""
+    if kind == "dense":
+        return payload.astype(np.float32)
+    if kind == "dense8":
+        ends = np.ascontiguousarray(payload[:, classes:]).view(np.float32)
+        return ends[:, :1] + payload[:, :classes] * ((ends[:, 1:] - ends[:, :1]) / np.float32(255))
+    top_k = (payload.shape[1] - 2) // 2
+    values = np.ascontiguousarray(payload[:, top_k : 2 * top_k]).view(np.float16).astype(np.float32)
+    rest = np.ascontiguousarray(payload[:, 2 * top_k :]).view(np.float32)
+    logits = np.repeat(rest - np.float32(math.log(max(classes - top_k, 1))), classes, axis=1)
+    np.put_along_axis(logits, payload[:, :top_k].astype(np.int64), values, axis=1)
+    return logits
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["topk", "dense8", "dense"])
+@property_settings
+@given(st.integers(1, 40), st.integers(2, 70), st.integers(0, 99), st.sampled_from([0.01, 3.0, 60.0]))
+def test_a_payload_is_decoded_to_numpys_bits_on_every_device(device, kind, rows, classes, seed, spread):
+    values = torch.randn(rows, classes, generator=torch.Generator().manual_seed(seed)) * spread
+    payload = encode(kind, values, min(5, classes))[1]
+    found = kinds.decode_logits(kind, torch.from_numpy(payload).to(device), classes).cpu().numpy()
+    assert found.dtype == np.float32
+    assert np.array_equal(found.view(np.uint32), decoded_by_numpy(kind, payload, classes).view(np.uint32))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_classes_beyond_32767_are_decoded_on_every_device(device):
+    values = torch.zeros(1, 65535)
+    values[0, [32768, 65534]] = torch.tensor([2.0, 1.0])
+    payload = torch.from_numpy(encode("topk", values, 2)[1]).to(device)
+    assert kinds.decode_logits("topk", payload, 65535)[0].topk(2).indices.tolist() == [32768, 65534]
+
+
 @property_settings
 @given(logits)
 def test_dense_keeps_every_logit_as_float16(values):
@@ -684,11 +726,11 @@ def test_a_byte_a_class_keeps_every_logit_to_half_a_step(values):
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("kind", ["topk", "dense8", "dense"])
-def test_log_probabilities_at_a_tau_are_those_of_the_logits(kind, tau):
+def test_decoded_probabilities_at_a_tau_are_those_of_the_logits(kind, tau):
     values = torch.from_numpy(np.random.default_rng(3).normal(0, 2, (20, 6)).astype(np.float32))
-    found = log_probabilities(kind, encode(kind, values, 6)[1], 6, tau)
-    true = (values / tau).log_softmax(1).numpy()
-    assert np.abs(found - true).max() < (0.06 if kind == "dense8" else 0.02)
+    found = torch.from_numpy(decode_logits(kind, encode(kind, values, 6)[1], 6))
+    distance = ((found / tau).log_softmax(1) - (values / tau).log_softmax(1)).abs().max()
+    assert distance < (0.06 if kind == "dense8" else 0.02)
 
 
 @property_settings
