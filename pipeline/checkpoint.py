@@ -64,7 +64,7 @@ def load(folder: Path, identity: dict[str, Any], device: torch.device) -> dict[s
             f"{path}: a checkpoint of another run",
             expected="that of this run",
             found="(there, here) " + "; ".join(others[:8]) + f"; {len(others) - 8} more" * (len(others) > 8),
-            do="move it away: this run cannot go on from it",
+            do="go on as it was begun, or move it away: this run cannot go on from it",
         )
     return state
 

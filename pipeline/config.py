@@ -205,7 +205,8 @@ class Training(Section):
     deterministic: bool = False
     """On a GPU, only kernels that give the same bits each time: slower, and torch has not all of them."""
     accumulation: Positive = 1
-    """Slices that a rank's share of the batch is computed in."""
+    """Slices that a rank's share of the batch is computed in. Changes rounding only, but for batch norm: its statistics
+    are a slice's."""
     workers: Workers = 8
     """Rendering processes a rank."""
     open_shards: Positive = 16

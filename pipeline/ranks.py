@@ -18,7 +18,7 @@ class Rank:
     @classmethod
     def start(cls, device: torch.device) -> "Rank":
         """Join the process group (nccl on GPUs, gloo on CPUs) where torchrun's environment names one."""
-        world = int(os.environ.get("WORLD_SIZE", "1"))
+        world = world_size()
         if world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **_meeting_place())
         return cls(int(os.environ.get("RANK", "0")), world)
@@ -51,6 +51,11 @@ class Rank:
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
         return torch.cat([part[:size].cpu() for part, size in zip(parts, sizes, strict=True)])
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _meeting_place() -> dict[str, Any]:

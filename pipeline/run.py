@@ -1,6 +1,6 @@
 """One training run: all that it is made of, and its identity."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from pipeline.config import Student, Training
 from pipeline.groups import Groups
 from pipeline.models import Normalised, parameter_count
 from pipeline.plan import Plan
+from pipeline.ranks import world_size
 from pipeline.shards import Index
 from pipeline.teaching import Answer, NoTeacher
 
@@ -47,14 +48,37 @@ class Run:
         return self.settings.epochs * self.plan.steps_per_epoch
 
     @property
+    def sees_slices(self) -> bool:
+        """Whether a batch norm learns, to which the slices of the batch matter."""
+        return "accumulation" in self.identity
+
+    @property
+    def checkpoint_identity(self) -> dict[str, Any]:
+        """What must be the same where the run goes on."""
+        return self.identity | {"ranks": world_size()} if self.sees_slices else self.identity
+
+    @property
     def distilled(self) -> bool:
         """Whether a teacher is listened to."""
         return self.distillation is not None and self.distillation.distillation != "none"
 
 
-def run_identity(**parts: Any) -> dict[str, Any]:
-    """All that a run's weights depend on, TRAINING_VERSION too; its fingerprint names the state."""
-    return parts | {"training_version": TRAINING_VERSION}
+def run_identity(settings: Training, learning: Iterable[nn.Module], **parts: Any) -> dict[str, Any]:
+    """All that a run's weights depend on, TRAINING_VERSION too; its fingerprint names the state.
+
+    Args:
+        learning: what is in training mode while it is trained. A batch norm in it takes its statistics over a slice of
+            the batch, so accumulation counts, which changes rounding otherwise. So would the number of ranks, but that
+            is no setting: a run cannot go on with another, see `checkpoint_identity`.
+        parts: JSON values.
+    """
+    identity = parts | {"training_version": TRAINING_VERSION}
+    return identity | {"accumulation": settings.accumulation} if has_batch_norm(learning) else identity
+
+
+def has_batch_norm(parts: Iterable[nn.Module]) -> bool:
+    """Whether there is one in any of the parts."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for part in parts for module in part.modules())
 
 
 NAMED_BY = ("teacher_settings", "teacher_finetune", "student", "finetune", "recipe", "index")
@@ -74,6 +98,9 @@ def describe_run(run: Run) -> str:
         f" of {plan.batch_groups} groups = {run.steps:,} steps; {parameter_count(run.model.model):,} parameters\n"
         f"  state: {run.folder}"
     )
+    if run.sees_slices:
+        slots = plan.batch_groups * plan.recipe.group_size // (world_size() * run.settings.accumulation)
+        text += f"\n  batch norm over {slots} pictures ({world_size()} ranks); it goes on with as many ranks only"
     if wanted > plan.views:
         text += f"\n  {wanted} views wanted, {plan.views} stored: each comes round {wanted / plan.views:.1f} times"
     return text

@@ -139,7 +139,7 @@ class Trainer:
 
     def resume(self) -> None:
         run = self.run
-        state = checkpoint.load(run.folder, run.identity, run.device)
+        state = checkpoint.load(run.folder, run.checkpoint_identity, run.device)
         if state is None:
             if self.log:
                 self.log.rewind(0)  # of an attempt that ended before its first checkpoint
@@ -161,7 +161,7 @@ class Trainer:
             state |= {"epoch_loss": self.epoch_loss, "first_loss": self.first_loss}
             if self.ema:
                 state["ema"] = self.ema.state_dict()
-            checkpoint.save(self.run.folder, self.step, self.run.identity, state)
+            checkpoint.save(self.run.folder, self.step, self.run.checkpoint_identity, state)
 
     def train(self) -> dict[str, float]:
         run, settings = self.run, self.run.settings

@@ -51,6 +51,8 @@ def run(config: Config, device: torch.device, teacher: str = "stored", dry_run: 
         print(f"not yet: {error.what}")
         teaching, taught_by = NoTeacher(), None
     identity = run_identity(
+        settings,
+        [model] if settings.train_mode else [],
         finetune=result_fields(settings),
         student={key: getattr(student, key) for key in TAKEN_OVER},
         start=weights_hash(model.model),

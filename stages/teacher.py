@@ -104,7 +104,10 @@ def _training(config: Config, purpose: str, train: Index, val: Index, device: to
     section = config.teacher
     if section.weights:
         return None
+    model = build_teacher(section, len(train.classes))
     identity = run_identity(
+        section,
+        [model],
         teacher_settings={k: v for k, v in result_fields(section).items() if k not in ("min_top1", "crop")},
         recipe=recipe_fingerprint(config.recipe),
         index=train.fingerprint,
@@ -117,7 +120,7 @@ def _training(config: Config, purpose: str, train: Index, val: Index, device: to
         plan=_plan(train, config.recipe, section),
         train=train,
         val=val,
-        model=build_teacher(section, len(train.classes)),
+        model=model,
         size=config.recipe.size,
         crop=section.crop,
         device=device,
@@ -128,7 +131,10 @@ def _finetuning(config: Config, train: Index, val: Index, device: torch.device) 
     """FixRes: the classifier and the last batch norm learn at the higher resolution, the rest stays."""
     section, recipe = config.teacher_finetune, config.teacher_finetune_recipe()
     teacher = load_teacher(config, len(train.classes), device)
+    learning = adaptable(teacher.model)
     identity = run_identity(
+        section,
+        learning,
         teacher_finetune=result_fields(section),
         start=describe_teacher(config.teacher, teacher, recipe.size),
         recipe=recipe_fingerprint(recipe),
@@ -146,7 +152,7 @@ def _finetuning(config: Config, train: Index, val: Index, device: torch.device) 
         size=recipe.size,
         crop=config.teacher.crop,
         device=device,
-        learning=adaptable(teacher.model),
+        learning=learning,
     )
 
 

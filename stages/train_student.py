@@ -59,7 +59,10 @@ def run(
             raise
         print(f"not yet: {error.what}")
         teaching, taught_by = NoTeacher(), None
+    model = build_student(settings, config.recipe, len(train_index.classes), config.recipe.size)
     identity = run_identity(
+        settings,
+        [model],
         student=result_fields(settings),
         recipe=recipe_fingerprint(config.recipe),
         index=train_index.fingerprint,
@@ -74,7 +77,7 @@ def run(
         plan=plan_of(train_index, config.recipe, settings, views),
         train=train_index,
         val=val_index,
-        model=build_student(settings, config.recipe, len(train_index.classes), config.recipe.size),
+        model=model,
         size=config.recipe.size,
         crop=config.evaluate.crop,
         teacher=teaching,

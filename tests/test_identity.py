@@ -1,16 +1,18 @@
 """What a result depends on is in its identity: another teacher is another store, and another run."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import CPU, Stop, loaded, taught, taught_template  # noqa: F401  (fixtures)
 
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UsageError
 from pipeline.layout import student_folder, teacher_folder
 from pipeline.models import build_teacher, describe_teacher, load_teacher, read_weights, save_teacher, save_weights
+from pipeline.training import Trainer
 from stages import finetune, teacher, teacher_logits, train_student
 
 BRIEF = "student.epochs=1", "student.eval_epochs=1"
@@ -139,3 +141,78 @@ def test_a_teachers_identity_tells_that_both_heads_answer(taught):  # noqa: F811
     distilled, plain = vit_teacher().teacher, taught.teacher
     assert describe_teacher(distilled, build_teacher(distilled, 3), 24)["head"] == "mean"
     assert describe_teacher(plain, build_teacher(plain, 3), 24)["head"] == "class"
+
+
+# a network with batch norm: the teacher, as it is trained here
+
+
+NETWORK = "teacher.epochs=2", "teacher.drop_path=0.1", "teacher.checkpoint_minutes=0.0", "teacher.ema_decay=0.9"
+
+
+def trained_teacher(*overrides: str, anew: bool = True) -> dict[str, torch.Tensor]:
+    if anew:
+        shutil.rmtree("work/state")
+    config = loaded(*NETWORK, *overrides)
+    teacher.run(config, CPU)
+    return read_weights(teacher_folder(config) / "weights.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def stopped_at(step: int, monkeypatch):
+    """Training ends before that step, as if it were killed there."""
+    real = Trainer.train_step
+
+    def stopping(self, *given):
+        if self.step == step:
+            raise Stop
+        return real(self, *given)
+
+    monkeypatch.setattr(Trainer, "train_step", stopping)
+
+
+@pytest.mark.parametrize("at", [3, 7])
+def test_a_network_with_batch_norm_that_stops_and_goes_on_ends_with_the_same_weights(taught, monkeypatch, at):  # noqa: F811
+    expected = trained_teacher()
+    assert any(name.endswith("running_var") for name in expected)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stopped_at(at, patch)
+        trained_teacher()
+    assert same(trained_teacher(anew=False), expected)
+
+
+def test_workers_change_nothing_for_a_network_with_batch_norm(taught):  # noqa: F811
+    assert same(trained_teacher(), trained_teacher("teacher.workers=2"))
+
+
+@pytest.mark.parametrize("tuned", [False, True], ids=["trained", "fine-tuned"])
+def test_accumulation_makes_another_run_of_a_network_with_batch_norm(taught, told, tuned):  # noqa: F811
+    section, purpose = ("teacher_finetune", "finetune") if tuned else ("teacher", "train-student")
+    settings = f"{section}.epochs=1", f"{section}.batch_size=8"
+    whole = told(teacher.run, loaded(*settings), CPU, purpose)
+    assert whole == told(teacher.run, loaded(*settings, f"{section}.log_steps=7"), CPU, purpose)
+    assert whole != told(teacher.run, loaded(*settings, f"{section}.accumulation=2"), CPU, purpose)
+
+
+def test_accumulation_makes_no_other_run_of_a_vit(taught, told):  # noqa: F811
+    whole = told(train_student.run, taught, CPU, "hard")
+    assert whole == told(train_student.run, loaded("student.accumulation=2"), CPU, "hard")
+
+
+def test_a_network_with_batch_norm_does_not_go_on_with_another_number_of_ranks(taught, monkeypatch):  # noqa: F811
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stopped_at(3, patch)
+        trained_teacher()
+    monkeypatch.setattr("pipeline.run.world_size", lambda: 2)
+    with pytest.raises(PipelineError, match=r"ranks: 1, 2"):
+        trained_teacher(anew=False)
+
+
+def test_a_vit_goes_on_with_another_number_of_ranks(taught, monkeypatch):  # noqa: F811
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stopped_at(3, patch)
+        train_student.run(taught, CPU, "none")
+    monkeypatch.setattr("pipeline.run.world_size", lambda: 2)
+    train_student.run(taught, CPU, "none")
