@@ -12,6 +12,7 @@ from timm.layers import trunc_normal_
 from torch import nn
 from torch.nn.functional import interpolate
 
+from pipeline.compiling import compiled
 from pipeline.config import Config, Teacher, TeacherLogits
 from pipeline.errors import PipelineError, UsageError
 from pipeline.layout import teacher_folder
@@ -124,7 +125,7 @@ class Answering:
         teacher.float32_head = True
         if settings.channels_last:
             teacher = teacher.to(memory_format=torch.channels_last)
-        self.teacher = torch.compile(teacher) if settings.compile else teacher
+        self.teacher = compiled(teacher) if settings.compile else teacher
 
     def logits(self, pictures: torch.Tensor, slots: int) -> torch.Tensor:
         """Mixed pictures (N, 3, P, P) in 0..255, N a multiple of `slots`, to float32 logits (N, classes)."""

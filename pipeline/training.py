@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from pipeline import checkpoint
 from pipeline.arithmetic import repeatable
+from pipeline.compiling import compiled
 from pipeline.errors import PipelineError
 from pipeline.evaluation import predict, top_k_accuracy
 from pipeline.files import replacing, sweep
@@ -120,7 +121,7 @@ class Trainer:
             self.forward = DistributedDataParallel(self.forward, find_unused_parameters=unused)
         if settings.compile:
             # after DDP: the graph is split at its buckets then, so that gradients travel during the backward
-            self.forward = torch.compile(self.forward)
+            self.forward = compiled(self.forward)
         self.step, self.epoch_loss, self.first_loss = 0, 0.0, None
         self.log = Log(run.folder / "log.jsonl") if self.rank.rank == 0 else None
         self.speed, self.epoch_speed = Speed(), Speed()

@@ -18,7 +18,7 @@ ORDER = (
     "errors", "files", "contents", "signals", "lock", "lease", "strict", "policies", "config", "layout", "params",
     "recipe",
     "ops", "views", "shards", "sources", "plan", "sealed", "answers", "store_files", "store", "store_writer", "audit",
-    "pool", "groups", "loader", "linear", "weights", "models", "teaching", "losses", "optim", "checkpoint", "ranks",
+    "pool", "groups", "loader", "linear", "compiling", "weights", "models", "teaching", "losses", "optim", "checkpoint", "ranks",
     "evaluation", "arithmetic", "runlog", "meters", "run", "training", "contact_sheet", "plots", "report",
     "glance", "progress",
     "options", "cli_store", "cli",

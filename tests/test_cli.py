@@ -133,6 +133,14 @@ def test_the_imagenet_experiments_have_the_papers_values(project, size):
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_the_imagenet_experiments_are_compiled_and_the_convnet_lies_channels_last(project, size):
+    call("configure", f"imagenet-deit-{size}")
+    values = yaml.safe_load((project / "params.yaml").read_text())
+    assert all(values[section]["compile"] for section in ("teacher_logits", "student", "finetune"))
+    assert values["teacher_logits"]["channels_last"]
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
 def test_the_imagenet_experiments_dry_run_before_anything_is_computed(project, size):
     write_folders(project / "train", {"cat": 3, "dog": 3})
     write_folders(project / "val", {"cat": 1, "dog": 1})

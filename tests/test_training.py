@@ -492,6 +492,16 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(taught, monkeypatch, numb
 WALKS = "train", "state_dict", "named_parameters", "named_buffers", "named_modules", "children"
 
 
+def test_a_machine_that_cannot_compile_is_told_before_anything_is_computed(taught, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    shutil.rmtree("work/stores")
+    with pytest.raises(UsageError, match=r"(?s)compile: true.*a C compiler.*set compile to false"):
+        teacher_logits.run(loaded("teacher_logits.compile=true"), CPU)
+    teacher_logits.run(taught, CPU)
+    with pytest.raises(UsageError, match=r"(?s)compile: true.*none of .*gcc"):
+        train_student.run(loaded("student.compile=true"), CPU, "hard")
+
+
 def test_a_step_walks_no_model_and_seeds_no_device_but_its_own(taught, monkeypatch):
     """Each costs the host up to a millisecond, and a small share of a batch takes a GPU not many."""
     asked, real = [], Trainer.train_step
