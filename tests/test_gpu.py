@@ -39,6 +39,8 @@ pytestmark = [
     # CUDA's threads are not those of Python that a forked worker would miss
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),  # torch 2.11's own
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # the compiler's advice to switch TF32 on
 ]
 
