@@ -144,6 +144,7 @@ class Stepping:
     """Of this process, in all steps."""
     waited: float = 0.0
     """Of these, for the values of the step before, which the device still computed."""
+    steps: int = 0
     arriving: Fetched | None = None
 
     def __call__(self) -> None:
@@ -155,11 +156,17 @@ class Stepping:
         self.waited += time.perf_counter() - issued
         self.arriving = Fetched(values)
         self.trainer.step += 1
+        self.steps += 1
         self.seconds += time.perf_counter() - start
 
     def begin(self) -> None:
         """Count anew."""
-        self.seconds = self.waited = 0.0
+        self.seconds, self.waited, self.steps = 0.0, 0.0, 0
+
+    @property
+    def host(self) -> float:
+        """Seconds of this process a step, waiting left out; more than its work where the device's queue is full."""
+        return (self.seconds - self.waited) / self.steps
 
 
 def reading(material: Material, times: int = 20) -> float:

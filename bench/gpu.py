@@ -1,4 +1,4 @@
-"""What a GPU makes of the teacher and of a student's step: one report, in less than eight minutes on an H200.
+"""What a GPU makes of the teacher and of a student's step: one report, meant to take seven minutes on an H200.
 
 \b
 * teacher: views/s of stages.teacher_logits.UnitWorker, committing to a store, with groups that were rendered
@@ -6,18 +6,19 @@
 * bits: a unit's float16 logits, computed again, and with other numbers of workers;
 * repeats: steps of a student and of a teacher that is trained, done twice from the same weights, without and with
   `deterministic`: how many weights differ, and what a step takes;
+* loader: the step with the store from the real loader, of the first case with the student `small`;
 * each of --cases, a student at a size: the step of pipeline.training.Trainer without distillation, with the
   store, and with the teacher in the loop, on groups in the host's pinned memory (copied as in training) and
   on the device; and the teacher's forward alone. Bound: 1 + forward / step without distillation, groups on
-  the device; FLOP bound: 1 + T / (3 S), T and S being multiply-adds of a forward;
-* loader: the step with the store from the real loader, of the first case with the student `small`.
+  the device; FLOP bound: 1 + T / (3 S), T and S being multiply-adds of a forward.
 
 bf16; distilled students, hard. Drop-path, AdamW, the EMA of the weights and, with the store, the second head's
 loss are in a step. The teacher is channels_last, in the loop too; with --compile teacher and students are
 compiled, before anything is timed. Seconds are means of many steps in a row between two synchronisations; ways
 take turns and change places; ratios are taken within a round. Waits: how much of the step the host waits for
-the device; near none, it is the host that limits. MiB: the most that was allocated beyond what was before the
-way's model was made, and the teacher's weights where it is in the loop. Data, weights and answers are random.
+the device; near none, it is the host that limits. Host: what a step costs the host without that. MiB: the most
+that was allocated beyond what was before the way's model was made, and the teacher's weights where it is in the
+loop. Data, weights and answers are random.
 
 \b
     python bench/gpu.py
@@ -255,18 +256,18 @@ def print_steps(lab: Lab, found: dict, works: dict, memory: dict, failed: dict, 
     }
     head(
         f"{lab.views} views a step", "groups on the host, ms", "on the device, ms", "views/s", "TFLOP/s", "waits, %",
-        "MiB at most",
+        "host, ms", "MiB at most",
     )  # fmt: skip
     for way, (title, multiply_adds) in ways.items():
         if way in failed:
-            row(title, f"**failed**: {failed[way]}", "", "", "", "", "")
+            row(title, f"**failed**: {failed[way]}", *[""] * 6)
             continue
         milliseconds = [spread([1e3 * second for second in found[way, feed]]) for feed in ("host", "device")]
         work = works[way, "device"]
-        waits = f"{100 * work.waited / work.seconds:.0f}"
-        row(title, *milliseconds, *rates(lab, found[way, "device"], multiply_adds), waits, f"{memory[way]:.0f}")
+        waits, host = f"{100 * work.waited / work.seconds:.0f}", f"{1e3 * work.host:.3g}"
+        row(title, *milliseconds, *rates(lab, found[way, "device"], multiply_adds), waits, host, f"{memory[way]:.0f}")
     milliseconds = spread([1e3 * second for second in found["forward"]])
-    row("the teacher's forward alone", "", milliseconds, *rates(lab, found["forward"], of_teacher), "", "")
+    row("the teacher's forward alone", "", milliseconds, *rates(lab, found["forward"], of_teacher), "", "", "")
 
 
 def rates(lab: Lab, seconds: list[float], multiply_adds: int) -> tuple[str, str]:
@@ -331,18 +332,18 @@ def parts_of(lab: Lab, cases: str) -> dict[str, Callable[[], None]]:
     fed = next((case for case in named.values() if case[0] == "small"), next(iter(named.values())))
     steps = {case: partial(step_part, lab, *of) for case, of in named.items()}
     teacher = {name: partial(part, lab) for name, part in PARTS.items()}
-    return teacher | steps | {"loader": partial(loader_part, lab, *fed)}
+    return teacher | {"loader": partial(loader_part, lab, *fed)} | steps
 
 
 @click.command(help=__doc__)
-@click.option("--only", help="Parts, by their names: teacher, bits, repeats, the cases, loader.")
+@click.option("--only", help="Parts, by their names: teacher, bits, repeats, loader, the cases.")
 @click.option("--cases", default="tiny@224,small@224,base@224,base@384", show_default=True)
 @click.option("--teacher", default="regnety_160", show_default=True)
 @click.option("--batch", default=256, show_default=True, help="Views of a step.")
 @click.option("--group", default=64, show_default=True)
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--seconds", default=3.0, show_default=True, help="Of each way, all rounds together.")
-@click.option("--minutes", default=6.5, show_default=True, help="After these no part begins.")
+@click.option("--seconds", default=2.0, show_default=True, help="Of each way, all rounds together.")
+@click.option("--minutes", default=5.0, show_default=True, help="After these no part begins.")
 @click.option("--workers", default=0, show_default=True, help="0: one less than the cores.")
 @click.option("--compile/--no-compile", default=None, help="Compiled on a GPU unless told otherwise.")
 @DEVICE

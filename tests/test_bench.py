@@ -64,7 +64,7 @@ def gpu() -> str:
 
 
 def test_gpu_fails_and_leaves_out_no_part(gpu):
-    assert list(parts(gpu)) == ["teacher", "bits", "repeats", "tiny@32", "small@48", "loader"]
+    assert list(parts(gpu)) == ["teacher", "bits", "repeats", "loader", "tiny@32", "small@48"]
     assert "failed" not in gpu and "left out" not in gpu
 
 
@@ -95,8 +95,8 @@ def test_gpu_finds_a_units_logits_again(gpu):
 def test_gpu_tells_a_students_steps_and_bounds(gpu, case):
     found = parts(gpu)[case]
     for name in (*STEPS, "step, teacher online"):
-        host, device, views, flops, waits, _ = found[name]
-        assert min(host, device, views, flops) > 0 and 0 <= waits <= 100
+        fed, resident, views, flops, waits, host, _ = found[name]
+        assert min(fed, resident, views, flops, host) > 0 and 0 <= waits <= 100
     assert found["the teacher's forward alone"][0] > 0
     assert found["bound: 1 + forward / without"][0] > 1 and found["FLOP bound: 1 + T / (3 S)"][0] > 1
     for feed in ("host", "device"):
