@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.answers import KINDS
 from pipeline.errors import PipelineError, Unreadable
 from pipeline.files import replacing
+from pipeline.layout import UNNEEDED
 from pipeline.plan import Unit
 from pipeline.store import Store
 from pipeline.store_files import FORMAT
@@ -80,6 +81,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """A complete store's manifest. Raises PipelineError where there is none, or it is damaged."""
     try:
         found = json.loads(path.read_text())
+        if found == UNNEEDED:
+            raise PipelineError(
+                f"{path}: no store is complete",
+                found="a mark of dvc repro: no configured student listens to a teacher",
+                do=f"run: {_maker(path)}",
+            )
         if not isinstance(found, dict) or MANIFEST - found.keys():
             raise ValueError(f"not an object with {', '.join(sorted(MANIFEST))}")
         return found

@@ -6,7 +6,7 @@ import click
 
 from pipeline.cli_store import prune, store
 from pipeline.errors import PipelineError, UsageError
-from pipeline.options import WHICH_STORE, config_options, purpose_option, stage_options
+from pipeline.options import IF_NEEDED, WHICH_STORE, config_options, purpose_option, stage_options
 
 
 class _Group(click.Group):
@@ -67,9 +67,24 @@ def prepare(config, dry_run, quick):
 
 
 @main.command()
+@stage_options(with_device=False, with_dry_run=False)
+def needed(config):
+    """Write which teachers and stores the configured students need: dvc repro makes no other.
+
+    \b
+    Example:
+      pipeline needed --set 'students=[none]'
+    """
+    from stages import needed
+
+    needed.run(config)
+
+
+@main.command()
+@IF_NEEDED
 @purpose_option("Which teacher: at recipe.size, or at finetune.size, where teacher_finetune.epochs adapt it.")
 @stage_options()
-def teacher(config, device, dry_run, purpose):
+def teacher(config, device, dry_run, purpose, if_needed):
     """Train the teacher on the shards, or read it from teacher.weights; evaluate it.
 
     It is refused below teacher.min_top1 on val: a wrong teacher must not label a million images.
@@ -81,6 +96,8 @@ def teacher(config, device, dry_run, purpose):
     """
     from stages import teacher
 
+    if if_needed and not (config.listens(purpose) or purpose == "train-student" and config.listens("finetune")):
+        return teacher.mark_unneeded(config, purpose)
     teacher.run(config, device, purpose, dry_run)
 
 
@@ -96,9 +113,10 @@ def _part(context, parameter, value):
 @main.command("teacher-logits")
 @WHICH_STORE
 @click.option("--part", callback=_part, metavar="I/N", help="Compute every N-th missing unit only, from the I-th on.")
+@IF_NEEDED
 @click.option("--break-lock", is_flag=True, help="Don't wait for a writer on another machine that is surely dead.")
 @stage_options()
-def teacher_logits(config, device, dry_run, purpose, part, break_lock):
+def teacher_logits(config, device, dry_run, purpose, part, break_lock, if_needed):
     """Run the teacher over the augmented views of every training image, into the zarr store.
 
     Stop it at any moment: the same command goes on where it was. Start it under torchrun, or several
@@ -112,6 +130,8 @@ def teacher_logits(config, device, dry_run, purpose, part, break_lock):
     """
     from stages import teacher_logits
 
+    if if_needed and not config.listens(purpose):
+        return teacher_logits.mark_unneeded(config, purpose)
     teacher_logits.run(config, device, purpose, part, dry_run, break_lock)
 
 

@@ -332,6 +332,10 @@ class Evaluate(Section):
     throughput_seconds: NonNegative = 5.0
 
 
+PURPOSES = ("train-student", "finetune")
+"""What a teacher answers for, each with a store of its own."""
+
+
 class Config(Section):
     """A whole experiment: what params.yaml holds."""
 
@@ -376,6 +380,11 @@ class Config(Section):
         if isinstance(own.get("kwargs"), dict):
             own = own | {"kwargs": student["kwargs"] | own["kwargs"]}
         return validate(Student, student | own, section=f"variants.{name}")
+
+    def listens(self, purpose: str) -> bool:
+        """Whether a student of train-student or finetune learns from a teacher, so that there must be one."""
+        names = self.students if purpose == "train-student" else [self.finetune.student]
+        return any(self.student_named(name).distillation != "none" for name in names)
 
     def teacher_size(self, purpose: str) -> int:
         """Pixels a side that the teacher sees where it answers for train-student or finetune."""

@@ -15,6 +15,7 @@ from typing import Any
 import fsspec
 
 from pipeline.errors import IO_ERRORS, Unreadable, reason
+from pipeline.layout import UNNEEDED
 from pipeline.lease import leases_beside, modified
 
 LOG_TAIL = 2**18  # bytes of a log that are read: about a thousand lines
@@ -22,12 +23,12 @@ JSON_LIMIT = 2**28  # bytes of a JSON file; beyond it is none of ours
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object; {} where it is none."""
+    """A JSON object; {} where it is none, or the mark of a teacher that is not needed."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) and found != UNNEEDED else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,11 +7,13 @@ by the fingerprint of all that they depend on.
 import re
 from pathlib import Path
 
-from pipeline.config import Config
+from pipeline.config import PURPOSES, Config
 
 FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 """The name of a store (before `.zarr`), of a training's state and of a data set below `work`."""
 TEACHER, FINETUNED = "teacher", "finetuned"
+UNNEEDED = {"needed": False}
+"""What stands in place of a teacher's metrics, a manifest and a summary where no student listens to a teacher."""
 RUN_LOCK = "running"
 """In a training's state folder: the lock of the process that trains it."""
 
@@ -23,6 +25,11 @@ def outputs(config: Config) -> Path:
 def used_params(config: Config) -> Path:
     """The configuration that the experiment's last command used, overrides included."""
     return outputs(config) / "params.yaml"
+
+
+def needed_path(config: Config) -> Path:
+    """Of what says which teachers and stores are needed."""
+    return outputs(config) / "needed.json"
 
 
 def index_path(config: Config, split: str) -> Path:
@@ -50,7 +57,7 @@ def finetune_folder(config: Config) -> Path:
 def evaluated_models(config: Config) -> dict[str, Path]:
     """The models that `pipeline evaluate` names, in the order of its tables, each with its weights' folder."""
     models = {}
-    if config.students or config.finetune_student().distillation != "none":
+    if any(map(config.listens, PURPOSES)):
         models[TEACHER] = teacher_folder(config)
     models |= {name: student_folder(config, name) for name in config.students}
     if config.students or config.finetune.weights:

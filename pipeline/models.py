@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 from pipeline.compiling import compiled
 from pipeline.config import Config, Teacher, TeacherLogits
 from pipeline.errors import PipelineError, UsageError
-from pipeline.layout import teacher_folder
+from pipeline.layout import UNNEEDED, teacher_folder
 from pipeline.linear import use_onednn
 from pipeline.strict import Section, differences
 from pipeline.weights import SUFFIXES, load_weights, read_own_weights, read_weights
@@ -214,6 +214,9 @@ def load_teacher(
     if not path.exists():
         raise PipelineError(f"{path}: no teacher", do=f"run: {command}")
     state, about = read_own_weights(path)
+    if about == UNNEEDED:
+        found = "a mark of dvc repro: no configured student listens to one"
+        raise PipelineError(f"{path}: no teacher", found=found, do=f"run: {command}")
     function = teacher_function(section)
     others = differences(about, function)
     if others:

@@ -13,6 +13,14 @@ DEVICE = click.option(
 )  # fmt: skip
 
 
+DRY_RUN = click.option(
+    "--dry-run", is_flag=True, help="Say what would be done, with sizes and counts, and do nothing."
+)
+IF_NEEDED = click.option(
+    "--if-needed", is_flag=True, help="As dvc repro: leave a mark alone where no configured student listens to a teacher."
+)
+
+
 def config_options(body):
     """--config and --set: gives the body `path` and `overrides`."""
     body = click.option(
@@ -24,14 +32,13 @@ def config_options(body):
     )(body)  # fmt: skip
 
 
-def stage_options(with_device: bool = True):
+def stage_options(with_device: bool = True, with_dry_run: bool = True):
     """Options that every stage has: gives the body `config`, `device` and `dry_run`."""
 
     def decorate(body):
         @config_options
-        @click.option("--dry-run", is_flag=True, help="Say what would be done, with sizes and counts, and do nothing.")
         @functools.wraps(body)
-        def command(path, overrides, dry_run, device=None, **options):
+        def command(path, overrides, dry_run=False, device=None, **options):
             from pipeline.params import load, record
 
             config = load(path, overrides)
@@ -39,8 +46,12 @@ def stage_options(with_device: bool = True):
                 record(config)
             if with_device:
                 options["device"] = find_device(device)
-            return body(config=config, dry_run=dry_run, **options)
+            if with_dry_run:
+                options["dry_run"] = dry_run
+            return body(config=config, **options)
 
+        if with_dry_run:
+            command = DRY_RUN(command)
         return DEVICE(command) if with_device else command
 
     return decorate

@@ -37,7 +37,7 @@ class SeenView:
     partner: str
     """Label of the image that it was mixed with."""
     answer: str
-    """The teacher's class."""
+    """The teacher's class; empty where there is no teacher."""
     probability: float | None
     """What the teacher gave that class; None where the store holds the class alone."""
 
@@ -156,7 +156,7 @@ def _cells(sample: Sample) -> list[tuple[str, np.ndarray, str]]:
     for view in sample.views:
         mixed = f"{view.kind}, λ {view.lam:.2f}\nwith {_short_name(view.partner, 16)}"
         sure = "" if view.probability is None else f", {100 * view.probability:.0f} %"
-        answer = f"teacher: {_short_name(view.answer, 13 if sure == '' else 8)}{sure}"
+        answer = f"teacher: {_short_name(view.answer, 13 if sure == '' else 8)}{sure}" if view.answer else ""
         cells.append((f"view {view.number}", view.picture, label))
         caption = f"{'not mixed' if view.kind == 'none' else mixed}\n{answer}"
         cells.append((f"view {view.number}, mixed", view.mixed, caption))

@@ -78,11 +78,11 @@ def format_table(results: list[Result]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
-SEEN = """<h2>What the teacher saw</h2>
-<p>Training images, some of their views, and the mixed pictures that the teacher judged: λ is the weight of the
-image's own label. Students see exactly these pictures.</p>
+SEEN = """<h2>What the students saw</h2>
+<p>Training images, some of their views, and the mixed pictures: λ is the weight of the image's own label. Where there
+is a teacher, it judged exactly these pictures.</p>
 <div class="card scroll"><img class="wide"
-alt="Training images, views and mixed pictures with the teacher's answers" src="{}"></div>"""
+alt="Training images, views and mixed pictures, with the teacher's answers where there is one" src="{}"></div>"""
 
 
 def write_report(
@@ -97,7 +97,7 @@ def write_report(
 
     Args:
         table: as `plot_disagreement` takes it.
-        pictures: PNGs `curves` and, where a teacher answered, `views`.
+        pictures: PNGs `curves` and `views`.
         facts: what the run was: of each heading, terms and what they are.
     """
     template = Template(Path(__file__).with_name("report_template.html").read_text(encoding="utf-8"))
@@ -108,7 +108,7 @@ def write_report(
         disagreement=_disagreement_table(table),
         facts="\n".join(_facts(heading, terms) for heading, terms in facts.items()),
         curves=_inside(pictures["curves"]),
-        seen=SEEN.format(_inside(pictures["views"])) if "views" in pictures else "",
+        seen=SEEN.format(_inside(pictures["views"])),
     )
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -110,10 +110,8 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     write_tables(folder, results, at_sizes, table)
     plot_curves(folder / "curves.png", curves)
     plot_disagreement(folder / "disagreement.png", table)
-    pictures = {"curves": folder / "curves.png"}
-    if answers:
-        pictures["views"] = folder / "views.png"
-        draw_views(pictures["views"], shown_samples(config, *answers))
+    pictures = {"curves": folder / "curves.png", "views": folder / "views.png"}
+    draw_views(pictures["views"], shown_samples(config, train_index, answers))
     facts = describe_experiment(config, train_index, val_index, answers and answers[0], summary, device)
     write_report(folder / "report.html", config.name, results, table, pictures, facts)
     sizes = f"\n{format_sizes(at_sizes)}\n" if at_sizes else ""

@@ -22,48 +22,62 @@ from pipeline.store_files import VERSIONS
 SHOWN_SAMPLES, SHOWN_VIEWS = 4, 3
 
 
-def shown_samples(config: Config, store: Store, manifest: dict[str, Any]) -> list[Sample]:
-    """The first members of the first group of the first shard, in the first views."""
-    index, renderer = store.index, Renderer(store.index, config.recipe)
+def shown_samples(config: Config, index: Index, answers: tuple[Store, dict[str, Any]] | None) -> list[Sample]:
+    """The first members of the first group of the first shard, in the first views.
+
+    Args:
+        answers: a store and its manifest, where a teacher judged them.
+    """
+    renderer = Renderer(index, config.recipe)
     positions = renderer.members(Item(0, 0, 0))[:SHOWN_SAMPLES]
     labels = index.rows(0)["label"]
     samples = {
         int(position): Sample(index.classes[labels[position]], index.image(0, int(position)), [])
         for position in positions
     }
-    for view in range(min(SHOWN_VIEWS, manifest["views"])):
+    views = answers[1]["views"] if answers else config.teacher_logits.views
+    for view in range(min(SHOWN_VIEWS, views)):
         # another block has other groups, so these samples may be spread over several
         for group in range(group_count(int(index.samples[0]), config.recipe.group_size)):
             item = Item(0, group, view)
             wanted = [(slot, int(p)) for slot, p in enumerate(renderer.members(item)) if int(p) in samples]
             if wanted:
                 groups = renderer.render([item])
-                for slot, seen in _seen(store, groups, manifest["kind"], [slot for slot, _ in wanted]):
+                for slot, seen in _seen(index, answers, groups, [slot for slot, _ in wanted]):
                     samples[dict(wanted)[slot]].views.append(seen)
     return list(samples.values())
 
 
-def _seen(store: Store, groups: Groups, kind: str, slots: list[int]) -> Iterator[tuple[int, SeenView]]:
+def _seen(
+    index: Index, answers: tuple[Store, dict[str, Any]] | None, groups: Groups, slots: list[int]
+) -> Iterator[tuple[int, SeenView]]:
     """Some slots of one group, each with its view."""
-    argmax, payload = stored_answers(store, groups, kind)
-    sure = None
-    if payload is not None:
-        sure = decode_logits(kind, payload, store.classes).softmax(1)
+    judged = _judgements(*answers, groups) if answers else [("", None)] * (max(slots) + 1)
     pictures = mixed(groups).round().byte().permute(0, 2, 3, 1).numpy()
-    classes, labels = store.index.classes, groups.labels[0]
+    labels = groups.labels[0]
     for slot in slots:
         partner = int(groups.partner[0, slot])
         cut, alone = bool(groups.box[0, 2] > groups.box[0, 0]), partner == slot or float(groups.lam[0]) == 1
+        answer, probability = judged[slot]
         yield slot, SeenView(
             number=groups.items[0].view,
             picture=groups.images[0, slot].permute(1, 2, 0).numpy(),
             mixed=pictures[slot],
             kind="none" if alone else "cutmix" if cut else "mixup",
             lam=1.0 if alone else float(groups.lam[0]),
-            partner=classes[labels[partner]],
-            answer=classes[argmax[slot]],
-            probability=None if sure is None else float(sure[slot, argmax[slot]]),
+            partner=index.classes[labels[partner]],
+            answer=answer,
+            probability=probability,
         )
+
+
+def _judgements(store: Store, manifest: dict[str, Any], groups: Groups) -> list[tuple[str, float | None]]:
+    """Of each slot, the teacher's class and what it gave that class, where the store tells."""
+    argmax, payload = stored_answers(store, groups, manifest["kind"])
+    if payload is None:
+        return [(store.index.classes[answer], None) for answer in argmax]
+    sure = decode_logits(manifest["kind"], payload, store.classes).softmax(1)
+    return [(store.index.classes[answer], float(row[answer])) for answer, row in zip(argmax, sure, strict=True)]
 
 
 def describe_experiment(

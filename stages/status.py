@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from pipeline.config import Config, Training
+from pipeline.config import PURPOSES, Config, Training
 from pipeline.errors import IO_ERRORS, Unreadable, reason
 from pipeline.glance import latest, list_stores, newest, read_json, read_tail, written, written_units
 from pipeline.layout import (
@@ -146,24 +146,25 @@ class Experiment:
 
 
 def gather(experiment: Experiment) -> list[Facts]:
-    """Of every stage, in the order of `dvc repro`."""
+    """Of every stage that is needed, in the order of `dvc repro`."""
     config = experiment.config
     teacher, tuned, adapted = config.teacher, config.finetune, config.teacher_finetune
-    facts = [
-        prepared(experiment),
-        trained(experiment, "teacher", None if teacher.weights else teacher, teacher_folder(config)),
-        stored(experiment, "teacher-logits", wanted(config, "train-student")),
-    ]
+    facts = [prepared(experiment)]
+    if any(map(config.listens, PURPOSES)):
+        facts.append(trained(experiment, "teacher", None if teacher.weights else teacher, teacher_folder(config)))
+    if config.listens("train-student"):
+        facts.append(stored(experiment, "teacher-logits", wanted(config, "train-student")))
     for name in config.students:
         settings, folder = config.student_named(name), student_folder(config, name)
         facts.append(trained(experiment, f"train-student@{name}", settings, folder))
-    if config.students or tuned.weights:
+    if config.listens("finetune"):
         folder = teacher_folder(config, "finetune")
         facts += [
             trained(experiment, "teacher-finetune", adapted if adapted.epochs else None, folder),
             stored(experiment, "teacher-logits-finetune", wanted(config, "finetune")),
-            trained(experiment, "finetune", tuned, finetune_folder(config)),
         ]
+    if config.students or tuned.weights:
+        facts.append(trained(experiment, "finetune", tuned, finetune_folder(config)))
     return [*facts, evaluated(experiment)]
 
 

@@ -6,12 +6,13 @@ For fine-tuning at a higher resolution it is evaluated there, after its own fine
 import json
 
 import torch
+from torch import nn
 
 from pipeline.config import Config, Recipe, Training, result_fields
 from pipeline.errors import PipelineError
 from pipeline.evaluation import classifiers, predict, top_k_accuracy
 from pipeline.files import replacing
-from pipeline.layout import index_path, state_folder, teacher_folder
+from pipeline.layout import UNNEEDED, index_path, state_folder, teacher_folder
 from pipeline.models import (
     Normalised,
     adaptable,
@@ -22,6 +23,7 @@ from pipeline.models import (
     pretrained_teacher,
     refuse_size,
     save_teacher,
+    save_weights,
     weights_hash,
 )
 from pipeline.plan import Plan, plan_of
@@ -63,6 +65,17 @@ def run(config: Config, device: torch.device, purpose: str = "train-student", dr
         teacher = pretrained_teacher(config.teacher, len(train.classes))
     refuse_size(teacher, size, _size_key(config, purpose))
     publish(config, purpose, teacher, val, size, training, device)
+
+
+def mark_unneeded(config: Config, purpose: str) -> None:
+    """In the place of weights, curve and metrics, for DVC: no student listens, so there is no teacher."""
+    folder = teacher_folder(config, purpose)
+    with replacing(folder / "weights.safetensors") as temporary:
+        save_weights(temporary, nn.Module(), UNNEEDED)
+    write_curve(folder / "curve.csv", None)
+    with replacing(folder / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(UNNEEDED) + "\n")
+    print(f"teacher for {purpose}: not needed, no student listens to one")
 
 
 def _size_key(config: Config, purpose: str) -> str:

@@ -20,8 +20,9 @@ from pipeline.answers import as_stored, decode_logits, encode, row_bytes
 from pipeline.audit import damaged, manifest, store_bytes, write_manifest, write_summary
 from pipeline.config import Config, Recipe
 from pipeline.errors import PipelineError
+from pipeline.files import replacing
 from pipeline.groups import Groups, mixed
-from pipeline.layout import answers_folder, index_path, store_path, teacher_folder
+from pipeline.layout import UNNEEDED, answers_folder, index_path, store_path
 from pipeline.lease import part_lease, part_lock
 from pipeline.loader import on_device, unit_loader
 from pipeline.meters import Fetched
@@ -54,10 +55,14 @@ def run(
     """
     index = Index(index_path(config, "train"))
     recipe, views, own_size = _purpose(config, purpose)
-    if dry_run and not (teacher_folder(config, purpose) / "weights.safetensors").exists():
+    try:
+        teacher = load_teacher(config, len(index.classes), device, purpose)
+    except PipelineError as error:
+        if not dry_run:
+            raise
         print(describe(config, index, recipe, views, "a store that is named when the teacher is there"))
+        print(f"not yet: {error}")
         return
-    teacher = load_teacher(config, len(index.classes), device, purpose)
     identity = Identity(index.fingerprint, recipe, describe_teacher(config.teacher, teacher, own_size))
     path, settings = store_path(config, identity.fingerprint), config.teacher_logits
     print(describe(config, index, recipe, views, path))
@@ -79,6 +84,15 @@ def run(
         print("this part is done; the last part to finish writes the manifest")
         return
     publish(config, purpose, store, views)
+
+
+def mark_unneeded(config: Config, purpose: str) -> None:
+    """In the place of manifest and summary, for DVC: no student listens, so nothing is computed."""
+    folder = answers_folder(config, purpose)
+    write_manifest(folder / "manifest.json", UNNEEDED)
+    with replacing(folder / "summary.json") as temporary:
+        temporary.write_text(json.dumps(UNNEEDED) + "\n")
+    print(f"teacher-logits for {purpose}: not needed, no student listens to a teacher")
 
 
 def remove_damaged(store: StoreWriter, views: int, kind: str, own: set[Unit]) -> list[Unit]:

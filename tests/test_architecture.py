@@ -26,6 +26,7 @@ ORDER = (
 
 STAGE_MODULES = {
     "prepare": "prepare",
+    "needed": "needed",
     "teacher": "teacher",
     "teacher-logits": "teacher_logits",
     "train-student": "train_student",

@@ -1,5 +1,6 @@
 """The command line: what a mistake is told, its exit code, and that a dry run does nothing."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,45 @@ def test_the_imagenet_experiments_dry_run_before_anything_is_computed(project, s
     assert "300 epochs" in said and "not yet" in said
     assert "at 384 px, 30 epochs" in call("finetune", "--dry-run", "--device", "cpu")
     assert "evaluate 3 models" in call("evaluate", "--dry-run", "--device", "cpu")
+
+
+ALONE = ("--set", "students=[none]", "--set", "finetune.from=none")
+
+
+def test_where_no_student_listens_a_teacher_and_a_store_are_marks_that_are_made_at_once(project):
+    call("needed", *ALONE)
+    assert json.loads((project / "outputs/digits/needed.json").read_text()) == {"train-student": False, "finetune": False}
+    for purpose in ("train-student", "finetune"):
+        # there is no data set yet: nothing is read
+        assert "not needed" in call("teacher", "--for", purpose, "--if-needed", "--device", "cpu", *ALONE)
+        assert "not needed" in call("teacher-logits", "--for", purpose, "--if-needed", "--device", "cpu", *ALONE)
+    made = files(project / "outputs")
+    for stage in ("teacher", "teacher-finetune"):
+        assert {f"digits/{stage}/{name}" for name in ("weights.safetensors", "curve.csv", "metrics.json")} <= made
+    for stage in ("teacher-logits", "teacher-logits-finetune"):
+        assert {f"digits/{stage}/{name}" for name in ("manifest.json", "summary.json")} <= made
+
+
+def test_what_is_needed_is_told_by_who_listens(project):
+    call("needed", "--set", "students=[none, hard]", "--set", "finetune.from=none")
+    assert json.loads((project / "outputs/digits/needed.json").read_text()) == {"train-student": True, "finetune": False}
+
+
+def test_a_mark_is_no_teacher_and_no_store(project):
+    call("prepare")
+    for command in ("teacher", "teacher-logits"):
+        call(command, "--if-needed", "--device", "cpu", *ALONE)
+    said = call("teacher-logits", "--device", "cpu", code=1)
+    assert "no configured student listens" in said and "run: pipeline teacher" in said
+    said = call("train-student", "--student", "hard", "--device", "cpu", code=1)
+    assert "no configured student listens" in said and "run: pipeline teacher-logits" in said
+
+
+def test_status_names_no_teacher_that_is_not_needed_and_takes_no_mark_for_one(project):
+    call("prepare")
+    for command in ("teacher", "teacher-logits"):
+        call(command, "--if-needed", "--device", "cpu", *ALONE)
+    stages = [row["stage"] for row in json.loads(call("status", "--json", *ALONE))]
+    assert stages == ["prepare", "train-student@none", "finetune", "evaluate"]
+    rows = {row["stage"]: row["state"] for row in json.loads(call("status", "--json"))}
+    assert rows["teacher"] == rows["teacher-logits"] == "not begun"

@@ -55,7 +55,14 @@ def call(project: Path, *command: str, code: int = 0) -> str:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     """A fresh copy of the project with 2,000 + 2,000 images, reproduced once."""
-    root = tmp_path_factory.mktemp("dag") / "project"
+    root = copy_project(tmp_path_factory.mktemp("dag") / "project")
+    call(root, "pipeline", "configure", "cifar10", *SETTINGS)
+    call(root, "dvc", "repro")
+    return root
+
+
+def copy_project(root: Path) -> Path:
+    """A fresh copy of the project with 2,000 + 2,000 images."""
     root.mkdir()
     for name in ("pipeline", "stages", "configs", "dvc.yaml", ".dvc/config", ".dvcignore", ".gitignore"):
         target = root / name
@@ -73,8 +80,6 @@ def project(tmp_path_factory) -> Path:
                 counts[folder] = counts.get(folder, 0) + 1
                 tar.extract(member, root / "images", filter="data")
     call(root, "git", "init", "-q")
-    call(root, "pipeline", "configure", "cifar10", *SETTINGS)
-    call(root, "dvc", "repro")
     return root
 
 
@@ -174,3 +179,15 @@ def test_a_killed_repro_goes_on_where_it_was(project, params):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert "goes on from step" in call(project, "dvc", "repro")
+
+
+def test_students_that_listen_to_nobody_pay_for_no_teacher(tmp_path):
+    root = copy_project(tmp_path / "alone")
+    alone = ("students=[none]", "finetune.from=none", "student.epochs=1", "student.warmup_epochs=0")
+    call(root, "pipeline", "configure", "cifar10", *SETTINGS, *alone)
+    call(root, "dvc", "repro")
+    assert set(json.loads((root / "outputs/cifar/evaluation/metrics.json").read_text())) == {"none", "finetuned"}
+    runs = [json.loads(path.read_text())["name"] for path in (root / "work/state").glob("*/run.json")]
+    assert sorted(name.split()[0] for name in runs) == ["finetune", "student"]
+    assert not (root / "work/stores").exists()
+    assert ran(call(root, "dvc", "repro")) == ["prepare"]

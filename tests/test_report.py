@@ -315,13 +315,13 @@ def test_a_model_tuned_onto_another_data_set_is_evaluated_without_teacher_or_sto
     evaluate.run(alone, device)
     assert list(json.loads((evaluation_folder(alone) / "metrics.json").read_text())) == ["finetuned"]
     page = (evaluation_folder(alone) / "report.html").read_text(encoding="utf-8")
-    assert "What the teacher saw" not in page and "elsewhere.safetensors at 24 px" in page
+    assert "teacher:" not in page and "elsewhere.safetensors at 24 px" in page
 
 
 def test_shown_samples_are_what_the_store_answers_for(mini):
     config, _ = mini
     index = Index(index_path(config, "train"))
-    samples = shown_samples(config, *evaluate.open_store(config, index))
+    samples = shown_samples(config, index, evaluate.open_store(config, index))
     assert len(samples) == 3  # 12 images in 2 shards of 6: groups of 3
     assert all([view.number for view in sample.views] == [0, 1] for sample in samples)
     for view in (view for sample in samples for view in sample.views):
