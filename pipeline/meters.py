@@ -15,7 +15,7 @@ class Fetched:
             self.host = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
             for host, tensor in zip(self.host, tensors, strict=True):
                 host.copy_(tensor, non_blocking=True)
-            self.arrived = torch.cuda.Event()
+            self.arrived = torch.cuda.Event(blocking=True)  # sleep while waiting: the workers need the cores
             self.arrived.record()
 
     def get(self) -> list[torch.Tensor]:
@@ -46,16 +46,22 @@ class Speed:
     def told(self) -> dict[str, float]:
         """Samples a second of all ranks; of this rank, seconds of it all and of waiting, views a decoding.
 
-        On a GPU the peak of its memory too, in MiB. Counting begins anew.
+        On a GPU the peak of its memory since `forget_peak` too, in MiB. Counting begins anew.
         """
         seconds = max(self.clock() - self.start, 1e-9)
         told = {"samples_per_s": self.samples / seconds, "seconds": seconds, "wait_s": self.waited}
         if self.decodes:
             told["views_a_decoding"] = self.views / self.decodes
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             told["gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20
         self._begin()
         return {name: round(value, 3) for name, value in told.items()}
+
+
+def forget_peak() -> None:
+    """Let the peak of a GPU's memory be from now on, where one is used."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def loader_limits(told: dict[str, float]) -> bool:

@@ -1,7 +1,9 @@
 """Options that commands share; the device that `--device` means."""
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 
 import click
 
@@ -44,17 +46,36 @@ def stage_options(with_device: bool = True, with_dry_run: bool = True):
             config = load(path, overrides)
             if not dry_run:
                 record(config)
-            if with_device:
-                options["device"] = find_device(device)
             if with_dry_run:
                 options["dry_run"] = dry_run
-            return body(config=config, **options)
+            if not with_device:
+                return body(config=config, **options)
+            with left_together():
+                return body(config=config, device=find_device(device), **options)
 
         if with_dry_run:
             command = DRY_RUN(command)
         return DEVICE(command) if with_device else command
 
     return decorate
+
+
+@contextlib.contextmanager
+def left_together() -> Iterator[None]:
+    """A job's ranks leave their process group at the end of the block, or when a signal ends all of them.
+
+    After an error of this rank alone the others still wait in it: leaving would wait for them, while torchrun ends them
+    as soon as this process has ended.
+    """
+    from pipeline.ranks import Rank
+    from pipeline.signals import Interrupted
+
+    try:
+        yield
+    except Interrupted:
+        Rank.leave()
+        raise
+    Rank.leave()
 
 
 def purpose_option(text: str):

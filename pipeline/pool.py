@@ -2,11 +2,15 @@
 
 import itertools
 import math
+import os
+import shutil
 import weakref
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import get_worker_info
+
+from pipeline.errors import PipelineError
 
 
 def memory(*shape: int) -> torch.Tensor:
@@ -15,8 +19,20 @@ def memory(*shape: int) -> torch.Tensor:
 
 
 def _shared(*shape: int) -> torch.Tensor:
-    # as torch's own default_collate does
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    size = math.prod(shape)
+    try:
+        storage = torch.UntypedStorage._new_shared(size)  # as torch's own default_collate does
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        free = shutil.disk_usage("/dev/shm").free if os.path.exists("/dev/shm") else 0
+        raise PipelineError(
+            "shared memory for the pictures that workers render",
+            expected=f"{size / 2**20:,.1f} MiB more",
+            found=f"{free / 2**20:,.1f} MiB free in /dev/shm",
+            do="make it larger (docker run --shm-size=16g, or mount -o remount,size=16g /dev/shm), or set fewer workers;"
+            " 0 needs none",
+        ) from error
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
 
 

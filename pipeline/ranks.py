@@ -1,6 +1,8 @@
 """The processes of a job that torchrun started, and what they tell one another."""
 
+import itertools
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +29,23 @@ class Rank:
         if self.world > 1:
             dist.barrier()
 
+    @staticmethod
+    def leave() -> None:
+        """Leave the process group, if this process has joined one; the others must be about to leave it too."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def copy_from_first(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Rank 0's values, into all ranks' tensors."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
     def share(self, count: int) -> range:
         """This rank's part of `count` things: consecutive, sizes that differ by one at most."""
@@ -58,14 +72,18 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+_joined = itertools.count()
+
+
 def _meeting_place() -> dict[str, Any]:
     """Where the ranks of this attempt find one another.
 
     torchrun keeps one key-value store over its restarts, in which a restarted rank may find the address of one
     that is dead (pytorch issue 167288). On one node all ranks know which attempt it is; on several they do not.
+    The same holds of a group that this process has left.
     """
     if os.environ.get("GROUP_WORLD_SIZE") != "1":
         return {}
     store, rank, world = next(dist.rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return {"store": dist.PrefixStore(f"attempt-{attempt}", store), "rank": rank, "world_size": world}
+    return {"store": dist.PrefixStore(f"attempt-{attempt}-{next(_joined)}", store), "rank": rank, "world_size": world}

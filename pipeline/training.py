@@ -29,7 +29,7 @@ from pipeline.layout import RUN_LOCK
 from pipeline.loader import on_device, step_loader
 from pipeline.lock import kernel_lock
 from pipeline.losses import base_loss, hard_loss, soft_loss
-from pipeline.meters import Fetched, Speed, loader_limits
+from pipeline.meters import Fetched, Speed, forget_peak, loader_limits
 from pipeline.models import Normalised, load_weights, read_weights, save_weights
 from pipeline.optim import Average, build_optimizer, build_schedule, scheduled_epoch
 from pipeline.ranks import Rank
@@ -118,7 +118,10 @@ class Trainer:
         if self.rank.world > 1:
             # without distillation head_dist gets no gradient
             unused = run.model.distilled and not run.distilled
-            self.forward = DistributedDataParallel(self.forward, find_unused_parameters=unused)
+            # no buffers: of batch norm's statistics rank 0's are kept, which no other rank's change
+            self.forward = DistributedDataParallel(
+                self.forward, find_unused_parameters=unused, broadcast_buffers=False
+            )
         if settings.compile:
             # after DDP: the graph is split at its buckets then, so that gradients travel during the backward
             self.forward = compiled(self.forward)
@@ -323,10 +326,13 @@ class Trainer:
         self.rank.barrier()
         for speed in (self.speed, self.epoch_speed):
             speed.told()  # validation is no part of training's speed
+        forget_peak()
         return metrics
 
     def validate(self, model: Normalised, prefix: str) -> dict[str, float]:
+        """Top-1 of the model as rank 0 has it: batch norm's statistics are each rank's own until here."""
         run = self.run
+        self.rank.copy_from_first(model.buffers())
         logits = predict(
             model, run.val, run.size, run.crop, 256, run.settings.workers, run.device, run.settings.precision
         )

@@ -333,6 +333,15 @@ def test_workers_that_are_spawned_render_into_the_buffers_too(small_set, picture
     assert None not in taken
 
 
+def test_too_little_shared_memory_is_told_in_words(small_set, monkeypatch):
+    def refuse(size: int):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", refuse)
+    with pytest.raises(PipelineError, match="(?s)0.0 MiB more.*MiB free in /dev/shm.*--shm-size"):
+        slices(small_set, 2)
+
+
 # pinned memory
 
 

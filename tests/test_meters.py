@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.meters import Fetched, Speed, loader_limits
+from pipeline.meters import Speed, forget_peak, loader_limits
 
 
 class Clock:
@@ -39,8 +39,16 @@ def test_short_time_tells_nothing_of_the_loader():
     assert not loader_limits({"wait_s": 20.0, "seconds": 20.0})
 
 
-def test_fetched_tensors_come_with_their_values_and_types():
-    sent = [torch.tensor([1.5, -2.0]), torch.tensor([[3]], dtype=torch.int16)]
-    found = Fetched(*sent).get()
-    assert [x.dtype for x in found] == [x.dtype for x in sent]
-    assert all(torch.equal(x, y) for x, y in zip(found, sent, strict=True))
+def test_the_peak_of_a_gpus_memory_is_told_until_it_is_forgotten(monkeypatch):
+    found, names = [5 * 2**20], ("max_memory_allocated", "reset_peak_memory_stats")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, names[0], lambda: found[-1])
+    monkeypatch.setattr(torch.cuda, names[1], lambda: found.append(0))
+    assert Speed(Clock()).told()["gpu_mib"] == 5
+    forget_peak()
+    assert Speed(Clock()).told()["gpu_mib"] == 0
+
+
+def test_without_a_gpu_in_use_its_memory_is_not_asked_for():
+    forget_peak()
+    assert "gpu_mib" not in Speed(Clock()).told()

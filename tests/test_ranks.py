@@ -1,5 +1,6 @@
 """Several processes under torchrun (gloo on a CPU): the same losses, the same store, restarts."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,14 +13,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_report import mini  # noqa: F401  (fixture)
 from test_training import CPU, loaded, newest_checkpoint, taught, taught_template  # noqa: F401  (fixtures)
 
 from pipeline.config import Config
-from pipeline.layout import answers_folder, evaluation_folder, student_folder, teacher_folder
+from pipeline.errors import PipelineError
+from pipeline.layout import answers_folder, evaluation_folder, index_path, student_folder, teacher_folder
+from pipeline.loader import step_loader
+from pipeline.models import build_teacher
+from pipeline.options import left_together
 from pipeline.params import dump
+from pipeline.plan import plan_of
 from pipeline.ranks import Rank
+from pipeline.run import Run
 from pipeline.runlog import read_log
+from pipeline.shards import Index
+from pipeline.signals import Interrupted
+from pipeline.training import Trainer
 from stages import evaluate, train_student
 
 ROOT = Path(__file__).parent.parent
@@ -133,6 +144,59 @@ def test_evaluation_in_two_ranks_is_that_of_one(mini):  # noqa: F811
     Path("params.yaml").write_text(dump(config))
     two_ranks("evaluate")
     assert json.loads(metrics.read_text()) == alone
+
+
+def learn_statistics(rank: int, folder: Path, port: int) -> None:
+    """One of two ranks: a step of a network with batch norm, then validation; writes its buffers of before and after."""
+    for key, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        os.environ[key] = str(value)
+    os.chdir(folder)
+    run = teacher_run(loaded())
+    trainer = Trainer(run)
+    trainer.train_step(iter(step_loader(run.plan, run.train, range(1), range(rank, rank + 1), 2, 0, False)))
+    before = [buffer.clone() for buffer in run.model.buffers()]
+    synchronised = trainer.forward.will_sync_module_buffers()
+    trainer.validate(run.model, "")
+    torch.save([synchronised, before, list(run.model.buffers())], folder / f"rank-{rank}.pt")
+    Rank.leave()
+
+
+def teacher_run(config: Config) -> Run:
+    index, settings = Index(index_path(config, "train")), config.teacher
+    return Run(
+        "teacher", Path("run"), {}, settings, plan_of(index, config.recipe, settings, 8), index,
+        Index(index_path(config, "val")), build_teacher(settings, len(index.classes)), config.recipe.size, 1.0,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_ranks_exchange_batch_norms_statistics_before_validation_alone(taught):  # noqa: F811
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(learn_statistics, (Path.cwd(), port), 2)
+    (sync, before, after), (_, other_before, other_after) = (torch.load(f"rank-{rank}.pt") for rank in range(2))
+    equal = [torch.equal(a, b) for a, b in zip(before, other_before, strict=True)]
+    assert not sync and not all(equal)  # each has its own, of its own groups
+    for own, kept, other in zip(before, after, other_after, strict=True):
+        assert torch.equal(own, kept) and torch.equal(kept, other)
+
+
+@pytest.fixture
+def alone_in_a_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    Rank.leave()
+
+
+@pytest.mark.parametrize(
+    ("error", "leaves"), [(None, True), (Interrupted("run", 3, signal.SIGTERM), True), (PipelineError("no"), False)]
+)
+def test_a_command_leaves_the_process_group_where_all_ranks_end(alone_in_a_group, error, leaves):
+    with pytest.raises(type(error)) if error else contextlib.nullcontext(), left_together():
+        if error:
+            raise error
+    assert dist.is_initialized() != leaves
 
 
 @pytest.mark.parametrize(("count", "world"), [(10, 1), (10, 3), (2, 3), (0, 2)])
