@@ -451,14 +451,16 @@ def test_labels_are_mixed_and_smoothed_as_timm_does(drawn, smoothing):
         assert torch.allclose(result[number], theirs, rtol=1e-6, atol=1e-7)
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 drawn_mixes = st.one_of(st.integers(0, 65536).map(lambda share: (share / 65536, NO_BOX)), boxes.map(cut))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @property_settings
 @given(st.lists(drawn_mixes, min_size=1, max_size=4))
-def test_mixing_rounds_nothing_so_its_bits_are_those_of_any_formula(drawn):
+def test_mixing_rounds_nothing_so_its_bits_are_those_of_any_formula(device, drawn):
     groups = random_groups(drawn)
-    result = mixed(groups).unflatten(0, (len(drawn), 6))
+    result = mixed(groups.to(torch.device(device))).cpu().unflatten(0, (len(drawn), 6))
     for number, (lam, (left, top, right, bottom)) in enumerate(drawn):
         own, other = groups.images[number].long(), groups.images[number][groups.partner[number]].long()
         if right > left and bottom > top:
