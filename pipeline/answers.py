@@ -22,8 +22,8 @@ FILL = 65535  # no class has this number, and no answer these bits
 
 
 def payload_width(kind: str, classes: int, top_k: int) -> int:
-    """Numbers a row of a kind's own array; 0 for argmax, which needs none."""
-    return {"argmax": 0, "topk": 2 * top_k + 2, "dense": classes, "dense8": classes + 8}[kind]
+    """Numbers a row of a kind's own array; 0 for argmax, which needs none. Of fewer classes than top_k all are kept."""
+    return {"argmax": 0, "topk": 2 * min(top_k, classes) + 2, "dense": classes, "dense8": classes + 8}[kind]
 
 
 def row_bytes(kind: str, classes: int, top_k: int) -> int:
@@ -43,7 +43,7 @@ def encode(kind: str, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, t
         return argmax, logits.half()
     if kind == "dense8":
         return argmax, _levels(logits)
-    values, classes = logits.topk(top_k, dim=1)
+    values, classes = logits.topk(min(top_k, logits.shape[1]), dim=1)
     rest = logits.scatter(1, classes, -math.inf).logsumexp(1).float()
     packed = [_uint16(classes), values.half().view(torch.int16), rest[:, None].view(torch.int16)]
     return argmax, torch.cat(packed, dim=1)

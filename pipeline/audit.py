@@ -2,16 +2,18 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
+from tqdm import tqdm
 
 from pipeline.answers import KINDS
-from pipeline.errors import PipelineError, Unreadable
+from pipeline.errors import Damaged, PipelineError, unreadable
 from pipeline.files import replacing
-from pipeline.layout import UNNEEDED
+from pipeline.layout import FINGERPRINT, UNNEEDED
 from pipeline.plan import Unit
 from pipeline.store import Store
 from pipeline.store_files import FORMAT
@@ -24,15 +26,13 @@ def damaged(store: Store, units: list[Unit], kind: str) -> list[tuple[Unit, str]
     """Read units whole; those that are missing or damaged, each with what was found.
 
     Raises:
-        Unreadable: disk or server do not answer, which is no damage.
+        Unreadable: disk or server do not answer, or memory is short, which is no damage.
     """
     found = []
-    for unit in units:
+    for unit in tqdm(units, desc="reading the store", unit="unit", mininterval=1, leave=False, disable=not units):
         try:
             store.check_unit(unit, kind)
-        except Unreadable:
-            raise
-        except PipelineError as error:
+        except Damaged as error:
             found.append((unit, str(error)))
     return found
 
@@ -80,7 +80,7 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 def read_manifest(path: Path) -> dict[str, Any]:
     """A complete store's manifest. Raises PipelineError where there is none, or it is damaged."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_bytes())
         if found == UNNEEDED:
             raise PipelineError(
                 f"{path}: no store is complete",
@@ -89,11 +89,29 @@ def read_manifest(path: Path) -> dict[str, Any]:
             )
         if not isinstance(found, dict) or MANIFEST - found.keys():
             raise ValueError(f"not an object with {', '.join(sorted(MANIFEST))}")
+        for key, told in MANIFEST_TYPES.items():
+            if not told(found[key]):
+                raise ValueError(f"{key} {str(found[key])[:100]!r}")
         return found
     except FileNotFoundError:
         raise PipelineError(f"{path}: no store is complete", do=f"run: {_maker(path)}") from None
-    except ValueError as error:
+    except OSError as error:
+        raise unreadable(str(path), error) from error
+    except (ValueError, RecursionError) as error:
         raise PipelineError(f"{path}: damaged", found=str(error), do=f"run: {_maker(path)}") from error
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+MANIFEST_TYPES: dict[str, Callable[[Any], bool]] = {
+    "fingerprint": lambda value: isinstance(value, str) and FINGERPRINT.fullmatch(value) is not None,
+    "kind": lambda value: value in KINDS,
+    "views": _is_count,
+    "rows": _is_count,
+    "units": lambda value: isinstance(value, dict),
+}
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:

@@ -48,14 +48,38 @@ class Unreadable(PipelineError):
     """Something could not be read now: a busy server, a lost connection. It says nothing about its contents."""
 
 
+class Damaged(PipelineError):
+    """Bytes that are not those that were written, or are gone."""
+
+
 class UsageError(PipelineError):
     """The command or its configuration asks for something impossible."""
 
     exit_code = 2
 
 
+CLIENTS = {"adlfs", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "requests", "urllib3"}
+
+
+def is_io(error: BaseException) -> bool:
+    """Whether an error tells of a disk, a server or its client; some clients' errors are no OSError."""
+    return isinstance(error, IO_ERRORS) or any(kind.__module__.split(".")[0] in CLIENTS for kind in type(error).__mro__)
+
+
+def unreadable(what: str, error: Exception) -> Unreadable:
+    """What is told when a disk or server gives nothing now, whatever it was that failed."""
+    do = "try again when the disk or server answers"
+    if isinstance(error, ImportError):
+        do = "install it"
+    elif isinstance(error, MemoryError | RuntimeError):
+        do = "give the process more memory or threads, or fewer workers, and try again"
+    return Unreadable(f"{what}: cannot be read", found=reason(error), do=do)
+
+
 def unwritable(what: str, error: Exception) -> PipelineError:
-    """What is told when a disk is full, read-only or forbidden."""
+    """What is told when a disk is full, read-only or forbidden, or a library is missing."""
+    if isinstance(error, ImportError):
+        return PipelineError(f"{what} needs a library that is not there", found=reason(error), do="install it")
     return PipelineError(
         f"{what} cannot be written",
         found=reason(error),

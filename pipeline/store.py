@@ -1,7 +1,7 @@
 """Reading the store of the teacher's answers: a view of a shard, or a whole unit, checked.
 
-Chunks of `argmax`, `check` and `topk` are their bytes followed by their CRC-32C; they are read without zarr, which
-costs ten times as much and takes a missing chunk for the fill value.
+Chunks are their bytes followed by their CRC-32C; they are read without zarr, which costs ten times as much, takes a
+missing chunk for the fill value, and tells damage from a lack of memory by no means.
 """
 
 from collections import OrderedDict, defaultdict
@@ -14,7 +14,7 @@ import zarr
 
 from pipeline.answers import FILL, KINDS, SHARDED
 from pipeline.config import Recipe
-from pipeline.errors import IO_ERRORS, PipelineError, UsageError, reason
+from pipeline.errors import Damaged, PipelineError, UsageError
 from pipeline.plan import Unit
 from pipeline.recipe import group_count, recipe_fingerprint
 from pipeline.shards import Index
@@ -52,6 +52,19 @@ class Answers:
     check: np.ndarray
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Of an array: what is read at once."""
+
+    chunks: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes of it, without its checksum."""
+        return int(np.prod(self.chunks)) * self.dtype.itemsize
+
+
 class Store(StoreFiles):
     """An open store: `Store.open`."""
 
@@ -59,7 +72,7 @@ class Store(StoreFiles):
         super().__init__(path, group, index, recipe)
         self.keep = 32  # chunks of each array at hand; a little more than the order's open shards
         self._cache: dict[str, OrderedDict] = defaultdict(OrderedDict)
-        self._arrays: dict[str, zarr.Array | None] = {}
+        self._layouts: dict[str, Layout] = {}
 
     @classmethod
     def open(cls, path: str, index: Index, recipe: Recipe) -> Self:
@@ -69,11 +82,7 @@ class Store(StoreFiles):
             PipelineError: no store at `path`.
             UsageError: it is of another format, index or recipe.
         """
-        try:
-            there = exists(path)
-        except IO_ERRORS as error:
-            raise PipelineError(f"{path}: the store cannot be read", found=reason(error)) from error
-        if not there:
+        if not exists(path):
             raise PipelineError(
                 f"{path}: no store",
                 expected="the teacher's answers for this recipe, index and teacher",
@@ -90,7 +99,7 @@ class Store(StoreFiles):
         """A view of a shard. The returned arrays are a cache's: don't write into them.
 
         Raises:
-            PipelineError: the unit is missing or damaged.
+            Damaged: the unit is missing or damaged.
         """
         block, place = divmod(view, self.recipe.block)
         argmax, check = self._cached("argmax", shard, block * self.recipe.block, self._read_argmax)
@@ -106,7 +115,7 @@ class Store(StoreFiles):
         """A whole unit's argmax, uint16 (block, samples).
 
         Raises:
-            PipelineError: the unit is missing or damaged.
+            Damaged: the unit is missing or damaged.
         """
         return self._read_argmax(unit.shard, unit.block * self.recipe.block)[0]
 
@@ -114,7 +123,7 @@ class Store(StoreFiles):
         """A unit's check, uint64 (block, slots).
 
         Raises:
-            PipelineError: it is missing or damaged.
+            Damaged: it is missing or damaged.
         """
         return self._read_chunk("check", unit.shard, unit.block * self.recipe.block)[:, 0]
 
@@ -122,7 +131,7 @@ class Store(StoreFiles):
         """Read a unit whole, past the cache.
 
         Raises:
-            PipelineError: it is missing or damaged.
+            Damaged: it is missing or damaged.
         """
         first, views = unit.block * self.recipe.block, self.recipe.repeats
         _, check = self._read_argmax(unit.shard, first)
@@ -155,13 +164,7 @@ class Store(StoreFiles):
         block, samples = self.recipe.block, int(self.index.samples[shard])
         if check is None:
             check = self._cached("argmax", shard, first // block * block, self._read_argmax)[1]
-        if kind in SHARDED:
-            rows = slice(shard * self.capacity, shard * self.capacity + samples)
-            payload = self._fetch(kind, (slice(first, first + self.recipe.repeats), rows), shard, first)
-            if len(payload) != self.recipe.repeats:
-                raise self._damage(kind, shard, first, "room for fewer views: its description is damaged")
-        else:
-            payload = self._read_chunk(kind, shard, first)[:, :samples]
+        payload = (self._read_inner if kind in SHARDED else self._read_chunk)(kind, shard, first)[:, :samples]
         self._compare(kind, shard, first, payload, check[first % block : first % block + len(payload)])
         return payload
 
@@ -172,61 +175,71 @@ class Store(StoreFiles):
 
     def _read_chunk(self, name: str, shard: int, view: int) -> np.ndarray:
         """The chunk of a plain array that holds a view of a shard: its bytes, then their CRC-32C."""
-        array = self._array(name, shard, view)
-        try:
-            data = self._bytes(self._chunk_path(name, shard, view // self.recipe.block))
-        except FileNotFoundError:
-            found = "missing: the unit was never written or was removed"
-            raise self._damage(name, shard, view, found) from None
-        except IO_ERRORS as error:
-            raise self._unreadable(name, error) from error
-        size = int(np.prod(array.chunks)) * array.dtype.itemsize
-        if len(data) != size + 4:
-            raise self._damage(name, shard, view, f"{len(data)} bytes instead of {size + 4}")
-        if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
-            raise self._damage(name, shard, view, "bytes that do not match their CRC-32C")
-        return np.frombuffer(data, array.dtype.newbyteorder("<"), size // array.dtype.itemsize).reshape(array.chunks)
+        layout = self._layout(name)
+        data = self._read(name, shard, view, 0, None, layout.size)
+        return np.frombuffer(data, layout.dtype).reshape(layout.chunks)
 
-    def _bytes(self, path: str) -> bytes:
-        if not self._local:
-            return self._filesystem.cat_file(path)
-        with open(path, "rb") as file:
-            return file.read()
+    def _read_inner(self, name: str, shard: int, view: int) -> np.ndarray:
+        """The inner chunk of a zarr shard that begins with a view.
 
-    def _array(self, name: str, shard: int, view: int) -> zarr.Array:
-        if name not in self._arrays:
+        A zarr shard is its inner chunks, then an index of (offset, bytes) of each, 2 x uint64; each of these is
+        followed by its CRC-32C.
+        """
+        layout, views = self._layout(name), self.recipe.repeats
+        count = self.recipe.block // views
+        index = self._read(name, shard, view, count * (layout.size + 4), None, count * 16)
+        offset, size = np.frombuffer(index, "<u8").reshape(count, 2)[view % self.recipe.block // views].tolist()
+        if size != layout.size + 4 or offset % size or offset >= count * size:
+            raise self._damage(name, shard, view, f"an index of {size} bytes at {offset}")
+        data = self._read(name, shard, view, offset, offset + size, layout.size)
+        return np.frombuffer(data, layout.dtype).reshape(layout.chunks)
+
+    def _read(self, name: str, shard: int, view: int, start: int, end: int | None, size: int) -> memoryview:
+        """So many bytes of a unit's file, which their CRC-32C follows.
+
+        What is missing or damaged is read once more before it is called so: units are computed anew for that.
+        """
+        path, found = self._chunk_path(name, shard, view // self.recipe.block), ""
+        for _ in range(2):
             try:
-                self._arrays[name] = self.group[name] if name in self.arrays() else None
-            except PipelineError:
-                raise
-            except FileNotFoundError as error:
-                raise self._damage(name, shard, view, f"no description: {error}") from error
-            except IO_ERRORS as error:
+                data = self._bytes(path, start, end)
+            except FileNotFoundError:
+                found = "missing: the unit was never written or was removed"
+                continue
+            except Exception as error:  # nearly anything is raised by servers' clients, and where memory is short
                 raise self._unreadable(name, error) from error
-            except Exception as error:  # zarr raises nearly anything about damaged metadata
-                raise self._damage(name, shard, view, f"damaged metadata: {error}") from error
-        if self._arrays[name] is None:
-            raise UsageError(
-                f"{self.path}: no {name} in the store",
-                expected=name,
-                found=", ".join(self.arrays()),
-                do=f"set teacher_logits.kind to {name} and run teacher-logits again",
-            )
-        return self._arrays[name]
+            if len(data) != size + 4:
+                found = f"{len(data)} bytes instead of {size + 4}"
+            elif google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
+                found = "bytes that do not match their CRC-32C"
+            else:
+                return memoryview(data)[:-4]
+        raise self._damage(name, shard, view, found)
 
-    def _fetch(self, name: str, selection: tuple, shard: int, view: int) -> np.ndarray:
-        try:
-            return np.asarray(self._array(name, shard, view)[selection])
-        except PipelineError:
-            raise
-        except IO_ERRORS as error:
-            raise self._unreadable(name, error) from error
-        except Exception as error:  # codecs raise nearly anything
-            raise self._damage(name, shard, view, str(error)) from error
+    def _bytes(self, path: str, start: int, end: int | None) -> bytes:
+        if not self._local:
+            return self._filesystem.cat_file(path, start=start or None, end=end)
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(-1 if end is None else end - start)
 
-    def _damage(self, name: str, shard: int, view: int, found: str) -> PipelineError:
+    def _layout(self, name: str) -> Layout:
+        if name not in self._layouts:
+            if name not in self.arrays():
+                raise UsageError(
+                    f"{self.path}: no {name} in the store",
+                    expected=name,
+                    found=", ".join(self.arrays()),
+                    do=f"set teacher_logits.kind to {name} and run teacher-logits again",
+                )
+            shape = self.described(name)["shape"]
+            settings = self._settings(name, shape[0], shape[-1])
+            self._layouts[name] = Layout(settings["chunks"], np.dtype(settings["dtype"]).newbyteorder("<"))
+        return self._layouts[name]
+
+    def _damage(self, name: str, shard: int, view: int, found: str) -> Damaged:
         block = view // self.recipe.block
-        return PipelineError(
+        return Damaged(
             f"{self.path}/{name}: block {block} of shard {self.index.names[shard]}, view {view}",
             expected="what the teacher wrote",
             found=found,

@@ -9,8 +9,10 @@ A unit's argmax is written last, so what exists is complete (pipeline.store_writ
 that one visit wants (recipe.repeats).
 """
 
+import contextlib
+import importlib.metadata
 import json
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import numpy as np
@@ -19,12 +21,13 @@ from zarr.codecs import Crc32cCodec
 
 from pipeline.answers import DTYPES, FILL, KINDS, SHARDED
 from pipeline.config import Recipe
-from pipeline.errors import IO_ERRORS, PipelineError, Unreadable, UsageError, reason
+from pipeline.errors import PipelineError, Unreadable, UsageError, unreadable
 from pipeline.files import is_local
 from pipeline.plan import Unit, all_units
 from pipeline.recipe import group_count
 from pipeline.sealed import read_description
 from pipeline.shards import Index
+from pipeline.strict import differences
 
 FORMAT = 2
 NO_CHECK = 2**64 - 1
@@ -54,16 +57,28 @@ class StoreFiles:
                 raise UsageError(
                     f"{self.path}: the store's {key}",
                     expected=json.dumps(value),
-                    found=json.dumps(found),
+                    found="\n            ".join([json.dumps(found), *self._differences(key, value)]),
                     do="it belongs to another experiment: name the right store, or none",
                 )
+
+    def _differences(self, key: str, value: Any) -> list[str]:
+        """What differs, in words: `setting: the store's, the one that is asked for`."""
+        attributes = self.group.attrs
+        if key == "recipe":
+            told = differences(attributes["recipe_settings"], self.recipe.model_dump(mode="json"), "recipe")
+            return told or ["the settings are the same: it is of another version of the views"]
+        if key == "index":
+            was, now = ({shard["name"]: shard["samples"] for shard in s} for s in (attributes["shards"], self.index.shards))
+            told = differences(was, now, "samples in shard")
+            return told[:5] or ["as many samples in shards of the same names: images or labels are others"]
+        return differences(attributes.get(key), value, key)
 
     def arrays(self) -> list[str]:
         """`argmax`, `check` and the kinds that the store holds."""
         names = ("check", *KINDS)
         try:
             return sorted(name for name in names if self._filesystem.exists(f"{self._root}/{name}/zarr.json"))
-        except IO_ERRORS as error:
+        except Exception as error:  # servers' clients raise nearly anything
             raise self._unreadable("", error) from error
 
     def _settings(self, name: str, views: int, width: int) -> dict[str, Any]:
@@ -92,8 +107,8 @@ class StoreFiles:
         Raises:
             PipelineError: it is not, or its description is damaged.
         """
+        described = self.described(name)
         try:
-            described = read_description(self._filesystem, f"{self._root}/{name}")
             views, *rest = described["shape"]
             settings = self._settings(name, views, rest[-1])
             chunk = described["chunk_grid"]["configuration"]["chunk_shape"]
@@ -101,13 +116,24 @@ class StoreFiles:
                 raise ValueError(f"shape {described['shape']}")
             if tuple(chunk) != settings.get("shards", settings["chunks"]):
                 raise ValueError(f"chunks of {chunk}")
-        except Exception as error:  # of what is damaged nearly anything is raised
+        except Exception as error:
+            raise _not_described(f"{self.path}/{name}", error) from error
+
+    def described(self, name: str) -> dict[str, Any]:
+        """An array's zarr.json.
+
+        Raises:
+            PipelineError: it is damaged or cannot be read.
+        """
+        try:
+            return read_description(self._filesystem, f"{self._root}/{name}")
+        except Exception as error:
             raise _not_described(f"{self.path}/{name}", error) from error
 
     @property
     def views(self) -> int:
         """Views that the store has room for; which of their units are written is another question."""
-        return self.group["argmax"].shape[0] if "argmax" in self.arrays() else 0
+        return self.described("argmax")["shape"][0] if "argmax" in self.arrays() else 0
 
     def missing(self, views: int, kind: str) -> list[Unit]:
         """Units of views 0..views-1 that are not there for a kind, in the order to compute them."""
@@ -124,21 +150,19 @@ class StoreFiles:
         folder = f"{self._root}/{name}/c"
         try:
             paths = self._filesystem.find(folder) if self._filesystem.exists(folder) else []
-        except IO_ERRORS as error:
+        except Exception as error:  # servers' clients raise nearly anything
             raise self._unreadable(name, error) from error
         parts = [path[len(folder) + 1 :].split("/") for path in paths]
-        return {(int(p[0]), int(p[1])) for p in parts if all(part.isdigit() for part in p)}
+        return {(int(p[0]), int(p[1])) for p in parts if len(p) > 1 and all(part.isdigit() for part in p)}
 
     def _chunk_path(self, name: str, shard: int, block: int) -> str:
         return f"{self._root}/{name}/c/{block}/{shard}" + ("" if name == "argmax" else "/0")
 
     def _unreadable(self, name: str, error: Exception) -> Unreadable:
-        return Unreadable(
-            f"{self.path}/{name}: cannot be read", found=reason(error), do="try again when the disk or server answers"
-        )
+        return unreadable(f"{self.path}/{name}", error)
 
 
-def opened(path: str, mode: str) -> zarr.Group:
+def opened(path: str, mode: Literal["r", "r+"]) -> zarr.Group:
     """A store's group.
 
     Raises:
@@ -150,14 +174,17 @@ def opened(path: str, mode: str) -> zarr.Group:
         if described["attributes"]["format"] == FORMAT:  # another one is refused later, with its number
             read_description(filesystem, root)
         return zarr.open_group(path, mode=mode)
-    except Exception as error:  # zarr raises nearly anything about damaged metadata
+    except Exception as error:
         raise _not_described(path, error) from error
 
 
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, FileNotFoundError)
+"""What reading something damaged raises; all else tells of the machine or the server."""
+
+
 def _not_described(where: str, error: Exception) -> PipelineError:
-    if isinstance(error, IO_ERRORS) and not isinstance(error, FileNotFoundError):
-        do = "try again when the disk or server answers"
-        return Unreadable(f"{where}: cannot be read", found=reason(error), do=do)
+    if not isinstance(error, DAMAGE):
+        return unreadable(where, error)
     return PipelineError(
         f"{where}: damaged metadata",
         expected="a store of answers",
@@ -167,6 +194,25 @@ def _not_described(where: str, error: Exception) -> PipelineError:
 
 
 def exists(path: str) -> bool:
-    """Whether a store is at a path or URL."""
-    filesystem, root = fsspec.core.url_to_fs(path)
-    return filesystem.exists(f"{root}/zarr.json")
+    """Whether a store is at a path or URL.
+
+    Raises:
+        Unreadable: a server does not answer, or the library of a URL's scheme is not installed.
+    """
+    try:
+        filesystem, root = fsspec.core.url_to_fs(path)
+        filesystem.cat_file(f"{root}/zarr.json")  # to ask for its existence takes any error for an absence
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except Exception as error:
+        raise unreadable(path, error) from error
+    return True
+
+
+def versions() -> dict[str, str]:
+    """Of what draws, renders and answers."""
+    found = {}
+    for name in VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -4,8 +4,8 @@ One process writes a unit, by rename, argmax last, so what exists is complete.
 """
 
 import contextlib
-import importlib.metadata
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -13,13 +13,13 @@ import numpy as np
 import zarr
 
 from pipeline.answers import KINDS, payload_width
-from pipeline.errors import IO_ERRORS, PipelineError, Unreadable, UsageError, unwritable
+from pipeline.errors import Damaged, UsageError, is_io, unwritable
 from pipeline.lease import perhaps_held
 from pipeline.plan import Unit
 from pipeline.sealed import create_array, create_group
 from pipeline.shards import Index
 from pipeline.store import Identity, Store, checksum
-from pipeline.store_files import FORMAT, NO_CHECK, VERSIONS, exists, opened
+from pipeline.store_files import FORMAT, NO_CHECK, exists, opened, versions
 
 
 class StoreWriter(Store):
@@ -35,9 +35,8 @@ class StoreWriter(Store):
             UsageError: the store at `path` is of another identity, precision or k.
         """
         capacity, classes = int(index.samples.max()), len(index.classes)
-        store = None
-        with _writing(path):
-            if not exists(path):
+        if not exists(path):
+            with _writing(path):
                 attributes = {
                     "format": FORMAT,
                     "fingerprint": identity.fingerprint,
@@ -47,21 +46,36 @@ class StoreWriter(Store):
                     "classes": classes,
                     "capacity": capacity,
                     "shards": [{"name": s["name"], "samples": s["samples"]} for s in index.shards],
-                    "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+                    "versions": versions(),
                 }
                 create_group(path, attributes)
-            group = opened(path, "r+")
-            store = cls(path, group, index, identity.recipe)
-            store._refuse_other(identity.described())
-            if group.attrs["precision"] != precision:
-                raise UsageError(
-                    f"{path}: the store's precision",
-                    expected=str(group.attrs["precision"]),
-                    found=f"teacher_logits.precision {precision}",
-                    do="keep one precision a store: set the key back, or remove the store",
-                )
+        group = opened(path, "r+")
+        store = cls(path, group, index, identity.recipe)
+        store._refuse_other(identity.described())
+        if group.attrs["precision"] != precision:
+            raise UsageError(
+                f"{path}: the store's precision",
+                expected=str(group.attrs["precision"]),
+                found=f"teacher_logits.precision {precision}",
+                do="keep one precision a store: set the key back, or remove the store",
+            )
+        with _writing(path):
             store._make_arrays(views, kind, top_k)
         return store
+
+    @classmethod
+    def whole(
+        cls, path: str, identity: Identity, index: Index, views: int, kind: str, top_k: int, precision: str
+    ) -> Store | None:
+        """The store that `create` would open, to read, if it lacks nothing; so it may lie on a read-only disk."""
+        if not exists(path):
+            return None
+        store = Store.open(path, index, identity.recipe)
+        store._refuse_other(identity.described())
+        width = payload_width(kind, store.classes, top_k)
+        same = store.group.attrs["precision"] == precision and kind in store.arrays()
+        same = same and (kind == "argmax" or store.described(kind)["shape"][-1] == width)
+        return store if same and not store.missing(views, kind) else None
 
     def _make_arrays(self, views: int, kind: str, top_k: int) -> None:
         for name in {"argmax": 0, "check": 0, kind: 0}:
@@ -70,6 +84,10 @@ class StoreWriter(Store):
                 create_array(self.group, name, settings)
             self._refuse_other_layout(name)
             array, shape = self.group[name], settings["shape"]
+            if array.shape[2:] != shape[2:] and not self._written(name):  # a width that was never used
+                self._filesystem.rm_file(f"{self._root}/{name}/zarr.json")
+                create_array(self.group, name, settings)
+                array = self.group[name]
             if array.shape[2:] != shape[2:]:
                 raise UsageError(
                     f"{self.path}/{name}",
@@ -122,9 +140,7 @@ class StoreWriter(Store):
         """The unit's check as it is, for the checksums of kinds that are not written now."""
         try:
             return np.array(self.read_check(unit))
-        except Unreadable:
-            raise
-        except PipelineError:
+        except Damaged:
             # never written, or damaged: without their checksums the other kinds' answers are lost too
             self.remove_unit(unit, tuple(name for name in KINDS if name in self.arrays()))
             return np.full((self.recipe.block, self.slots + len(KINDS)), NO_CHECK, np.uint64)
@@ -138,12 +154,14 @@ class StoreWriter(Store):
 
 
 @contextlib.contextmanager
-def _writing(path: str):
+def _writing(path: str) -> Iterator[None]:
     """Write chunks even where they equal the fill value; tell a full disk plainly."""
     try:
         with zarr.config.set({"array.write_empty_chunks": True}):
             yield
-    except IO_ERRORS as error:
+    except Exception as error:
+        if not is_io(error):
+            raise
         raise unwritable(f"{path}: the store", error) from error
 
 

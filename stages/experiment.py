@@ -1,6 +1,5 @@
 """What the report tells of an experiment beside its results: pictures that the teacher judged, and facts."""
 
-import importlib.metadata
 import platform
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from pipeline.plots import Sample, SeenView
 from pipeline.recipe import group_count, recipe_fingerprint
 from pipeline.shards import Index
 from pipeline.store import Store
-from pipeline.store_files import VERSIONS
+from pipeline.store_files import versions
 
 SHOWN_SAMPLES, SHOWN_VIEWS = 4, 3
 
@@ -120,7 +119,7 @@ def describe_experiment(
             "crop": f"{evaluated.crop:g}, fine-tuned {evaluated.crop_finetuned:g}, teacher {teacher.crop:g}",
             "python": platform.python_version(),
         }
-        | {name: importlib.metadata.version(name) for name in VERSIONS},
+        | versions(),
     }
 
 

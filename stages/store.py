@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 from pipeline.answers import row_bytes
-from pipeline.audit import manifest, read_manifest, store_bytes
+from pipeline.audit import damaged, manifest, read_manifest, store_bytes
 from pipeline.config import Config
-from pipeline.errors import IO_ERRORS, PipelineError, Unreadable, UsageError
+from pipeline.errors import IO_ERRORS, PipelineError, UsageError
 from pipeline.glance import list_stores
 from pipeline.layout import answers_folder, index_path, store_path
 from pipeline.plan import Unit
@@ -88,18 +88,17 @@ def _missing(store: Store, units: list[Unit], want: Wanted) -> str:
 
 
 def verify(config: Config, purpose: str, named: str | None, recompute: int, device: torch.device) -> None:
-    """Read everything: shards, index table, manifest, every chunk; compute `recompute` units again.
+    """Read everything: shards and tables of both indices, manifest, every chunk; compute `recompute` units again.
 
     Raises:
         PipelineError: something is damaged or missing; all of it is printed before.
     """
     problems, want = [], wanted(config, purpose)
-    index = Index(index_path(config, "train"))
-    problems += _damaged_data(index)
+    index, val = (Index(index_path(config, split)) for split in ("train", "val"))
+    problems += [*_damaged_data(index), *_damaged_data(val)]
     store = find(config, purpose, index, named)
     missing = store.missing(want.views, want.kind)
-    bad = _damaged_units(store, want, missing)
-    problems += [found for _, found in bad]
+    problems += [found for _, found in damaged(store, _written_units(store, want, missing), want.kind)]
     if missing:
         problems.append(_missing(store, missing, want))
     arrays = {"argmax", "check", want.kind} & set(store.arrays())
@@ -138,17 +137,9 @@ def _damaged_data(index: Index) -> list[str]:
     return found
 
 
-def _damaged_units(store: Store, want: Wanted, missing: list[Unit]) -> list[tuple[Unit, str]]:
-    gone, found = set(missing), []
-    for unit in tqdm(store.units(want.views), desc="units", unit="unit", leave=False):
-        if unit not in gone:
-            try:
-                store.check_unit(unit, want.kind)
-            except Unreadable:
-                raise
-            except PipelineError as error:
-                found.append((unit, str(error)))
-    return found
+def _written_units(store: Store, want: Wanted, missing: list[Unit]) -> list[Unit]:
+    gone = set(missing)
+    return [unit for unit in store.units(want.views) if unit not in gone]
 
 
 def _other_manifest(store: Store, path: Path) -> list[str]:
@@ -184,7 +175,7 @@ def repair(config: Config, purpose: str, named: str | None) -> None:
     index, want = Index(index_path(config, "train")), wanted(config, purpose)
     store = StoreWriter.open(find(config, purpose, index, named).path, index, want.recipe)
     missing = store.missing(want.views, want.kind)
-    for unit, found in _damaged_units(store, want, missing):
+    for unit, found in damaged(store, _written_units(store, want, missing), want.kind):
         print(f"dropped {store.index.names[unit.shard]} block {unit.block}: {found.splitlines()[0]}")
         store.remove_unit(unit)
     print(_missing(store, store.missing(want.views, want.kind), want))

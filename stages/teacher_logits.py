@@ -7,7 +7,7 @@ blocks. Several processes (torchrun, or `--part i/n`) share the units.
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -69,21 +69,30 @@ def run(
     if dry_run:
         return
     number, parts = part or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-    with part_lease(path, number, parts, f"part {number} of {parts} of teacher-logits", break_lock):
-        sweep_store(path, part_lock(path, number, parts))
-        store = StoreWriter.create(path, identity, index, views, settings.kind, settings.top_k, settings.precision)
-        # by its place among all units: other parts commit theirs meanwhile
-        own = set(store.units(views)[number::parts])
-        missing = store.missing(views, settings.kind)
-        if not missing:
-            missing = remove_damaged(store, views, settings.kind, own)
-        missing = [unit for unit in missing if unit in own]
-        if missing:
-            UnitWorker(config, store, teacher, own_size, device, store.write_unit).compute(missing)
-    if store.missing(views, settings.kind):
-        print("this part is done; the last part to finish writes the manifest")
+    asked = (identity, index, views, settings.kind, settings.top_k, settings.precision)
+    # complete, it needs no lock, which a read-only disk has no place for
+    store, bad = StoreWriter.whole(path, *asked), []
+    verified: list[Unit] = []
+    if store and number and not part:
+        print("the store is complete; the first process of the job publishes it")
         return
-    publish(config, purpose, store, views)
+    if store:
+        verified = store.units(views)[number::parts] if part else store.units(views)
+        bad = [unit for unit, _ in damaged(store, verified, settings.kind)]
+    if bad or not store:
+        with part_lease(path, number, parts, f"part {number} of {parts} of teacher-logits", break_lock):
+            sweep_store(path, part_lock(path, number, parts))
+            store = StoreWriter.create(path, *asked)
+            # by its place among all units: other parts commit theirs meanwhile
+            own = {*store.units(views)[number::parts], *bad}
+            remove_damaged(store, settings.kind, bad)
+            missing = [unit for unit in store.missing(views, settings.kind) if unit in own]
+            if missing:
+                UnitWorker(config, store, teacher, own_size, device, store.write_unit).compute(missing)
+        if store.missing(views, settings.kind):
+            print("this part is done; the last part to finish writes the manifest")
+            return
+    publish(config, purpose, store, views, set(verified) - set(bad))
 
 
 def mark_unneeded(config: Config, purpose: str) -> None:
@@ -95,13 +104,11 @@ def mark_unneeded(config: Config, purpose: str) -> None:
     print(f"teacher-logits for {purpose}: not needed, no student listens to a teacher")
 
 
-def remove_damaged(store: StoreWriter, views: int, kind: str, own: set[Unit]) -> list[Unit]:
-    """Read a complete store whole; take back what is damaged, so that it is computed again."""
-    bad = damaged(store, [unit for unit in store.units(views) if unit in own], kind)
-    for unit, found in bad:
+def remove_damaged(store: StoreWriter, kind: str, units: list[Unit]) -> None:
+    """Read units whole; take back those that are damaged, so that they are computed again."""
+    for unit, found in damaged(store, units, kind):
         print(f"computed again: {found}")
         store.remove_unit(unit)
-    return [unit for unit, _ in bad]
 
 
 def _purpose(config: Config, purpose: str) -> tuple[Recipe, int, int]:
@@ -118,10 +125,13 @@ def describe(config: Config, index: Index, recipe: Recipe, views: int, path: str
     rows = shards * int(index.samples.max())
     groups = shards * (-(-int(index.samples.max()) // recipe.group_size) + 3)
     size = views * (rows * row_bytes(settings.kind, classes, settings.top_k) + groups * 8)
+    fewer = ""
+    if settings.kind == "topk" and classes < settings.top_k:
+        fewer = f"\n  top_k {settings.top_k}: there are {classes} classes, and all are kept"
     return (
         f"teacher-logits: {len(index):,} images x {views} views at {recipe.size} px = {len(index) * views:,} views,"
         f" {shards} shards x {blocks} blocks = {shards * blocks:,} units\n"
-        f"  {settings.kind}: about {size / 1e6:,.1f} MB, {size / max(views * len(index), 1):.2f} bytes a view: {path}"
+        f"  {settings.kind}: about {size / 1e6:,.1f} MB, {size / max(views * len(index), 1):.2f} bytes a view: {path}{fewer}"
     )
 
 
@@ -284,10 +294,23 @@ def _logits(kind: str, payload: np.ndarray, store: Store) -> torch.Tensor:
     return decode_logits(kind, torch.tensor(payload), store.classes)
 
 
-def publish(config: Config, purpose: str, store: Store, views: int) -> None:
-    """Write manifest and summary of a complete store into the outputs."""
+def publish(config: Config, purpose: str, store: Store, views: int, verified: Collection[Unit] = ()) -> None:
+    """Read a complete store back, then write its manifest and summary into the outputs.
+
+    Args:
+        verified: units that were read whole already.
+
+    Raises:
+        PipelineError: a unit is damaged: what was written is not what the disk gives.
+    """
     kind, folder = config.teacher_logits.kind, answers_folder(config, purpose)
     start = time.monotonic()
+    if bad := damaged(store, [unit for unit in store.units(views) if unit not in verified], kind):
+        raise PipelineError(
+            f"{store.path}: {len(bad)} units are damaged, so the store is not published",
+            found=bad[0][1].splitlines()[0],
+            do="run teacher-logits again: it computes them again",
+        )
     sweep_store(store.path)
     write_manifest(folder / "manifest.json", manifest(store, views, kind))
     agreement = _agreement(store, views)

@@ -861,7 +861,7 @@ def test_unit_that_s3_is_too_busy_to_give_is_not_removed_as_damaged(name, stored
     store.check_unit(Unit(0, 0), "dense")
     before = bucket.keys()
     with server.busy(f"/{name}/c/1/1"), contextlib.suppress(PipelineError):
-        teacher_logits.remove_damaged(store, VIEWS, "dense", set(store.units(VIEWS)))
+        teacher_logits.remove_damaged(store, "dense", store.units(VIEWS))
     assert bucket.keys() == before
 
 
@@ -877,7 +877,7 @@ def test_no_unit_of_an_array_that_s3_is_too_busy_to_describe_is_removed(name, st
     store = opened(stored("dense"))  # which describes an array to itself when it first reads it
     before = bucket.keys()
     with server.busy(f"/{name}/zarr.json"), contextlib.suppress(PipelineError):
-        teacher_logits.remove_damaged(store, VIEWS, "dense", set(store.units(VIEWS)))
+        teacher_logits.remove_damaged(store, "dense", store.units(VIEWS))
     assert bucket.keys() == before
 
 

@@ -1,9 +1,12 @@
 """The store of answers: what is written is read; what is missing, damaged or another's is refused."""
 
+import errno
 import json
 import math
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +18,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pipeline import answers as kinds
+from pipeline import store_files, store_writer
 from pipeline.answers import DTYPES, KINDS, as_stored, payload_width
 from pipeline.audit import damaged, manifest, read_manifest, store_bytes, write_manifest
 from pipeline.config import Recipe
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import PipelineError, Unreadable, UsageError
 from pipeline.lease import lease, part_lock
 from pipeline.plan import Unit, all_units
 from pipeline.recipe import group_count
@@ -272,6 +276,21 @@ def test_shard_without_a_sample_misses_nothing(tmp_path):
     assert [unit.shard for unit in store.missing(VIEWS, "argmax")] == [0, 2, 0, 2]
 
 
+def test_an_array_whose_width_was_never_used_is_made_anew(tmp_path):
+    create(tmp_path / "s.zarr", "topk", top_k=4)
+    store = fill(create(tmp_path / "s.zarr", "topk"), "topk")
+    assert store.missing(VIEWS, "topk") == [] == damaged_units(tmp_path / "s.zarr", "topk")
+
+
+def test_of_fewer_classes_than_top_k_all_are_kept(tmp_path):
+    store = create(tmp_path / "s.zarr", "topk", top_k=CLASSES + 3)
+    logits = torch.randn(4, CLASSES, generator=torch.Generator().manual_seed(0))
+    argmax, payload = encode("topk", logits, CLASSES + 3)
+    assert payload.shape[1] == store.group["topk"].shape[2] == 2 * CLASSES + 2
+    assert np.allclose(decode_logits("topk", payload, CLASSES), logits.numpy(), atol=1e-2)
+    assert argmax.tolist() == logits.argmax(1).tolist()
+
+
 def test_removed_unit_is_missing(copy):
     path = copy("topk")
     create(path, "topk").remove_unit(Unit(1, 0))
@@ -369,10 +388,10 @@ def test_writing_the_argmax_again_leaves_the_payload_valid(copy):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"recipe": RECIPE.model_copy(update={"seed": 1})}, ["store's recipe"]),
-        ({"recipe": RECIPE.model_copy(update={"mixup_alpha": 0.7})}, ["store's recipe"]),
-        ({"index": Rows(fingerprint="e" * 32)}, ["store's index", "f" * 32, "e" * 32]),
-        ({"teacher": TEACHER | {"model": "other"}}, ["store's teacher", '"toy"', '"other"']),
+        ({"recipe": RECIPE.model_copy(update={"seed": 1})}, ["store's recipe", "recipe.seed: 0, 1"]),
+        ({"recipe": RECIPE.model_copy(update={"mixup_alpha": 0.7})}, ["store's recipe", "recipe.mixup_alpha: 0.8, 0.7"]),
+        ({"index": Rows(fingerprint="e" * 32)}, ["store's index", "f" * 32, "e" * 32, "images or labels"]),
+        ({"teacher": TEACHER | {"model": "other"}}, ["store's teacher", 'teacher.model: "toy", "other"']),
         ({"teacher": TEACHER | {"weights": "1" * 32}}, ["store's teacher", "0" * 32, "1" * 32]),
         ({"precision": "bfloat16"}, ["precision", "float32", "bfloat16"]),
         ({"top_k": 4}, ["top_k", "width 8", "10"]),
@@ -519,12 +538,123 @@ def test_bit_flipped_in_the_descriptions_is_refused_or_changes_no_answer(kind, c
     assert not unfound
 
 
+# what is no damage
+
+SHORTAGES = [
+    MemoryError(), RuntimeError("can't start new thread"), OSError(errno.EMFILE, "Too many open files"),
+    ConnectionResetError("gone"), type("ClientError", (Exception,), {"__module__": "aiohttp"})("503"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=repr)
+@pytest.mark.parametrize("name", ["check", "argmax", "dense"])
+def test_unit_that_cannot_be_read_now_is_not_damaged(name, error, copy, monkeypatch):
+    store, real = opened(copy("dense")), Store._bytes
+
+    def short(self, path, *place):
+        if f"/{name}/c/1/1" in path:
+            raise error
+        return real(self, path, *place)
+
+    monkeypatch.setattr(Store, "_bytes", short)
+    with pytest.raises(Unreadable):
+        damaged(store, store.units(VIEWS), "dense")
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=repr)
+def test_description_that_cannot_be_read_now_is_not_damaged(error, copy, monkeypatch):
+    path = copy("dense")
+
+    def short(*_):
+        raise error
+
+    monkeypatch.setattr(store_files, "read_description", short)
+    with pytest.raises(Unreadable):
+        opened(path)
+
+
+def test_a_unit_is_damaged_only_when_it_is_read_so_twice(copy, monkeypatch):
+    store, real, asked = opened(copy("dense")), Store._bytes, []
+
+    def once(self, path, *place):
+        asked.append((path, place))
+        data = real(self, path, *place)
+        return data if asked.count((path, place)) > 1 else data[:-1]
+
+    monkeypatch.setattr(Store, "_bytes", once)
+    assert damaged(store, store.units(VIEWS), "dense") == []
+
+
+def test_a_chunk_that_cannot_be_read_now_takes_no_other_kind_back(copy, monkeypatch):
+    path = copy("dense")
+    before = tree(path)
+    store = create(path, "argmax")
+
+    def short(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Store, "_bytes", short)
+    with pytest.raises(Unreadable):
+        store.write_unit(Unit(1, 1), *answers(Unit(1, 1), "argmax"))
+    assert tree(path) == before
+
+
+SHORT = """
+import resource, sys, threading
+from pathlib import Path
+sys.path[:0] = {paths!r}
+from test_store import VIEWS, opened
+from pipeline.audit import damaged
+from pipeline.errors import Unreadable
+store = opened(Path({store!r}))
+held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + {room}, -1))
+try:
+    print(damaged(store, store.units(VIEWS), "dense"))
+except (Unreadable, MemoryError):
+    print([])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [0, 1_500_000])
+def test_too_little_memory_is_no_damage(room, tmp_path):
+    index = Rows()
+    index.classes = ["some"] * 200_000
+    store = create(tmp_path / "s.zarr", "dense", index=index)
+    for unit in store.units(VIEWS):
+        samples = SAMPLES[unit.shard]
+        buffers = {"argmax": np.zeros((BLOCK, samples), np.uint16)}
+        buffers["dense"] = np.zeros((BLOCK, samples, len(index.classes)), np.float16)
+        store.write_unit(unit, buffers, np.zeros((BLOCK, group_count(samples, 4)), np.uint64))
+    code = SHORT.format(paths=sys.path, store=store.path, room=room)
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert said.stdout.strip() == "[]", said.stderr
+
+
+# disk
+
+
 def test_full_disk_is_told_plainly_and_leaves_the_unit_missing(tmp_path):
     store = create(tmp_path / "s.zarr", "dense")
     with full_disk(100):
         message = refusal(store.write_unit, Unit(0, 0), *answers(Unit(0, 0), "dense"))
     assert f"{tmp_path}/s.zarr: the store cannot be written" in message and "make room" in message
     assert Unit(0, 0) in opened(tmp_path / "s.zarr").missing(VIEWS, "dense")
+
+
+def test_a_distribution_that_is_not_installed_is_no_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_files, "VERSIONS", ("numpy", "no-such-thing"))
+    assert list(create(tmp_path / "s.zarr").group.attrs["versions"]) == ["numpy"]
+
+
+def test_a_library_that_is_missing_is_no_full_disk(tmp_path, monkeypatch):
+    def missing(*_):
+        raise ImportError("no module named codec")
+
+    monkeypatch.setattr(store_writer, "create_group", missing)
+    message = refusal(create, tmp_path / "s.zarr")
+    assert "no module named codec" in message and "make room" not in message
 
 
 def test_store_that_cannot_be_made_is_told_plainly(tmp_path):
@@ -569,6 +699,20 @@ def test_bytes_of_a_store_are_those_on_disk(filled):
 
 
 # the manifest
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("fingerprint", "../.."), ("fingerprint", 7), ("fingerprint", "a" * 31 + "/"), ("kind", "soft"), ("kind", []),
+        ("views", "8"), ("views", -1), ("views", True), ("rows", None), ("units", []),
+    ],
+)  # fmt: skip
+def test_manifest_of_a_stranger_is_refused(key, value, filled, tmp_path):
+    whole = manifest(opened(filled("topk")), VIEWS, "topk")
+    write_manifest(tmp_path / "manifest.json", whole | {key: value})
+    assert f"{key} " in refusal(read_manifest, tmp_path / "manifest.json")
+
 
 
 @every_kind

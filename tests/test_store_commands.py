@@ -22,6 +22,7 @@ from pipeline.models import Answering
 from pipeline.params import dump
 from pipeline.shards import Index
 from pipeline.store import Store
+from pipeline.store_writer import StoreWriter
 from stages import prune, teacher_logits, train_student
 from stages import store as stage
 
@@ -73,7 +74,7 @@ def test_another_teacher_s_answers_are_found(taught, monkeypatch):  # noqa: F811
     assert "another teacher?" in said
 
 
-FILES = ("store", "shard", "table", "index", "manifest")
+FILES = ("store", "shard", "table", "index", "val", "manifest")
 
 
 def files_of(kind: str) -> list[Path]:
@@ -84,6 +85,7 @@ def files_of(kind: str) -> list[Path]:
         "shard": lambda: sorted(Path(index.location).glob("*.tar")),
         "table": lambda: [Path(index.table)],
         "index": lambda: [data],
+        "val": lambda: [Path("outputs/small/data/val/index.json")],
         "manifest": lambda: [Path("outputs/small/teacher-logits/manifest.json")],
     }[kind]()
 
@@ -171,6 +173,51 @@ def test_publishing_leaves_the_files_of_who_adds_views(taught):  # noqa: F811
     assert partial.exists()
 
 
+# publishing
+
+
+def test_a_store_is_published_only_when_all_of_it_is_read_back_as_written(taught):  # noqa: F811
+    chunk = next(path for path in sorted(the_store().glob("dense/c/*/*/*")) if path.is_file())
+    whole = tree(the_store())
+    manifest = Path("outputs/small/teacher-logits/manifest.json")
+    manifest.unlink()
+    flip(chunk, random.Random(1))
+    store = Store.open(str(the_store()), Index(index_path(taught, "train")), taught.recipe)
+    with pytest.raises(PipelineError, match="1 units are damaged"):
+        teacher_logits.publish(taught, WANTED, store, 8)
+    assert not manifest.exists()
+    teacher_logits.run(taught, CPU)
+    assert manifest.exists() and tree(the_store()) == whole
+
+
+def test_a_unit_that_the_disk_does_not_give_back_is_not_published(taught, monkeypatch):  # noqa: F811
+    next(path for path in the_store().glob("argmax/c/*/*") if path.is_file()).unlink()
+    real = StoreWriter.write_unit
+
+    def lossy(self, unit, *arguments):
+        real(self, unit, *arguments)
+        flip(Path(self._chunk_path("dense", unit.shard, unit.block)), random.Random(1))
+
+    monkeypatch.setattr(StoreWriter, "write_unit", lossy)
+    with pytest.raises(PipelineError, match="1 units are damaged"):
+        teacher_logits.run(taught, CPU)
+
+
+def test_a_complete_store_needs_no_lock(taught, monkeypatch):  # noqa: F811
+    """It may lie on a disk that is read-only."""
+    shutil.rmtree("outputs/small/teacher-logits")
+    before = tree(Path("work"))
+    monkeypatch.setattr(teacher_logits, "part_lease", None)
+    teacher_logits.run(taught, CPU)
+    assert tree(Path("work")) == before and Path("outputs/small/teacher-logits/manifest.json").exists()
+
+
+def test_fewer_classes_than_top_k_are_told_and_stored(taught):  # noqa: F811
+    arguments = ("teacher-logits", "--device", "cpu", "--set", "teacher_logits.kind=topk")
+    assert "top_k 10: there are 3 classes, and all are kept" in call(*arguments, "--dry-run")
+    assert "store complete" in call(*arguments)
+
+
 # repair
 
 
@@ -182,6 +229,31 @@ def test_repair_drops_what_is_damaged_and_teacher_logits_mends_it(taught):  # no
     assert "dropped" in said and "1 units are missing" in said
     teacher_logits.run(loaded(), CPU)
     assert tree(the_store()) == whole
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")], ids=repr)
+def test_repair_and_teacher_logits_keep_what_they_cannot_read(error, taught, monkeypatch):  # noqa: F811
+    whole = tree(Path("work"))
+
+    def short(self, path, *_):
+        raise error
+
+    monkeypatch.setattr(Store, "_bytes", short)
+    call("store", "repair", code=1)
+    call("teacher-logits", "--device", "cpu", code=1)
+    assert tree(Path("work")) == whole
+
+
+def test_repair_deletes_nothing_outside_work(taught, tmp_path):  # noqa: F811
+    manifest = Path("outputs/small/teacher-logits/manifest.json")
+    shutil.copytree(the_store(), tmp_path / "outside.zarr")
+    for path in (tmp_path / "outside.zarr").glob("argmax/c/*/*"):
+        path.write_bytes(b"damaged")
+    before = tree(tmp_path / "outside.zarr")
+    outside = os.path.relpath(tmp_path / "outside", "work/stores")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"fingerprint": outside}))
+    assert "damaged" in call("store", "repair", code=1)
+    assert tree(tmp_path / "outside.zarr") == before
 
 
 def test_repair_of_a_whole_store_changes_nothing(taught):  # noqa: F811
