@@ -18,6 +18,10 @@ RUN_LOCK = "running"
 """In a training's state folder: the lock of the process that trains it."""
 
 
+DATA_LOCK = "preparing"
+"""In `work/data`: the lock of the process that prepares data there."""
+
+
 def outputs(config: Config) -> Path:
     return Path("outputs") / config.name
 

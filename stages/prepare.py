@@ -22,7 +22,7 @@ from pipeline.config import Config, Data
 from pipeline.contents import digest, file_digests, recall, remember
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import file_sha256, sweep
-from pipeline.layout import index_path, local_work
+from pipeline.layout import DATA_LOCK, index_path, local_work
 from pipeline.lock import kernel_lock
 from pipeline.recipe import permutation, stream_key
 from pipeline.shards import Index, ShardIndex, index_shard, publish_index, shard_stamp, write_index, write_shard
@@ -190,7 +190,7 @@ def _prepare(config: Config, part: Part, classes: list[str], quick: bool) -> lis
     index = _whole_index(part, path)
     same = _unchanged(part, index, now, (recall(memory) or {}) if quick else {}) if index else set()
     if index is None or len(same) < len(part.names) or classes not in ([], index.classes):
-        lock = local_work(config.work) / "data" / "preparing"
+        lock = local_work(config.work) / "data" / DATA_LOCK
         with kernel_lock(lock, f"{part.split}: waiting for another process, which prepares data there") as locked:
             if locked:
                 sweep(part.root)

@@ -20,7 +20,7 @@ import fsspec
 from pipeline.errors import UsageError, unwritable
 from pipeline.files import is_local
 from pipeline.glance import files_below, list_stores, newest, read_json, read_tail
-from pipeline.layout import FINGERPRINT, RUN_LOCK, index_path, local_work
+from pipeline.layout import DATA_LOCK, FINGERPRINT, RUN_LOCK, index_path, local_work
 from pipeline.lease import leases_beside, modified, part_lease, perhaps_held
 from pipeline.lock import held, kernel_lock
 from pipeline.params import load
@@ -193,7 +193,9 @@ def _data_sets(work: str, known: Known, kept: set[str]) -> Iterator[Found]:
         prints = {str(index["fingerprint"]) for index in indices.values() if "fingerprint" in index}
         moved = max((newest(path) or 0.0 for path in [folder, *folder.iterdir()]), default=0.0)
         stays = ""
-        if time.time() - moved < DAY:
+        if held(folder.parent / DATA_LOCK):
+            stays = "in use: prepare runs"
+        elif time.time() - moved < DAY:
             stays = "of the last day: prepare may be writing it"
         elif unprepared:
             stays = f"{known.configs[0].name} has no index under outputs/: it may be its"
@@ -231,7 +233,8 @@ def _delete(found: Found) -> str:
             with kernel_lock(Path(found.path) / RUN_LOCK):
                 _delete_folder(Path(found.path))
         else:
-            _delete_folder(Path(found.path))
+            with kernel_lock(Path(found.path).parent / DATA_LOCK):
+                _delete_folder(Path(found.path))
     except (UsageError, BlockingIOError):
         return "in use"
     except OSError as error:

@@ -102,7 +102,7 @@ def verify(config: Config, purpose: str, named: str | None, recompute: int, devi
     if missing:
         problems.append(_missing(store, missing, want))
     arrays = {"argmax", "check", want.kind} & set(store.arrays())
-    room = max((store.group[name].shape[0] for name in arrays), default=0)
+    room = max((store.described(name)["shape"][0] for name in arrays), default=0)
     if room > want.views and (further := store.missing(room, want.kind)):
         problems.append(f"{store.path}: room for {room} views, of which {len(further):,} units are missing")
     published = answers_folder(config, purpose) / "manifest.json"

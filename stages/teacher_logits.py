@@ -127,11 +127,12 @@ def describe(config: Config, index: Index, recipe: Recipe, views: int, path: str
     size = views * (rows * row_bytes(settings.kind, classes, settings.top_k) + groups * 8)
     fewer = ""
     if settings.kind == "topk" and classes < settings.top_k:
-        fewer = f"\n  top_k {settings.top_k}: there are {classes} classes, and all are kept"
+        fewer = f"  top_k {settings.top_k}: there are {classes} classes, and all are kept"
     return (
         f"teacher-logits: {len(index):,} images x {views} views at {recipe.size} px = {len(index) * views:,} views,"
         f" {shards} shards x {blocks} blocks = {shards * blocks:,} units\n"
-        f"  {settings.kind}: about {size / 1e6:,.1f} MB, {size / max(views * len(index), 1):.2f} bytes a view: {path}{fewer}"
+        f"  {settings.kind}: about {size / 1e6:,.1f} MB, {size / max(views * len(index), 1):.2f} bytes a view: {path}"
+        + (f"\n{fewer}" * bool(fewer))
     )
 
 

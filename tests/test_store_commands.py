@@ -15,7 +15,7 @@ from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (f
 
 from pipeline.cli import main
 from pipeline.errors import PipelineError, UsageError
-from pipeline.layout import RUN_LOCK, index_path, state_folder, student_folder
+from pipeline.layout import DATA_LOCK, RUN_LOCK, index_path, state_folder, student_folder
 from pipeline.lease import lease, part_lock
 from pipeline.lock import kernel_lock
 from pipeline.models import Answering
@@ -478,18 +478,19 @@ def test_prune_leaves_what_another_machine_may_work_on(taught):  # noqa: F811
 
 
 def test_prune_knows_data(taught):  # noqa: F811
-    (data,) = Path("work/data").iterdir()
+    data = next(Path("work/data").glob("*/train")).parent
     new = copied(data, "1")
     for path in new.glob("*/index.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "3" * 32}))
     assert "of the last day" in call("prune", "--yes") and new.exists()
     age(Path("work/data"))
-    assert "train 20, val 4" in call("prune")
+    with kernel_lock(Path("work/data") / DATA_LOCK):
+        assert "prepare runs" in call("prune", "--yes") and new.exists()
+    assert "images: train 20" in call("prune")
     assert "1 data sets" in call("prune", "--yes") and not new.exists() and data.exists()
 
 
 def test_prune_keeps_the_data_of_what_it_keeps(taught):  # noqa: F811
-    shutil.rmtree("outputs/small/data/val")
     index = index_path(loaded(), "train")
     index.write_text(json.dumps({"fingerprint": "3" * 32}))
     age(Path("work"))
