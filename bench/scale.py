@@ -128,7 +128,7 @@ def make_index(scale: Scale, clock: Clock) -> dict[str, float]:
         rows["size"] = rng.integers(20_000, 200_000, samples)
         rows["offset"] = np.cumsum(rows["size"] + 2048) - rows["size"]
         rows["label"], rows["crc32c"] = labels, rng.integers(0, 2**32, samples)
-        shards.append(ShardIndex(f"{number:06d}.tar", rows, int(rows["offset"][-1]), f"{number:064x}"))
+        shards.append(ShardIndex(f"{number:06d}.tar", rows, int(rows["offset"][-1] + rows["size"][-1]), f"{number:064x}"))
         first += samples
     clock.skip()
     write_index(scale.index, str(scale.root), [f"n{label:08d}" for label in range(CLASSES)], shards)

@@ -11,13 +11,10 @@ substituted or skipped.
 
 import contextlib
 import dataclasses
-import hashlib
-import io
 import json
 import os
-import tarfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,11 +27,13 @@ import webdataset
 from pipeline.errors import IO_ERRORS, PipelineError, reason
 from pipeline.files import replacing, settled, stamp
 from pipeline.strict import fingerprint
-from pipeline.views import Undecodable, decode, decode_again
+from pipeline.tar import Damaged, Member, Tar
+from pipeline.views import MAX_PIXELS, Undecodable, decode, decode_again
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 MAX_CLASSES = 65535  # class numbers are uint16 in the store, whose fill value is 65535
 FORMAT = 1
+BYTES_A_PIXEL = 8  # of an image's file at most: 16 bits of each of red, green, blue and alpha, not compressed
 PLACES = ("location", "table")  # what index.json says of where things lie
 VERSIONS = ("ETag", "LastModified", "Last-Modified", "Content-MD5", "last_modified", "updated", "mtime", "created")
 """What file systems behind URLs tell of a file besides its size, by their names for it."""
@@ -68,43 +67,97 @@ class ShardIndex:
     """Images that do not decode: key and reason. They have no row."""
 
 
-def index_shard(location: str, name: str) -> ShardIndex:
+def index_shard(location: str, name: str, max_pixels: int = MAX_PIXELS) -> ShardIndex:
     """Read a shard once: find every sample, decode its image strictly, hash its bytes.
+
+    Args:
+        max_pixels: an image of more is refused before it is decoded.
 
     Raises:
         PipelineError: no such shard, damaged tar, a sample without label or image, a key twice.
     """
     where = f"{location}/{name}"
+    rows: list[tuple[bytes, int, int, int, int]] = []
+    refused: list[dict[str, str]] = []
+    seen: set[str] = set()
     try:
         with fsspec.open(where, "rb") as file:
-            data = file.read()
-        members = _members(data)
-    except (*IO_ERRORS, tarfile.TarError) as error:
+            tar = Tar(file)
+            for key, parts in _samples(tar, max_pixels):
+                row = _row(where, key, parts, key in seen)
+                seen.add(key)
+                if isinstance(row, str):
+                    refused.append({"shard": name, "key": key, "reason": row})
+                else:
+                    rows.append(row)
+    except (*IO_ERRORS, Damaged) as error:
         raise _unreadable(where, error) from error
-    rows, refused, seen = [], [], set()
-    for key, parts in members:
-        found = [extension for extension in parts if extension in IMAGE_TYPES]
-        label = _label(data, parts.get("cls"))
-        if len(found) != 1 or label is None or key in seen:
-            raise PipelineError(
-                f"{where}: sample {key!r}",
-                expected=f"one image ({', '.join(IMAGE_TYPES)}), a .cls with a class number, a key that stands once",
-                found="the key stands twice" if key in seen else f"members {sorted(parts)}, class {label}",
-                do="mend the shard",
-            )
-        seen.add(key)
-        offset, size = parts[found[0]]
-        image = data[offset : offset + size]
-        try:
-            decode(image)
-        except Undecodable as error:
-            refused.append({"shard": name, "key": key, "reason": str(error)})
-        else:
-            rows.append((key.encode(), offset, size, label, google_crc32c.value(image)))
     length = max((len(row[0]) for row in rows), default=1)
-    return ShardIndex(
-        name, np.array(rows, row_type(length)), len(data), hashlib.sha256(data).hexdigest(), refused
-    )
+    return ShardIndex(name, np.array(rows, row_type(length)), tar.bytes, tar.sha256.hexdigest(), refused)
+
+
+@dataclass
+class _Image:
+    """Where it lies and its checksum, or why it does not decode."""
+
+    offset: int
+    size: int
+    crc32c: int = 0
+    refused: str = ""
+
+
+_Parts = dict[str, _Image | int | None]
+"""Of a sample, by extension: its image, its class (None if it is no number), anything else as None."""
+
+
+def _samples(tar: Tar, max_pixels: int) -> Iterator[tuple[str, _Parts]]:
+    """(key, parts) in tar order, as webdataset groups members."""
+    last, parts = None, {}
+    for member in tar:
+        folder, _, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        if not stem or not extension:
+            continue  # README, ._x.jpg: no sample to webdataset either
+        key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
+        if key != last or extension in parts:
+            if last is not None:
+                yield last, parts
+            last, parts = key, {}
+        parts[extension] = None
+        if extension in IMAGE_TYPES:
+            parts[extension] = _look(tar, member, max_pixels)
+        elif extension == "cls" and member.size < 64:
+            text = tar.read(member.size).strip()
+            parts[extension] = int(text) if text.isdigit() and len(text) < 6 and int(text) < MAX_CLASSES else None
+    if last is not None:
+        yield last, parts
+
+
+def _look(tar: Tar, member: Member, max_pixels: int) -> _Image:
+    if member.size > min(2**31 - 1, BYTES_A_PIXEL * max_pixels + 2**20):
+        reason = f"{member.size:,} bytes: more than an image of {max_pixels:,} pixels (data.max_pixels) can have"
+        return _Image(member.offset, member.size, refused=reason)
+    data = tar.read(member.size)
+    try:
+        decode(data, max_pixels)
+    except Undecodable as error:
+        return _Image(member.offset, member.size, refused=str(error))
+    return _Image(member.offset, member.size, google_crc32c.value(data))
+
+
+def _row(where: str, key: str, parts: _Parts, twice: bool) -> tuple[bytes, int, int, int, int] | str:
+    """A sample's row, or why its image was refused."""
+    images = [part for part in parts.values() if isinstance(part, _Image)]
+    label = parts.get("cls")
+    if len(images) != 1 or not isinstance(label, int) or twice:
+        raise PipelineError(
+            f"{where}: sample {key!r}",
+            expected=f"one image ({', '.join(IMAGE_TYPES)}), a .cls with a class number, a key that stands once",
+            found="the key stands twice" if twice else f"members {sorted(parts)}, class {label}",
+            do="mend the shard",
+        )
+    image = images[0]
+    return image.refused or (key.encode(), image.offset, image.size, label, image.crc32c)
 
 
 def shard_stamp(location: str, name: str) -> Any:
@@ -136,36 +189,9 @@ def _unreadable(where: str, error: Exception) -> PipelineError:
     )
 
 
-def _members(data: bytes) -> list[tuple[str, dict[str, tuple[int, int]]]]:
-    """(key, {extension: (offset, size)}) in tar order, as webdataset groups members."""
-    samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        for member in tar:
-            if not member.isreg():
-                continue
-            folder, _, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            if not stem or not extension:
-                continue  # README, ._x.jpg: no sample to webdataset either
-            key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
-            if not samples or samples[-1][0] != key or extension in samples[-1][1]:
-                samples.append((key, {}))
-            samples[-1][1][extension] = (member.offset_data, member.size)
-        end = tar.offset
-    # tarfile ends quietly where a header is damaged or the data is cut
-    if len(data) - end < 1024 or any(data[end:]):
-        raise tarfile.ReadError(f"damaged or cut after byte {end}: a tar ends with 1,024 zero bytes")
-    return samples
-
-
-def _label(data: bytes, part: tuple[int, int] | None) -> int | None:
-    if part is None:
-        return None
-    text = data[part[0] : part[0] + part[1]].strip()
-    return int(text) if text.isdigit() and len(text) < 6 and int(text) < MAX_CLASSES else None
-
-
-def write_index(path: Path, location: str, classes: list[str], shards: list[ShardIndex]) -> str:
+def write_index(
+    path: Path, location: str, classes: list[str], shards: list[ShardIndex], max_pixels: int = MAX_PIXELS
+) -> str:
     """Write `index.json` at `path` and its table beside it; index.json last.
 
     A view is drawn from its sample's key, so no two samples may have the same. Where shards number their samples
@@ -214,20 +240,22 @@ def write_index(path: Path, location: str, classes: list[str], shards: list[Shar
     if alike:
         described["keys"] = "SHARD/KEY"
     described["fingerprint"] = fingerprint(described)
-    _write_described(path, described, location, path.with_suffix(".npy"))
+    _write_described(path, described, location, path.with_suffix(".npy"), max_pixels)
     return alike
 
 
 def publish_index(index: "Index", path: Path) -> None:
     """The same index at another place, its table where it is; written only if it is not there already."""
     described = json.loads(Path(index.path).read_text())
-    _write_described(path, described, index.location, index.table)
+    _write_described(path, described, index.location, index.table, index.max_pixels)
 
 
-def _write_described(path: Path, described: dict, location: str, table: str | Path) -> None:
-    # where things lie is no part of what they are
-    places = {"location": _place(location, path), "table": _place(table, path)}
-    text = json.dumps(described | places, indent=1) + "\n"
+def _write_described(
+    path: Path, described: dict[str, Any], location: str, table: str | Path, max_pixels: int
+) -> None:
+    # where things lie, and a limit, are no part of what they are
+    beside = {"location": _place(location, path), "table": _place(table, path), "max_pixels": max_pixels}
+    text = json.dumps(described | beside, indent=1) + "\n"
     with contextlib.suppress(OSError, ValueError):
         if path.read_text() == text:
             return
@@ -263,9 +291,52 @@ def _keyed_by_shard(shard: ShardIndex) -> ShardIndex:
     return dataclasses.replace(shard, rows=rows)
 
 
+def _impossible(described: dict[str, Any]) -> str:
+    """What an index says that none written here says, whatever its fingerprint; empty if there is nothing."""
+    shards = described["shards"]
+    numbers = {"bytes": 2**63, "samples": 2**31, "rows_crc32c": 2**32}
+
+    def number(value: Any, limit: int) -> bool:
+        return type(value) is int and 0 <= value < limit
+
+    def name(value: Any) -> bool:
+        return isinstance(value, str) and value not in ("", ".", "..") and not {"/", "\0"} & set(value)
+
+    for place, shard in enumerate(shards):
+        if not name(shard["name"]):
+            return f"shards[{place}].name: {shard['name']!r}"
+        for key, limit in numbers.items():
+            if not number(shard[key], limit):
+                return f"shards[{place}].{key}: {shard[key]!r}"
+        if not isinstance(shard["sha256"], str):
+            return f"shards[{place}].sha256: {shard['sha256']!r}"
+    if len({shard["name"] for shard in shards}) < len(shards):
+        return "a shard stands twice"
+    if described["samples"] != sum(shard["samples"] for shard in shards) or not 0 < described["samples"] < 2**31:
+        return f"samples: {described['samples']!r}"
+    if not 0 < len(described["classes"]) <= MAX_CLASSES or not all(isinstance(c, str) for c in described["classes"]):
+        return "classes"
+    if not all(isinstance(bad[key], str) for bad in described["refused"] for key in ("shard", "key", "reason")):
+        return "refused"
+    return ""
+
+
 def _found(place: str, index: str | Path) -> str:
     """The path or URL that an index means by a place. Lexically, as it was written: links are not followed."""
     return place if "://" in place else os.path.abspath(os.path.join(os.path.dirname(index), place))
+
+
+def _opened(where: str, expected: int) -> int:
+    """A descriptor of a shard.
+
+    Raises:
+        OSError: it is not there, or not of the size that it had when it was indexed.
+    """
+    descriptor = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
+    if (found := os.fstat(descriptor).st_size) != expected:
+        os.close(descriptor)
+        raise OSError(f"{found:,} bytes instead of {expected:,}: cut or replaced")
+    return descriptor
 
 
 class Index:
@@ -284,14 +355,17 @@ class Index:
             described = json.loads(Path(path).read_text())
             claimed = described.pop("fingerprint")
             self.location, self.table = (_found(described.pop(place), path) for place in PLACES)
+            self.max_pixels: int = described.pop("max_pixels", MAX_PIXELS)
             if described["format"] != FORMAT or fingerprint(described) != claimed:
                 raise ValueError("its fingerprint is not that of its contents")
+            if found := _impossible(described) or ("max_pixels" * (type(self.max_pixels) is not int)):
+                raise ValueError(f"impossible: {found}")
         except FileNotFoundError:
             raise PipelineError(f"{path}: no index", do="run: pipeline prepare") from None
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise PipelineError(
                 f"{path}: not a whole index of format {FORMAT}",
-                found=str(error),
+                found=reason(error) if isinstance(error, OSError) else str(error)[:500],
                 do="run: pipeline prepare",
             ) from error
         self.fingerprint: str = claimed
@@ -300,7 +374,7 @@ class Index:
         self.refused: list[dict[str, str]] = described["refused"]
         self.shards: list[dict] = described["shards"]
         self.names = [shard["name"] for shard in self.shards]
-        self.samples = np.array([shard["samples"] for shard in self.shards])
+        self.samples = np.array([shard["samples"] for shard in self.shards], np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.samples)])
         self._rows: dict[int, np.ndarray] = {}
         self._files: dict[int, int] = {}
@@ -319,15 +393,18 @@ class Index:
     def _read_rows(self, shard: int) -> np.ndarray:
         """A shard's rows out of the table, which is mapped only for so long: it counts as no one's memory."""
         try:
-            table = np.load(self.table, mmap_mode="r")
-            if len(table) != len(self) or table.dtype != row_type(table.dtype["key"].itemsize):
-                raise ValueError(f"{len(table)} rows of {table.dtype}")
+            # not np.load, which opens archives and pickles too
+            table = np.lib.format.open_memmap(self.table, mode="r")
+            if table.shape != (len(self),) or table.dtype != row_type(table.dtype["key"].itemsize):
+                raise ValueError(f"{table.shape} rows of {table.dtype}")
             return np.array(table[self.starts[shard] : self.starts[shard + 1]])
+        except MemoryError:
+            raise
         except Exception as error:  # a damaged header makes numpy raise nearly anything
             raise PipelineError(
                 f"{self.table}: the table of {self.path} cannot be read",
                 expected=f"{len(self)} rows",
-                found=str(error),
+                found=str(error)[:500],
                 do="run: pipeline prepare",
             ) from error
 
@@ -346,10 +423,33 @@ class Index:
                     found="another: the table was damaged or replaced",
                     do="run: pipeline prepare",
                 )
+            if found := self._misplaced(shard, rows):
+                raise PipelineError(
+                    f"{self.table}: the rows of {self.names[shard]}",
+                    expected=f"samples one after another in {self.shards[shard]['bytes']:,} bytes,"
+                    f" of {len(self.classes)} classes",
+                    found=found,
+                    do="run: pipeline prepare",
+                )
             if len(self._rows) >= OPEN:
                 self._rows.pop(next(iter(self._rows)))
             self._rows[shard] = rows
         return self._rows[shard]
+
+    def _misplaced(self, shard: int, rows: np.ndarray) -> str:
+        """What rows say that no whole shard bears out; empty if there is nothing."""
+        ends = rows["offset"] + rows["size"]
+        sound = {
+            "label": (0 <= rows["label"]) & (rows["label"] < len(self.classes)),
+            "size": rows["size"] > 0,
+            "offset": (rows["offset"] >= np.concatenate([[0], ends[:-1]])) & (ends <= self.shards[shard]["bytes"]),
+            "key": rows["key"] != b"",
+        }
+        for field_name, right in sound.items():
+            if not right.all():
+                row = rows[right.argmin()]
+                return f"{field_name} {row[field_name]} of sample {row['key']!r}"
+        return ""
 
     def shard(self, number: int) -> ShardIndex:
         """A shard as it was when it was indexed.
@@ -398,9 +498,9 @@ class Index:
         if shard not in self._files:
             if len(self._files) >= OPEN:
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
+            self._files[shard] = _opened(where, self.shards[shard]["bytes"])
         return os.pread(self._files[shard], size, offset)
 
     def image(self, shard: int, position: int) -> np.ndarray:
         """A sample's decoded image, uint8 (height, width, 3)."""
-        return decode_again(self.read(shard, position))
+        return decode_again(self.read(shard, position), self.max_pixels)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "errors", "files", "contents", "signals", "lock", "lease", "strict", "policies", "config", "layout", "params",
     "recipe",
-    "ops", "views", "shards", "sources", "plan", "sealed", "answers", "store_files", "store", "store_writer", "audit",
+    "ops", "views", "tar", "shards", "sources", "plan", "sealed", "answers", "store_files", "store", "store_writer", "audit",
     "pool", "groups", "loader", "linear", "compiling", "weights", "models", "teaching", "losses", "optim", "checkpoint", "ranks",
     "evaluation", "arithmetic", "runlog", "meters", "run", "training", "contact_sheet", "plots", "report",
     "glance", "progress",

@@ -1,23 +1,34 @@
 """Shards: what is written is what is read, by us and by webdataset; damage of any kind is found."""
 
+import bz2
+import contextlib
+import gzip
+import hashlib
 import io
 import json
+import lzma
 import os
 import pickle
+import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import webdataset
 from conftest import full_disk, picture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from pipeline.errors import PipelineError
 from pipeline.files import replacing
 from pipeline.shards import MAX_CLASSES, Index, index_shard, write_index, write_shard
-from pipeline.views import decode
+from pipeline.strict import fingerprint
+from pipeline.tar import Tar
+from pipeline.views import Undecodable, decode, decode_again
 
 property_settings = settings(
     derandomize=True,
@@ -279,7 +290,7 @@ def test_sample_that_is_not_one_image_and_one_class_is_refused_by_name(tmp_path,
     ("image", "reason"),
     [
         (b"", "empty"),
-        (b"no image", "cannot identify"),
+        (b"no image", "no image of the formats"),
         (FEW[1][2][:-200], "truncated"),
         (FEW[0][2][:-30], "truncated"),
     ],
@@ -584,3 +595,232 @@ def test_forbidden_folder_is_told_plainly(tmp_path):
 def test_file_in_the_place_of_a_folder_is_told_plainly(tmp_path):
     (tmp_path / "folder").write_text("")
     assert "cannot be written" in refusal(write_shard, tmp_path / "folder" / "s.tar", FEW)
+
+
+# shards and indices by strangers
+
+
+def header(name: bytes = b"a.jpg", size: bytes = b"00000000003", kind: bytes = b"0") -> bytes:
+    """A tar header with its right checksum."""
+    block = bytearray(tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT)[:512])
+    block[:100], block[124:136], block[156:157] = name.ljust(100, b"\0"), size.ljust(12, b"\0"), kind
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def pax(*records: tuple[bytes, bytes]) -> bytes:
+    text = b""
+    for key, value in records:
+        length = len(key) + len(value) + 3
+        length += len(str(length + len(str(length))))
+        text += b"%d %s=%s\n" % (length, key, value)
+    return header(b"pax", b"%011o" % len(text), b"x") + text.ljust(-(-len(text) // 512) * 512, b"\0")
+
+
+END, BODY = bytes(1024), b"abc".ljust(512, b"\0")
+ODD_TARS = {
+    "negative size": (header(size=b"\xff" * 11 + b"\xfd") + BODY + END, "no number"),
+    "negative pax size": (pax((b"size", b"-512")) + header() + BODY + END, "a pax size"),
+    "size beyond the file": (header(size=b"77777777777") + BODY + END, "cut: the member"),
+    "binary size beyond the file": (header(size=b"\x80" + b"\x7f" * 11) + BODY + END, "cut: the member"),
+    "sparse": (header(kind=b"S") + BODY + END, "sparse"),
+    "sparse by pax": (pax((b"GNU.sparse.major", b"1")) + header() + BODY + END, "GNU.sparse"),
+    "5,000 pax headers": (pax((b"comment", b"x")) * 5000 + header() + BODY + END, "9 in a row"),
+    "a huge pax header": (header(b"pax", b"%011o" % 2**21, b"x") + bytes(2**21) + END, "2097152 bytes"),
+    "a name with a NUL": (pax((b"path", b"a\0.jpg")) + header() + BODY + END, "NUL"),
+    "pax length of 0": (header(b"pax", b"%011o" % 9, b"x") + b"0 path=a\n".ljust(512, b"\0") + END, "pax records"),
+    "gzip": (gzip.compress(header() + BODY + END), "compressed with gzip; only uncompressed"),
+    "xz": (lzma.compress(header() + BODY + END), "compressed with xz"),
+    "bzip2": (bz2.compress(header() + BODY + END), "compressed with bzip2"),
+}
+
+
+@pytest.mark.parametrize(("data", "told"), ODD_TARS.values(), ids=ODD_TARS)
+def test_tar_that_no_honest_writer_makes_is_refused_with_the_reason(tmp_path, data, told):
+    (tmp_path / "s.tar").write_bytes(data)
+    message = refusal(index_shard, str(tmp_path), "s.tar")
+    assert f"{tmp_path}/s.tar" in message and told in message
+
+
+member_lists = st.lists(
+    st.tuples(st.text("abé/._ \n", min_size=1, max_size=300), st.binary(max_size=1500), st.booleans()), max_size=6
+)
+
+
+@property_settings
+@given(member_lists, st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
+def test_members_of_a_tar_are_those_that_tarfile_finds(members, form):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as file:
+        for name, data, regular in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data) if regular else 0
+            info.type = tarfile.REGTYPE if regular else tarfile.SYMTYPE
+            with contextlib.suppress(ValueError):  # a name too long for the form
+                file.addfile(info, io.BytesIO(data))
+    with tarfile.open(fileobj=io.BytesIO(buffer.getvalue())) as file:
+        expected = [(info.name, info.offset_data, info.size) for info in file if info.isreg()]
+    reader = Tar(io.BytesIO(buffer.getvalue()))
+    assert [(member.name, member.offset, member.size) for member in reader] == expected
+    assert reader.sha256.hexdigest() == hashlib.sha256(buffer.getvalue()).hexdigest()
+
+
+def test_names_that_are_no_utf8_are_keys(tmp_path):
+    members = [(b"\xff.png", picture(0)), (b"\xff.cls", b"1"), (b"\xfe.png", picture(1)), (b"\xfe.cls", b"2")]
+    parts = [header(name, b"%011o" % len(data)) + data.ljust(-(-len(data) // 512) * 512, b"\0") for name, data in members]
+    (tmp_path / "s.tar").write_bytes(b"".join(parts) + END)
+    write_index(tmp_path / "index.json", str(tmp_path), ["0", "1", "2"], [index_shard(str(tmp_path), "s.tar")])
+    assert contents(Index(tmp_path / "index.json")) == [("\\xff", picture(0), 1), ("\\xfe", picture(1), 2)]
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_postscript_by_another_name_starts_no_ghostscript(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
+    tar(tmp_path / "s.tar", [(name, POSTSCRIPT), ("a.cls", b"0")])
+    (refused,) = index_shard(str(tmp_path), "s.tar").refused
+    assert refused["reason"] == "no image of the formats JPEG, PNG, WEBP"
+
+
+def test_image_of_more_pixels_than_allowed_is_refused_with_the_limit(tmp_path):
+    tar(tmp_path / "s.tar", [("a.png", picture(0, "png", 20, 21)), ("a.cls", b"0")])
+    (refused,) = index_shard(str(tmp_path), "s.tar", 419).refused
+    assert refused["reason"] == "20 x 21 pixels: more than 419 (data.max_pixels)"
+    assert not index_shard(str(tmp_path), "s.tar", 420).refused
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_pixels_are_counted_again_when_an_image_is_read(tmp_path, kind):
+    write_shard(tmp_path / "s.tar", [("a", kind, picture(0, kind, 20, 21), 0)])
+    shard = index_shard(str(tmp_path), "s.tar")
+    write_index(tmp_path / "index.json", str(tmp_path), ["0"], [shard], max_pixels=419)
+    with pytest.raises(ValueError, match=r"data\.max_pixels"):
+        Index(tmp_path / "index.json").image(0, 0)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_image_of_more_than_8_bits_is_refused_instead_of_clipped(tmp_path, dtype):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((5, 5), 40_000, dtype)).save(buffer, "png" if dtype == np.uint16 else "tiff")
+    formats = ("PNG", "TIFF")
+    with pytest.raises(Undecodable, match="more than 8 bits"):
+        decode(buffer.getvalue(), formats=formats)
+
+
+def forged(path: Path, change) -> None:
+    """Alter an index as a stranger would who knows how its fingerprint and checksums are made."""
+    described = json.loads(path.read_text())
+    rows = np.load(path.with_suffix(".npy"))
+    rows = change(described, rows)
+    rows = np.load(path.with_suffix(".npy")) if rows is None else rows
+    np.save(path.with_suffix(".npy"), rows)
+    with contextlib.suppress(KeyError):
+        described["shards"][0]["rows_crc32c"] = google_crc32c.value(rows.tobytes())
+    beside = {key: described.pop(key) for key in ("fingerprint", "location", "table", "max_pixels")}
+    beside["fingerprint"] = fingerprint(described)
+    path.write_text(json.dumps(described | beside))
+
+
+def row_set(field: str, value: int):
+    def change(_, rows):
+        rows[field][1] = value
+        return rows
+
+    return change
+
+
+FORGERIES = {
+    "label beyond the classes": row_set("label", 3),
+    "negative label": row_set("label", -1),
+    "size of 0": row_set("size", 0),
+    "negative size": row_set("size", -5),
+    "size beyond the shard": row_set("size", 2**30),
+    "offset beyond the shard": row_set("offset", 2**40),
+    "negative offset": row_set("offset", -512),
+    "offset of the sample before": row_set("offset", 0),
+    "no key": row_set("key", b""),
+    "samples beyond the table": lambda described, _: described["shards"][0].update(samples=7) or None,
+    "counts that do not add up": lambda described, _: described.update(samples=2),
+    "a shard in another folder": lambda described, _: described["shards"][0].update(name="../x.tar"),
+    "a shard without a name": lambda described, _: described["shards"][0].update(name=""),
+    "a fraction of a sample": lambda described, _: described["shards"][0].update(samples=3.0),
+    "true samples": lambda described, _: described["shards"][0].update(samples=True),
+    "a name that is a number": lambda described, _: described["shards"][0].update(name=3),
+    "classes that are numbers": lambda described, _: described.update(classes=[0, 1, 2]),
+    "no classes": lambda described, _: described.update(classes=[]),
+    "fewer bytes than the shard has": lambda described, _: described["shards"][0].update(bytes=10_000),
+    "refused without a reason": lambda described, _: described.update(refused=[{"shard": "x", "key": "y"}]),
+    "shards that are a mapping": lambda described, _: described.update(shards={"0": described["shards"][0]}),
+}
+
+
+@pytest.mark.parametrize("change", FORGERIES.values(), ids=FORGERIES)
+def test_index_whose_checksums_were_made_anew_is_compared_with_itself_and_the_shard(tmp_path, change):
+    indexed(tmp_path)
+    forged(tmp_path / "index.json", change)
+    message = refusal(lambda: contents(Index(tmp_path / "index.json")))
+    assert str(tmp_path) in message
+
+
+# readers under random input
+
+fuzz_settings = settings(property_settings, max_examples=200)
+
+
+def altered(whole: bytes) -> st.SearchStrategy[bytes]:
+    """Bytes that are nearly `whole`: some changed, some put in, some gone."""
+    place = st.integers(0, len(whole))
+    edits = st.lists(st.tuples(place, st.integers(0, 40), st.binary(max_size=40)), min_size=1, max_size=5)
+
+    def apply(edits: list[tuple[int, int, bytes]]) -> bytes:
+        data = whole
+        for start, gone, new in edits:
+            data = data[:start] + new + data[start + gone :]
+        return data
+
+    return st.one_of(edits.map(apply), st.binary(max_size=2000))
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sound")
+    indexed(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["index.json", "index.npy", "000000.tar"])
+def test_any_bytes_in_place_of_a_file_are_read_or_told(sound, tmp_path, name):
+    for path in sound.iterdir():
+        shutil.copy(path, tmp_path)
+    # the places that index.json names are relative: they are those of the copy
+
+    @fuzz_settings
+    @given(altered((sound / name).read_bytes()))
+    def read(data: bytes) -> None:
+        (tmp_path / name).write_bytes(data)
+        with contextlib.suppress(PipelineError):
+            index = Index(tmp_path / "index.json")
+            for shard in range(len(index.names)):
+                for position in range(len(index.rows(shard))):
+                    index.image(shard, position)
+        if name.endswith(".tar"):
+            with contextlib.suppress(PipelineError):
+                index_shard(str(tmp_path), name, max_pixels=10_000)
+
+    read()
+
+
+@pytest.mark.parametrize("image", [image for _, image in PICTURES[:3]], ids=["jpg", "png", "webp"])
+def test_any_bytes_in_place_of_an_image_are_decoded_or_refused(image):
+    @fuzz_settings
+    @given(altered(image))
+    def read(data: bytes) -> None:
+        for decoder in (decode, decode_again):
+            with contextlib.suppress(Undecodable):
+                assert decoder(data, 10_000).size <= 30_000
+
+    read()

@@ -27,7 +27,7 @@ from pipeline.views import (
     center_view,
     decode,
     decode_again,
-    jpeg_components,
+    jpeg_frame,
     render,
 )
 
@@ -198,30 +198,30 @@ def test_decoding_again_refuses_what_decode_refuses(data):
     [(name, {"jpeg_grey": 1, "jpeg_cmyk": 4}.get(name, 3 if name in JPEGS else 0)) for name in ENCODINGS],
 )
 def test_components_of_a_jpeg_are_counted(encoding, components):
-    assert jpeg_components(TINY[encoding]) == components
+    assert jpeg_frame(TINY[encoding])[2] == components
 
 
 @pytest.mark.parametrize("kind", UNUSUAL)
 def test_components_of_an_unusual_jpeg_are_counted(kind):
-    assert jpeg_components(UNUSUAL[kind](Image.fromarray(natural(0, 20, 20)))) == (1 if "grey" in kind else 3)
+    assert jpeg_frame(UNUSUAL[kind](Image.fromarray(natural(0, 20, 24)))) == (24, 20, 1 if "grey" in kind else 3)
 
 
 @pytest.mark.parametrize("encoding", JPEGS)
 def test_jpeg_cut_before_its_components_has_none(encoding):
-    counts = [jpeg_components(TINY[encoding][:cut]) for cut in range(len(TINY[encoding]))]
-    assert counts == sorted(counts) and set(counts) == {0, jpeg_components(TINY[encoding])}
+    counts = [jpeg_frame(TINY[encoding][:cut])[2] for cut in range(len(TINY[encoding]))]
+    assert counts == sorted(counts) and set(counts) == {0, jpeg_frame(TINY[encoding])[2]}
 
 
 @pytest.mark.parametrize("marker", [0xC3, 0xC9, 0xD9, 0xDA])
 def test_jpeg_of_another_kind_or_without_a_frame_has_no_components(marker):
     other = TINY["jpeg_420"].replace(b"\xff\xc0", bytes([0xFF, marker]))
-    assert jpeg_components(other) == 0
+    assert jpeg_frame(other) == (0, 0, 0)
 
 
 @property_settings
 @given(st.binary(max_size=60).map(b"\xff\xd8\xff".__add__))
 def test_components_of_garbage_are_counted_without_failing(data):
-    assert 0 <= jpeg_components(data) <= 255
+    assert 0 <= jpeg_frame(data)[2] <= 255
 
 
 @pytest.mark.parametrize("tar", [pytest.param(IMAGENET, marks=needs(IMAGENET))], ids=["imagenet"])
