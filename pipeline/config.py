@@ -103,15 +103,22 @@ class Data(Section):
     source: Literal["digits", "folder", "shards"] = "folder"
     """`digits` (bundled with scikit-learn), `folder` (class folders), `shards` (WebDataset tars of anyone's)."""
     train: str = ""
-    """folder: the root of the training class folders. shards: a path or URL, {0000..1023} is expanded."""
+    """folder: the root of the training class folders. shards: a path or URL, {0000..1023} and * are expanded. ~ is
+    your home."""
     val: str = ""
     """The same for validation."""
     seed: int = 0
     """Orders the samples before they are cut into shards."""
-    shard_samples: Positive = 1252
-    """Samples a shard; the samples are spread evenly, so shards differ by one sample at most."""
+    shard_samples: Positive = 1280
+    """Samples a shard at most; they are spread evenly, so shards differ by one. A multiple of recipe.group_size, or
+    a little less, wastes nothing; `pipeline prepare --dry-run` tells."""
     max_bad: Annotated[int, Field(ge=0)] = 0
     """How many undecodable images are tolerated (each is named in index.json) before indexing stops."""
+    max_pixels: Annotated[int, Field(ge=1, le=2**30)] = 89_478_485
+    """An image of more is refused before it is decoded, which takes up to 12 bytes a pixel."""
+    exif_orientation: bool = True
+    """Turn images upright that a camera marked as lying (folder only); they are stored as PNG. Off where published
+    numbers are to be met: torchvision and timm ignore the mark."""
     max_per_class: Positive | None = None
     """Take only the first N images of each class (folder only), for trials."""
     workers: Positive = 8

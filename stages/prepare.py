@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import webdataset
+import numpy as np
 from tqdm import tqdm
 
 from pipeline.config import Config, Data
@@ -27,10 +28,12 @@ from pipeline.lock import kernel_lock
 from pipeline.recipe import permutation, stream_key
 from pipeline.shards import Index, ShardIndex, index_shard, publish_index, shard_stamp, write_index, write_shard
 from pipeline.signals import end_with_the_parent, unwinding
-from pipeline.sources import Listing, list_split, load_sample, sample_keys
+from pipeline.sources import Listing, expand, kinds, list_split, load_sample, sample_keys, split_folder
 from pipeline.strict import fingerprint
 
 SPLITS = ("train", "val")
+SHARDS_DEPEND_ON = {"source", "seed", "shard_samples", "max_pixels", "exif_orientation"}
+WASTED, SORTED = 0.01, 0.2  # above which padding and shards sorted by class are warned of
 REQUESTS = 8  # files asked about at a time
 
 
@@ -46,6 +49,8 @@ class Part:
     names: list[str]
     classes: list[str]
     """Empty if labels alone tell how many there are."""
+    files: Callable[[str], str]
+    """Where the sample of a key came from, for messages; empty if its shard is all that is known."""
     jobs: Callable[[dict[str, bool]], list[tuple]]
     """Arguments of `work` for shards by name; true: one that is there is written again all the same."""
     work: Callable[[tuple], ShardIndex]
@@ -76,16 +81,26 @@ def run(config: Config, dry_run: bool = False, quick: bool = False) -> None:
 def _own_parts(config: Config, dry_run: bool, quick: bool) -> Iterator[Part]:
     listings = {split: list_split(config.data, split) for split in SPLITS}
     _check_classes(config.data, listings)
+    if config.data.source == "folder" and len({split_folder(config.data, split).resolve() for split in SPLITS}) == 1:
+        _same_split(config.data, str(split_folder(config.data, "val")))
+    everything: dict[str, list[str]] = {}
     for split, listing in listings.items():
         count = -(-len(listing.names) // config.data.shard_samples)
         size = f", {sum(at[0] for at in listing.stamps) / 1e6:,.1f} MB" if listing.stamps else ""
         about = f"{split}: {len(listing.names):,} images of {len(listing.classes)} classes in {count} shards{size}"
+        if listing.left_out:
+            print(f"{split}: left out, no images that are read: {kinds(listing.left_out)}")
+        if split == "train":
+            _tell_padding(config, listing, count)
         if dry_run:
             print(about)
             continue
-        held = _contents(config, split, listing, quick)
+        held = everything[split] = _contents(config, split, listing, quick)
+        if both := set(held) & set(everything["train"]) - {""} if split == "val" else ():
+            twice = next(name for name, digest in zip(listing.names, held, strict=True) if digest in both)
+            print(f"val: warning: {len(both):,} of its images are training images too, byte for byte ({twice})")
         # of this split alone, and of nothing that shards do not depend on
-        identity = config.data.model_dump(include={"source", "seed", "shard_samples"})
+        identity = config.data.model_dump(include=SHARDS_DEPEND_ON)
         content = [identity, split, listing.names, listing.labels, digest("".join(held).encode())]
         root = local_work(config.work) / "data" / fingerprint(content) / split
         print(f"{about}: {root}")
@@ -96,7 +111,7 @@ def _contents(config: Config, split: str, listing: Listing, quick: bool) -> list
     """The digest of every image; of digits, which never change, an empty one."""
     if not listing.stamps:
         return [""] * len(listing.names)
-    folder = Path(getattr(config.data, split))
+    folder = split_folder(config.data, split)
     memory = _memory(config) / f"{fingerprint(str(folder.absolute()))}.json"
     return file_digests(folder, listing.names, listing.stamps, memory, quick, config.data.workers)
 
@@ -117,8 +132,15 @@ def _own_part(data: Data, split: str, listing: Listing, held: list[str], root: P
             if name in wanted
         ]
 
+    @cache
+    def names_of_keys() -> dict[str, str]:
+        return dict(zip(sample_keys(listing.names), listing.names, strict=True))
+
+    def file(key: str) -> str:
+        return str(split_folder(data, split) / names_of_keys()[key]) if listing.stamps else ""
+
     names = [f"{number:06d}.tar" for number in range(count)]
-    return Part(split, root, str(root), names, listing.classes, jobs, _write_and_index)
+    return Part(split, root, str(root), names, listing.classes, file, jobs, _write_and_index)
 
 
 def _check_classes(data: Data, listings: dict[str, Listing]) -> None:
@@ -134,16 +156,44 @@ def _check_classes(data: Data, listings: dict[str, Listing]) -> None:
         )
 
 
+def _same_split(data: Data, found: str) -> None:
+    raise UsageError(
+        f"data.val: {data.val}",
+        expected="other images than data.train: accuracy on those that it was trained on says nothing of a model",
+        found=f"{found} in both",
+        do="name a folder or shards of their own for validation",
+    )
+
+
+def _tell_padding(config: Config, listing: Listing, count: int) -> None:
+    """What part of every forward are unused slots; a warning with a better size of the shards if there is one."""
+    total, group = len(listing.names), config.recipe.group_size
+    wasted = padding(total, count, group)
+    print(f"train: groups of {group} samples: {wasted:.2%} of every forward are unused slots")
+    best = min(range(max(1, count // 2), 2 * count + 1), key=lambda n: (padding(total, n, group), abs(n - count)))
+    if wasted > WASTED and padding(total, best, group) < wasted / 2:
+        size = -(-total // best)
+        print(f"train: warning: data.shard_samples={size} would make that {padding(total, best, group):.2%}")
+
+
+def padding(total: int, shards: int, group: int) -> float:
+    """The part of the slots of all groups that no sample has, where samples are spread evenly over shards."""
+    least, more = divmod(total, shards)
+    groups = more * -(-(least + 1) // group) + (shards - more) * -(-least // group)
+    return 1 - total / (groups * group)
+
+
 def _write_and_index(job: tuple) -> ShardIndex:
     data, split, path, samples, again = job
     if again or not path.exists():
         images = ((key, *load_sample(data, split, name, held), label) for key, name, held, label in samples)
         write_shard(path, images)
-    return index_shard(str(path.parent), path.name)
+    return index_shard(str(path.parent), path.name, data.max_pixels)
 
 
 def _foreign_parts(config: Config) -> Iterator[Part]:
     """Shards that are there already; they may be read-only and at a URL."""
+    train_paths: set[str] = set()
     for split in SPLITS:
         if not getattr(config.data, split):
             raise UsageError(
@@ -151,7 +201,11 @@ def _foreign_parts(config: Config) -> Iterator[Part]:
                 expected="a path or URL of tars, for example shards/train-{0000..0127}.tar",
                 do=f"set data.{split} in params.yaml",
             )
-        paths = webdataset.shardlists.expand_urls(getattr(config.data, split))
+        paths = expand(f"data.{split}", getattr(config.data, split))
+        if split == "train":
+            train_paths = set(paths)
+        elif both := sorted(train_paths & set(paths)):
+            _same_split(config.data, ", ".join(both[:5]))
         folders = {path.rpartition("/")[0] or "." for path in paths}
         if len(folders) > 1:
             raise UsageError(
@@ -170,15 +224,15 @@ def _foreign_parts(config: Config) -> Iterator[Part]:
                 do="name each once",
             )
         print(f"{split}: {len(paths)} shards at {location}")
-        root = local_work(config.work) / "data" / fingerprint(paths) / split
-        yield Part(split, root, location, names, [], _foreign_jobs(location), _index_one)
+        root = local_work(config.work) / "data" / fingerprint([paths, config.data.max_pixels]) / split
+        yield Part(split, root, location, names, [], lambda key: "", _foreign_jobs(location, config.data), _index_one)
 
 
-def _foreign_jobs(location: str) -> Callable[[dict[str, bool]], list[tuple]]:
-    return lambda wanted: [(location, name) for name in wanted]
+def _foreign_jobs(location: str, data: Data) -> Callable[[dict[str, bool]], list[tuple]]:
+    return lambda wanted: [(location, name, data.max_pixels) for name in wanted]
 
 
-def _index_one(job: tuple[str, str]) -> ShardIndex:
+def _index_one(job: tuple[str, str, int]) -> ShardIndex:
     return index_shard(*job)
 
 
@@ -198,11 +252,44 @@ def _prepare(config: Config, part: Part, classes: list[str], quick: bool) -> lis
         index = Index(path)
     if kept := {name: at for name, at in now.items() if at is not None}:
         remember(memory, kept)
-    _check_bad(config.data, index.refused, part.root)
+    _check_bad(config.data, index.refused, part)
     for bad in index.refused:
-        print(f"{part.split}: refused {bad['shard']} {bad['key']}: {bad['reason']}")
+        print(f"{part.split}: refused {_named(bad, part)}")
+    if part.split == "train" and not part.own:
+        _tell_order(index, config.recipe.group_size)
     publish_index(index, index_path(config, part.split))
     return index.classes
+
+
+def _tell_order(index: Index, group: int) -> None:
+    """Warnings about another's shards: of sizes that groups do not fill, or sorted by class."""
+    wasted = 1 - len(index) / (group * int((-(-index.samples // group)).sum()))
+    print(f"train: groups of {group} samples: {wasted:.2%} of every forward are unused slots")
+    if wasted > WASTED:
+        print(f"train: warning: shards of a multiple of {group} samples, or a little less, would waste nothing")
+    if (excess := sortedness(index)) > SORTED:
+        print(
+            f"train: warning: the shards seem to be sorted by class ({excess:.0%}): samples are mixed and trained on"
+            " with others of their shard. Write them anew, shuffled: for example with data.source=folder"
+        )
+
+
+def sortedness(index: Index) -> float:
+    """0 if two samples of a shard are of one class as seldom as any two; 1 if every shard holds one class."""
+    labels, classes = index.labels(), len(index.classes)
+
+    def alike(some: np.ndarray) -> float:
+        """Pairs of one class, of all ordered pairs of different samples."""
+        counts = np.bincount(some, minlength=classes)
+        return float((counts * (counts - 1)).sum())
+
+    pairs = float((index.samples * (index.samples - 1)).sum())
+    anywhere = alike(labels) / max(len(labels) * (len(labels) - 1), 1)
+    if not pairs or anywhere == 1:
+        return 0.0
+    ends = index.starts
+    inside = sum(alike(labels[ends[n] : ends[n + 1]]) for n in range(len(index.names))) / pairs
+    return (inside - anywhere) / (1 - anywhere)
 
 
 def _whole_index(part: Part, path: Path) -> Index | None:
@@ -256,22 +343,27 @@ def _make(data: Data, part: Part, path: Path, classes: list[str], index: Index |
         made = map_jobs(part.work, part.jobs(wanted))
         for shard in tqdm(made, total=len(wanted), desc=f"{part.split} shards", unit="shard"):
             found[shard.name] = shard
-            _check_bad(data, [bad for done in found.values() for bad in done.refused], part.root)
+            _check_bad(data, [bad for done in found.values() for bad in done.refused], part)
     shards = [found[name] for name in part.names]
     classes = classes or [str(n) for n in range(1 + max(shard.rows["label"].max(initial=-1) for shard in shards))]
-    if alike := write_index(path, part.location, classes, shards):
+    if alike := write_index(path, part.location, classes, shards, data.max_pixels):
         print(f"{part.split}: the key {alike}: every sample is named SHARD/KEY")
 
 
-def _check_bad(data: Data, refused: list[dict[str, str]], root: Path) -> None:
+def _check_bad(data: Data, refused: list[dict[str, str]], part: Part) -> None:
     if len(refused) > data.max_bad:
-        named = "; ".join(f"{bad['shard']} {bad['key']} ({bad['reason']})" for bad in refused[:5])
+        named = "; ".join(_named(bad, part) for bad in refused[:5])
         raise PipelineError(
-            f"{root}: images that do not decode",
+            f"{part.split}: images that do not decode",
             expected=f"at most {data.max_bad} (data.max_bad)",
             found=f"{len(refused)}: {named}",
             do="remove or mend them, or raise data.max_bad: they are then named in index.json and left out",
         )
+
+
+def _named(bad: dict[str, str], part: Part) -> str:
+    where = part.files(bad["key"]) or f"{part.location}/{bad['shard']}: sample {bad['key']!r}"
+    return f"{where} ({bad['reason']})"
 
 
 @contextlib.contextmanager

@@ -7,23 +7,25 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from conftest import make_data_set, picture, small_config, tree, write_folders
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline import contents
 from pipeline import shards as shards_module
 from pipeline.errors import PipelineError, UsageError
 from pipeline.layout import index_path
-from pipeline.params import dump
+from pipeline.params import dump, load
 from pipeline.shards import Index, write_shard
 from pipeline.sources import sample_keys
 from stages import prepare
@@ -345,7 +347,7 @@ def test_another_validation_set_writes_no_training_shard_again(in_tmp):
 
 @pytest.mark.parametrize("changes", [{"data__max_bad": 3}, {"data__workers": 2}, {"data__max_per_class": 50}])
 def test_what_changes_no_shard_writes_none_again(in_tmp, changes):
-    config, _ = make_data_set(in_tmp, TRAIN, VAL)
+    make_data_set(in_tmp, TRAIN, VAL)
     before = times(in_tmp / "work")
     prepare.run(small_config(in_tmp, **changes))
     assert times(in_tmp / "work") == before
@@ -493,7 +495,158 @@ def test_digits_are_cut_evenly(digits):
     assert sorted(digits[1]["train"].samples.tolist()) == [477, 478, 478]
 
 
+# formats, orientation, what is left out
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels_of(index: Index) -> dict[str, np.ndarray]:
+    keys = [row["key"].decode() for shard in range(len(index.names)) for row in index.rows(shard)]
+    images = [index.image(shard, n) for shard in range(len(index.names)) for n in range(index.samples[shard])]
+    return dict(zip(keys, images, strict=True))
+
+
+@pytest.mark.parametrize(("extension", "kind"), [("bmp", "BMP"), ("tif", "TIFF"), ("gif", "GIF"), ("ppm", "PPM")])
+def test_image_of_another_format_is_stored_as_a_png_of_its_pixels(in_tmp, extension, kind):
+    config = written(in_tmp, {"cat": 1}, {"cat": 1})
+    image = Image.open(io.BytesIO(picture(7)))
+    data = encoded(image, kind)
+    (in_tmp / "train/cat" / f"other.{extension.upper()}").write_bytes(data)
+    prepare.run(config)
+    index = index_of(config)
+    assert np.array_equal(pixels_of(index)["cat/other"], np.array(Image.open(io.BytesIO(data)).convert("RGB")))
+    with tarfile.open(Path(index.location, index.names[0])) as tar:
+        assert "cat/other.png" in tar.getnames()
+
+
+def test_image_of_a_wrong_extension_is_stored_by_what_it_is(in_tmp):
+    config = written(in_tmp, {"cat": 1}, {"cat": 1})
+    image = Image.open(io.BytesIO(picture(7)))
+    for name, kind in (("a.JPEG", "BMP"), ("b.jpeg", "PNG"), ("c.png", "JPEG"), ("d.JPEG", "JPEG")):
+        (in_tmp / "train/cat" / name).write_bytes(encoded(image, kind))
+    prepare.run(config)
+    with tarfile.open(Path(index_of(config).location, "000000.tar")) as tar:
+        assert {"cat/a.png", "cat/b.png", "cat/c.jpg", "cat/d.jpg"} <= set(tar.getnames())
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photograph_that_a_camera_marked_is_upright(in_tmp, kind, orientation):
+    config = written(in_tmp, {"cat": 1}, {"cat": 1})
+    image, exif = Image.open(io.BytesIO(picture(7, width=9, height=5))), Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, kind, exif=exif)
+    (in_tmp / "train/cat" / f"lying.{kind.lower()}").write_bytes(data)
+    prepare.run(config)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert np.array_equal(pixels_of(index_of(config))["cat/lying"], np.array(upright))
+
+
+def test_photograph_is_left_as_it_is_where_the_mark_is_to_be_ignored(in_tmp):
+    config = written(in_tmp, {"cat": 1}, {"cat": 1}, data__exif_orientation=False)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.open(io.BytesIO(picture(7, width=9, height=5))), "JPEG", exif=exif)
+    (in_tmp / "train/cat/lying.jpg").write_bytes(data)
+    prepare.run(config)
+    assert data in {image for _, image, _ in samples(index_of(config))}
+
+
+@pytest.mark.parametrize("config", ["imagenet-deit-tiny", "imagenet-deit-small", "imagenet-deit-base"])
+def test_published_numbers_ignore_the_mark(config):
+    assert not load(ROOT / f"configs/{config}.yaml").data.exif_orientation
+
+
+def test_files_that_are_left_out_are_counted_and_named(in_tmp, capsys):
+    config = written(in_tmp, {"cat": 1}, {"cat": 1})
+    for name in ("a.heic", "b.HEIC", "notes.txt", ".DS_Store", "._000.png", "README"):
+        (in_tmp / "train/cat" / name).write_bytes(b"")
+    (in_tmp / "train/stray.png").write_bytes(picture(1))
+    prepare.run(config, dry_run=True)
+    said = capsys.readouterr().out
+    assert "left out" in said and "2 .heic (cat/" in said and "1 .txt (cat/notes.txt)" in said
+    assert "1 without an extension (cat/README)" in said and "stray.png" in said and "DS_Store" not in said
+
+
+def test_class_of_images_that_cannot_be_read_says_what_they_are(in_tmp):
+    config = written(in_tmp, {"cat": 1}, {"cat": 1})
+    (in_tmp / "train/dog").mkdir()
+    (in_tmp / "train/dog/a.heic").write_bytes(b"")
+    assert "1 .heic (dog/a.heic)" in refusal(config)
+
+
+def test_image_of_more_pixels_than_allowed_is_refused_before_it_is_decoded(in_tmp, monkeypatch):
+    config = written(in_tmp, {"cat": 1}, {"cat": 1}, data__max_pixels=400)
+    (in_tmp / "train/cat/big.png").write_bytes(picture(1, width=21, height=20))
+    message = refusal(config)
+    assert "big.png (21 x 20 pixels: more than 400 (data.max_pixels))" in message
+
+
+# padding and order
+
+
+def test_padding_is_told_and_warned_of_with_the_size_to_choose(in_tmp, capsys):
+    config = written(in_tmp, {"cat": 8, "dog": 8}, {"cat": 1, "dog": 1}, data__shard_samples=6)
+    prepare.run(config, dry_run=True)
+    said = capsys.readouterr().out
+    assert "groups of 4 samples: 33.33% of every forward" in said and "warning: data.shard_samples=8 would" in said
+
+
+@pytest.mark.parametrize(
+    ("total", "shards", "group", "share"),
+    [(1281167, 1001, 64, 0.0001), (1281167, 1024, 64, 0.0225), (65 * 7, 7, 64, 0.4922), (128, 2, 64, 0.0)],
+)
+def test_padding_is_the_share_of_slots_without_a_sample(total, shards, group, share):
+    assert prepare.padding(total, shards, group) == pytest.approx(share, abs=1e-4)
+
+
+@pytest.mark.parametrize(("config", "images"), [("cifar10", 50_000), ("imagenet-deit-base", 1_281_167)])
+def test_shards_of_a_configuration_waste_little(config, images):
+    loaded = load(ROOT / f"configs/{config}.yaml")
+    assert prepare.padding(images, -(-images // loaded.data.shard_samples), loaded.recipe.group_size) < 0.005
+
+
+@pytest.mark.parametrize("by_class", [True, False])
+def test_shards_that_are_sorted_by_class_are_warned_of(in_tmp, capsys, by_class):
+    for split in ("train", "val"):
+        for number in range(3):
+            lot = [(f"{number}/{i}", "png", picture(9 * number + i), number if by_class else i % 3) for i in range(9)]
+            write_shard(in_tmp / "in" / f"{split}-{number:04d}.tar", lot)
+    prepare.run(shards_config(in_tmp))
+    assert ("sorted by class" in capsys.readouterr().out) == by_class
+
+
 # bad input
+
+
+def test_home_is_expanded(in_tmp, monkeypatch):
+    monkeypatch.setenv("HOME", str(in_tmp))
+    prepare.run(written(in_tmp, {"cat": 1}, {"cat": 1}, data={"train": "~/train", "val": "~/val"}))
+
+
+@pytest.mark.parametrize("val", ["train", "train/../train", "link"])
+def test_training_images_are_refused_for_validation(in_tmp, val):
+    config = written(in_tmp, data__val=str(in_tmp / val))
+    (in_tmp / "link").symlink_to(in_tmp / "train")
+    assert "data.val" in refusal(config, UsageError)
+
+
+def test_image_of_both_splits_is_warned_of(in_tmp, capsys):
+    config = written(in_tmp)
+    shutil.copy(in_tmp / "train/cat/000.png", in_tmp / "val/cat/copy.png")
+    prepare.run(config)
+    assert "val: warning: 1 of its images are training images too, byte for byte (cat/copy.png)" in (
+        capsys.readouterr().out
+    )
+
+
+def test_empty_validation_is_told_as_that(in_tmp):
+    message = refusal(written(in_tmp, data__val=""), UsageError)
+    assert "data.val\n" in message and "the key is empty" in message
 
 
 def test_empty_key_says_which_to_set(in_tmp):
@@ -551,7 +704,7 @@ def test_bad_image_stops_preparation_and_is_named(in_tmp, damage, name):
     path = in_tmp / "train" / "dog" / name
     path.write_bytes(damage(path.read_bytes()))
     message = refusal(config)
-    assert f"dog/{path.stem} (" in message and "at most 0 (data.max_bad)" in message
+    assert f"{path} (" in message and "0x" not in message and "at most 0 (data.max_bad)" in message
     assert not index_path(config, "train").exists()
 
 
@@ -720,6 +873,29 @@ def test_a_shard_changed_beside_others_that_share_its_keys_is_indexed(in_tmp, qu
     write_shards(in_tmp / "in", [2])
     prepare.run(config, quick=quick)
     assert len(samples(index_of(config))) == 8
+
+
+def test_wildcards_of_shards_are_expanded_in_order(in_tmp):
+    theirs = write_shards(in_tmp / "in", [4, 3, 5])
+    write_shards(in_tmp / "in", [3], "val")
+    config = shards_config(in_tmp, train="train-*.tar")
+    prepare.run(config)
+    assert samples(index_of(config)) == theirs
+
+
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [("none-*.tar", "no file that matches"), ("{0..9999999999}.tar", "range of more")],
+)
+def test_names_of_shards_that_mean_none_or_too_many_are_refused(in_tmp, train, told):
+    assert told in refusal(shards_config(in_tmp, train=train), UsageError)
+
+
+def test_training_shard_is_refused_for_validation(in_tmp):
+    write_shards(in_tmp / "in", [3])
+    assert "train-0000.tar in both" in refusal(
+        shards_config(in_tmp, train="train-0000.tar", val="train-0000.tar"), UsageError
+    )
 
 
 def test_shard_that_is_listed_twice_is_refused(in_tmp):
