@@ -4,10 +4,13 @@ A checkpoint is a digest followed by a torch archive; the last two are kept. It 
 of its run, and another's is refused with what differs.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import re
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from pipeline.files import replacing
 from pipeline.strict import differences
 
 KEPT = 2
+PATIENCE = 60.0  # seconds that a rank waits for a file that rank 0 sees
 
 
 def save(folder: Path, step: int, identity: dict[str, Any], state: dict[str, Any]) -> None:
@@ -39,17 +43,31 @@ def save(folder: Path, step: int, identity: dict[str, Any], state: dict[str, Any
         old.unlink(missing_ok=True)
 
 
-def load(folder: Path, identity: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
-    """The newest checkpoint's state with its `step`, or None where there is none.
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint: its file's name, and the digest that it begins with, in hex."""
+
+    name: str
+    digest: str
+
+
+def newest(folder: Path) -> Found | None:
+    """The checkpoint of the largest step, unread; None where there is none."""
+    paths = _checkpoints(folder)
+    if not paths:
+        return None
+    with open(paths[-1], "rb") as file:
+        return Found(paths[-1].name, file.read(32).hex())
+
+
+def load(folder: Path, identity: dict[str, Any], device: torch.device, found: Found) -> dict[str, Any]:
+    """A checkpoint's state with its `step`. Waits for one that another rank has found and this one doesn't see yet.
 
     Raises:
-        PipelineError: the newest one is damaged, or another run's.
+        PipelineError: it is damaged, another run's, or not to be seen here.
     """
-    found = _checkpoints(folder)
-    if not found:
-        return None
-    path = found[-1]
-    data = path.read_bytes()
+    path = folder / found.name
+    data = _awaited(path, found.digest)
     if hashlib.blake2b(data[32:], digest_size=32).digest() != data[:32]:
         raise PipelineError(
             f"{path}: damaged checkpoint",
@@ -67,6 +85,24 @@ def load(folder: Path, identity: dict[str, Any], device: torch.device) -> dict[s
             do="go on as it was begun, or move it away: this run cannot go on from it",
         )
     return state
+
+
+def _awaited(path: Path, digest: str) -> bytes:
+    """The file that begins with a digest; a network file system may show it late."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            begin = file.read(32)
+            if begin.hex() == digest:
+                return begin + file.read()
+        if time.monotonic() > end:
+            raise PipelineError(
+                f"{path}: not the checkpoint that rank 0 goes on from",
+                expected=f"one that begins with {digest}, within {PATIENCE:.0f} s",
+                found="another" if path.exists() else "nothing",
+                do="put the run's state where all ranks see the same files",
+            )
+        time.sleep(0.5)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

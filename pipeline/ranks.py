@@ -4,10 +4,12 @@ import itertools
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,14 @@ class Rank:
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def tell(self, value: T) -> T:
+        """Rank 0's value, on every rank; the others' are ignored."""
+        if self.world == 1:
+            return value
+        told = [value]
+        dist.broadcast_object_list(told)
+        return told[0]
 
     def copy_from_first(self, tensors: Iterable[torch.Tensor]) -> None:
         """Rank 0's values, into all ranks' tensors."""

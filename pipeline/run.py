@@ -14,6 +14,7 @@ from pipeline.models import Normalised, parameter_count
 from pipeline.plan import Plan
 from pipeline.ranks import world_size
 from pipeline.shards import Index
+from pipeline.strict import fingerprint
 from pipeline.teaching import Answer, NoTeacher
 
 TRAINING_VERSION = 4  # bump on any change of what a step computes, or finished runs would be taken for it
@@ -46,6 +47,11 @@ class Run:
     @property
     def steps(self) -> int:
         return self.settings.epochs * self.plan.steps_per_epoch
+
+    @property
+    def validation(self) -> str:
+        """Names what the run is validated on; no part of its identity, as no weight depends on it."""
+        return fingerprint([self.val.fingerprint, self.crop])
 
     @property
     def sees_slices(self) -> bool:

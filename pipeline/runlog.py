@@ -87,30 +87,21 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
         return None
 
 
-def last_epoch(path: Path, step: int) -> dict[str, Any]:
-    """What a log tells of the epoch that ended at `step`, the run's last.
-
-    Raises:
-        PipelineError: it is not there, or the log is damaged.
-    """
-    epochs = [line for line in read_log(path) if line["kind"] == "epoch"]
-    if not epochs or epochs[-1]["step"] != step:
-        raise PipelineError(
-            f"{path}: what the run's last epoch came to",
-            expected=f"a line of the epoch that ended at step {step}",
-            found=f"the last ended at step {epochs[-1]['step']}" if epochs else "none",
-            do=f"delete {path.parent}: the run begins anew",
-        )
-    return epochs[-1]
-
-
-def write_curve(path: Path, log: Path | None) -> None:
+def write_curve(path: Path, log: Path | None = None, last: dict[str, Any] | None = None) -> None:
     """A log's epochs as CSV, for `dvc plots` and the report; validation only where there was one.
 
-    None: of a model that was not trained here, a curve without epochs.
+    Args:
+        last: what the last epoch came to, as it is published: what was validated on other images than that is left
+            out. Without it and a log, of a model that was not trained here: a curve without epochs.
+
+    Raises:
+        PipelineError: the log is damaged.
     """
-    epochs = [line for line in read_log(log) if line["kind"] == "epoch"] if log else []
-    told = dict.fromkeys(key for line in epochs for key in line if key not in ("kind", "step", "speed"))
+    epochs: list[dict[str, Any]] = []
+    if log and last:
+        logged = [line for line in read_log(log) if line["kind"] == "epoch" and line["epoch"] < last["epoch"]]
+        epochs = [*(_validated_as(last, line) for line in logged), last]
+    told = dict.fromkeys(key for line in epochs for key in line if key not in NOT_IN_CURVE)
     header = list(told) or EMPTY
     rows = [["" if line.get(key) is None else str(line[key]) for key in header] for line in epochs]
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
@@ -119,6 +110,12 @@ def write_curve(path: Path, log: Path | None) -> None:
         writer.writerows([*row, check] for row, check in zip(rows, _chain(header, rows), strict=True))
 
 
+def _validated_as(last: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
+    same = line.get("validation") == last["validation"]
+    return line if same else {key: value for key, value in line.items() if "val_" not in key}
+
+
+NOT_IN_CURVE = ("kind", "step", "speed", "validation")
 EMPTY = ["epoch", "loss"]  # columns of a curve without epochs
 
 

@@ -7,10 +7,10 @@ deterministic (pipeline.arithmetic). A non-finite loss stops it before a checkpo
 """
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,28 +23,26 @@ from pipeline.arithmetic import repeatable
 from pipeline.compiling import compiled
 from pipeline.errors import PipelineError
 from pipeline.evaluation import predict, top_k_accuracy
-from pipeline.files import replacing, sweep
 from pipeline.groups import Groups, mixed, targets
-from pipeline.layout import RUN_LOCK
 from pipeline.loader import on_device, step_loader
-from pipeline.lock import kernel_lock
 from pipeline.losses import base_loss, hard_loss, soft_loss
 from pipeline.meters import Fetched, Speed, forget_peak, loader_limits
-from pipeline.models import Normalised, load_weights, read_weights, save_weights
+from pipeline.models import Normalised
 from pipeline.optim import Average, build_optimizer, build_schedule, scheduled_epoch
 from pipeline.ranks import Rank
 from pipeline.recipe import stream_key
-from pipeline.run import Run, named_by
+from pipeline.run import Run
 from pipeline.runlog import Log
 from pipeline.signals import Interrupted, Noted
 from pipeline.teaching import Answer
 
 
-def train(run: Run) -> dict[str, float]:
+def train(run: Run) -> dict[str, Any]:
     """Train to the end, from the newest checkpoint if there is one.
 
     Returns:
-        The last epoch's metrics. The model, `run.model`, holds the final weights.
+        What the last epoch came to; `validation` names what it was validated on. The model, `run.model`, holds the
+        final weights.
 
     Raises:
         PipelineError: a non-finite loss, damaged data, another run's checkpoint, `deterministic` where it can't be.
@@ -55,36 +53,6 @@ def train(run: Run) -> dict[str, float]:
         trainer.resume()
         with Noted() as trainer.signals:
             return trainer.train()
-
-
-def complete(run: Run) -> None:
-    """Train to the end unless that was done before; `run.model` holds the final weights then.
-
-    They stay with the run's state, so coming back to an earlier configuration costs nothing. One job at a
-    time: another that is given the same run waits, and takes its weights.
-    """
-    final, rank = run.folder / "final.safetensors", Rank.start(run.device)
-    with _alone(run) if rank.rank == 0 and not final.exists() else contextlib.nullcontext():
-        # rank 0 tells: on a network file system the others may see it later, and would train alone
-        done = rank.sum(torch.full((1,), float(rank.rank == 0 and final.exists()), device=run.device))
-        if done.item():
-            load_weights(run.model.model, read_weights(final, own=True), str(final))
-            return
-        if rank.rank == 0:
-            sweep(run.folder)
-            with replacing(run.folder / "run.json") as temporary:
-                told = {"name": run.name, "steps": run.steps} | named_by(run.identity)
-                temporary.write_text(json.dumps(told, indent=1) + "\n")
-        train(run)
-        rank.barrier()
-        if rank.rank == 0:
-            with replacing(final) as temporary:
-                save_weights(temporary, run.model.model)
-
-
-def _alone(run: Run):
-    waiting = f"{run.name}: another process trains this run ({run.folder}); waits until it ends"
-    return kernel_lock(run.folder / RUN_LOCK, waiting)
 
 
 STEP_VALUES = ("loss", "loss_label", "loss_distillation", "terminated", "grad_norm")
@@ -126,6 +94,7 @@ class Trainer:
             # after DDP: the graph is split at its buckets then, so that gradients travel during the backward
             self.forward = compiled(self.forward)
         self.step, self.epoch_loss, self.first_loss = 0, 0.0, None
+        self.metrics: dict[str, Any] = {}  # of the last epoch that ended
         self.log = Log(run.folder / "log.jsonl") if self.rank.rank == 0 else None
         self.speed, self.epoch_speed = Speed(), Speed()
         self.arriving: tuple[int, dict[str, float], Fetched] | None = None
@@ -143,16 +112,19 @@ class Trainer:
 
     def resume(self) -> None:
         run = self.run
-        state = checkpoint.load(run.folder, run.checkpoint_identity, run.device)
-        if state is None:
+        # rank 0 tells which: on a network file system the others may see an older one as the newest
+        found = self.rank.tell(checkpoint.newest(run.folder) if self.rank.rank == 0 else None)
+        if found is None:
             if self.log:
                 self.log.rewind(0)  # of an attempt that ended before its first checkpoint
             return
+        state = checkpoint.load(run.folder, run.checkpoint_identity, run.device, found)
         run.model.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
         self.step, self.epoch_loss, self.first_loss = state["step"], state["epoch_loss"], state["first_loss"]
+        self.metrics = state["metrics"]
         if self.log:
             self.log.rewind(self.step)
             print(f"{run.name}: goes on from step {self.step} of {run.steps}")
@@ -162,17 +134,17 @@ class Trainer:
         if self.log:
             self.log.sync()
             state = {"model": self.run.model.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-            state |= {"epoch_loss": self.epoch_loss, "first_loss": self.first_loss}
+            state |= {"epoch_loss": self.epoch_loss, "first_loss": self.first_loss, "metrics": self.metrics}
             if self.ema:
                 state["ema"] = self.ema.state_dict()
             checkpoint.save(self.run.folder, self.step, self.run.checkpoint_identity, state)
 
-    def train(self) -> dict[str, float]:
+    def train(self) -> dict[str, Any]:
         run, settings = self.run, self.run.settings
         slices = range(self.rank.rank * settings.accumulation, (self.rank.rank + 1) * settings.accumulation)
         steps, pin = range(self.step, run.steps), run.device.type == "cuda"
         loader = step_loader(run.plan, run.train, steps, slices, self.parts, settings.workers, pin)
-        batches, metrics, saved = on_device(loader, run.device), {}, time.monotonic()
+        batches, saved = on_device(loader, run.device), time.monotonic()
         with tqdm(
             total=run.steps, initial=self.step, desc=run.name, unit="step", disable=self.rank.rank != 0, mininterval=1
         ) as bar:
@@ -184,13 +156,13 @@ class Trainer:
                 self.step += 1
                 bar.update()
                 if self.step % run.plan.steps_per_epoch == 0:
-                    metrics = self.end_epoch(self.step // run.plan.steps_per_epoch)
+                    self.end_epoch(self.step // run.plan.steps_per_epoch)
                 if self.due(time.monotonic() - saved) or self.stop:
                     self.save()
                     saved = time.monotonic()
                 if self.stop and self.step < run.steps:
                     raise Interrupted(run.name, self.step, self.signals.came)
-        return metrics
+        return self.metrics
 
     def due(self, seconds: float) -> bool:
         """Whether a checkpoint is, so long after the last."""
@@ -309,17 +281,18 @@ class Trainer:
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    def end_epoch(self, epoch: int) -> dict[str, float]:
+    def end_epoch(self, epoch: int) -> None:
         self.settle()
         run, settings = self.run, self.run.settings
-        metrics = {"loss": self.epoch_loss / run.plan.steps_per_epoch, "lr": self.lr()}
+        metrics = {"epoch": epoch, "loss": self.epoch_loss / run.plan.steps_per_epoch, "lr": self.lr()}
         self.epoch_loss, told = 0.0, self.epoch_speed.told()
         if epoch % settings.eval_epochs == 0 or epoch == settings.epochs:
-            metrics |= self.validate(run.model, "")
+            metrics |= {"validation": run.validation} | self.validate(run.model)
             if self.ema:
                 metrics |= self.validate(self.ema.module, "ema_")
+        self.metrics = metrics
         if self.log:
-            self.log.write("epoch", self.step, epoch=epoch, **metrics, speed=told)
+            self.log.write("epoch", self.step, **metrics, speed=told)
             if loader_limits(told) and not self.warned:
                 self.warned = True
                 tqdm.write(warning_of(told, settings.workers))
@@ -327,20 +300,22 @@ class Trainer:
         for speed in (self.speed, self.epoch_speed):
             speed.told()  # validation is no part of training's speed
         forget_peak()
+
+    def validate(self, model: Normalised, prefix: str = "") -> dict[str, float]:
+        """Of the model as rank 0 has it: batch norm's statistics are each rank's own until here."""
+        self.rank.copy_from_first(model.buffers())
+        metrics = validate(self.run, model, prefix)
+        self.set_modes()
         return metrics
 
-    def validate(self, model: Normalised, prefix: str) -> dict[str, float]:
-        """Top-1 of the model as rank 0 has it: batch norm's statistics are each rank's own until here."""
-        run = self.run
-        self.rank.copy_from_first(model.buffers())
-        logits = predict(
-            model, run.val, run.size, run.crop, 256, run.settings.workers, run.device, run.settings.precision
-        )
-        self.set_modes()
-        labels = torch.from_numpy(run.val.labels())
-        both = {"class": logits[0], "mean": (logits[0] + logits[1]) / 2}
-        heads = both if model.distilled and run.distilled else {"class": logits[0]}
-        return {f"{prefix}val_top1_{head}": top_k_accuracy(values, labels, 1) for head, values in heads.items()}
+
+def validate(run: Run, model: Normalised, prefix: str = "") -> dict[str, float]:
+    """Top-1 on the run's validation set, of the class head and, where it was distilled, of the mean of both."""
+    logits = predict(model, run.val, run.size, run.crop, 256, run.settings.workers, run.device, run.settings.precision)
+    labels = torch.from_numpy(run.val.labels())
+    both = {"class": logits[0], "mean": (logits[0] + logits[1]) / 2}
+    heads = both if model.distilled and run.distilled else {"class": logits[0]}
+    return {f"{prefix}val_top1_{head}": top_k_accuracy(values, labels, 1) for head, values in heads.items()}
 
 
 def warning_of(speed: dict[str, float], workers: int) -> str:

@@ -4,10 +4,12 @@ For fine-tuning at a higher resolution it is evaluated there, after its own fine
 """
 
 import json
+from typing import Any
 
 import torch
 from torch import nn
 
+from pipeline.completion import complete
 from pipeline.config import Config, Recipe, Training, result_fields
 from pipeline.errors import PipelineError
 from pipeline.evaluation import classifiers, predict, top_k_accuracy
@@ -33,7 +35,6 @@ from pipeline.run import Run, describe_run, run_identity
 from pipeline.runlog import write_curve
 from pipeline.shards import Index
 from pipeline.strict import fingerprint
-from pipeline.training import complete
 
 
 def run(config: Config, device: torch.device, purpose: str = "train-student", dry_run: bool = False) -> None:
@@ -56,15 +57,16 @@ def run(config: Config, device: torch.device, purpose: str = "train-student", dr
         refuse_size(training.model, size, _size_key(config, purpose))
     if dry_run:
         return
+    told: dict[str, Any] = {}
     if training:
-        complete(training)
+        told = complete(training)
         teacher = training.model
     elif purpose == "finetune":
         teacher = load_teacher(config, len(train.classes), device)
     else:
         teacher = pretrained_teacher(config.teacher, len(train.classes))
     refuse_size(teacher, size, _size_key(config, purpose))
-    publish(config, purpose, teacher, val, size, training, device)
+    publish(config, purpose, teacher, val, size, training, told, device)
 
 
 def mark_unneeded(config: Config, purpose: str) -> None:
@@ -87,9 +89,20 @@ def _size_key(config: Config, purpose: str) -> str:
 
 
 def publish(
-    config: Config, purpose: str, teacher: Normalised, val: Index, size: int, training: Run | None, device: torch.device
+    config: Config,
+    purpose: str,
+    teacher: Normalised,
+    val: Index,
+    size: int,
+    training: Run | None,
+    told: dict[str, Any],
+    device: torch.device,
 ) -> None:
-    """Evaluate; refuse, or write weights, curve and metrics."""
+    """Evaluate; refuse, or write weights, curve and metrics.
+
+    Args:
+        training: the run that it was trained in, and what that one's last epoch told.
+    """
     section = config.teacher
     metrics = _evaluate(config, teacher, val, size, device)
     if metrics["top1"] < section.min_top1:
@@ -105,7 +118,11 @@ def publish(
     folder = teacher_folder(config, purpose)
     with replacing(folder / "weights.safetensors") as temporary:
         save_teacher(temporary, section, teacher)
-    write_curve(folder / "curve.csv", training.folder / "log.jsonl" if training else None)
+    if training:
+        write_curve(folder / "curve.csv", training.folder / "log.jsonl", told)
+        metrics["run"] = fingerprint(training.identity)
+    else:
+        write_curve(folder / "curve.csv")
     with replacing(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
 

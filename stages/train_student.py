@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from pipeline.audit import manifest, read_manifest
+from pipeline.completion import complete
 from pipeline.config import Config, Recipe, Student, result_fields
 from pipeline.errors import PipelineError
 from pipeline.files import replacing
@@ -21,12 +22,11 @@ from pipeline.plan import plan_of
 from pipeline.ranks import Rank
 from pipeline.recipe import recipe_fingerprint
 from pipeline.run import Run, describe_run, run_identity
-from pipeline.runlog import last_epoch, write_curve
+from pipeline.runlog import write_curve
 from pipeline.shards import Index
 from pipeline.store import Store
 from pipeline.strict import fingerprint
 from pipeline.teaching import NoTeacher, OnlineTeacher, StoredTeacher
-from pipeline.training import complete
 
 
 def run(
@@ -133,14 +133,13 @@ def _online(config: Config, purpose: str, index: Index, device: torch.device) ->
 
 def finish(training: Run, folder: Path) -> None:
     """Train to the end unless that was done before, and publish the results."""
-    complete(training)
+    metrics = complete(training)
     if Rank.start(training.device).rank:
         return  # rank 0 publishes
-    told = last_epoch(training.folder / "log.jsonl", training.steps)
-    metrics = {key: value for key, value in told.items() if key not in ("kind", "step", "speed")}
     with replacing(folder / "weights.safetensors") as temporary:
         save_weights(temporary, training.model.model)
-    write_curve(folder / "curve.csv", training.folder / "log.jsonl")
+    write_curve(folder / "curve.csv", training.folder / "log.jsonl", metrics)
     with replacing(folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
-    print(f"{training.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+        temporary.write_text(json.dumps(metrics | {"run": fingerprint(training.identity)}, indent=1) + "\n")
+    figures = {key: value for key, value in metrics.items() if not isinstance(value, str)}
+    print(f"{training.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))

@@ -16,12 +16,10 @@ ROOT = Path(__file__).parent.parent
 # A module imports only modules listed above it.
 ORDER = (
     "errors", "files", "contents", "signals", "lock", "lease", "strict", "policies", "config", "layout", "params",
-    "recipe",
-    "ops", "views", "tar", "shards", "sources", "plan", "sealed", "answers", "store_files", "store", "store_writer", "audit",
-    "pool", "groups", "loader", "linear", "compiling", "weights", "models", "teaching", "losses", "optim", "checkpoint", "ranks",
-    "evaluation", "arithmetic", "runlog", "meters", "run", "training", "contact_sheet", "plots", "report",
-    "glance", "progress",
-    "options", "cli_store", "cli",
+    "recipe", "ops", "views", "tar", "shards", "sources", "plan", "sealed", "answers", "store_files", "store",
+    "store_writer", "audit", "pool", "groups", "loader", "linear", "compiling", "weights", "models", "teaching", "losses",
+    "optim", "checkpoint", "ranks", "evaluation", "arithmetic", "runlog", "meters", "run", "training", "completion",
+    "contact_sheet", "plots", "report", "glance", "progress", "options", "cli_store", "cli",
 )  # fmt: skip
 
 STAGE_MODULES = {

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import threading
 
 import pytest
 import torch
 from conftest import full_disk
 
-from pipeline.checkpoint import KEPT, load, save
+from pipeline import checkpoint
+from pipeline.checkpoint import KEPT, Found, newest, save
 from pipeline.errors import PipelineError
 
 CPU = torch.device("cpu")
@@ -24,6 +26,12 @@ def state(seed=0) -> dict:
     optimizer.step()
     plain = {"best": 0.5, "history": [1, (2, "text"), None]}
     return {"model": weights, "optimizer": optimizer.state_dict(), **plain}
+
+
+def load(folder, identity, device) -> dict | None:
+    """The newest, as a run does that goes on."""
+    found = newest(folder)
+    return found and checkpoint.load(folder, identity, device, found)
 
 
 def same(one, other) -> bool:
@@ -75,6 +83,29 @@ def test_newest_is_that_of_the_largest_step(saved):
     for step in (100, 99, 2_000_000):
         save(saved, step, RUN, state())
         assert load(saved, RUN, CPU)["step"] == max(100, step)
+
+
+def test_the_one_that_rank_0_found_is_loaded_though_a_newer_one_is_there(tmp_path):
+    save(tmp_path, 7, RUN, state(7))
+    found = newest(tmp_path)
+    save(tmp_path, 12, RUN, state(12))
+    assert same(checkpoint.load(tmp_path, RUN, CPU, found)["model"], state(7)["model"])
+
+
+def test_one_that_a_network_file_system_shows_late_is_waited_for(tmp_path):
+    save(tmp_path / "there", 7, RUN, state(7))
+    found = newest(tmp_path / "there")
+    save(tmp_path, 7, RUN, state(6))  # of the same name, from before
+    late = threading.Timer(0.2, shutil.copy, (tmp_path / "there" / found.name, tmp_path))
+    late.start()
+    assert same(checkpoint.load(tmp_path, RUN, CPU, found)["model"], state(7)["model"])
+
+
+def test_one_that_rank_0_alone_sees_is_told(saved, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0.0)
+    for name in ("step-000000012.ckpt", "step-000000013.ckpt"):
+        message = refusal(checkpoint.load, saved, RUN, CPU, Found(name, "00" * 32))
+        assert f"{saved / name}: not the checkpoint that rank 0 goes on from" in message
 
 
 def test_last_two_are_kept(tmp_path):

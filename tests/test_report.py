@@ -363,7 +363,7 @@ def test_what_the_report_tells_is_refused_before_anything_is_evaluated_if_it_is_
     config, device = mini
     path = outputs(config) / name
     if name.endswith("curve.csv"):
-        write_curve(path, None)
+        write_curve(path)
     kept = path.read_bytes()
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("it computes"))
     try:

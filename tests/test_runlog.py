@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from pipeline.audit import read_summary, write_summary
 from pipeline.errors import PipelineError
-from pipeline.runlog import Log, last_epoch, read_curve, read_log, write_curve
+from pipeline.runlog import Log, read_curve, read_log, write_curve
 
 EPOCHS = (
     {"epoch": 1, "loss": 2.302585, "lr": 1e-3},
-    {"epoch": 2, "loss": 1.25, "lr": 5e-4, "val_top1_class": 0.5, "val_top1_mean": 0.5625},
+    {"epoch": 2, "loss": 1.25, "lr": 5e-4, "val_top1_class": 0.5, "val_top1_mean": 0.5625, "validation": "these"},
 )
 
 
@@ -28,7 +28,7 @@ def log(tmp_path) -> Log:
 
 @pytest.fixture
 def curve(log) -> Path:
-    write_curve(log.path.with_name("curve.csv"), log.path)
+    write_curve(log.path.with_name("curve.csv"), log.path, read_log(log.path)[-1])
     return log.path.with_name("curve.csv")
 
 
@@ -59,7 +59,7 @@ def test_damage_in_the_middle_of_a_log_is_told_with_its_line(log, damage):
     lines = log.path.read_bytes().split(b"\n")
     lines[1] = damage
     log.path.write_bytes(b"\n".join(lines))
-    for call, arguments in ((read_log, (log.path,)), (log.rewind, (5,)), (last_epoch, (log.path, 10))):
+    for call, arguments in ((read_log, (log.path,)), (log.rewind, (5,))):
         assert f"{log.path}: line 2 is damaged" in refusal(call, *arguments)
 
 
@@ -75,11 +75,18 @@ def test_a_flipped_bit_of_a_log_is_told_or_changes_nothing(log):
             pass
 
 
-def test_a_log_that_lost_its_last_epoch_gives_no_other_epochs_metrics(log):
+def test_a_curve_has_the_last_epoch_though_the_log_lost_it(log, curve):
+    whole, last = read_curve(curve), read_log(log.path)[-1]
     lines = log.path.read_bytes().splitlines(keepends=True)
-    assert last_epoch(log.path, 10)["loss"] == 1.25
     log.path.write_bytes(b"".join(lines[:3]))
-    assert "the last ended at step 5" in refusal(last_epoch, log.path, 10)
+    write_curve(curve, log.path, last)
+    assert read_curve(curve) == whole
+
+
+def test_a_curve_leaves_out_what_was_validated_on_other_images(log, curve):
+    log.write("epoch", 15, epoch=3, loss=1.0, lr=0.1, val_top1_class=0.75, validation="others")
+    write_curve(curve, log.path, {"epoch": 4, "loss": 0.5, "lr": 0.1, "val_top1_class": 0.875, "validation": "these"})
+    assert [row["val_top1_class"] for row in read_curve(curve)] == ["", "0.5", "", "0.875"]
 
 
 def test_a_log_is_on_the_disk_before_the_checkpoint_that_goes_on_from_it(log, monkeypatch):
@@ -96,7 +103,7 @@ def test_a_curve_reads_back_as_the_epochs_that_were_logged(curve):
 
 
 def test_a_curve_of_what_was_not_trained_here_has_no_epochs(tmp_path):
-    write_curve(tmp_path / "curve.csv", None)
+    write_curve(tmp_path / "curve.csv")
     assert read_curve(tmp_path / "curve.csv") == []
 
 

@@ -286,7 +286,7 @@ def test_another_runs_checkpoint_is_refused(taught):
     train_student.run(taught, CPU, "hard")
     newest = newest_checkpoint()
     with pytest.raises(PipelineError, match="checkpoint of another run"):
-        checkpoint.load(newest.parent, {"student": {"lr": 1.0}}, CPU)
+        checkpoint.load(newest.parent, {"student": {"lr": 1.0}}, CPU, checkpoint.newest(newest.parent))
 
 
 def test_a_teacher_below_min_top1_is_refused_with_both_numbers(taught):
