@@ -178,13 +178,14 @@ def train_student(config, device, dry_run, name, distillation, alpha, tau, teach
 
 
 @main.command()
+@click.option("--student", "name", metavar="NAME", help="One of finetune.from; all of them if not given.")
 @click.option(
     "--teacher", type=click.Choice(["stored", "online"]), default="stored", show_default=True,
     help="online: the teacher in the loop.",
 )  # fmt: skip
 @stage_options()
-def finetune(config, device, dry_run, teacher):
-    """Go on with the student that finetune.from names, at finetune.size pixels.
+def finetune(config, device, dry_run, name, teacher):
+    """Go on with the students that finetune.from names, at finetune.size pixels.
 
     Needs the second store: pipeline teacher-logits --for finetune. Onto another data set: name weights
     trained elsewhere; heads of another number of classes begin anew, and without distillation no store is
@@ -192,18 +193,21 @@ def finetune(config, device, dry_run, teacher):
 
     \b
     Examples:
-      pipeline finetune --set finetune.epochs=30
+      pipeline finetune --student token
       pipeline finetune --set finetune.weights=outputs/imagenet-deit-base/students/token/weights.safetensors
     """
     from stages import finetune
 
-    finetune.run(config, device, teacher, dry_run)
+    if not (name or config.finetune.students):
+        click.echo("nothing to fine-tune: finetune.from names no student")
+    for each in [name] if name else config.finetune.students:
+        finetune.run(config, device, each, teacher, dry_run)
 
 
 @main.command()
 @stage_options()
 def evaluate(config, device, dry_run):
-    """Evaluate teacher, students and the fine-tuned model; write metrics, pictures and report.html.
+    """Evaluate teacher, students and the fine-tuned ones; write metrics, pictures and report.html.
 
     \b
     Example:

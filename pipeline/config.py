@@ -314,8 +314,8 @@ class Finetune(Training):
     min_lr: NonNegative | None = None
     """Constant, as in DeiT's command, whose 5e-6 falls out of step with the scaled rate at other batches."""
     weight_decay: NonNegative = 1e-8
-    student: str = Field(default="hard", alias="from")
-    """The name, out of `students`, that it starts from."""
+    students: list[str] = Field(default=[], alias="from")
+    """The students that are fine-tuned, each out of `students`: a name or a list of them. Empty: none is."""
     weights: File | None = None
     """A .safetensors or .pth to start from instead, as for another data set: `from` then names its settings only.
     Heads of another number of classes begin anew."""
@@ -323,9 +323,15 @@ class Finetune(Training):
     views: Long = 30
     """V of the second store."""
     teacher_size: Annotated[int, Field(ge=8, le=4096)] | None = None
-    """Pixels the teacher sees: null for teacher.size or, without that, `size`; resized on the device."""
+    """Pixels the teacher sees; pictures are resized on the device. null: what it was trained at, `recipe.size` or
+    teacher.size; or `size`, where teacher_finetune.epochs adapt it."""
     train_mode: bool = True
     """false: dropout and drop-path off while the weights learn, as DeiT's first code did."""
+
+    @field_validator("students", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 class Evaluate(Section):
@@ -364,6 +370,12 @@ class Config(Section):
     finetune: Finetune = Finetune()
     evaluate: Evaluate = Evaluate()
 
+    @field_validator("finetune", mode="before")
+    @classmethod
+    def _without(cls, value: Any) -> Any:
+        """null: nothing is fine-tuned."""
+        return {} if value is None else value
+
     @model_validator(mode="after")
     def _consistent(self):
         for problem in inconsistencies(self):
@@ -390,18 +402,19 @@ class Config(Section):
 
     def listens(self, purpose: str) -> bool:
         """Whether a student of train-student or finetune learns from a teacher, so that there must be one."""
-        names = self.students if purpose == "train-student" else [self.finetune.student]
+        names = self.students if purpose == "train-student" else self.finetune.students
         return any(self.student_named(name).distillation != "none" for name in names)
 
     def teacher_size(self, purpose: str) -> int:
         """Pixels a side that the teacher sees where it answers for train-student or finetune."""
         if purpose == "finetune":
-            return self.finetune.teacher_size or self.teacher.size or self.finetune.size
+            adapted = self.finetune.size if self.teacher_finetune.epochs else None
+            return self.finetune.teacher_size or adapted or self.teacher_size("train-student")
         return self.teacher.size or self.recipe.size
 
-    def finetune_student(self) -> Student:
-        """The student that is fine-tuned, with fine-tuning's own dropout and drop-path."""
-        student = self.student_named(self.finetune.student)
+    def finetune_student(self, name: str) -> Student:
+        """A student as it is fine-tuned, with fine-tuning's own dropout and drop-path."""
+        student = self.student_named(name)
         return student.model_copy(update={"drop_path": self.finetune.drop_path, "dropout": self.finetune.dropout})
 
     def finetune_recipe(self) -> Recipe:
@@ -440,9 +453,10 @@ def inconsistencies(config: Config) -> list[str]:
                 f"{key}.accumulation must divide the {run.batch_size // group} groups of a batch: {run.accumulation}"
             )
     for name in config.variants:
-        if name in ("truth", "teacher", "finetuned") or not re.fullmatch(NAME, name):
+        if name in ("truth", "teacher") or name.endswith("finetuned") or not re.fullmatch(NAME, name):
             found.append(
-                f"variants.{name}: a name in [A-Za-z0-9._-], that no . or - begins, other than truth, teacher, finetuned"
+                f"variants.{name}: a name in [A-Za-z0-9._-], that no . or - begins and no `finetuned` ends,"
+                " other than truth and teacher"
             )
     if config.data.source == "shards":
         found += [
@@ -457,18 +471,24 @@ def inconsistencies(config: Config) -> list[str]:
             found.append(
                 f"teacher_logits.kind must be topk, dense8 or dense: student {name} distils softly; found argmax"
             )
-    if config.teacher_finetune.epochs and config.teacher_size("finetune") != config.finetune.size:
+    others = {config.finetune.teacher_size, config.teacher.size} - {None, config.finetune.size}
+    if config.teacher_finetune.epochs and others:
         found.append(
             f"finetune.teacher_size and teacher.size must be null where the teacher is fine-tuned at finetune.size:"
-            f" {config.teacher_size('finetune')}, teacher_finetune.epochs {config.teacher_finetune.epochs}"
+            f" {others.pop()}, teacher_finetune.epochs {config.teacher_finetune.epochs}"
         )
     if config.teacher.size and not config.teacher.weights:
         found.append(
             f"teacher.size must be null without teacher.weights: it is trained here at recipe.size; found"
             f" {config.teacher.size}"
         )
-    if config.students and not config.finetune.weights and config.finetune.student not in config.students:
-        found.append(f"finetune.from must be one of students {config.students}: found {config.finetune.student!r}")
+    if len(set(config.finetune.students)) != len(config.finetune.students):
+        found.append(f"finetune.from must be different names: {config.finetune.students}")
+    for name in config.finetune.students:
+        if config.students and not config.finetune.weights and name not in config.students:
+            found.append(f"finetune.from must be of students {config.students}: found {name!r}")
+        else:
+            config.student_named(name)
     return found
 
 
@@ -491,3 +511,8 @@ NOT_RESULT = {
 def result_fields(section: Section) -> dict[str, Any]:
     """A section as JSON values, less the keys that only say how the work is carried out."""
     return section.model_dump(mode="json", by_alias=True, exclude=NOT_RESULT)
+
+
+def finetune_fields(section: Finetune) -> dict[str, Any]:
+    """Those of fine-tuning, less where it starts from: the weights themselves are part of a run's identity."""
+    return {key: value for key, value in result_fields(section).items() if key not in ("from", "weights")}

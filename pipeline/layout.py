@@ -54,8 +54,9 @@ def student_folder(config: Config, name: str) -> Path:
     return outputs(config) / "students" / name
 
 
-def finetune_folder(config: Config) -> Path:
-    return outputs(config) / "finetune"
+def finetune_folder(config: Config, name: str) -> Path:
+    """Beside the students, on whose folder `evaluate` depends: there may be none of these."""
+    return student_folder(config, f"{name}-{FINETUNED}")
 
 
 def evaluated_models(config: Config) -> dict[str, Path]:
@@ -65,7 +66,7 @@ def evaluated_models(config: Config) -> dict[str, Path]:
         models[TEACHER] = teacher_folder(config)
     models |= {name: student_folder(config, name) for name in config.students}
     if config.students or config.finetune.weights:
-        models[FINETUNED] = finetune_folder(config)
+        models |= {f"{name}-{FINETUNED}": finetune_folder(config, name) for name in config.finetune.students}
     return models
 
 

@@ -6,7 +6,7 @@ All of it is pure. stages/status.py gathers the facts.
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Config, Recipe, result_fields
+from pipeline.config import Config, Recipe, finetune_fields, result_fields
 from pipeline.recipe import recipe_fingerprint
 
 RECENT = 600.0  # seconds: what moved so lately is running; also what a rate is taken over
@@ -49,9 +49,9 @@ def wanted_runs(config: Config, index: str | None) -> dict[str, dict[str, Any]]:
         "teacher-finetune": (
             config.teacher_finetune_recipe(), {"teacher_finetune": result_fields(config.teacher_finetune)}
         ),
-        "finetune": (config.finetune_recipe(), {"finetune": result_fields(config.finetune)}),
     }  # fmt: skip
     for name in config.variants:
+        runs[f"finetune@{name}"] = (config.finetune_recipe(), {"finetune": finetune_fields(config.finetune)})
         runs[f"train-student@{name}"] = (config.recipe, {"student": result_fields(config.student_named(name))})
     return {
         stage: {**settings, "recipe": recipe_fingerprint(recipe), "index": index}

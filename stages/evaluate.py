@@ -94,7 +94,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     if dry_run:
         return
     refuse_missing(entries)
-    answers = open_store(config, train_index) if entries[0].name == TEACHER else None
+    answers = open_store(config, train_index) if config.listens("train-student") else None
     summary = read_summary(answers_folder(config, "train-student") / "summary.json") if answers else {}
     curves = {e.name: read_curve(e.folder / "curve.csv") for e in entries if (e.folder / "curve.csv").exists()}
     labels, results, decisions, at_sizes = torch.from_numpy(val_index.labels()), [], {}, []
@@ -122,7 +122,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
 
 
 def list_entries(config: Config) -> list[Entry]:
-    """The teacher, the students and the fine-tuned one, in the order of the tables."""
+    """The teacher, the students and the fine-tuned ones, in the order of the tables."""
     return [describe_entry(config, name, folder) for name, folder in evaluated_models(config).items()]
 
 
@@ -133,9 +133,11 @@ def describe_entry(config: Config, name: str, folder: Path) -> Entry:
         model = teacher.weights or teacher.model
         size = config.teacher_size("train-student")
         return Entry(name, model, folder, "teacher", size, teacher.crop, teacher.precision)
-    if name == FINETUNED:
-        student, crop = config.finetune_student(), config.evaluate.crop_finetuned
-        return Entry(name, student.model, folder, "finetune", tuned.size, crop, tuned.precision, student)
+    if name.endswith(FINETUNED):
+        source = name.removesuffix(f"-{FINETUNED}")
+        student, crop = config.finetune_student(source), config.evaluate.crop_finetuned
+        command = f"finetune --student {source}"
+        return Entry(name, student.model, folder, command, tuned.size, crop, tuned.precision, student)
     student = config.student_named(name)
     return Entry(name, student.model, folder, f"train-student --student {name}", size, crop, student.precision, student)
 
@@ -227,17 +229,18 @@ def deciders(
     chosen = {TRUTH: labels}
     if TEACHER in decisions:
         chosen[TEACHER] = decisions[TEACHER]["class"]
-    if FINETUNED not in decisions:
-        return chosen
-    source = config.finetune.student
-    plain = [name for name in config.students if config.student_named(name).distillation == "none"]
+    listen = {name: config.student_named(name).distillation != "none" for name in config.students}
+    plain = [name for name in listen if not listen[name]]
+    # the one whose heads are told apart: what is fine-tuned, or else what is distilled
+    source = [*config.finetune.students, *(name for name in listen if listen[name]), *plain, ""][0]
     if plain and plain[0] != source:
         chosen[f"{plain[0]} class"] = decisions[plain[0]]["class"]
     for name in ("class", "distillation", "mean"):
         if name in decisions.get(source, {}):
             chosen[f"{source} {name}"] = decisions[source][name]
-    joint = "mean" if "mean" in decisions[FINETUNED] else "class"
-    chosen[f"{FINETUNED} {joint}"] = decisions[FINETUNED][joint]
+    for name in (name for name in decisions if name.endswith(FINETUNED)):
+        joint = "mean" if "mean" in decisions[name] else "class"
+        chosen[f"{name} {joint}"] = decisions[name][joint]
     return chosen
 
 

@@ -86,7 +86,9 @@ def describe_experiment(
     recipe, teacher, tuned, evaluated = config.recipe, config.teacher, config.finetune, config.evaluate
     students = {name: _taught(config.student_named(name)) for name in config.students}
     if students or tuned.weights:
-        students[FINETUNED] = f"{tuned.weights or tuned.student} at {tuned.size} px, epochs: {tuned.epochs}"
+        for name in tuned.students:
+            about = f"{tuned.weights or name} at {tuned.size} px, epochs: {tuned.epochs}"
+            students[f"{name}-{FINETUNED}"] = about
     cpu = f"CPU, threads: {torch.get_num_threads()}"
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     taught = {}

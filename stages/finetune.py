@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import Config, result_fields
+from pipeline.config import Config, finetune_fields
 from pipeline.errors import PipelineError
 from pipeline.layout import finetune_folder, index_path, state_folder, student_folder
 from pipeline.models import Normalised, build_student, load_resized, read_weights, weights_hash, with_new_heads
@@ -24,16 +24,20 @@ from stages.train_student import find_teacher, finish
 TAKEN_OVER = ("model", "kwargs", "distillation", "alpha", "tau", "soft_reduction")
 
 
-def run(config: Config, device: torch.device, teacher: str = "stored", dry_run: bool = False) -> None:
-    """Write outputs/<name>/finetune/weights.safetensors, metrics.json and curve.csv.
+def run(config: Config, device: torch.device, name: str, teacher: str = "stored", dry_run: bool = False) -> None:
+    """Write outputs/<name>/students/<student>-finetuned/weights.safetensors, metrics.json and curve.csv.
+
+    Args:
+        name: the student, one of `finetune.from`.
+        teacher: `stored`, or `online`: the teacher in the loop over the same groups.
 
     Raises:
         PipelineError: what it starts from is not there; else as train-student.
     """
     settings, recipe = config.finetune, config.finetune_recipe()
     train_index, val_index = (Index(index_path(config, split)) for split in ("train", "val"))
-    student = config.finetune_student()
-    source = Path(settings.weights or student_folder(config, settings.student) / "weights.safetensors")
+    student = config.finetune_student(name)
+    source = Path(settings.weights or student_folder(config, name) / "weights.safetensors")
     model = build_student(student, config.recipe, len(train_index.classes), settings.size)
     try:
         if not source.exists():
@@ -41,7 +45,7 @@ def run(config: Config, device: torch.device, teacher: str = "stored", dry_run: 
                 f"{source}: no student to start from",
                 do="correct finetune.weights"
                 if settings.weights
-                else f"run: pipeline train-student --student {settings.student}",
+                else f"run: pipeline train-student --student {name}",
             )
         start(model, source, transfer=settings.weights is not None)
         teaching, taught_by = find_teacher(config, student, "finetune", train_index, device, teacher)
@@ -53,7 +57,7 @@ def run(config: Config, device: torch.device, teacher: str = "stored", dry_run: 
     identity = run_identity(
         settings,
         [model] if settings.train_mode else [],
-        finetune=result_fields(settings),
+        finetune=finetune_fields(settings),
         student={key: getattr(student, key) for key in TAKEN_OVER},
         start=weights_hash(model.model),
         recipe=recipe_fingerprint(recipe),
@@ -61,7 +65,7 @@ def run(config: Config, device: torch.device, teacher: str = "stored", dry_run: 
         teacher=taught_by,
     )
     training = Run(
-        name=f"finetune {source if settings.weights else settings.student} at {settings.size}",
+        name=f"finetune {name} at {settings.size}",
         folder=state_folder(config, fingerprint(identity)),
         identity=identity,
         settings=settings,
@@ -78,7 +82,7 @@ def run(config: Config, device: torch.device, teacher: str = "stored", dry_run: 
     )
     print(describe_run(training))
     if not dry_run:
-        finish(training, finetune_folder(config))
+        finish(training, finetune_folder(config, name))
 
 
 def start(model: Normalised, source: Path, transfer: bool) -> None:

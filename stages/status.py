@@ -132,7 +132,9 @@ class Experiment:
 
     def states_of(self, stage: str) -> list[State]:
         run, student = self.runs[stage], stage.partition("@")[2]
-        if student:  # with --teacher online the settings are the same, the name is not
+        if stage.startswith("finetune@"):
+            run = run | {"name": f"finetune {student} at {self.config.finetune.size}"}
+        elif student:  # with --teacher online the settings are the same, the name is not
             run = run | {"name": f"student {student}"}
         return [state for state in self.states if is_run_of(run, state.described)]
 
@@ -164,7 +166,8 @@ def gather(experiment: Experiment) -> list[Facts]:
             stored(experiment, "teacher-logits-finetune", wanted(config, "finetune")),
         ]
     if config.students or tuned.weights:
-        facts.append(trained(experiment, "finetune", tuned, finetune_folder(config)))
+        for name in tuned.students:
+            facts.append(trained(experiment, f"finetune@{name}", tuned, finetune_folder(config, name)))
     return [*facts, evaluated(experiment)]
 
 
@@ -288,7 +291,8 @@ def evaluated(experiment: Experiment) -> Facts:
     config, folder = experiment.config, evaluation_folder(experiment.config)
     models = evaluated_models(config)
     metrics = read_json(folder / "metrics.json") if (folder / "table.txt").exists() else {}
-    foreign = bool(metrics) and metrics.keys() & {*config.variants, TEACHER, FINETUNED} != models.keys()
+    known = {TEACHER, *config.variants, *(f"{name}-{FINETUNED}" for name in config.variants)}
+    foreign = bool(metrics) and metrics.keys() & known != models.keys()
     untrained = [name for name, where in models.items() if not (where / "weights.safetensors").exists()]
     last = metrics.get(next(reversed(models), ""), {})
     return Facts(

@@ -223,7 +223,9 @@ def _break_even(config: Config, want: Wanted, classes: int) -> None:
     from pipeline.models import build_student, build_teacher
 
     epochs = config.student.epochs if want.purpose == "train-student" else config.finetune.epochs
-    student = config.finetune_student() if want.purpose == "finetune" else config.student
+    student = config.student
+    if want.purpose == "finetune" and config.finetune.students:
+        student = config.finetune_student(config.finetune.students[0])
     teacher = multiply_adds(build_teacher(config.teacher, classes), want.teacher_size)
     own = multiply_adds(build_student(student, config.recipe, classes, want.recipe.size), want.recipe.size)
     print(f"  pays   after {want.views / epochs:.2f} students of {epochs} epochs: the dump is {want.views} forwards of")

@@ -234,7 +234,7 @@ def configs(draw) -> Config:
             },
             "students": names,
             "variants": {name: draw(variants) for name in names},
-            "finetune": training | {"from": draw(st.sampled_from(names)), "views": block},
+            "finetune": training | {"from": draw(st.lists(st.sampled_from(names), unique=True)), "views": block},
         }
     )
 
@@ -246,7 +246,7 @@ def test_a_dumped_configuration_reads_back_as_itself(config):
 
 
 def test_a_dumped_configuration_names_the_finetuned_student_by_from():
-    assert parse_yaml(dump(Config()), "dumped")["finetune"]["from"] == "hard"
+    assert parse_yaml(dump(Config()), "dumped")["finetune"]["from"] == []
 
 
 @pytest.mark.parametrize("word", ["1e3", "09", "5e-4", "1_0", "1:30", "null", "no", "~", "1.", "2024-01-01"])
@@ -527,3 +527,43 @@ def test_a_damaged_params_yaml_is_taken_or_refused_in_our_words(changes, section
         resolve(parse_yaml("".join(text), "fuzz"), (f"{section}.{key}={value}",), "fuzz")
     except UsageError as error:
         assert "fuzz" in str(error) or "command line" in str(error) or "override" in str(error)
+
+
+@pytest.mark.parametrize(("written", "students"), [
+    ("null", []), ("{from: []}", []), ("{from: hard}", ["hard"]), ("{from: [hard, long]}", ["hard", "long"]),
+    ("{size: 320}", []),
+])  # fmt: skip
+def test_any_number_of_students_is_fine_tuned(written, students):
+    text = f"{{students: [hard, long], variants: {{hard: {{}}, long: {{}}}}, finetune: {written}}}"
+    config = resolve(parse_yaml(text, "t"), (), "t")
+    assert config.finetune.students == students
+    assert parse_yaml(dump(config), "dumped")["finetune"]["from"] == students  # the list that DVC's matrix needs
+
+
+def test_who_listens_tells_which_teachers_are_needed():
+    listens = lambda *overrides: [resolve({}, overrides, "t").listens(p) for p in ("train-student", "finetune")]  # noqa: E731
+    none = "variants.none.distillation=none"
+    assert listens() == [True, False]
+    assert listens("finetune.from=hard") == [True, True]
+    assert listens(none, "students=[none]", "finetune.from=none") == [False, False]
+    assert listens(none, "students=[none, hard]", "finetune.from=none") == [True, False]
+    assert listens("students=[]", "finetune.from=hard", "finetune.weights=w.pth") == [False, True]
+
+
+def test_a_fine_tuned_students_teacher_sees_what_it_was_trained_at_unless_it_is_adapted():
+    size = lambda *overrides: resolve({}, overrides, "t").teacher_size("finetune")  # noqa: E731
+    assert (size(), size("finetune.teacher_size=384")) == (224, 384)
+    assert size("teacher_finetune.epochs=1") == 384
+    assert "finetune.teacher_size" in refusal({}, ("teacher_finetune.epochs=1", "finetune.teacher_size=224"))
+
+
+def test_the_paper_fine_tunes_its_largest_student_alone_with_a_teacher_that_is_adapted():
+    tuned = {path.stem: load(path).finetune.students for path in CONFIGS if path.stem.startswith("imagenet")}
+    assert tuned == {"imagenet-deit-tiny": [], "imagenet-deit-small": [], "imagenet-deit-base": ["token"]}
+    base = load(next(path for path in CONFIGS if path.stem == "imagenet-deit-base"))
+    assert base.teacher_finetune.epochs > 0 and base.teacher_size("finetune") == base.finetune.size == 384
+
+
+@pytest.mark.parametrize("name", ["finetuned", "token-finetuned"])
+def test_a_student_is_not_named_as_what_comes_of_another(name):
+    assert "finetuned" in refusal({"variants": {"hard": {}, name: {}}})

@@ -122,7 +122,7 @@ def computed(said: str) -> list[str]:
 def test_the_whole_dag_makes_every_output(project):
     folder = project / "outputs/cifar/evaluation"
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert set(metrics) == {"teacher", "none", "soft", "token", "finetuned"}
+    assert set(metrics) == {"teacher", "none", "soft", "token", "token-finetuned"}
     assert all((folder / name).stat().st_size > 10_000 for name in ("report.html", "views.png", "curves.png"))
 
 
@@ -139,7 +139,7 @@ def test_metrics_plots_and_dag_are_shown(project):
 def test_a_students_learning_rate_runs_students_and_no_teacher(project, params):
     change(project, student__lr=2e-3)
     stages = set(would_run(project))
-    assert {"train-student@none", "train-student@soft", "train-student@token", "finetune"} <= stages
+    assert {"train-student@none", "train-student@soft", "train-student@token", "finetune@token"} <= stages
     assert not {"teacher", "teacher-logits", "teacher-logits-finetune"} & stages
 
 
@@ -183,10 +183,10 @@ def test_a_killed_repro_goes_on_where_it_was(project, params):
 
 def test_students_that_listen_to_nobody_pay_for_no_teacher(tmp_path):
     root = copy_project(tmp_path / "alone")
-    alone = ("students=[none]", "finetune.from=none", "student.epochs=1", "student.warmup_epochs=0")
+    alone = ("students=[none]", "finetune.from=[none]", "student.epochs=1", "student.warmup_epochs=0")
     call(root, "pipeline", "configure", "cifar10", *SETTINGS, *alone)
     call(root, "dvc", "repro")
-    assert set(json.loads((root / "outputs/cifar/evaluation/metrics.json").read_text())) == {"none", "finetuned"}
+    assert set(json.loads((root / "outputs/cifar/evaluation/metrics.json").read_text())) == {"none", "none-finetuned"}
     runs = [json.loads(path.read_text())["name"] for path in (root / "work/state").glob("*/run.json")]
     assert sorted(name.split()[0] for name in runs) == ["finetune", "student"]
     assert not (root / "work/stores").exists()

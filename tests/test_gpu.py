@@ -247,7 +247,7 @@ def test_every_stage_ran_and_the_report_names_the_gpu(made):
     folder = made / "outputs/small/evaluation"
     assert torch.cuda.get_device_name() in (folder / "report.html").read_text()
     models = json.loads((folder / "metrics.json").read_text())
-    assert {"teacher", "hard", "soft", "finetuned"} <= set(models)
+    assert {"teacher", "hard", "soft", "hard-finetuned"} <= set(models)
 
 
 def step_losses(config: Config) -> list[float]:

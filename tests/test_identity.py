@@ -53,10 +53,10 @@ def test_a_student_of_another_online_teacher_is_trained_anew(taught):  # noqa: F
 def test_another_online_teacher_is_another_fine_tuning(taught, told):  # noqa: F811
     config = loaded(*BRIEF)
     train_student.run(config, CPU, "hard")
-    first = told(finetune.run, config, CPU, teacher="online")
-    assert first == told(finetune.run, config, CPU, teacher="online")
+    first = told(finetune.run, config, CPU, "hard", teacher="online")
+    assert first == told(finetune.run, config, CPU, "hard", teacher="online")
     publish_teacher(config, "finetune", seed=5)
-    assert first != told(finetune.run, config, CPU, teacher="online")
+    assert first != told(finetune.run, config, CPU, "hard", teacher="online")
 
 
 @pytest.mark.parametrize(

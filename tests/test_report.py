@@ -256,7 +256,7 @@ def mini(tmp_path_factory):
             teacher_folder(config): build_teacher(config.teacher, 2),
             student_folder(config, "token"): build_student(token, config.recipe, 2, 16),
             student_folder(config, "plain"): build_student(plain, config.recipe, 2, 16),
-            finetune_folder(config): build_student(token, config.recipe, 2, 24),
+            finetune_folder(config, "token"): build_student(token, config.recipe, 2, 24),
         }
         for folder, model in models.items():
             folder.mkdir(parents=True)
@@ -276,10 +276,10 @@ def test_evaluate_writes_metrics_that_a_second_run_repeats(mini, capsys):
         written += [(folder / name).read_bytes() for name in same]
     assert first == second
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert list(metrics) == ["teacher", "token", "plain", "finetuned"]
-    assert {"class", "distillation", "mean", "softmax", "parameters", "gmacs"} == set(metrics["finetuned"])
+    assert list(metrics) == ["teacher", "token", "plain", "token-finetuned"]
+    assert {"class", "distillation", "mean", "softmax", "parameters", "gmacs"} == set(metrics["token-finetuned"])
     assert {"class", "parameters", "gmacs"} == set(metrics["plain"])
-    assert metrics["finetuned"]["gmacs"] > metrics["token"]["gmacs"] > 0
+    assert metrics["token-finetuned"]["gmacs"] > metrics["token"]["gmacs"] > 0
     assert all(model["class"]["top5"] == 1 for model in metrics.values())  # of two classes
     rates = json.loads((folder / "throughput.json").read_text())
     assert all(rates[name]["images_per_second"] > 0 for name in metrics)
@@ -288,7 +288,7 @@ def test_evaluate_writes_metrics_that_a_second_run_repeats(mini, capsys):
     wrong = float(next(line for line in pairs if line.startswith("truth,teacher,")).split(",")[2])
     assert wrong == pytest.approx(1 - metrics["teacher"]["class"]["top1"])
     page = unescape((folder / "report.html").read_text(encoding="utf-8"))
-    assert all(name in page for name in (*metrics, "test_resnet", "token distillation", "finetuned mean"))
+    assert all(name in page for name in (*metrics, "test_resnet", "token distillation", "token-finetuned mean"))
     assert str(folder / "report.html") in capsys.readouterr().out
 
 
@@ -306,14 +306,14 @@ def test_accuracy_at_the_size_of_training_is_that_of_the_table(mini):
 
 def test_a_model_tuned_onto_another_data_set_is_evaluated_without_teacher_or_store(mini, tmp_path):
     config, device = mini
-    tuned = config.finetune.model_copy(update={"weights": "elsewhere.safetensors", "student": "plain"})
+    tuned = config.finetune.model_copy(update={"weights": "elsewhere.safetensors", "students": ["plain"]})
     alone = config.model_copy(update={"students": [], "finetune": tuned, "name": "transfer"})
     shutil.copytree(index_path(config, "train").parent.parent, index_path(alone, "train").parent.parent)
-    model = build_student(alone.finetune_student(), alone.recipe, 2, 24)
-    finetune_folder(alone).mkdir(parents=True)
-    save_weights(finetune_folder(alone) / "weights.safetensors", model.model)
+    model = build_student(alone.finetune_student("plain"), alone.recipe, 2, 24)
+    finetune_folder(alone, "plain").mkdir(parents=True)
+    save_weights(finetune_folder(alone, "plain") / "weights.safetensors", model.model)
     evaluate.run(alone, device)
-    assert list(json.loads((evaluation_folder(alone) / "metrics.json").read_text())) == ["finetuned"]
+    assert list(json.loads((evaluation_folder(alone) / "metrics.json").read_text())) == ["plain-finetuned"]
     page = (evaluation_folder(alone) / "report.html").read_text(encoding="utf-8")
     assert "teacher:" not in page and "elsewhere.safetensors at 24 px" in page
 
@@ -340,7 +340,7 @@ def test_a_model_that_was_not_trained_is_named_with_its_command(mini, capsys):
 
 
 def test_a_student_cannot_take_the_name_of_another_row():
-    with pytest.raises(UsageError, match="other than truth, teacher, finetuned"):
+    with pytest.raises(UsageError, match="other than truth and teacher"):
         resolve({"variants": {"hard": {}, "teacher": {}}}, (), "test")
 
 

@@ -163,7 +163,7 @@ def stop_at(step: int, monkeypatch, name: str = "hard", *overrides: str) -> None
 
 def test_the_stages_are_those_of_dvc_in_their_order(taught):  # noqa: F811
     stages = [stage.partition("@") for stage in told()]
-    assert [student for _, at, student in stages if at] == taught.students
+    assert [student for _, at, student in stages if at] == [*taught.students, "hard"]
     assert {name for name, _, _ in stages} == {*yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]} - {"needed"}
 
 
@@ -298,7 +298,7 @@ def test_online_training_is_not_taken_for_the_stored_ones(taught):  # noqa: F811
 def test_an_evaluation_of_other_students_is_of_another_configuration(taught):  # noqa: F811
     folder = Path("outputs/small/evaluation")
     folder.mkdir()
-    models = ("teacher", *taught.students, "finetuned")
+    models = ("teacher", *taught.students, "hard-finetuned")
     (folder / "metrics.json").write_text(json.dumps({name: {"class": {"top1": 0.5}} for name in models}))
     (folder / "table.txt").write_text("")
     row = told()["evaluate"]

@@ -42,7 +42,7 @@ CHANGED = {
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_an_ablation_changes_the_papers_deit_b_in_nothing_but_what_it_names(path):
     paper = Config(
-        student=Student(model="deit_base_patch16_224", distillation="none"), finetune=Finetune(student="none"),
+        student=Student(model="deit_base_patch16_224", distillation="none"), finetune=Finetune(students=["none"]),
         students=["none"], variants={"none": {}},
     )  # fmt: skip
     found = set()

@@ -61,7 +61,7 @@ CHANGES = {
     },
     "finetune": {
         **{key: value for key, value in TINY_STUDENT.items() if key != "kwargs"},
-        "size": 24, "views": 4, "epochs": 1, "from": "hard", "min_lr": 1e-5,
+        "size": 24, "teacher_size": 24, "views": 4, "epochs": 1, "from": "hard", "min_lr": 1e-5,
     },
     "evaluate": {"workers": 0, "crop": 1.0, "crop_finetuned": 1.0, "throughput_seconds": 0.0},
 }
@@ -375,8 +375,8 @@ def test_changed_pixels_stop_training_at_the_first_group(taught, monkeypatch):
 def test_fine_tuning_goes_on_from_the_named_student_at_the_higher_resolution(taught):
     train_student.run(taught, CPU, "hard")
     teacher_logits.run(taught, CPU, "finetune")
-    finetune.run(taught, CPU)
-    tuned = read_weights(finetune_folder(taught) / "weights.safetensors")
+    finetune.run(taught, CPU, "hard")
+    tuned = read_weights(finetune_folder(taught, "hard") / "weights.safetensors")
     assert tuned["pos_embed"].shape == (1, 2 + 9, 24)
 
 
@@ -384,10 +384,10 @@ def test_fine_tuning_offline_equals_online_with_the_teacher_at_its_own_size(taug
     config = loaded("finetune.teacher_size=16")
     train_student.run(config, CPU, "hard")
     teacher_logits.run(config, CPU, "finetune")
-    finetune.run(config, CPU)
-    offline = read_weights(finetune_folder(config) / "weights.safetensors")
-    finetune.run(config, CPU, teacher="online")
-    online = read_weights(finetune_folder(config) / "weights.safetensors")
+    finetune.run(config, CPU, "hard")
+    offline = read_weights(finetune_folder(config, "hard") / "weights.safetensors")
+    finetune.run(config, CPU, "hard", teacher="online")
+    online = read_weights(finetune_folder(config, "hard") / "weights.safetensors")
     assert all(torch.equal(offline[key], online[key]) for key in offline)
 
 
@@ -440,8 +440,8 @@ def test_fine_tuning_goes_on_onto_another_number_of_classes_from_named_weights(t
         Path("other"), {"ant": 6, "bee": 6}, {"ant": 1, "bee": 1}, work="work",
         **CHANGES | {"students": [], "name": "transfer", "finetune": tuning},
     )  # fmt: skip
-    finetune.run(config, CPU)
-    tuned = read_weights(finetune_folder(config) / "weights.safetensors")
+    finetune.run(config, CPU, "none")
+    tuned = read_weights(finetune_folder(config, "none") / "weights.safetensors")
     assert tuned["head.weight"].shape == (2, 24)
 
 
