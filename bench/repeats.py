@@ -35,7 +35,9 @@ def repeats_part(lab: Lab) -> None:
                 f"{largest:.3g}", f"{1e3 * seconds:.4g}")  # fmt: skip
 
 
-def trained(lab: Lab, material: Material, settings: Student | Teacher, wanted: bool) -> tuple[list[torch.Tensor], float]:
+def trained(
+    lab: Lab, material: Material, settings: Student | Teacher, wanted: bool
+) -> tuple[list[torch.Tensor], float]:
     """All weights after STEPS steps from the same fresh ones, on the CPU; and seconds of a step, later ones."""
     size = material.plan.recipe.size
     with repeatable(wanted):

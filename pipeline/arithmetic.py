@@ -24,8 +24,8 @@ def settle() -> None:
 def repeatable(wanted: bool) -> Iterator[None]:
     """Inside, only kernels that give the same bits each time, if so `wanted`.
 
-    That is what torch offers on one kind of GPU with one version of everything: its own kernels, cuDNN's, the compiler's,
-    and attention without cuDNN's, which has none; cuBLAS too after `settle`.
+    That is what torch offers on one kind of GPU with one version of everything: its own kernels, cuDNN's, the
+    compiler's, and attention without cuDNN's, which has none; cuBLAS too after `settle`.
 
     Raises:
         PipelineError: an operation has no such kernel.

@@ -30,8 +30,8 @@ def _shared(*shape: int) -> torch.Tensor:
             "shared memory for the pictures that workers render",
             expected=f"{size / 2**20:,.1f} MiB more",
             found=f"{free / 2**20:,.1f} MiB free in /dev/shm",
-            do="make it larger (docker run --shm-size=16g, or mount -o remount,size=16g /dev/shm), or set fewer workers;"
-            " 0 needs none",
+            do="make it larger (docker run --shm-size=16g, or mount -o remount,size=16g /dev/shm), or set fewer"
+            " workers; 0 needs none",
         ) from error
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
 
