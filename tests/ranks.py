@@ -2,15 +2,21 @@
 
 `python ranks.py DIE ARGUMENT... [-- ARGUMENT...]`: unless DIE is `-`, rank 1 kills itself before training step DIE,
 once. Commands follow one another in the same processes: to start these takes longer than most of the work.
+
+In the environment: OLD_LISTING=1, rank 1 does not see the newest checkpoint in a folder, as on a network file system;
+EXCHANGE_SECONDS=N, what ranks exchange fails after so long (30 minutes otherwise, 10 with nccl).
 """
 
 import os
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+from pipeline import checkpoint
 from pipeline.cli import main
 from pipeline.ranks import Rank
 from pipeline.training import Trainer
@@ -27,6 +33,14 @@ def dying(train_step, step: int):
     return call
 
 
+def older(listed):
+    return lambda folder: listed(folder)[:-1]
+
+
+def impatient(join, seconds: float):
+    return lambda *given, **named: join(*given, **named, timeout=timedelta(seconds=seconds))
+
+
 def commands(arguments: list[str]) -> list[list[str]]:
     split: list[list[str]] = [[]]
     for argument in arguments:
@@ -37,6 +51,10 @@ def commands(arguments: list[str]) -> list[list[str]]:
 if __name__ == "__main__":
     if sys.argv[1] != "-":
         Trainer.train_step = dying(Trainer.train_step, int(sys.argv[1]))
+    if os.environ.get("OLD_LISTING") and os.environ["RANK"] == "1":
+        checkpoint._checkpoints = older(checkpoint._checkpoints)
+    if seconds := os.environ.get("EXCHANGE_SECONDS"):
+        dist.init_process_group = impatient(dist.init_process_group, float(seconds))
     *first, last = commands(sys.argv[2:])
     for command in first:
         if code := main(command, standalone_mode=False):

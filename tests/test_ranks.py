@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,8 +20,9 @@ from test_training import CPU, loaded, newest_checkpoint, taught, taught_templat
 
 from pipeline.config import Config
 from pipeline.errors import PipelineError
-from pipeline.layout import answers_folder, evaluation_folder, index_path, student_folder, teacher_folder
+from pipeline.layout import RUN_LOCK, answers_folder, evaluation_folder, index_path, student_folder, teacher_folder
 from pipeline.loader import step_loader
+from pipeline.lock import kernel_lock
 from pipeline.models import build_teacher
 from pipeline.options import left_together
 from pipeline.params import dump
@@ -107,6 +109,36 @@ def test_a_killed_rank_is_restarted_and_the_run_goes_on_to_the_same_weights(taug
     said = launched("train-student", "--student", "hard", die="9", restarts=1)
     assert Path("died").exists() and "goes on from step 9" in said
     assert final.read_bytes() == (of_two_ranks[0] / final).read_bytes()
+
+
+@pytest.mark.slow
+def test_ranks_go_on_from_rank_0s_checkpoint_though_another_sees_an_older_one(taught, of_two_ranks):  # noqa: F811
+    final = student_folder(taught, "hard") / "weights.safetensors"
+    said = two_ranks("train-student", "--student", "hard", die="9", restarts=1, OLD_LISTING="1")
+    assert Path("died").exists() and "goes on from step 9" in said
+    assert final.read_bytes() == (of_two_ranks[0] / final).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_network_with_batch_norm_goes_on_in_two_ranks_to_the_same_weights(taught, of_two_ranks):  # noqa: F811
+    final = teacher_folder(taught) / "weights.safetensors"
+    settings = "--set", "teacher.seed=5", "--set", "teacher.checkpoint_minutes=0"
+    said = two_ranks("teacher", *settings, die="2", restarts=1)
+    assert Path("died").exists() and "goes on from step 2" in said
+    assert final.read_bytes() == (of_two_ranks[0] / final).read_bytes()
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_another_job_longer_than_an_exchange_may_last(taught, capsys):  # noqa: F811
+    train_student.run(taught, CPU, "hard", dry_run=True)
+    state = Path(re.search(r"state: (\S+)", capsys.readouterr().out)[1])
+    with kernel_lock(state / RUN_LOCK):
+        process = launch("train-student", "--student", "hard", EXCHANGE_SECONDS="5")
+        while "waits until it ends" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(8)
+    said_by(process)
+    assert (state / "final.safetensors").exists()
 
 
 def test_sigterm_to_one_rank_ends_both_at_the_same_step(taught):  # noqa: F811
