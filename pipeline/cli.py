@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from pipeline.cli_store import prune, store
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import PipelineError, UsageError, killed_worker
 from pipeline.options import IF_NEEDED, WHICH_STORE, config_options, purpose_option, stage_options
 
 
@@ -16,8 +16,13 @@ class _Group(click.Group):
         try:
             return super().invoke(context)
         except PipelineError as error:
-            click.echo(f"error: {error}", err=True)
-            context.exit(error.exit_code)
+            told = error
+        except RuntimeError as error:
+            told = killed_worker(error)
+            if told is None:
+                raise
+        click.echo(f"error: {told}", err=True)
+        context.exit(told.exit_code)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

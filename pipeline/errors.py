@@ -85,3 +85,18 @@ def unwritable(what: str, error: Exception) -> PipelineError:
         found=reason(error),
         do="make room or correct the permissions, then run the same command again: it goes on",
     )
+
+
+def killed_worker(error: RuntimeError) -> PipelineError | None:
+    """What is told when a process of torch's loader was killed; None of any other error.
+
+    torch raises that wherever the main process is at that moment, from the handler of a signal.
+    """
+    text = " ".join(str(error).split())
+    if "DataLoader worker" not in text:
+        return None
+    return PipelineError(
+        "a process that renders views was ended from outside",
+        found=f"{text}; most likely the system was out of memory",
+        do="choose a smaller `workers` of this stage, then run the same command again: it goes on",
+    )

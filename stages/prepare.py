@@ -326,8 +326,9 @@ def _unchanged(part: Part, index: Index, now: dict[str, Any], remembered: dict[s
 
     with ThreadPoolExecutor(REQUESTS) as pool:
         compared = tqdm(
-            pool.map(same, index.shards), total=len(index.shards), desc=f"check {part.root}", unit="shard", leave=False
-        )
+            pool.map(same, index.shards), total=len(index.shards), desc=f"check {part.root}", unit="shard",
+            leave=False, delay=1,
+        )  # fmt: skip
         return {shard["name"] for shard, equal in zip(index.shards, compared, strict=True) if equal}
 
 

@@ -198,3 +198,14 @@ def test_status_names_no_teacher_that_is_not_needed_and_takes_no_mark_for_one(pr
     assert stages == ["prepare", "train-student@none", "finetune@none", "evaluate"]
     rows = {row["stage"]: row["state"] for row in json.loads(call("status", "--json"))}
     assert rows["teacher"] == rows["teacher-logits"] == "not begun"
+
+
+def test_killed_loader_worker_is_told_without_a_traceback(project, monkeypatch):
+    from stages import prepare
+
+    def killed(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(prepare, "run", killed)
+    said = call("prepare", code=1)
+    assert "out of memory" in said and "smaller `workers`" in said and "pid 7" in said

@@ -1,6 +1,8 @@
 """Loading: a group is the same wherever it is rendered, mixed as timm mixes, and gets its own answers."""
 
 import dataclasses
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import pipeline.groups
 from pipeline import teaching
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, killed_worker
 from pipeline.groups import Groups, Renderer, mixed, targets
 from pipeline.loader import (
     _Steps,
@@ -650,3 +652,15 @@ def test_a_worker_starts_after_this_process_has_rendered_large_pictures():
         "assert list(_loader([1, 2], 1, False)) == [1, 2]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+def test_killed_worker_of_a_loader_is_told_as_that(small_set, monkeypatch):
+    _, index = small_set
+    monkeypatch.setattr(Index, "image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RuntimeError) as caught:
+        list(evaluation_loader(index, range(4), 16, 1.0, 2, 1, False))
+    assert "out of memory" in str(killed_worker(caught.value))
+
+
+def test_other_errors_are_not_taken_for_a_killed_worker():
+    assert killed_worker(RuntimeError("CUDA out of memory")) is None
