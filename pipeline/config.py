@@ -114,8 +114,8 @@ class Data(Section):
     a little less, wastes nothing; `pipeline prepare --dry-run` tells."""
     max_bad: Annotated[int, Field(ge=0)] = 0
     """How many undecodable images are tolerated (each is named in index.json) before indexing stops."""
-    max_pixels: Annotated[int, Field(ge=1, le=2**30)] = 89_478_485
-    """An image of more is refused before it is decoded, which takes up to 12 bytes a pixel."""
+    max_pixels: Annotated[int, Field(ge=1, le=2**30)] = 50_000_000
+    """An image of more is refused before it is decoded, which takes 10 (JPEG, PNG) to 22 bytes (WebP) a pixel."""
     exif_orientation: bool = True
     """Turn images upright that a camera marked as lying (folder only); they are stored as PNG. Off where published
     numbers are to be met: torchvision and timm ignore the mark."""
