@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.answers import KINDS
-from pipeline.errors import Damaged, PipelineError, unreadable
+from pipeline.errors import Damaged, NotYet, PipelineError, unreadable
 from pipeline.files import replacing
 from pipeline.layout import FINGERPRINT, UNNEEDED
 from pipeline.plan import Unit
@@ -82,7 +82,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
         if found == UNNEEDED:
-            raise PipelineError(
+            raise NotYet(
                 f"{path}: no store is complete",
                 found="a mark of dvc repro: no configured student listens to a teacher",
                 do=f"run: {_maker(path)}",
@@ -94,7 +94,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 raise ValueError(f"{key} {str(found[key])[:100]!r}")
         return found
     except FileNotFoundError:
-        raise PipelineError(f"{path}: no store is complete", do=f"run: {_maker(path)}") from None
+        raise NotYet(f"{path}: no store is complete", do=f"run: {_maker(path)}") from None
     except OSError as error:
         raise unreadable(str(path), error) from error
     except (ValueError, RecursionError) as error:

@@ -52,6 +52,10 @@ class Damaged(PipelineError):
     """Bytes that are not those that were written, or are gone."""
 
 
+class NotYet(PipelineError):
+    """An earlier stage has not made this yet; a dry run goes on without it."""
+
+
 class UsageError(PipelineError):
     """The command or its configuration asks for something impossible."""
 

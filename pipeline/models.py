@@ -14,11 +14,11 @@ from torch.nn.functional import interpolate
 
 from pipeline.compiling import compiled
 from pipeline.config import Config, Teacher, TeacherLogits
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import NotYet, PipelineError, UsageError
 from pipeline.layout import UNNEEDED, teacher_folder
 from pipeline.linear import use_onednn
 from pipeline.strict import Section, differences
-from pipeline.weights import SUFFIXES, load_weights, read_own_weights, read_weights
+from pipeline.weights import SUFFIXES, load_weights, read_own_weights, read_weights, refuse_tag
 from pipeline.weights import save_weights as save_weights
 from pipeline.weights import weights_hash as weights_hash
 
@@ -165,6 +165,8 @@ def pretrained_teacher(section: Section, classes: int) -> Normalised:
         teacher = build_teacher(section, classes)
         load_weights(teacher.model, read_weights(section.weights), section.weights)
         return teacher
+    if ":" not in section.weights:  # another hub's are known when they are fetched
+        refuse_tag(section.weights, classes)
     try:
         model = timm.create_model(section.weights, pretrained=True, num_classes=classes, **section.kwargs)
     except Exception as error:  # timm and the hub raise many kinds
@@ -212,11 +214,11 @@ def load_teacher(
     path, section = teacher_folder(config, purpose) / "weights.safetensors", config.teacher
     command = "pipeline teacher" + " --for finetune" * (purpose == "finetune")
     if not path.exists():
-        raise PipelineError(f"{path}: no teacher", do=f"run: {command}")
+        raise NotYet(f"{path}: no teacher", do=f"run: {command}")
     state, about = read_own_weights(path)
     if about == UNNEEDED:
         found = "a mark of dvc repro: no configured student listens to one"
-        raise PipelineError(f"{path}: no teacher", found=found, do=f"run: {command}")
+        raise NotYet(f"{path}: no teacher", found=found, do=f"run: {command}")
     function = teacher_function(section)
     others = differences(about, function)
     if others:

@@ -3,7 +3,8 @@
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import click
 
@@ -50,6 +51,8 @@ def stage_options(with_device: bool = True, with_dry_run: bool = True):
                 options["dry_run"] = dry_run
             if not with_device:
                 return body(config=config, **options)
+            if dry_run:
+                return _foreseen(body, config, find_device(device), options)
             with left_together():
                 return body(config=config, device=find_device(device), **options)
 
@@ -58,6 +61,18 @@ def stage_options(with_device: bool = True, with_dry_run: bool = True):
         return DEVICE(command) if with_device else command
 
     return decorate
+
+
+def _foreseen(body: Callable, config: Any, device: Any, options: dict[str, Any]) -> None:
+    """A dry run: what can be checked is, and what an earlier stage has yet to make is told and no error."""
+    from pipeline.errors import NotYet
+    from stages import preview
+
+    preview.check(config, str(click.get_current_context().info_name))
+    try:
+        body(config=config, device=device, **options)
+    except NotYet as error:
+        click.echo(f"not yet: {error}")
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ import google_crc32c
 import numpy as np
 import webdataset
 
-from pipeline.errors import IO_ERRORS, PipelineError, reason
+from pipeline.errors import IO_ERRORS, NotYet, PipelineError, reason
 from pipeline.files import replacing, settled, stamp
 from pipeline.strict import fingerprint
 from pipeline.tar import Damaged, Member, Tar
@@ -361,7 +361,7 @@ class Index:
             if found := _impossible(described) or ("max_pixels" * (type(self.max_pixels) is not int)):
                 raise ValueError(f"impossible: {found}")
         except FileNotFoundError:
-            raise PipelineError(f"{path}: no index", do="run: pipeline prepare") from None
+            raise NotYet(f"{path}: no index", do="run: pipeline prepare") from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise PipelineError(
                 f"{path}: not a whole index of format {FORMAT}",

@@ -14,10 +14,12 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import timm
 import torch
+from timm.models import get_pretrained_cfg
 from torch import nn
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, UsageError
 from pipeline.files import file_sha256
 from pipeline.strict import fingerprint
 
@@ -177,3 +179,29 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], source: str) 
             found="; ".join(str(error).splitlines()[1:4]).strip(),
             do="name the file that belongs to this model and number of classes",
         ) from error
+
+
+def refuse_tag(tag: str, classes: int | None) -> None:
+    """That timm has weights of this name, and of as many classes: timm itself would leave the classifier fresh.
+
+    Raises:
+        UsageError: it has not.
+    """
+    try:
+        known = get_pretrained_cfg(tag, allow_unregistered=False) if timm.is_model(tag) else None
+    except RuntimeError:  # the model has no such tag
+        known = None
+    if known is None or not known.has_weights:
+        raise UsageError(
+            f"teacher.weights {tag!r}",
+            expected="a timm tag such as regnety_160.deit_in1k, or a local .safetensors, .pth or .pt file",
+            found="timm knows no such weights",
+            do="correct the tag: timm.list_pretrained() lists them",
+        )
+    if classes not in (None, known.num_classes):
+        raise UsageError(
+            f"teacher.weights {tag!r}",
+            expected=f"weights of the {classes:,} classes of the index",
+            found=f"weights of {known.num_classes:,}",
+            do="train the teacher here (teacher.weights=null), or name a file of weights for these classes",
+        )

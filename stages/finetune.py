@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import Config, finetune_fields
-from pipeline.errors import PipelineError
+from pipeline.errors import NotYet, UsageError
 from pipeline.layout import finetune_folder, index_path, state_folder, student_folder
 from pipeline.models import Normalised, build_student, load_resized, read_weights, weights_hash, with_new_heads
 from pipeline.plan import plan_of
@@ -41,7 +41,8 @@ def run(config: Config, device: torch.device, name: str, teacher: str = "stored"
     model = build_student(student, config.recipe, len(train_index.classes), settings.size)
     try:
         if not source.exists():
-            raise PipelineError(
+            kind = UsageError if settings.weights else NotYet
+            raise kind(
                 f"{source}: no student to start from",
                 do="correct finetune.weights"
                 if settings.weights
@@ -49,7 +50,7 @@ def run(config: Config, device: torch.device, name: str, teacher: str = "stored"
             )
         start(model, source, transfer=settings.weights is not None)
         teaching, taught_by = find_teacher(config, student, "finetune", train_index, device, teacher)
-    except PipelineError as error:
+    except NotYet as error:
         if not dry_run:
             raise
         print(f"not yet: {error.what}")

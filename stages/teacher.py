@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.completion import complete
 from pipeline.config import Config, Recipe, Training, result_fields
-from pipeline.errors import PipelineError
+from pipeline.errors import NotYet, PipelineError
 from pipeline.evaluation import classifiers, predict, top_k_accuracy
 from pipeline.files import replacing
 from pipeline.layout import UNNEEDED, index_path, state_folder, teacher_folder
@@ -47,7 +47,7 @@ def run(config: Config, device: torch.device, purpose: str = "train-student", dr
     size = config.teacher_size(purpose)
     try:
         training = _training(config, purpose, train, val, device)
-    except PipelineError as error:
+    except NotYet as error:
         if not dry_run:
             raise
         print(f"not yet: {error.what}")
@@ -103,21 +103,17 @@ def publish(
     Args:
         training: the run that it was trained in, and what that one's last epoch told.
     """
-    section = config.teacher
-    metrics = _evaluate(config, teacher, val, size, device)
-    if metrics["top1"] < section.min_top1:
-        raise PipelineError(
-            f"teacher {section.weights or section.model} at {size} px: top-1 on {val.path}",
-            expected=f"at least {section.min_top1:.4f} (teacher.min_top1)",
-            found=f"{metrics['top1']:.4f}",
-            do="check that its classes are in the index's order; train it longer; or lower teacher.min_top1",
-        )
+    metrics, later = good_enough(config, teacher, val, size, device), config.teacher_size("finetune")
+    if purpose == "train-student" and config.listens("finetune") and not config.teacher_finetune.epochs:
+        if later != size:  # before the students are trained, not after
+            refuse_size(teacher, later, _size_key(config, "finetune"))
+            good_enough(config, teacher, val, later, device)
     if Rank.start(device).rank:
         return  # rank 0 publishes
     print(f"teacher: top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f} on {len(val):,} images at {size} px")
     folder = teacher_folder(config, purpose)
     with replacing(folder / "weights.safetensors") as temporary:
-        save_teacher(temporary, section, teacher)
+        save_teacher(temporary, config.teacher, teacher)
     if training:
         write_curve(folder / "curve.csv", training.folder / "log.jsonl", told)
         metrics["run"] = fingerprint(training.identity)
@@ -125,6 +121,30 @@ def publish(
         write_curve(folder / "curve.csv")
     with replacing(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
+
+
+def good_enough(
+    config: Config, teacher: Normalised, val: Index, size: int, device: torch.device
+) -> dict[str, float | str | int]:
+    """The teacher's metrics at a size.
+
+    Raises:
+        PipelineError: its top-1 is below `teacher.min_top1`.
+    """
+    section, trained = config.teacher, config.teacher_size("train-student")
+    metrics = _evaluate(config, teacher, val, size, device)
+    if metrics["top1"] >= section.min_top1:
+        return metrics
+    do = "check that its classes are in the index's order; train it longer; or lower teacher.min_top1"
+    if size != trained and not config.teacher_finetune.epochs:
+        do = f"it is poor at another size than its own: set finetune.teacher_size to {trained} or null, or adapt it"
+        do += " with teacher_finetune.epochs"
+    raise PipelineError(
+        f"teacher {section.weights or section.model} at {size} px: top-1 on {val.path}",
+        expected=f"at least {section.min_top1:.4f} (teacher.min_top1)",
+        found=f"{metrics['top1']:.4f}",
+        do=do,
+    )
 
 
 def _training(config: Config, purpose: str, train: Index, val: Index, device: torch.device) -> Run | None:

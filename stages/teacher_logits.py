@@ -19,7 +19,7 @@ from tqdm import tqdm
 from pipeline.answers import as_stored, decode_logits, encode, row_bytes
 from pipeline.audit import damaged, manifest, store_bytes, write_manifest, write_summary
 from pipeline.config import Config, Recipe
-from pipeline.errors import PipelineError
+from pipeline.errors import NotYet, PipelineError
 from pipeline.files import replacing
 from pipeline.groups import Groups, mixed
 from pipeline.layout import UNNEEDED, answers_folder, index_path, store_path
@@ -57,7 +57,7 @@ def run(
     recipe, views, own_size = _purpose(config, purpose)
     try:
         teacher = load_teacher(config, len(index.classes), device, purpose)
-    except PipelineError as error:
+    except NotYet as error:
         if not dry_run:
             raise
         print(describe(config, index, recipe, views, "a store that is named when the teacher is there"))

@@ -8,7 +8,7 @@ import torch
 from pipeline.audit import manifest, read_manifest
 from pipeline.completion import complete
 from pipeline.config import Config, Recipe, Student, result_fields
-from pipeline.errors import PipelineError
+from pipeline.errors import NotYet, PipelineError, UsageError
 from pipeline.files import replacing
 from pipeline.layout import (
     answers_folder,
@@ -50,11 +50,16 @@ def run(
         PipelineError, UsageError: no complete store, another recipe's store, damaged data, ...
     """
     settings = student or config.student_named(name)
+    if settings.distillation == "soft" and teacher == "stored" and config.teacher_logits.kind == "argmax":
+        raise UsageError(
+            f"student {name}: soft distillation", expected="teacher_logits.kind topk, dense8 or dense", found="argmax",
+            do="run teacher-logits with such a kind; or use hard distillation, or --teacher online",
+        )  # fmt: skip
     train_index, val_index = (Index(index_path(config, split)) for split in ("train", "val"))
     views = config.teacher_logits.views
     try:
         teaching, taught_by = find_teacher(config, settings, "train-student", train_index, device, teacher, store)
-    except PipelineError as error:
+    except NotYet as error:
         if not dry_run:
             raise
         print(f"not yet: {error.what}")

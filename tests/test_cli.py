@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
 from click.testing import CliRunner
 from conftest import picture, write_folders
@@ -141,10 +143,12 @@ def test_the_imagenet_experiments_are_compiled_and_the_convnet_lies_channels_las
     assert values["teacher_logits"]["channels_last"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
 def test_the_imagenet_experiments_dry_run_before_anything_is_computed(project, size):
-    write_folders(project / "train", {"cat": 3, "dog": 3})
-    write_folders(project / "val", {"cat": 1, "dog": 1})
+    classes = [f"n{number:04d}" for number in range(1000)]  # as many as the teacher's weights are of
+    write_folders(project / "train", dict.fromkeys(classes, 1))
+    write_folders(project / "val", dict.fromkeys(classes, 1), seed=1000)
     call("configure", f"imagenet-deit-{size}", "data.train=train", "data.val=val", "data.workers=1")
     call("prepare")
     assert "timm" not in call("teacher", "--dry-run", "--device", "cpu")
@@ -209,3 +213,49 @@ def test_killed_loader_worker_is_told_without_a_traceback(project, monkeypatch):
     monkeypatch.setattr(prepare, "run", killed)
     said = call("prepare", code=1)
     assert "out of memory" in said and "smaller `workers`" in said and "pid 7" in said
+
+
+STAGES = ("teacher", "teacher-logits", "train-student", "finetune", "evaluate")
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_a_dry_run_before_prepare_says_what_is_not_yet_there(project, command):
+    said = call(command, "--dry-run", "--device", "cpu")
+    assert "not yet" in said and "run: pipeline prepare" in said
+
+
+FORESEEN = {
+    "missing weights": ("teacher", "teacher.weights=absent.safetensors", "absent.safetensors"),
+    "no such tag": ("teacher", "teacher.weights=regnety_160.nobody", "timm knows no such weights"),
+    "no such teacher": ("teacher", "teacher.model=regnety_999", "regnety_9"),
+    "its arguments": ("teacher-logits", "teacher.kwargs.depht=3", "depht"),
+    "no such student": ("train-student", "student.model=deit_huge", "deit_huge"),
+    "a student's arguments": ("train-student", "variants.hard.kwargs.num_heads=7", "num_heads"),
+    "missing start": ("finetune", "finetune.weights=absent.pth", "absent.pth"),
+    "any of them": ("evaluate", "student.model=deit_huge", "deit_huge"),
+}
+
+
+@pytest.mark.parametrize(("command", "override", "told"), FORESEEN.values(), ids=list(FORESEEN))
+def test_a_dry_run_refuses_what_would_fail_later(project, command, override, told):
+    result = CliRunner().invoke(main, [command, "--dry-run", "--device", "cpu", "--set", override])
+    assert result.exit_code in (1, 2) and told in result.output and "Traceback" not in result.output
+
+
+def test_weights_of_another_number_of_classes_are_refused_by_a_dry_run_and_by_the_stage(project):
+    call("prepare")  # ten classes
+    torch.save(timm.create_model("test_resnet", num_classes=7).state_dict(), "seven.pth")
+    for dry in (["--dry-run"], []):
+        weights = ["--set", "teacher.model=test_resnet", "--set", "teacher.kwargs={}", "--set"]
+        said = call("teacher", "--device", "cpu", *dry, *weights, "teacher.weights=seven.pth", code=1)
+        assert "weights of another model" in said and "fc.weight" in said
+        tag = "teacher.weights=test_resnet.r160_in1k"
+        said = call("teacher", "--device", "cpu", *dry, *weights, tag, code=2)
+        assert "weights of 1,000" in said and "10 classes" in said
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_soft_distillation_from_a_store_of_classes_alone_is_refused_before_anything(project, dry):
+    soft = ["--student", "hard", "--distillation", "soft", "--set", "teacher_logits.kind=argmax", "--set"]
+    said = call("train-student", "--device", "cpu", *dry, *soft, "students=[none, hard, token]", code=2)
+    assert "teacher_logits.kind topk" in said and "found:    argmax" in said

@@ -569,3 +569,14 @@ def test_the_log_is_on_the_disk_before_a_checkpoint_is(taught, monkeypatch):
         monkeypatch.setattr(kind, part, lambda *given, real=real, part=part: (order.append(part), real(*given))[1])
     train_student.run(taught, CPU, "none")
     assert len(order) > 2 and order == ["sync", "save"] * (len(order) // 2)
+
+
+def test_a_teacher_that_is_poor_at_the_size_of_fine_tuning_is_refused_before_a_student_is_trained(taught, monkeypatch):
+    accuracy = {16: 0.9, 24: 0.1}
+    monkeypatch.setattr(teacher, "_evaluate", lambda config, model, val, size, device: {"top1": accuracy[size], "top5": 1})
+    published = (teacher_folder(taught) / "metrics.json").read_bytes()
+    with pytest.raises(PipelineError, match="at 24 px(.|\n)*set finetune.teacher_size to 16 or null"):
+        teacher.run(loaded("teacher.min_top1=0.5"), CPU)
+    assert (teacher_folder(taught) / "metrics.json").read_bytes() == published
+    teacher.run(loaded("teacher.min_top1=0.5", "finetune.teacher_size=16"), CPU)
+    teacher.run(loaded("teacher.min_top1=0.5", "finetune.from=[]"), CPU)
