@@ -21,10 +21,11 @@ class Rank:
 
     @classmethod
     def start(cls, device: torch.device) -> "Rank":
-        """Join the process group (nccl on GPUs, gloo on CPUs) where torchrun's environment names one."""
+        """Join the process group where torchrun's environment names one: nccl on GPUs, gloo on CPUs and for objects."""
         world = world_size()
         if world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **_meeting_place())
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, **_meeting_place())
         return cls(int(os.environ.get("RANK", "0")), world)
 
     def barrier(self) -> None:
@@ -44,11 +45,11 @@ class Rank:
         return tensor
 
     def tell(self, value: T) -> T:
-        """Rank 0's value, on every rank; the others' are ignored."""
+        """Rank 0's value, on every rank, by way of the CPU; the others' are ignored."""
         if self.world == 1:
             return value
         told = [value]
-        dist.broadcast_object_list(told)
+        dist.broadcast_object_list(told, device=torch.device("cpu"))
         return told[0]
 
     def copy_from_first(self, tensors: Iterable[torch.Tensor]) -> None:

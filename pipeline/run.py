@@ -106,7 +106,7 @@ def describe_run(run: Run) -> str:
     )
     if run.sees_slices:
         slots = plan.batch_groups * plan.recipe.group_size // (world_size() * run.settings.accumulation)
-        text += f"\n  batch norm over {slots} pictures ({world_size()} ranks); it goes on with as many ranks only"
+        text += f"\n  ranks: {world_size()}, and it goes on with as many only: batch norm sees {slots} pictures at a time"
     if wanted > plan.views:
         text += f"\n  {wanted} views wanted, {plan.views} stored: each comes round {wanted / plan.views:.1f} times"
     return text

@@ -238,6 +238,15 @@ def test_shares_are_all_of_it_in_order_and_nearly_equal(count, world):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+def test_ranks_on_gpus_tell_one_another_objects_by_way_of_the_cpu(monkeypatch):
+    """Without waiting for what the GPUs compute, and whatever nccl does."""
+    joined = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: joined.append(backend))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    Rank.start(torch.device("cuda"))
+    assert joined == ["cpu:gloo,cuda:nccl"]
+
+
 def test_one_rank_gathers_its_own():
     own = torch.arange(6).reshape(3, 2)
     assert Rank().gather(own, 3, CPU) is own
