@@ -184,8 +184,8 @@ def _unreadable(where: str, error: Exception) -> PipelineError:
     return PipelineError(
         f"{where}: the shard cannot be read",
         expected="a tar of KEY.jpg (png, webp) and KEY.cls members",
-        found=str(error) or type(error).__name__,
-        do="restore the shard, or remove it and run prepare again",
+        found=reason(error),
+        do="correct its name or restore it; if prepare wrote it, remove it and run: pipeline prepare",
     )
 
 
