@@ -1,21 +1,21 @@
 """How far each kind of store is from the teacher's own float32 logits, on a trained teacher.
 
 KL(teacher || stored) and total variation at tau 1 and 3, mean over the views of the first groups of the
-training set, mixed as a student sees them. Run it in the folder of an experiment whose teacher is there.
+training set, mixed as a student sees them; and what the precision of the teacher's forward does. Run it in the
+folder of an experiment whose teacher is there.
 
     python bench/fidelity.py [--config params.yaml] [--groups 40] [--top-k 1,3,5]
 """
 
 import click
-import numpy as np
 import torch
 from machine import conditions
 
 from pipeline.answers import decode_logits, encode, row_bytes
-from pipeline.config import Config
+from pipeline.config import Config, TeacherLogits
 from pipeline.groups import Renderer, mixed
 from pipeline.layout import index_path
-from pipeline.models import load_teacher, teacher_logits
+from pipeline.models import Answering, load_teacher, resize_pictures, teacher_logits
 from pipeline.params import load
 from pipeline.plan import Item
 from pipeline.recipe import group_count
@@ -24,31 +24,47 @@ from pipeline.shards import Index
 TAUS = (1.0, 3.0)
 
 
-def teachers_logits(config: Config, groups: int) -> tuple[torch.Tensor, int]:
-    """Float32 logits (samples, classes) of the first groups' first views, and the number of classes."""
+HEAD_TOO = "bfloat16, its head too"
+
+
+def teachers_logits(config: Config, groups: int) -> tuple[dict[str, torch.Tensor], int]:
+    """Float32 logits (samples, classes) of the first groups' first views by precision, and the number of classes."""
     index, recipe = Index(index_path(config, "train")), config.recipe
     teacher = load_teacher(config, len(index.classes), torch.device("cpu"))
+    size = config.teacher_size("train-student")
+    asked = {
+        name: Answering(teacher, TeacherLogits(precision=name, batch_groups=1), size) for name in ("float32", "bfloat16")
+    }
     items = [
         Item(shard, group, 0)
         for shard in range(len(index.names))
         for group in range(group_count(int(index.samples[shard]), recipe.group_size))
     ]
-    renderer, found = Renderer(index, recipe), []
+    renderer, found = Renderer(index, recipe), {name: [] for name in (*asked, HEAD_TOO)}
     for item in items[:groups]:
         rendered = renderer.render([item])
-        logits = teacher_logits(teacher, mixed(rendered), recipe.group_size, 1, False)
-        found.append(logits[: len(rendered.members[0])])
-    return torch.cat(found), len(index.classes)
+        pictures, members = mixed(rendered), len(rendered.members[0])
+        for name, way in asked.items():
+            found[name].append(way.logits(pictures, recipe.group_size)[:members])
+        teacher.float32_head = False
+        pictures = resize_pictures(pictures, size)
+        found[HEAD_TOO].append(teacher_logits(teacher, pictures, recipe.group_size, 1, True)[:members])
+        teacher.float32_head = True
+    return {name: torch.cat(parts) for name, parts in found.items()}, len(index.classes)
 
 
-def distances(logits: torch.Tensor, kind: str, top_k: int, tau: float) -> tuple[float, float]:
-    """Mean KL(teacher || stored) and total variation at a temperature."""
-    true = (logits.double() / tau).log_softmax(1).numpy()
+def stored(logits: torch.Tensor, kind: str, top_k: int) -> torch.Tensor:
+    """As a store gives them back."""
     encoded = encode(kind, logits, top_k)[1]
     assert encoded is not None, f"{kind} keeps no logits"
-    stored = (decode_logits(kind, encoded, logits.shape[1]) / tau).log_softmax(1).double().numpy()
-    divergence = (np.exp(true) * (true - stored)).sum(1).mean()
-    return float(divergence), float(0.5 * np.abs(np.exp(true) - np.exp(stored)).sum(1).mean())
+    return decode_logits(kind, encoded, logits.shape[1])
+
+
+def distances(logits: torch.Tensor, others: torch.Tensor, tau: float) -> tuple[float, float]:
+    """Mean KL(logits || others) and total variation at a temperature."""
+    true, found = ((of.double() / tau).log_softmax(1) for of in (logits, others))
+    divergence = (true.exp() * (true - found)).sum(1).mean()
+    return float(divergence), float(0.5 * (true.exp() - found.exp()).abs().sum(1).mean())
 
 
 @click.command(help=__doc__)
@@ -57,7 +73,8 @@ def distances(logits: torch.Tensor, kind: str, top_k: int, tau: float) -> tuple[
 @click.option("--top-k", default="1,3,5", show_default=True)
 def main(path: str, groups: int, top_k: str):
     config = load(path, ())
-    logits, classes = teachers_logits(config, groups)
+    by_precision, classes = teachers_logits(config, groups)
+    logits = by_precision["float32"]
     print(conditions())
     confidence = logits.softmax(1).amax(1).mean()
     print(f"* {config.teacher.model} on {config.name}: {len(logits):,} views, mean confidence {confidence:.2f}")
@@ -66,8 +83,15 @@ def main(path: str, groups: int, top_k: str):
     kinds = [("dense", 1), ("dense8", 1), *(("topk", int(k)) for k in top_k.split(","))]
     for kind, k in kinds:
         name = f"top {k}" if kind == "topk" else kind
-        numbers = [f"{value:.1e}" for tau in TAUS for value in distances(logits, kind, k, tau)]
+        numbers = [f"{value:.1e}" for tau in TAUS for value in distances(logits, stored(logits, kind, k), tau)]
         print(f"| {name} | {row_bytes(kind, classes, k)} | {' | '.join(numbers)} |")
+    print("\n| teacher computed in, stored as dense | KL, tau 1 | KL, tau 3 | other argmax, % | two largest equal, % |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for name, others in by_precision.items():
+        numbers = [f"{distances(logits, stored(others, 'dense', 1), tau)[0]:.1e}" for tau in TAUS]
+        best = others.topk(2).values
+        shares = [(logits.argmax(1) != others.argmax(1)), best[:, 0] == best[:, 1]]
+        print(f"| {name} | {' | '.join(numbers + [f'{100 * share.double().mean():.3g}' for share in shares])} |")
 
 
 if __name__ == "__main__":
