@@ -262,7 +262,7 @@ def status(path, overrides, watch, as_json):
     It asks no process and writes nothing. `running`: a store or a training whose lock is held on this
     machine; on another, a store with a lease that is renewed (one that was killed counts for five minutes
     more), a training whose files moved within ten minutes. `stopped`: the same command goes on from what
-    is told. `left`: for what is missing, at its recent speed.
+    is told. `failed`: its last command did, over what is told. `left`: for what is missing, at its recent speed.
 
     \b
     Examples:

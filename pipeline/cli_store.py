@@ -109,5 +109,6 @@ def prune(yes, work):
     """
     from stages import prune as stage
 
-    named = [Path("params.yaml"), *sorted(Path("configs").rglob("*.yaml")), *sorted(Path("outputs").glob("*/params.yaml"))]
+    used = sorted(Path("outputs").glob("*/params.yaml"))
+    named = [Path("params.yaml"), *sorted(Path("configs").rglob("*.yaml")), *used]
     stage.run([file for file in named if file.exists()], work, yes)

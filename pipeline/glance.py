@@ -14,9 +14,10 @@ from typing import Any
 
 import fsspec
 
-from pipeline.errors import IO_ERRORS, Unreadable, reason
+from pipeline.errors import is_io, unreadable
 from pipeline.layout import UNNEEDED
 from pipeline.lease import leases_beside, modified
+from pipeline.runlog import parse_line
 
 LOG_TAIL = 2**18  # bytes of a log that are read: about a thousand lines
 JSON_LIMIT = 2**28  # bytes of a JSON file; beyond it is none of ours
@@ -39,15 +40,49 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        return None
+    return value
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """An index, as `read_json`; {} too where its fingerprint, samples and shards are not what an index has."""
+    found = read_json(path)
+    shards = found.get("shards")
+    if not (isinstance(found.get("fingerprint"), str) and is_count(found.get("samples")) and isinstance(shards, list)):
+        return {}
+    sound = (isinstance(x, dict) and isinstance(x.get("name"), str) and is_count(x.get("samples")) for x in shards)
+    return found if all(sound) else {}
+
+
+POSITIVE = ("seconds", "samples_per_s", "val_top1_mean", "val_top1_class", "top1")
+
+
 def read_tail(path: Path) -> list[dict[str, Any]]:
-    """The last lines of a log; those that are damaged or cut short are left out."""
+    """The last lines of a training's log; those that are damaged or cut short are left out."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - LOG_TAIL))
-            lines = file.read().splitlines()
+            texts = file.read().split(b"\n")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return []
-    return [found for found in map(parse_object, lines) if found]
+    return [line for line in map(parse_line, texts) if line and _is_told(line)]
+
+
+def _is_told(line: dict[str, Any]) -> bool:
+    numbers = [number(line[key]) for key in POSITIVE if key in line]
+    return (
+        line.get("kind") in ("step", "epoch")
+        and is_count(line.get("step"))
+        and number(line.get("loss")) is not None
+        and all(found is not None and found >= 0 for found in numbers)
+    )
 
 
 def written(folder: Path) -> dict[str, float]:
@@ -94,8 +129,10 @@ def list_stores(work: str) -> list[tuple[str, dict[str, Any]]]:
         filesystem, root = fsspec.core.url_to_fs(where)
         filesystem.invalidate_cache()  # another machine may have written there since
         paths = sorted(filesystem.ls(root, detail=False)) if filesystem.isdir(root) else []
-    except IO_ERRORS as error:
-        raise Unreadable(f"{where}: cannot be read", found=reason(error), do="correct it, or try again") from error
+    except Exception as error:
+        if not is_io(error):
+            raise
+        raise unreadable(where, error) from error
     stores = [path.rstrip("/") for path in paths if path.rstrip("/").endswith(".zarr")]
     return [(f"{where}/{path.rpartition('/')[2]}", _attributes(filesystem, path)) for path in stores]
 
@@ -103,7 +140,9 @@ def list_stores(work: str) -> list[tuple[str, dict[str, Any]]]:
 def _attributes(filesystem, path: str) -> dict[str, Any]:
     try:
         found = parse_object(filesystem.cat_file(f"{path}/zarr.json")).get("attributes")
-    except IO_ERRORS:
+    except Exception as error:
+        if not is_io(error):
+            raise
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import fsspec
 
-from pipeline.errors import IO_ERRORS, Unreadable, UsageError, reason, unwritable
+from pipeline.errors import UsageError, unreadable, unwritable
 from pipeline.files import is_local
 from pipeline.lock import held, kernel_lock
 from pipeline.signals import unwinding
@@ -71,7 +71,7 @@ def lease(path: str, purpose: str, break_lock: bool = False) -> Iterator[None]:
             _watch(filesystem, place, holder, path, purpose)
         try:
             _write(filesystem, place, mine)
-        except IO_ERRORS as error:
+        except Exception as error:  # servers' clients raise nearly anything
             raise unwritable(f"{path}:", error) from error
         if not locked:
             _won(filesystem, place, mine, path, purpose)
@@ -84,7 +84,7 @@ def lease(path: str, purpose: str, break_lock: bool = False) -> Iterator[None]:
         finally:
             stopped.set()
             renewing.join()
-            with contextlib.suppress(*IO_ERRORS, Unreadable):
+            with contextlib.suppress(Exception):
                 if not _lost(filesystem, place, mine):
                     filesystem.rm_file(place)
 
@@ -197,7 +197,7 @@ def _won(filesystem, place: str, mine: Holder, path: str, purpose: str) -> None:
 
 def _renew(filesystem, place: str, mine: Holder, stopped: threading.Event) -> None:
     while not stopped.wait(LEASE / RENEWALS):
-        with contextlib.suppress(*IO_ERRORS, Unreadable):  # a full disk must not end the work that it may outlast
+        with contextlib.suppress(Exception):  # a full disk must not end the work that it may outlast
             if _lost(filesystem, place, mine):
                 return
             _write(filesystem, place, mine)
@@ -230,9 +230,9 @@ def _read(filesystem, place: str) -> Holder | None:
         data = filesystem.cat_file(place)
     except FileNotFoundError:
         return None
-    except IO_ERRORS as error:
-        raise Unreadable(f"{place}: cannot be read", found=reason(error), do="try again") from error
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    except Exception as error:  # as above
+        raise unreadable(place, error) from error
+    with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
         found: dict[str, Any] = json.loads(data)
         return Holder(str(found["host"]), int(found["process"]), str(found["token"]), float(found["renewed"]))
     return None

@@ -42,19 +42,22 @@ def stage_options(with_device: bool = True, with_dry_run: bool = True):
         @config_options
         @functools.wraps(body)
         def command(path, overrides, dry_run=False, device=None, **options):
+            from pipeline.failures import noted
             from pipeline.params import load, record
 
             config = load(path, overrides)
+            stage = None if dry_run else stage_name(body.__name__, options)
             if not dry_run:
                 record(config)
             if with_dry_run:
                 options["dry_run"] = dry_run
-            if not with_device:
-                return body(config=config, **options)
-            if dry_run:
-                return _foreseen(body, config, find_device(device), options)
-            with left_together():
-                return body(config=config, device=find_device(device), **options)
+            with noted(config, stage) if stage else contextlib.nullcontext():
+                if not with_device:
+                    return body(config=config, **options)
+                if dry_run:
+                    return _foreseen(body, config, find_device(device), options)
+                with left_together():
+                    return body(config=config, device=find_device(device), **options)
 
         if with_dry_run:
             command = DRY_RUN(command)
@@ -73,6 +76,18 @@ def _foreseen(body: Callable, config: Any, device: Any, options: dict[str, Any])
         body(config=config, device=device, **options)
     except NotYet as error:
         click.echo(f"not yet: {error}")
+
+
+def stage_name(command: str, options: dict[str, Any]) -> str | None:
+    """What dvc.yaml calls it; None for what it has no stage of."""
+    if any(options.get(key) is not None for key in ("distillation", "alpha", "tau", "store", "weights")):
+        return None
+    if options.get("teacher") == "online":
+        return None
+    name = command.replace("_", "-")
+    if options.get("purpose") == "finetune":
+        name += "-finetune"
+    return f"{name}@{options['name']}" if options.get("name") else name
 
 
 @contextlib.contextmanager

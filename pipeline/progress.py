@@ -100,6 +100,8 @@ class Facts:
     loss: float | None = None
     top1: float | None = None
     note: str = ""
+    failure: str = ""
+    """What its last command failed over, if that was after its newest file."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Row:
 
     stage: str
     state: str
-    """`done`, `done, of another configuration`, `running`, `stopped` or `not begun`."""
+    """`done`, `done, of another configuration`, `running`, `stopped`, `failed` or `not begun`."""
     unit: str
     done: int
     total: int | None
@@ -123,10 +125,16 @@ class Row:
 
 
 DONE, FOREIGN, RUNNING, STOPPED, NOT_BEGUN = "done", "done, of another configuration", "running", "stopped", "not begun"
+FAILED = "failed"
 
 
 def state_of(facts: Facts, now: float) -> str:
     """Work that is under way counts before what was published earlier."""
+    state = _state_of_files(facts, now)
+    return FAILED if facts.failure and state != RUNNING else state
+
+
+def _state_of_files(facts: Facts, now: float) -> str:
     complete = facts.total is not None and facts.done >= facts.total
     if facts.begun and not (facts.published and complete):
         recent = facts.moved is not None and now - facts.moved < RECENT
@@ -139,10 +147,10 @@ def state_of(facts: Facts, now: float) -> str:
 
 def row_of(facts: Facts, now: float) -> Row:
     state, done, total = state_of(facts, now), facts.done, facts.total
-    if state == STOPPED and facts.kept is not None:
+    if state in (STOPPED, FAILED) and facts.kept is not None:
         done = facts.kept
     left = None
-    if state in (RUNNING, STOPPED) and total is not None and facts.rate:
+    if state in (RUNNING, STOPPED, FAILED) and total is not None and facts.rate:
         left = max(0, total - done) / facts.rate
     images = None
     if state == RUNNING and facts.rate and facts.pictures:
@@ -150,6 +158,8 @@ def row_of(facts: Facts, now: float) -> Row:
     note = facts.note
     if state == STOPPED and total is not None and done >= total:
         note = "complete, not published"
+    if state == FAILED:
+        note = facts.failure
     return Row(
         stage=facts.stage,
         state=state,

@@ -91,8 +91,10 @@ NAMED_BY = ("teacher_settings", "teacher_finetune", "student", "finetune", "reci
 
 
 def named_by(identity: dict[str, Any]) -> dict[str, Any]:
-    """The part of a run's identity that a configuration and its index tell without any weights."""
-    return {key: identity[key] for key in NAMED_BY if key in identity}
+    """The part of a run's identity that a configuration and its index tell without any weights; and its store."""
+    taught = identity.get("teacher")
+    store = {"store": taught["store"]} if isinstance(taught, dict) and "store" in taught else {}
+    return {key: identity[key] for key in NAMED_BY if key in identity} | store
 
 
 def describe_run(run: Run) -> str:

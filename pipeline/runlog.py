@@ -64,7 +64,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     lines = []
     *whole, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
     for number, text in enumerate(whole, 1):
-        values = _parsed(text)
+        values = parse_line(text)
         if values is None:
             raise PipelineError(
                 f"{path}: line {number} is damaged",
@@ -73,11 +73,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
                 do="delete that line, or the whole file: curves then lack what it told",
             )
         lines.append(values)
-    last = _parsed(rest)
+    last = parse_line(rest)
     return lines if last is None else [*lines, last]
 
 
-def _parsed(text: bytes) -> dict[str, Any] | None:
+def parse_line(text: bytes) -> dict[str, Any] | None:
+    """A line of a log; None where it is not as it was written."""
     try:
         values = json.loads(text)
         check = values.pop(CHECK)

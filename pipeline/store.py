@@ -4,6 +4,7 @@ Chunks are their bytes followed by their CRC-32C; they are read without zarr, wh
 missing chunk for the fill value, and tells damage from a lack of memory by no means.
 """
 
+import math
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from typing import Any, Self
@@ -62,7 +63,7 @@ class Layout:
     @property
     def size(self) -> int:
         """Bytes of it, without its checksum."""
-        return int(np.prod(self.chunks)) * self.dtype.itemsize
+        return math.prod(self.chunks) * self.dtype.itemsize
 
 
 class Store(StoreFiles):
@@ -91,6 +92,7 @@ class Store(StoreFiles):
             )
         store = cls(path, opened(path, "r"), index, recipe)
         store._refuse_other({"index": index.fingerprint, "recipe": recipe_fingerprint(recipe)})
+        store._refuse_unsound()
         for name in store.arrays():
             store._refuse_other_layout(name)
         return store

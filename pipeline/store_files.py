@@ -61,6 +61,13 @@ class StoreFiles:
                     do="it belongs to another experiment: name the right store, or none",
                 )
 
+    def _refuse_unsound(self) -> None:
+        """Raises PipelineError where the store's figures are not those of its own index."""
+        capacity = int(self.index.samples.max())
+        if self.capacity != capacity or not 0 < self.classes < FILL:
+            found = ValueError(f"capacity {self.capacity}, classes {self.classes}")
+            raise _not_described(self.path, found)
+
     def _differences(self, key: str, value: Any) -> list[str]:
         """What differs, in words: `setting: the store's, the one that is asked for`."""
         attributes = self.group.attrs
@@ -68,7 +75,8 @@ class StoreFiles:
             told = differences(attributes["recipe_settings"], self.recipe.model_dump(mode="json"), "recipe")
             return told or ["the settings are the same: it is of another version of the views"]
         if key == "index":
-            was, now = ({shard["name"]: shard["samples"] for shard in s} for s in (attributes["shards"], self.index.shards))
+            both = (attributes["shards"], self.index.shards)
+            was, now = ({shard["name"]: shard["samples"] for shard in shards} for shards in both)
             told = differences(was, now, "samples in shard")
             return told[:5] or ["as many samples in shards of the same names: images or labels are others"]
         return differences(attributes.get(key), value, key)
@@ -110,6 +118,8 @@ class StoreFiles:
         described = self.described(name)
         try:
             views, *rest = described["shape"]
+            if any(type(number) is not int or number < 0 for number in described["shape"]):
+                raise ValueError(f"shape {described['shape']}")
             settings = self._settings(name, views, rest[-1])
             chunk = described["chunk_grid"]["configuration"]["chunk_shape"]
             if tuple(described["shape"]) != settings["shape"] or views % self.recipe.block:
@@ -172,10 +182,26 @@ def opened(path: str, mode: Literal["r", "r+"]) -> zarr.Group:
         filesystem, root = fsspec.core.url_to_fs(path)
         described = json.loads(filesystem.cat_file(f"{root}/zarr.json"))
         if described["attributes"]["format"] == FORMAT:  # another one is refused later, with its number
-            read_description(filesystem, root)
+            _check_types(read_description(filesystem, root)["attributes"])
         return zarr.open_group(path, mode=mode)
     except Exception as error:
         raise _not_described(path, error) from error
+
+
+TYPES = {
+    "fingerprint": str, "index": str, "recipe": str, "recipe_settings": dict, "teacher": dict, "precision": str,
+    "classes": int, "capacity": int, "shards": list, "versions": dict,
+}  # fmt: skip
+
+
+def _check_types(attributes: dict[str, Any]) -> None:
+    """Raises ValueError where a store's attributes are not of the types that they are written with."""
+    for key, kind in TYPES.items():
+        if type(attributes.get(key)) is not kind:
+            raise ValueError(f"{key}: {str(attributes.get(key))[:100]}")
+    for shard in attributes["shards"]:
+        if not isinstance(shard, dict) or type(shard.get("name")) is not str or type(shard.get("samples")) is not int:
+            raise ValueError(f"shards: {str(shard)[:100]}")
 
 
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, FileNotFoundError)

@@ -52,6 +52,7 @@ class StoreWriter(Store):
         group = opened(path, "r+")
         store = cls(path, group, index, identity.recipe)
         store._refuse_other(identity.described())
+        store._refuse_unsound()
         if group.attrs["precision"] != precision:
             raise UsageError(
                 f"{path}: the store's precision",

@@ -7,11 +7,10 @@ writes at its end only.
 """
 
 import contextlib
-import csv
 import json
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +18,23 @@ from typing import Any
 import click
 
 from pipeline.config import PURPOSES, Config, Training
-from pipeline.errors import IO_ERRORS, Unreadable, reason
-from pipeline.glance import latest, list_stores, newest, read_json, read_tail, written, written_units
+from pipeline.errors import PipelineError, is_io, unreadable
+from pipeline.failures import failure_path
+from pipeline.glance import (
+    latest,
+    list_stores,
+    newest,
+    number,
+    read_index,
+    read_json,
+    read_tail,
+    written,
+    written_units,
+)
 from pipeline.layout import (
+    DATA_LOCK,
     FINETUNED,
+    FINGERPRINT,
     RUN_LOCK,
     TEACHER,
     answers_folder,
@@ -51,6 +63,7 @@ from pipeline.progress import (
     wanted,
     wanted_runs,
 )
+from pipeline.runlog import read_curve
 
 
 def run(config: Config, as_json: bool = False, watch: float | None = None) -> None:
@@ -78,10 +91,19 @@ def as_lines(rows: list[Row]) -> str:
 def survey(config: Config, now: float) -> list[Row]:
     """Every stage's row, in the order of `dvc repro`."""
     try:
-        return [row_of(facts, now) for facts in gather(Experiment(config))]
-    except IO_ERRORS as error:
-        where = getattr(error, "filename", None) or config.work
-        raise Unreadable(f"{where}: cannot be read", found=reason(error), do="correct it, or try again") from error
+        return [row_of(with_failure(facts, config), now) for facts in gather(Experiment(config))]
+    except Exception as error:
+        if not is_io(error):
+            raise
+        raise unreadable(getattr(error, "filename", None) or config.work, error) from error
+
+
+def with_failure(facts: Facts, config: Config) -> Facts:
+    """What its last command failed over, unless something was written since."""
+    told = [read_json(failure_path(config, name)) for name in {facts.stage, facts.stage.partition("@")[0]}]
+    times = {number(failure.get("time")) or 0.0: str(failure.get("what")) for failure in told}
+    last = max(times)
+    return replace(facts, failure=times[last]) if last > max(facts.moved or 0.0, 1.0) - 1.0 else facts
 
 
 @dataclass
@@ -121,26 +143,35 @@ class Experiment:
 
     def __init__(self, config: Config):
         self.config = config
-        self.indices = {split: read_json(index_path(config, split)) for split in ("train", "val")}
+        self.indices = {split: read_index(index_path(config, split)) for split in ("train", "val")}
         self.index: str | None = self.indices["train"].get("fingerprint")
         self.names = [shard["name"] for shard in self.indices["train"].get("shards", [])]
         self.samples = [shard["samples"] for shard in self.indices["train"].get("shards", [])]
         self.stores, self.runs = list_stores(config.work), wanted_runs(config, self.index)
         # a folder without run.json is of an earlier version: nothing tells what it is of
-        folders = [(folder, read_json(folder / "run.json")) for folder in (local_work(config.work) / "state").glob("*")]
+        found = [path for path in (local_work(config.work) / "state").glob("*") if FINGERPRINT.fullmatch(path.name)]
+        folders = [(folder, read_json(folder / "run.json")) for folder in found]
         self.states = [State(folder, described, written(folder)) for folder, described in folders if described]
 
     def states_of(self, stage: str) -> list[State]:
+        """Those of the configuration's settings, and of the store that is published."""
         run, student = self.runs[stage], stage.partition("@")[2]
         if stage.startswith("finetune@"):
             run = run | {"name": f"finetune {student} at {self.config.finetune.size}"}
         elif student:  # with --teacher online the settings are the same, the name is not
             run = run | {"name": f"student {student}"}
-        return [state for state in self.states if is_run_of(run, state.described)]
+        purpose = "finetune" if stage == "finetune" else "train-student"
+        published = read_json(answers_folder(self.config, purpose) / "manifest.json").get("fingerprint")
+        return [
+            state
+            for state in self.states
+            if is_run_of(run, state.described)
+            and (None in (published, told := state.described.get("store")) or told == published)
+        ]
 
     def steps(self, settings: Training) -> tuple[int | None, float | None]:
         """Steps of a whole training, and the samples of one; None before there is an index."""
-        if not self.samples:
+        if not any(self.samples):
             return None, None
         recipe = self.config.recipe
         plan = plan_of(SimpleNamespace(names=self.names, samples=self.samples), recipe, settings, recipe.block)
@@ -181,15 +212,19 @@ def prepared(experiment: Experiment) -> Facts:
         return Facts("prepare", "shards", count, count, published=True, moved=moved, note=f"{images} images")
     # whose a folder is nothing tells before its index is there: of each split the one that moved last
     times: list[float] = []
+    data = local_work(config.work) / "data"
+    others = [path for path in Path("outputs").glob("*/data/*/index.json") if path.parents[2].name != config.name]
+    theirs = {Path(str(read_json(path).get("location"))).parent.name for path in others}
     for split in indices:
         tars = [
             [when for name, when in written(folder).items() if name.endswith(".tar")]
-            for folder in (local_work(config.work) / "data").glob(f"*/{split}")
+            for folder in data.glob(f"*/{split}")
+            if folder.parent.name not in theirs
         ]
         times += max(tars, key=lambda found: max(found, default=0.0), default=[])
     return Facts(
         "prepare", "shards", len(times), begun=bool(times), moved=latest(times), rate=rate_of(times),
-        pictures=config.data.shard_samples,
+        pictures=config.data.shard_samples, writers=held(data / DATA_LOCK),
     )  # fmt: skip
 
 
@@ -200,7 +235,7 @@ def trained(experiment: Experiment, stage: str, settings: Training | None, folde
     foreign = bool(metrics) and is_foreign(folder / "curve.csv", bool(settings), own, experiment.states)
     total, pictures = experiment.steps(settings) if settings else (None, None)
     state = max(own, key=lambda state: state.moved, default=None)
-    told: dict[str, Any] = {"top1": top1_of(metrics)}
+    told: dict[str, Any] = {"top1": number(top1_of(metrics))}
     if state and not (state.complete and metrics):
         told = told_by_log(state.log())
     kept = state.checkpoint if state else 0
@@ -232,8 +267,10 @@ def is_foreign(curve: Path, learned: bool, own: list[State], states: list[State]
     """
     if not curve.exists():
         return False
-    with open(curve, newline="", errors="replace") as file:
-        epochs = list(csv.DictReader(file))
+    try:
+        epochs = read_curve(curve)
+    except PipelineError:  # damaged: nothing tells
+        return False
     if not (learned and epochs):
         return learned or bool(epochs)
     sources = [state for state in states if _last_loss(state) == epochs[-1].get("loss")]
@@ -243,7 +280,7 @@ def is_foreign(curve: Path, learned: bool, own: list[State], states: list[State]
 
 def _last_loss(state: State) -> str | None:
     """As the curve has it."""
-    losses = [repr(line["loss"]) for line in state.log() if line["kind"] == "epoch"]
+    losses = [str(line["loss"]) for line in state.log() if line["kind"] == "epoch"]
     return losses[-1] if losses else None
 
 
@@ -252,20 +289,21 @@ def stored(experiment: Experiment, stage: str, want: Wanted) -> Facts:
     config, samples = experiment.config, [samples for samples in experiment.samples if samples]
     folder, blocks = answers_folder(config, want.purpose), want.views // want.recipe.block
     manifest, summary = (read_json(folder / f"{name}.json") for name in ("manifest", "summary"))
-    published, fingerprint = bool(manifest and summary), manifest.get("fingerprint")
+    published, fingerprint = bool(manifest and summary), str(manifest.get("fingerprint"))
     own = {
-        attributes.get("fingerprint"): written_units(path, want.kind, blocks)
+        str(attributes.get("fingerprint")): written_units(path, want.kind, blocks)
         for path, attributes in experiment.stores
         if is_store_of(want.recipe, experiment.index, attributes) and _same_teacher(config, want, attributes)
     }
-    others = {attributes.get("fingerprint") for _, attributes in experiment.stores} - own.keys()
+    others = {str(attributes.get("fingerprint")) for _, attributes in experiment.stores} - own.keys()
     same = (manifest.get("views"), manifest.get("kind")) == (want.views, want.kind)
     foreign = published and not (same and (fingerprint in own or not own and fingerprint not in others))
     units = max(own.values(), key=lambda units: units.moved, default=None)
     total = blocks * len(samples) if samples else None
     note = f"{units.writers} writers" if units and units.writers > 1 else ""
-    if published and not foreign:
-        note = f"as labelled: {summary['agreement_with_labels']:.1%}".replace("%", " %")
+    agreement = number(summary.get("agreement_with_labels"))
+    if published and not foreign and agreement is not None:
+        note = f"as labelled: {agreement:.1%}".replace("%", " %")
     return Facts(
         stage, "units", len(units.times) if units else (total or 0) * (published and not foreign), total,
         begun=units is not None,
@@ -282,8 +320,11 @@ def stored(experiment: Experiment, stage: str, want: Wanted) -> Facts:
 def _same_teacher(config: Config, want: Wanted, attributes: dict[str, Any]) -> bool:
     """Whether a store is of the teacher that is published; of any, where none is."""
     weights = read_json(teacher_folder(config, want.purpose) / "metrics.json").get("weights")
-    found = attributes["teacher"]
-    return found["size"] == want.teacher_size and weights in (None, found["weights"])
+    found = attributes.get("teacher")
+    if not isinstance(found, dict) or found.get("size") != config.teacher_size(want.purpose):
+        return False
+    named = found.get("model") in (config.teacher.model, config.teacher.weights)
+    return named and weights in (None, found.get("weights"))
 
 
 def evaluated(experiment: Experiment) -> Facts:
@@ -294,12 +335,14 @@ def evaluated(experiment: Experiment) -> Facts:
     known = {TEACHER, *config.variants, *(f"{name}-{FINETUNED}" for name in config.variants)}
     foreign = bool(metrics) and metrics.keys() & known != models.keys()
     untrained = [name for name, where in models.items() if not (where / "weights.safetensors").exists()]
-    last = metrics.get(next(reversed(models), ""), {})
+    last = metrics.get(next(reversed(models), ""))
+    heads = [last.get(head) for head in ("mean", "class")] if isinstance(last, dict) else []
+    top1 = next((number(head.get("top1")) for head in heads if isinstance(head, dict)), None)
     return Facts(
         "evaluate", "models", len(models) if metrics and not foreign else 0, len(models),
         published=bool(metrics),
         foreign=foreign,
         moved=newest(folder) if metrics else None,
-        top1=(last.get("mean") or last.get("class") or {}).get("top1"),
+        top1=top1,
         note=f"waits for {', '.join(untrained)}" if untrained else "",
     )  # fmt: skip

@@ -19,7 +19,7 @@ ORDER = (
     "recipe", "ops", "views", "tar", "shards", "sources", "plan", "sealed", "answers", "store_files", "store",
     "store_writer", "audit", "pool", "groups", "loader", "linear", "compiling", "weights", "models", "teaching", "losses",
     "optim", "checkpoint", "ranks", "evaluation", "arithmetic", "runlog", "meters", "run", "training", "completion",
-    "contact_sheet", "plots", "report", "glance", "progress", "options", "cli_store", "cli",
+    "contact_sheet", "plots", "report", "glance", "failures", "progress", "options", "cli_store", "cli",
 )  # fmt: skip
 
 STAGE_MODULES = {

@@ -17,7 +17,7 @@ from test_training import CPU, Stop, loaded, taught, taught_template  # noqa: F4
 
 from pipeline import glance
 from pipeline.cli import main
-from pipeline.layout import RUN_LOCK, index_path, student_folder
+from pipeline.layout import DATA_LOCK, RUN_LOCK, index_path, student_folder
 from pipeline.lease import lease
 from pipeline.lock import kernel_lock
 from pipeline.params import dump
@@ -191,8 +191,10 @@ def test_what_is_published_is_done_though_work_is_gone(taught):  # noqa: F811
 def test_shards_are_counted_before_there_is_an_index(taught):  # noqa: F811
     shutil.rmtree("outputs")
     next(Path("work/data").glob("*/train/index.json")).unlink()
-    row = told()["prepare"]
+    with kernel_lock(Path("work/data") / DATA_LOCK):
+        row = told()["prepare"]
     assert (row.state, row.done, row.total) == ("running", 5, None)
+    assert told()["prepare"].state == "stopped"
 
 
 def test_units_of_a_partial_store_are_those_that_it_lacks_none_of(taught):  # noqa: F811
@@ -304,6 +306,48 @@ def test_an_evaluation_of_other_students_is_of_another_configuration(taught):  #
     row = told()["evaluate"]
     assert (row.state, row.done, row.top1) == ("done", 5, 0.5)
     assert told("students=[hard]")["evaluate"].state == "done, of another configuration"
+
+
+def test_a_stage_that_failed_says_over_what_until_it_ends_well(taught):  # noqa: F811
+    said = CliRunner().invoke(main, ["train-student", "--device", "cpu", "--student", "hard", "--set", "student.lr=1e30"])
+    assert said.exit_code == 1
+    row = told("student.lr=1e30")["train-student@hard"]
+    assert row.state == "failed" and row.note in said.output
+    assert CliRunner().invoke(main, ["train-student", "--device", "cpu", "--student", "hard"]).exit_code == 0
+    assert told()["train-student@hard"].state == "done"
+
+
+def test_a_stage_that_fails_before_its_first_file_has_failed(taught):  # noqa: F811
+    shutil.rmtree("outputs/small/students", ignore_errors=True)
+    Path("outputs/small/teacher-logits/manifest.json").unlink()
+    assert CliRunner().invoke(main, ["train-student", "--device", "cpu", "--student", "hard"]).exit_code == 1
+    row = told()["train-student@hard"]
+    assert (row.state, row.done) == ("failed", 0) and "manifest.json" in row.note
+
+
+def test_a_dry_run_that_fails_is_no_failure_of_the_stage(taught):  # noqa: F811
+    index_path(taught, "train").write_text("damaged")
+    assert CliRunner().invoke(main, ["train-student", "--device", "cpu", "--dry-run"]).exit_code == 1
+    assert told()["train-student@hard"].state == "not begun"
+
+
+def test_a_student_of_another_teacher_s_answers_is_not_done(taught):  # noqa: F811
+    train_student.run(taught, CPU, "hard")
+    manifest = Path("outputs/small/teacher-logits/manifest.json")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"fingerprint": "0" * 32}))
+    assert told()["train-student@hard"].state == "done, of another configuration"
+
+
+def test_another_configuration_s_shards_are_not_borrowed(taught):  # noqa: F811
+    row = told("name=other")["prepare"]
+    assert (row.state, row.done) == ("not begun", 0)
+
+
+def test_another_teacher_s_store_is_not_borrowed(taught):  # noqa: F811
+    shutil.rmtree("outputs/small/teacher")
+    shutil.rmtree("outputs/small/teacher-logits")
+    assert told()["teacher-logits"].state == "stopped"
+    assert told("teacher.model=regnety_004")["teacher-logits"].state == "not begun"
 
 
 def test_files_that_are_cut_short_are_no_error(taught, monkeypatch):  # noqa: F811
