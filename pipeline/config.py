@@ -22,7 +22,8 @@ Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 Long = Annotated[int, Field(ge=1, le=100_000)]
 """Epochs and views, of which a run keeps lists."""
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Workers = Annotated[int, Field(ge=0, le=1024)]
+Workers = Annotated[int, Field(ge=0, le=1024)] | None
+"""Loader workers of a process; null: what suits the machine, see pipeline.cores."""
 NonNegative = Annotated[float, Field(ge=0)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 Range = Annotated[tuple[float, float], Field(strict=False)]
@@ -121,8 +122,8 @@ class Data(Section):
     numbers are to be met: torchvision and timm ignore the mark."""
     max_per_class: Positive | None = None
     """Take only the first N images of each class (folder only), for trials."""
-    workers: Positive = 8
-    """Processes that write and index shards."""
+    workers: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Processes that write and index shards; null: as many as there are cores."""
 
 
 class Recipe(Section):
@@ -214,8 +215,8 @@ class Training(Section):
     accumulation: Positive = 1
     """Slices that a rank's share of the batch is computed in. Changes rounding only, but for batch norm: its statistics
     are a slice's."""
-    workers: Workers = 8
-    """Rendering processes a rank."""
+    workers: Workers = None
+    """Rendering processes a rank; null follows the machine."""
     open_shards: Positive = 16
     """Shards that the order keeps open at a time."""
     seed: Seed = 0
@@ -284,7 +285,7 @@ class TeacherLogits(Section):
     """float32 is IEEE's, never TF32; bfloat16: autocast, but for the head, which is float32."""
     batch_groups: Positive = 8
     """Groups a forward of the teacher; 1 makes offline and online equal to the bit on a CPU."""
-    workers: Workers = 8
+    workers: Workers = None
     channels_last: bool = False
     compile: bool = False
 
@@ -341,7 +342,7 @@ class Evaluate(Section):
     crop_finetuned: Annotated[float, Field(gt=0, le=1)] = 0.875
     sizes: list[Annotated[int, Field(ge=8, le=4096)]] = []
     """Pixels a side at which every model is evaluated besides, positions resized (compare Table 10)."""
-    workers: Workers = 8
+    workers: Workers = None
     throughput_seconds: NonNegative = 5.0
 
 

@@ -22,7 +22,7 @@ def predict(
     size: int,
     crop: float,
     batch: int,
-    workers: int,
+    workers: int | None,
     device: torch.device,
     precision: str = "float32",
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from pipeline.cores import workers_of
 from pipeline.config import Recipe
 from pipeline.errors import PipelineError
 from pipeline.groups import Groups, Renderer
@@ -88,18 +89,19 @@ class _Units(IterableDataset):
 
 
 def step_loader(
-    plan: Plan, index: Index, steps: Iterable[int], slices: range, parts: int, workers: int, pin: bool
+    plan: Plan, index: Index, steps: Iterable[int], slices: range, parts: int, workers: int | None, pin: bool
 ) -> Iterable[Groups]:
     """Slices `slices` (this rank's, one an accumulation step) out of `parts`, of each step in turn."""
     places = [(step, part) for step in steps for part in slices]
     size, slots = plan.recipe.size, plan.recipe.group_size
     # two for each worker's tasks; unless copied to pinned memory, one that arrives and one still being read
+    workers = workers_of(workers, pin)
     count = min(2 * workers + (0 if pin else 2), len(places)) if workers else 0
     pool = Pool(count, (plan.batch_groups // parts, slots, 3, size, size))
     return _loader(_Steps(plan, index, parts, pool), workers, pin, sampler=_Tasks(places, pool))
 
 
-def unit_loader(units: list[Unit], index: Index, recipe: Recipe, workers: int, pin: bool) -> Iterable[Groups]:
+def unit_loader(units: list[Unit], index: Index, recipe: Recipe, workers: int | None, pin: bool) -> Iterable[Groups]:
     """Every item of the units, each alone; several workers interleave groups."""
     return _loader(_Units(units, index, recipe), workers, pin)
 
@@ -119,18 +121,18 @@ class _EvaluationImages(Dataset):
 
 
 def evaluation_loader(
-    index: Index, rows: range, size: int, crop: float, batch: int, workers: int, pin: bool
+    index: Index, rows: range, size: int, crop: float, batch: int, workers: int | None, pin: bool
 ) -> Iterable[torch.Tensor]:
     """The samples `rows` in index order, as uint8 (batch, 3, size, size)."""
     return _loader(_EvaluationImages(index, rows, size, crop), workers, pin, batch_size=batch)
 
 
-def _loader(dataset, workers: int, pin: bool, batch_size: int | None = None, sampler=None) -> DataLoader:
+def _loader(dataset, workers: int | None, pin: bool, batch_size: int | None = None, sampler=None) -> DataLoader:
     return DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
-        num_workers=workers,
+        num_workers=workers_of(workers, pin),
         pin_memory=pin,
         worker_init_fn=_start_worker,
         # its own generator: a loader must not draw from the global one, or resuming would shift it

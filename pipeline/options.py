@@ -54,16 +54,32 @@ def stage_options(with_device: bool = True, with_dry_run: bool = True):
             with noted(config, stage) if stage else contextlib.nullcontext():
                 if not with_device:
                     return body(config=config, **options)
+                device = find_device(device)
+                _leave_cores_to_workers(config, device)
                 if dry_run:
-                    return _foreseen(body, config, find_device(device), options)
+                    return _foreseen(body, config, device, options)
                 with left_together():
-                    return body(config=config, device=find_device(device), **options)
+                    return body(config=config, device=device, **options)
 
         if with_dry_run:
             command = DRY_RUN(command)
         return DEVICE(command) if with_device else command
 
     return decorate
+
+
+SECTIONS = {
+    "teacher": "teacher", "teacher-logits": "teacher_logits", "train-student": "student", "finetune": "finetune",
+    "evaluate": "evaluate",
+}  # fmt: skip
+"""Of each command, the section whose loader workers render for it."""
+
+
+def _leave_cores_to_workers(config: Any, device: Any) -> None:
+    from pipeline.cores import share_threads, workers_of
+
+    section = getattr(config, SECTIONS[str(click.get_current_context().info_name)])
+    share_threads(workers_of(section.workers, device.type == "cuda"))
 
 
 def _foreseen(body: Callable, config: Any, device: Any, options: dict[str, Any]) -> None:

@@ -22,6 +22,9 @@ class Interrupted(PipelineError):
         self.exit_code = 128 + number
 
 
+AGAIN = {signal.SIGTERM: "", signal.SIGINT: "; Ctrl-C once more ends it at once, without saving"}
+
+
 class Noted:
     """Notes SIGTERM and Ctrl-C instead of dying of them, so that a checkpoint can be saved.
 
@@ -38,6 +41,8 @@ class Noted:
     def _note(self, number: int, _) -> None:
         if self.came is None:
             self.came, self._since = signal.Signals(number), time.monotonic()
+            # print may be what it interrupts, and cannot be entered twice
+            os.write(2, f"\n{self.came.name}: saves after this step, then ends{AGAIN[self.came]}\n".encode())
         elif number == signal.SIGINT and time.monotonic() - self._since >= 1:
             raise KeyboardInterrupt
 

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
-from tqdm import tqdm
 
 from pipeline import checkpoint
+from pipeline.bars import progress, say
+from pipeline.cores import workers_of
 from pipeline.arithmetic import repeatable
 from pipeline.compiling import compiled
 from pipeline.errors import PipelineError
@@ -99,7 +100,8 @@ class Trainer:
         self.speed, self.epoch_speed = Speed(), Speed()
         self.arriving: tuple[int, dict[str, float], Fetched] | None = None
         self.signals = Noted()
-        self.stop = self.warned = False
+        self.stop = self.warned = self.warned_of_chance = False
+        self.loss_told = math.nan
         # once, not in every step: asking a model for its parameters, or setting its mode, costs the host half a ms
         self.learned = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
         self.set_modes()
@@ -145,15 +147,14 @@ class Trainer:
         steps, pin = range(self.step, run.steps), run.device.type == "cuda"
         loader = step_loader(run.plan, run.train, steps, slices, self.parts, settings.workers, pin)
         batches, saved = on_device(loader, run.device), time.monotonic()
-        with tqdm(
-            total=run.steps, initial=self.step, desc=run.name, unit="step", disable=self.rank.rank != 0, mininterval=1
-        ) as bar:
+        with progress(run.steps, run.name, "step", self.step, shown=self.rank.rank == 0) as bar:
             while self.step < run.steps:
                 values = self.train_step(batches)
                 self.settle()
                 told = {"lr": self.lr(), **self.speed.told()} if self.logged() else {}
                 self.arriving = (self.step, told, Fetched(values))
                 self.step += 1
+                bar.set_postfix_str(f"loss {self.loss_told:.3f}", refresh=False)
                 bar.update()
                 if self.step % run.plan.steps_per_epoch == 0:
                     self.end_epoch(self.step // run.plan.steps_per_epoch)
@@ -249,6 +250,7 @@ class Trainer:
         values = dict(zip(STEP_VALUES, fetched.get()[0].tolist(), strict=True))
         self.refuse_unsound(step, values)
         self.epoch_loss += values["loss"]
+        self.loss_told = values["loss"]
         self.stop |= values.pop("terminated") > 0
         if not self.run.distilled:
             del values["loss_label"], values["loss_distillation"]
@@ -295,11 +297,27 @@ class Trainer:
             self.log.write("epoch", self.step, **metrics, speed=told)
             if loader_limits(told) and not self.warned:
                 self.warned = True
-                tqdm.write(warning_of(told, settings.workers))
+                say(warning_of(told, workers_of(settings.workers, run.device.type == "cuda")))
+            if "validation" in metrics:
+                self.tell(metrics)
         self.rank.barrier()
         for speed in (self.speed, self.epoch_speed):
             speed.told()  # validation is no part of training's speed
         forget_peak()
+
+    def tell(self, metrics: dict[str, Any]) -> None:
+        """A line of an evaluation, and a warning where after a third of the run nothing was learned yet."""
+        run, epoch = self.run, metrics["epoch"]
+        values = {key: value for key, value in metrics.items() if isinstance(value, float)}
+        told = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+        say(f"{run.name}: epoch {epoch} of {run.settings.epochs}: {told}")
+        chance = 1 / len(run.train.classes)
+        if 3 * epoch >= run.settings.epochs and metrics["val_top1_class"] <= 1.5 * chance and not self.warned_of_chance:
+            self.warned_of_chance = True
+            say(
+                f"warning: {run.name}: validation is at chance ({chance:.2%}) after a third of the run: look at the"
+                " learning rate, at the views (pipeline views), and whether the classes of train and val are the same"
+            )
 
     def validate(self, model: Normalised, prefix: str = "") -> dict[str, float]:
         """Of the model as rank 0 has it: batch norm's statistics are each rank's own until here."""

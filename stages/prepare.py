@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from pipeline.cores import cores
 from pipeline.config import Config, Data
 from pipeline.contents import digest, file_digests, recall, remember
 from pipeline.errors import PipelineError, UsageError
@@ -113,7 +114,7 @@ def _contents(config: Config, split: str, listing: Listing, quick: bool) -> list
         return [""] * len(listing.names)
     folder = split_folder(config.data, split)
     memory = _memory(config) / f"{fingerprint(str(folder.absolute()))}.json"
-    return file_digests(folder, listing.names, listing.stamps, memory, quick, config.data.workers)
+    return file_digests(folder, listing.names, listing.stamps, memory, quick, config.data.workers or cores())
 
 
 def _memory(config: Config) -> Path:
@@ -340,7 +341,7 @@ def _make(data: Data, part: Part, path: Path, classes: list[str], index: Index |
         found = {name: index.shard(number) for number, name in enumerate(index.names) if name in same}
     # one that an index names but that is not as it says is damaged
     wanted = {name: index is not None and name not in same for name in part.names if name not in found}
-    with _executor(min(data.workers, len(wanted))) as map_jobs:
+    with _executor(min(data.workers or cores(), len(wanted))) as map_jobs:
         made = map_jobs(part.work, part.jobs(wanted))
         for shard in tqdm(made, total=len(wanted), desc=f"{part.split} shards", unit="shard"):
             found[shard.name] = shard

@@ -14,10 +14,10 @@ from itertools import islice
 import numpy as np
 import torch
 from torch.nn.functional import pad
-from tqdm import tqdm
 
 from pipeline.answers import as_stored, decode_logits, encode, row_bytes
 from pipeline.audit import damaged, manifest, store_bytes, write_manifest, write_summary
+from pipeline.bars import progress
 from pipeline.config import Config, Recipe
 from pipeline.errors import NotYet, PipelineError
 from pipeline.files import replacing
@@ -168,7 +168,7 @@ class UnitWorker:
         total = sum(int(samples[unit.shard]) for unit in units) * self.recipe.block
         loader = unit_loader(units, self.index, self.recipe, self.settings.workers, self.device.type == "cuda")
         batches, asked = batched(on_device(loader, self.device), self.settings.batch_groups), None
-        with tqdm(total=total, desc="teacher-logits", unit="view", unit_scale=True, mininterval=1) as bar:
+        with progress(total, "teacher-logits", "view") as bar:
             for batch in batches:
                 following = self.ask(batch)
                 if asked:  # kept while the device computes the following batch

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only modules listed above it.
 ORDER = (
-    "errors", "files", "contents", "signals", "lock", "lease", "strict", "policies", "config", "layout", "params",
+    "errors", "bars", "cores", "files", "contents", "signals", "lock", "lease", "strict", "policies", "config", "layout", "params",
     "recipe", "ops", "views", "tar", "shards", "sources", "plan", "sealed", "answers", "store_files", "store",
     "store_writer", "audit", "pool", "groups", "loader", "linear", "compiling", "weights", "models", "teaching", "losses",
     "optim", "checkpoint", "ranks", "evaluation", "arithmetic", "runlog", "meters", "run", "training", "completion",

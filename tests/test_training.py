@@ -15,7 +15,7 @@ import torch
 from conftest import make_data_set
 from torch import nn
 
-from pipeline import checkpoint
+from pipeline import checkpoint, training
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UsageError
 from pipeline.layout import (
@@ -580,3 +580,14 @@ def test_a_teacher_that_is_poor_at_the_size_of_fine_tuning_is_refused_before_a_s
     assert (teacher_folder(taught) / "metrics.json").read_bytes() == published
     teacher.run(loaded("teacher.min_top1=0.5", "finetune.teacher_size=16"), CPU)
     teacher.run(loaded("teacher.min_top1=0.5", "finetune.from=[]"), CPU)
+
+
+def test_an_evaluation_is_a_line_and_one_at_chance_after_a_third_of_the_run_a_warning(taught, capsys, monkeypatch):
+    chance = 1 / 3
+    for top1, warned in ((chance, 1), (0.9, 0)):
+        monkeypatch.setattr(training, "validate", lambda run, model, prefix, top1=top1: {f"{prefix}val_top1_class": top1})
+        shutil.rmtree("work/state")
+        train_student.run(loaded("student.eval_epochs=1", "student.ema_decay=null"), CPU, "none")
+        said = capsys.readouterr().err
+        assert said.count(f"val_top1_class {top1:.4g}") == 7 and "student none: epoch 3 of 7: loss" in said
+        assert said.count("validation is at chance (33.33%)") == warned

@@ -1,0 +1,52 @@
+"""How far a long loop is: a bar on a terminal, a line a minute where the output is kept."""
+
+import sys
+import time
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+
+class Lines:
+    """Of a log: a line a minute and one at the end, with speed, time left and what else is told."""
+
+    EVERY = 60.0  # seconds
+
+    def __init__(self, total: int, initial: int, desc: str, unit: str, clock: Callable[[], float] = time.monotonic):
+        self.total, self.done, self.desc, self.unit, self.clock = total, initial, desc, unit, clock
+        self.first, self.start, self.printed, self.note = initial, clock(), clock(), ""
+
+    def update(self, count: int = 1) -> None:
+        self.done += count
+        if self.clock() - self.printed >= self.EVERY:
+            self._print()
+
+    def set_postfix_str(self, note: str, refresh: bool = True) -> None:
+        """What else the next line tells; `refresh` is for tqdm."""
+        self.note = note
+
+    def _print(self) -> None:
+        self.printed = self.clock()
+        rate = (self.done - self.first) / max(self.printed - self.start, 1e-9)
+        left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
+        told = [f"{self.done:,} of {self.total:,} {self.unit}s", f"{rate:,.3g} {self.unit}s/s", f"{left} left", self.note]
+        print(f"{self.desc}: " + ", ".join(filter(None, told)), file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.done > self.first:
+            self._print()
+
+
+def progress(total: int, desc: str, unit: str, initial: int = 0, shown: bool = True) -> "Lines | tqdm":
+    """A context with `update(count)` and `set_postfix_str(note, refresh=False)`."""
+    if shown and not sys.stderr.isatty():
+        return Lines(total, initial, desc, unit)
+    return tqdm(total=total, initial=initial, desc=desc, unit=unit, unit_scale=True, disable=not shown, mininterval=1)
+
+
+def say(line: str) -> None:
+    """A line of its own, beside a bar."""
+    tqdm.write(line, file=sys.stderr)

@@ -1,0 +1,30 @@
+"""How this machine's cores are shared out: to loader workers, and to torch's threads."""
+
+import os
+
+
+def cores() -> int:
+    """Cores that a process may use: its own share, where torchrun starts several on this machine."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
+def workers_of(chosen: int | None, gpu: bool) -> int:
+    """Loader workers: as many as are chosen, or what suits the machine.
+
+    Beside a GPU all cores but one, 16 at most; where the cores compute too, half of them.
+    """
+    if chosen is not None:
+        return chosen
+    return min(cores() - 1, 16) if gpu else cores() // 2
+
+
+def share_threads(workers: int) -> None:
+    """Leave the workers a core each: torch takes all of them for its threads, and each step waits for the slowest.
+
+    OMP_NUM_THREADS, which torchrun sets, is somebody's choice and stays.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(cores() - workers, 1))

@@ -1,0 +1,87 @@
+"""What follows the machine, and what a log shows: workers, threads, lines instead of bars."""
+
+import os
+import signal
+import sys
+
+import pytest
+import torch
+
+from pipeline import cores
+from pipeline.bars import Lines, progress
+from pipeline.config import Config
+from pipeline.cores import share_threads, workers_of
+from pipeline.signals import Noted
+
+
+@pytest.fixture
+def sixteen(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+
+def test_workers_follow_the_machine_unless_they_are_chosen(sixteen, monkeypatch):
+    assert (workers_of(None, False), workers_of(None, True), workers_of(3, True), workers_of(0, True)) == (8, 15, 3, 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # ranks of this machine share its cores
+    assert (workers_of(None, False), workers_of(None, True)) == (1, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert (cores.cores(), workers_of(None, False), workers_of(None, True)) == (1, 0, 0)
+
+
+def test_no_default_has_more_workers_than_there_are_cores():
+    config = Config()
+    sections = (config.data, config.teacher, config.teacher_logits, config.student, config.finetune, config.evaluate)
+    assert [section.workers for section in sections] == [None] * 6
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(0, 16), (5, 11), (16, 1), (40, 1)])
+def test_torch_has_the_cores_that_workers_leave(sixteen, monkeypatch, workers, threads):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    share_threads(workers)
+    assert chosen == [threads]
+
+
+def test_threads_that_somebody_chose_stay(sixteen, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: pytest.fail("another number"))
+    share_threads(0)
+
+
+def test_a_log_has_a_line_a_minute_with_loss_and_time_left(capsys):
+    now = 0.0
+    with Lines(600, 0, "student hard", "step", clock=lambda: now) as bar:
+        for step in range(300):
+            now += 1.0
+            bar.set_postfix_str(f"loss {step}", refresh=False)
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 300 / 60 + 1
+    assert lines[1] == "student hard: 120 of 600 steps, 1 steps/s, 08:00 left, loss 119"
+    assert not any("\r" in line for line in lines)
+
+
+def test_what_goes_on_where_it_was_tells_its_speed_of_now(capsys):
+    now = 0.0
+    with Lines(1000, 900, "student hard", "step", clock=lambda: now) as bar:
+        now = 60.0
+        bar.update(60)
+    assert "960 of 1,000 steps, 1 steps/s, 00:40 left" in capsys.readouterr().err.splitlines()[0]
+
+
+def test_a_bar_is_for_terminals_and_one_rank_alone(monkeypatch):
+    assert isinstance(progress(3, "x", "step"), Lines)
+    with progress(3, "x", "step", shown=False) as bar:
+        assert bar.disable
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress(3, "x", "step") as bar:
+        assert not isinstance(bar, Lines)
+
+
+@pytest.mark.parametrize(("number", "told"), [(signal.SIGINT, "once more ends it at once"), (signal.SIGTERM, "saves")])
+def test_a_signal_is_acknowledged_at_once(capfd, number, told):
+    with Noted() as noted:
+        os.kill(os.getpid(), number)
+        said = capfd.readouterr().err  # before the step that was going on has ended
+    assert noted.came == number and number.name in said and told in said
