@@ -210,16 +210,27 @@ def finetune(config, device, dry_run, name, teacher):
 
 
 @main.command()
+@click.option("--weights", metavar="FILE", help="Evaluate these alone, and write nothing: DeiT's released ones too.")
+@click.option("--model", metavar="NAME", help="The timm model that --weights are of; else that of `student`.")
+@click.option("--size", type=click.IntRange(8, 4096), help="Pixels for --weights; else recipe.size.")
 @stage_options()
-def evaluate(config, device, dry_run):
+def evaluate(config, device, dry_run, weights, model, size):
     """Evaluate teacher, students and the fine-tuned ones; write metrics, pictures and report.html.
 
+    evaluate.sizes evaluates each at other sizes too, its positions resized. That is not Table 10 of the paper,
+    which fine-tunes a model at each size: for that, configure an experiment a size (finetune.size).
+
     \b
-    Example:
+    Examples:
       pipeline evaluate --device cuda
+      pipeline evaluate --weights deit_base_distilled_patch16_224-df68dfff.pth --model deit_base_distilled_patch16_224
     """
     from stages import evaluate
 
+    if weights:
+        return evaluate.run_weights(config, device, weights, model, size or config.recipe.size, dry_run)
+    if model or size:
+        raise UsageError("--model and --size", expected="--weights FILE beside them", do="name the weights")
     evaluate.run(config, device, dry_run)
 
 

@@ -341,7 +341,8 @@ class Evaluate(Section):
     """Centre crop: an image is resized to int(size / crop) on its short side (DeiT 0.875; timm 0.9)."""
     crop_finetuned: Annotated[float, Field(gt=0, le=1)] = 0.875
     sizes: list[Annotated[int, Field(ge=8, le=4096)]] = []
-    """Pixels a side at which every model is evaluated besides, positions resized (compare Table 10)."""
+    """Pixels a side at which every model is evaluated besides, positions resized. Not Table 10,
+    for which the paper fine-tunes a model at each size."""
     workers: Workers = None
     throughput_seconds: NonNegative = 5.0
 

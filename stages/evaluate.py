@@ -121,6 +121,31 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     print(text)
 
 
+def run_weights(
+    config: Config, device: torch.device, weights: str, model: str | None, size: int, dry_run: bool = False
+) -> None:
+    """Print a table of every way that weights from anywhere decide about the validation set; nothing is written.
+
+    Args:
+        model: the timm model that they are of; `student`'s if not given.
+
+    Raises:
+        UsageError, PipelineError: no such model, or weights of another.
+    """
+    val = Index(index_path(config, "val"))
+    student = config.student if model is None else config.student.model_copy(update={"model": model, "kwargs": {}})
+    built = build_student(student, config.recipe, len(val.classes), size)
+    load_resized(built, read_weights(weights), weights)
+    print(f"{weights}: {student.model} at {size} px, crop {config.evaluate.crop:g}, on {len(val):,} images")
+    if dry_run:
+        return
+    student = student.model_copy(update={"distillation": "hard"})  # a file does not tell: all heads that it has are shown
+    entry = Entry(Path(weights).name, student.model, Path(weights), "", size, config.evaluate.crop, "float32", student)
+    rows, _ = decide(config, entry, built.to(device).eval(), val, torch.from_numpy(val.labels()), device)
+    if Rank.start(device).rank == 0:
+        print(format_table(rows))
+
+
 def list_entries(config: Config) -> list[Entry]:
     """The teacher, the students and the fine-tuned ones, in the order of the tables."""
     return [describe_entry(config, name, folder) for name, folder in evaluated_models(config).items()]
@@ -169,8 +194,14 @@ def evaluate(
     config: Config, entry: Entry, val: Index, labels: torch.Tensor, device: torch.device
 ) -> tuple[list[Result], dict[str, np.ndarray]]:
     """A model's rows of the results, and what each of its classifiers decided, int64 (samples,)."""
+    return decide(config, entry, load_model(config, entry, len(val.classes), device), val, labels, device)
+
+
+def decide(
+    config: Config, entry: Entry, model: Normalised, val: Index, labels: torch.Tensor, device: torch.device
+) -> tuple[list[Result], dict[str, np.ndarray]]:
+    """As `evaluate`, of a model in eval mode on the device."""
     settings, batch, size = config.evaluate, config.evaluate.batch_size, entry.size
-    model = load_model(config, entry, len(val.classes), device)
     heads = predict(model, val, size, entry.crop, batch, settings.workers, device, entry.precision)
     macs = multiply_adds(model, size)
     speed = 0.0

@@ -259,3 +259,7 @@ def test_soft_distillation_from_a_store_of_classes_alone_is_refused_before_anyth
     soft = ["--student", "hard", "--distillation", "soft", "--set", "teacher_logits.kind=argmax", "--set"]
     said = call("train-student", "--device", "cpu", *dry, *soft, "students=[none, hard, token]", code=2)
     assert "teacher_logits.kind topk" in said and "found:    argmax" in said
+
+
+def test_a_model_or_a_size_needs_the_weights_that_are_evaluated(project):
+    assert "--weights FILE" in call("evaluate", "--model", "deit_tiny_patch16_224", "--device", "cpu", code=2)

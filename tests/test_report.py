@@ -32,6 +32,7 @@ from pipeline.plots import Sample, SeenView, draw_views, plot_curves, plot_disag
 from pipeline.report import Result, format_table, write_report
 from pipeline.runlog import write_curve
 from pipeline.shards import Index
+from pipeline.weights import read_weights
 from stages import evaluate, prepare, teacher_logits
 from stages.experiment import shown_samples
 
@@ -372,3 +373,37 @@ def test_what_the_report_tells_is_refused_before_anything_is_evaluated_if_it_is_
             evaluate.run(config, device)
     finally:
         path.write_bytes(kept)
+
+
+@pytest.mark.parametrize("wrapped", ["safetensors", "pth"])
+def test_weights_from_anywhere_are_evaluated_and_nothing_is_written(mini, tmp_path, capsys, wrapped):
+    config, device = mini
+    source = student_folder(config, "token") / "weights.safetensors"
+    file = tmp_path / f"released.{wrapped}"
+    if wrapped == "pth":
+        torch.save({"model": read_weights(source)}, file)
+    else:
+        shutil.copy(source, file)
+    before = sorted(Path(".").rglob("*"))
+    # heads that were trained are told apart by the file, not by the configuration
+    plain = config.model_copy(update={"student": config.student.model_copy(update={"distillation": "none"})})
+    evaluate.run_weights(plain, device, str(file), None, 16)
+    said = capsys.readouterr().out
+    assert sorted(Path(".").rglob("*")) == before
+    entry = next(entry for entry in evaluate.list_entries(config) if entry.name == "token")
+    val = Index(index_path(config, "val"))
+    rows, _ = evaluate.evaluate(config, entry, val, torch.from_numpy(val.labels()), device)
+    told = {line.split()[-6]: float(line.split()[-5]) for line in said.splitlines() if " class " in line}
+    told |= {line.split()[0]: float(line.split()[1]) for line in said.splitlines() if line.startswith(" ")}
+    assert {row.classifier for row in rows} == {"class", "distillation", "mean", "softmax"}
+    for row in rows:
+        assert told[row.classifier] == pytest.approx(100 * row.top1, abs=0.01)
+
+
+def test_weights_of_another_model_than_the_named_one_are_refused(mini, tmp_path):
+    config, device = mini
+    source = str(student_folder(config, "token") / "weights.safetensors")
+    with pytest.raises(PipelineError, match="weights of another model"):
+        evaluate.run_weights(config, device, source, "deit_small_distilled_patch16_224", 16)
+    with pytest.raises(UsageError, match="such as deit"):
+        evaluate.run_weights(config, device, source, "deit_smal_distilled_patch16_224", 16)
