@@ -3,7 +3,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test slow install
+.PHONY: demo test lint slow install
 
 demo: install
 	dvc repro
@@ -12,6 +12,11 @@ demo: install
 
 test: install
 	pytest
+
+# Style and types; the settings are in pyproject.toml
+lint: install
+	ruff check .
+	basedpyright --level error
 
 slow: install
 	pytest -m slow

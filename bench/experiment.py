@@ -5,7 +5,6 @@ Real are the shards and their index, the rendering, the groups' checks, which th
 compares, and the step itself, which is pipeline.training.Trainer's.
 """
 
-# ruff: noqa: E402
 
 import itertools
 import math

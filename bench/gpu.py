@@ -25,7 +25,6 @@ loop. Data, weights and answers are random.
     python bench/gpu.py --only bits,small@224 --no-compile
 """
 
-# ruff: noqa: E402
 
 import os
 

@@ -12,23 +12,23 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything starts a thread pool
 
-import collections  # noqa: E402
-import dataclasses  # noqa: E402
-import multiprocessing  # noqa: E402
-import resource  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from pathlib import Path  # noqa: E402
+import collections
+import dataclasses
+import multiprocessing
+import resource
+import tempfile
+import time
+from pathlib import Path
 
-import click  # noqa: E402
-import torch  # noqa: E402
-from machine import conditions, spread  # noqa: E402
+import click
+import torch
+from machine import conditions, spread
 
-from pipeline.config import Recipe  # noqa: E402
-from pipeline.groups import Renderer  # noqa: E402
-from pipeline.loader import step_loader  # noqa: E402
-from pipeline.plan import Plan  # noqa: E402
-from pipeline.shards import Index, index_shard, write_index, write_shard  # noqa: E402
+from pipeline.config import Recipe
+from pipeline.groups import Renderer
+from pipeline.loader import step_loader
+from pipeline.plan import Plan
+from pipeline.shards import Index, index_shard, write_index, write_shard
 
 RECIPE = Recipe()
 GROUPS = 16

@@ -29,30 +29,30 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything starts a thread pool
 
-import collections  # noqa: E402
-import contextlib  # noqa: E402
-import dataclasses  # noqa: E402
-import shutil  # noqa: E402
-import statistics  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable, Iterable  # noqa: E402
-from functools import cached_property  # noqa: E402
-from pathlib import Path  # noqa: E402
-from types import SimpleNamespace  # noqa: E402
+import collections
+import contextlib
+import dataclasses
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
 
-import click  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from machine import conditions, filesystem, spread  # noqa: E402
+import click
+import numpy as np
+import torch
+from machine import conditions, filesystem, spread
 
-from pipeline.answers import DTYPES, KINDS, payload_width  # noqa: E402
-from pipeline.config import Recipe  # noqa: E402
-from pipeline.loader import stored_answers  # noqa: E402
-from pipeline.plan import Item, Plan, Unit  # noqa: E402
-from pipeline.recipe import group_count  # noqa: E402
-from pipeline.store import Identity, Store  # noqa: E402
-from pipeline.store_writer import StoreWriter  # noqa: E402
+from pipeline.answers import DTYPES, KINDS, payload_width
+from pipeline.config import Recipe
+from pipeline.loader import stored_answers
+from pipeline.plan import Item, Plan, Unit
+from pipeline.recipe import group_count
+from pipeline.store import Identity, Store
+from pipeline.store_writer import StoreWriter
 
 SHARDS, SAMPLES, CLASSES, TOP_K = 50, 1000, 1000, 10
 STEP = 16  # groups
@@ -208,7 +208,7 @@ class Mapped:
         return [np.array(mapped[view, shard * SAMPLES : (shard + 1) * SAMPLES]) for mapped in self.maps]
 
     def right(self, shard: int, view: int) -> bool:
-        return self.case.right(shard, view, *(self.view(shard, view) + [None])[:2])
+        return self.case.right(shard, view, *[*self.view(shard, view), None][:2])
 
     def step(self, items: list[Item], members: list[np.ndarray]) -> None:
         for item, chosen in zip(items, members, strict=True):

@@ -11,23 +11,23 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything starts a thread pool
 
-import collections  # noqa: E402
-import statistics  # noqa: E402
-import time  # noqa: E402
-from pathlib import Path  # noqa: E402
+import collections
+import statistics
+import time
+from pathlib import Path
 
-import click  # noqa: E402
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from machine import conditions, spread  # noqa: E402
-from PIL import Image  # noqa: E402
+import click
+import cv2
+import numpy as np
+import torch
+from machine import conditions, spread
+from PIL import Image
 
-from pipeline.config import Recipe  # noqa: E402
-from pipeline.ops import apply_op  # noqa: E402
-from pipeline.policies import INCREASING_OPS, op_argument  # noqa: E402
-from pipeline.recipe import draw_mix, draw_view, group_check  # noqa: E402
-from pipeline.views import _erase, _resized, decode, decode_again, render  # noqa: E402
+from pipeline.config import Recipe
+from pipeline.ops import apply_op
+from pipeline.policies import INCREASING_OPS, op_argument
+from pipeline.recipe import draw_mix, draw_view, group_check
+from pipeline.views import _erase, _resized, decode, decode_again, render
 
 RECIPE = Recipe()
 FILL = (124, 116, 104)

@@ -55,7 +55,7 @@ def manifest(store: Store, views: int, kind: str) -> dict[str, Any]:
     digests: dict[str, list[str]] = {name: [] for name in store.index.names}
     for unit in store.units(views):
         slots = np.ascontiguousarray(store.read_check(unit)[:, chosen])
-        digests[store.index.names[unit.shard]].append(hashlib.blake2b(slots, digest_size=8).hexdigest())
+        digests[store.index.names[unit.shard]].append(hashlib.blake2b(slots.data, digest_size=8).hexdigest())
     return {
         "format": FORMAT,
         "fingerprint": store.fingerprint,

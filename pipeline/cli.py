@@ -1,12 +1,20 @@
 """The command line. Each command imports its stage inside its body, so `--help` needs no torch."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.cli_store import prune, store
 from pipeline.errors import PipelineError, UsageError, killed_worker
 from pipeline.options import IF_NEEDED, WHICH_STORE, config_options, purpose_option, stage_options
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.config import Config
 
 
 class _Group(click.Group):
@@ -27,7 +35,7 @@ class _Group(click.Group):
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="deit-offline-distillation")
-def main():
+def main() -> None:
     """Offline distillation of DeiT: a teacher's answers are computed once and stored; every student
     after that trains against them without the teacher in the loop.
 
@@ -54,7 +62,7 @@ def main():
     "--quick", is_flag=True, help="Files of the size and times that they had the last time are taken for unchanged."
 )
 @stage_options(with_device=False)
-def prepare(config, dry_run, quick):
+def prepare(config: Config, dry_run: bool, quick: bool) -> None:
     """Images to WebDataset shards (train and val) and their index.
 
     Samples are shuffled by data.seed and cut into shards of equal size; every image is decoded once,
@@ -73,7 +81,7 @@ def prepare(config, dry_run, quick):
 
 @main.command()
 @stage_options(with_device=False, with_dry_run=False)
-def needed(config):
+def needed(config: Config) -> None:
     """Write which teachers and stores the configured students need: dvc repro makes no other.
 
     \b
@@ -89,7 +97,7 @@ def needed(config):
 @IF_NEEDED
 @purpose_option("Which teacher: at recipe.size, or at finetune.size, where teacher_finetune.epochs adapt it.")
 @stage_options()
-def teacher(config, device, dry_run, purpose, if_needed):
+def teacher(config: Config, device: torch.device, dry_run: bool, purpose: str, if_needed: bool) -> None:
     """Train the teacher on the shards, or read it from teacher.weights; evaluate it.
 
     It is refused below teacher.min_top1 on val: a wrong teacher must not label a million images.
@@ -101,12 +109,12 @@ def teacher(config, device, dry_run, purpose, if_needed):
     """
     from stages import teacher
 
-    if if_needed and not (config.listens(purpose) or purpose == "train-student" and config.listens("finetune")):
+    if if_needed and not (config.listens(purpose) or (purpose == "train-student" and config.listens("finetune"))):
         return teacher.mark_unneeded(config, purpose)
     teacher.run(config, device, purpose, dry_run)
 
 
-def _part(context, parameter, value):
+def _part(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
     if value is None:
         return None
     number, slash, parts = value.partition("/")
@@ -121,7 +129,7 @@ def _part(context, parameter, value):
 @IF_NEEDED
 @click.option("--break-lock", is_flag=True, help="Don't wait for a writer on another machine that is surely dead.")
 @stage_options()
-def teacher_logits(config, device, dry_run, purpose, part, break_lock, if_needed):
+def teacher_logits(config: Config, device: torch.device, dry_run: bool, purpose: str, part: tuple[int, int] | None, break_lock: bool, if_needed: bool) -> None:
     """Run the teacher over the augmented views of every training image, into the zarr store.
 
     Stop it at any moment: the same command goes on where it was. Start it under torchrun, or several
@@ -151,7 +159,7 @@ def teacher_logits(config, device, dry_run, purpose, part, break_lock, if_needed
 )  # fmt: skip
 @click.option("--store", metavar="PATH", help="A store named by hand; refused unless it is of this index and recipe.")
 @stage_options()
-def train_student(config, device, dry_run, name, distillation, alpha, tau, teacher, store):
+def train_student(config: Config, device: torch.device, dry_run: bool, name: str | None, distillation: str | None, alpha: float | None, tau: float | None, teacher: str, store: str | None) -> None:
     """Train a DeiT student from the shards and the store; the teacher is never run.
 
     Killed anywhere, the same command goes on from the last checkpoint and ends with the same weights.
@@ -189,7 +197,7 @@ def train_student(config, device, dry_run, name, distillation, alpha, tau, teach
     help="online: the teacher in the loop.",
 )  # fmt: skip
 @stage_options()
-def finetune(config, device, dry_run, name, teacher):
+def finetune(config: Config, device: torch.device, dry_run: bool, name: str | None, teacher: str) -> None:
     """Go on with the students that finetune.from names, at finetune.size pixels.
 
     Needs the second store: pipeline teacher-logits --for finetune. Onto another data set: name weights
@@ -214,7 +222,9 @@ def finetune(config, device, dry_run, name, teacher):
 @click.option("--model", metavar="NAME", help="The timm model that --weights are of; else that of `student`.")
 @click.option("--size", type=click.IntRange(8, 4096), help="Pixels for --weights; else recipe.size.")
 @stage_options()
-def evaluate(config, device, dry_run, weights, model, size):
+def evaluate(
+    config: Config, device: torch.device, dry_run: bool, weights: str | None, model: str | None, size: int | None
+) -> None:
     """Evaluate teacher, students and the fine-tuned ones; write metrics, pictures and report.html.
 
     evaluate.sizes evaluates each at other sizes too, its positions resized. That is not Table 10 of the paper,
@@ -245,7 +255,7 @@ def evaluate(config, device, dry_run, weights, model, size):
 @click.option("--split", type=click.Choice(["train", "val"]), default="train", show_default=True)
 @click.option("--output", default="views.png", show_default=True, type=click.Path(dir_okay=False, path_type=Path))
 @config_options
-def views(key, seed, first, count, members, ops, zoom, split, output, path, overrides):
+def views(key: str | None, seed: int, first: int, count: int, members: int, ops: bool, zoom: float, split: str, output: Path, path: str, overrides: tuple[str, ...]) -> None:
     """Draw a contact sheet: a training image, its views with their parameters in words, its mixed group.
 
     Needs shards (pipeline prepare) and no teacher: look at a recipe before you pay for it.
@@ -267,7 +277,7 @@ def views(key, seed, first, count, members, ops, zoom, split, output, path, over
 @click.option("--watch", type=click.FloatRange(0.1), metavar="SECONDS", help="Draw it anew so often, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON array, one object a stage.")
 @config_options
-def status(path, overrides, watch, as_json):
+def status(path: str, overrides: tuple[str, ...], watch: float | None, as_json: bool) -> None:
     """How far every stage is, told by its files: state, count, speed, time left, loss and top-1.
 
     It asks no process and writes nothing. `running`: a store or a training whose lock is held on this
@@ -291,7 +301,7 @@ def status(path, overrides, watch, as_json):
 @click.argument("name")
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--output", default="params.yaml", show_default=True, type=click.Path(dir_okay=False, path_type=Path))
-def configure(name, overrides, output):
+def configure(name: str, overrides: tuple[str, ...], output: Path) -> None:
     """Write params.yaml from an experiment of configs/: the defaults, what it changes, what you change.
 
     \b

@@ -1,5 +1,7 @@
 """`pipeline store ...` and `pipeline prune`: looking after stores."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import click
@@ -10,7 +12,7 @@ STORE = click.option("--store", "named", metavar="PATH", help="A store named by 
 
 
 @click.group()
-def store():
+def store() -> None:
     """Look after a store: estimate, info, verify, repair.
 
     \b
@@ -25,7 +27,7 @@ def store():
 @click.option("--images", type=click.IntRange(1), help="Instead of the index's, where there is none yet.")
 @WHICH_STORE
 @config_options
-def estimate(path, overrides, purpose, rate, images):
+def estimate(path: str, overrides: tuple[str, ...], purpose: str, rate: float, images: int | None) -> None:
     """Bytes, files, hours, and after how many students the dump pays.
 
     \b
@@ -42,7 +44,7 @@ def estimate(path, overrides, purpose, rate, images):
 @WHICH_STORE
 @STORE
 @config_options
-def info(path, overrides, purpose, named):
+def info(path: str, overrides: tuple[str, ...], purpose: str, named: str | None) -> None:
     """What a store is of, with which versions it was written, and how far it is.
 
     \b
@@ -62,7 +64,7 @@ def info(path, overrides, purpose, named):
 @WHICH_STORE
 @STORE
 @config_options
-def verify(path, overrides, purpose, named, recompute, device):
+def verify(path: str, overrides: tuple[str, ...], purpose: str, named: str | None, recompute: int, device: str) -> None:
     """Read every shard, row and chunk and compare their checksums; exit code 1 if anything is wrong.
 
     \b
@@ -79,7 +81,7 @@ def verify(path, overrides, purpose, named, recompute, device):
 @WHICH_STORE
 @STORE
 @config_options
-def repair(path, overrides, purpose, named):
+def repair(path: str, overrides: tuple[str, ...], purpose: str, named: str | None) -> None:
     """Drop damaged units and list what is missing; then `pipeline teacher-logits` computes just that.
 
     \b
@@ -95,7 +97,7 @@ def repair(path, overrides, purpose, named):
 @click.command()
 @click.option("--yes", is_flag=True, help="Delete them; without it they are only listed.")
 @click.option("--work", default="work", show_default=True, help="The folder of stores, training state and data.")
-def prune(yes, work):
+def prune(yes: bool, work: str) -> None:
     """Find stores, training state and data that nothing needs any more.
 
     Needed is what a configuration names by its recipe and settings (params.yaml, configs/, and

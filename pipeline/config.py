@@ -163,14 +163,14 @@ class Recipe(Section):
 
     @field_validator("scale", "ratio")
     @classmethod
-    def _ordered(cls, value):
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not 0 < value[0] <= value[1]:
             raise ValueError(f"two numbers, 0 < low <= high, not {value}")
         return value
 
     @field_validator("auto_augment")
     @classmethod
-    def _parses(cls, value):
+    def _parses(cls, value: str | None) -> str | None:
         if value is not None:
             parse_policy(value)
         return value

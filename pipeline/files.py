@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from fsspec import AbstractFileSystem
+
 from pipeline.errors import unwritable
 
 
@@ -45,7 +47,7 @@ def settled(stamped: Stamp, when: float) -> bool:
     return max(stamped[1:]) < (when - 2) * 1e9
 
 
-def is_local(filesystem) -> bool:
+def is_local(filesystem: AbstractFileSystem) -> bool:
     """Whether an fsspec file system is this machine's own, mounted ones among it."""
     return "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec import AbstractFileSystem
 
 from pipeline.errors import is_io, unreadable
 from pipeline.layout import UNNEEDED
@@ -137,7 +138,7 @@ def list_stores(work: str) -> list[tuple[str, dict[str, Any]]]:
     return [(f"{where}/{path.rpartition('/')[2]}", _attributes(filesystem, path)) for path in stores]
 
 
-def _attributes(filesystem, path: str) -> dict[str, Any]:
+def _attributes(filesystem: AbstractFileSystem, path: str) -> dict[str, Any]:
     try:
         found = parse_object(filesystem.cat_file(f"{path}/zarr.json")).get("attributes")
     except Exception as error:

@@ -106,7 +106,7 @@ class Renderer:
         decoded, fresh = self._decode(item, members)
         groups.decodes += fresh
         rows = self.index.rows(item.shard)
-        keys = [rows["key"][position].decode() for position in members]
+        keys = [key.decode() for key in rows["key"][members].tolist()]
         pictures = groups.images[number].numpy()
         drawn = [
             draw_view(self.recipe, key, item.view, image.shape[1], image.shape[0])

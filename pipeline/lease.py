@@ -7,6 +7,7 @@ told, who comes next waits, so that a job that was preempted here goes on elsewh
 """
 
 import contextlib
+import datetime
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec import AbstractFileSystem
 
 from pipeline.errors import UsageError, unreadable, unwritable
 from pipeline.files import is_local
@@ -158,7 +160,7 @@ def perhaps_held(store: str) -> set[str]:
     """The parts' locks beside a store that are held, or may be: another machine's lease counts whatever its age."""
     filesystem, _ = fsspec.core.url_to_fs(store)
     told = {lock: held(f"{lock}.kernel") for lock in leases_beside(store)}
-    return {lock for lock, known in told.items() if known or known is None and filesystem.exists(lock)}
+    return {lock for lock, known in told.items() if known or (known is None and filesystem.exists(lock))}
 
 
 def _is_held(lock: str, lease: dict[str, Any] | None) -> bool:
@@ -171,10 +173,10 @@ def _is_held(lock: str, lease: dict[str, Any] | None) -> bool:
 def modified(info: dict[str, Any]) -> float:
     """When a file was written, by what its file system tells: a local one's has `mtime`, S3's `LastModified`."""
     when = info.get("mtime") or info.get("LastModified") or 0.0
-    return when.timestamp() if hasattr(when, "timestamp") else when
+    return when.timestamp() if isinstance(when, datetime.datetime) else float(when)
 
 
-def _watch(filesystem, place: str, holder: Holder, path: str, purpose: str) -> None:
+def _watch(filesystem: AbstractFileSystem, place: str, holder: Holder, path: str, purpose: str) -> None:
     """Wait until a lease shows life, and refuse then; return when none is to be expected any more."""
     left = min(LEASE - holder.age, LEASE)
     print(f"{purpose}: {holder} may be at it; waits {left:.0f} s at most for a sign of its life", flush=True)
@@ -188,14 +190,14 @@ def _watch(filesystem, place: str, holder: Holder, path: str, purpose: str) -> N
             raise _refused(path, purpose, found)
 
 
-def _won(filesystem, place: str, mine: Holder, path: str, purpose: str) -> None:
+def _won(filesystem: AbstractFileSystem, place: str, mine: Holder, path: str, purpose: str) -> None:
     """Where no kernel arbitrates, the last of two who wrote at once wins."""
     time.sleep(LOOK)
     if _lost(filesystem, place, mine):
         raise _refused(path, purpose, _read(filesystem, place))
 
 
-def _renew(filesystem, place: str, mine: Holder, stopped: threading.Event) -> None:
+def _renew(filesystem: AbstractFileSystem, place: str, mine: Holder, stopped: threading.Event) -> None:
     while not stopped.wait(LEASE / RENEWALS):
         with contextlib.suppress(Exception):  # a full disk must not end the work that it may outlast
             if _lost(filesystem, place, mine):
@@ -203,13 +205,13 @@ def _renew(filesystem, place: str, mine: Holder, stopped: threading.Event) -> No
             _write(filesystem, place, mine)
 
 
-def _lost(filesystem, place: str, mine: Holder) -> bool:
+def _lost(filesystem: AbstractFileSystem, place: str, mine: Holder) -> bool:
     """Whether another has taken the lease over, having broken it."""
     holder = _read(filesystem, place)
     return holder is not None and holder.token != mine.token
 
 
-def _write(filesystem, place: str, mine: Holder) -> None:
+def _write(filesystem: AbstractFileSystem, place: str, mine: Holder) -> None:
     """Whole or not at all: who reads it torn would take the lease for given back."""
     data = json.dumps(asdict(mine) | {"renewed": time.time()}).encode()
     if not is_local(filesystem):
@@ -220,7 +222,7 @@ def _write(filesystem, place: str, mine: Holder) -> None:
     temporary.replace(place)
 
 
-def _read(filesystem, place: str) -> Holder | None:
+def _read(filesystem: AbstractFileSystem, place: str) -> Holder | None:
     """The lease, or None: there is none, it was given back, or it is torn.
 
     Raises:

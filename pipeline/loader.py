@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from pipeline.cores import workers_of
 from pipeline.config import Recipe
+from pipeline.cores import workers_of
 from pipeline.errors import PipelineError
 from pipeline.groups import Groups, Renderer
 from pipeline.plan import Plan, Unit, unit_items
@@ -127,7 +127,9 @@ def evaluation_loader(
     return _loader(_EvaluationImages(index, rows, size, crop), workers, pin, batch_size=batch)
 
 
-def _loader(dataset, workers: int | None, pin: bool, batch_size: int | None = None, sampler=None) -> DataLoader:
+def _loader(
+    dataset: Dataset, workers: int | None, pin: bool, batch_size: int | None = None, sampler: Iterable | None = None
+) -> DataLoader:
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -174,7 +176,7 @@ def _compare(store: Store, answers: Answers, groups: Groups, number: int) -> Non
     item, here = groups.items[number], groups.checks[number]
     stored = int(answers.check[item.group])
     if stored != here:
-        versions = ", ".join(f"{name} {version}" for name, version in store.group.attrs["versions"].items())
+        versions = ", ".join(f"{name} {version}" for name, version in store.attributes["versions"].items())
         raise PipelineError(
             f"{store.path}: group {item.group} of shard {store.index.names[item.shard]}, view {item.view}",
             expected=f"the pictures and mixing that the teacher saw (check {stored:016x}; written with {versions})",

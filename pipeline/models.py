@@ -8,25 +8,19 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import trunc_normal_
+from timm.layers.weight_init import trunc_normal_
 from torch import nn
 from torch.nn.functional import interpolate
 
 from pipeline.compiling import compiled
-from pipeline.config import Config, Teacher, TeacherLogits
+from pipeline.config import Config, Recipe, Student, Teacher, TeacherLogits, Triple
 from pipeline.errors import NotYet, PipelineError, UsageError
 from pipeline.layout import UNNEEDED, teacher_folder
 from pipeline.linear import use_onednn
-from pipeline.strict import Section, differences
-from pipeline.weights import (
-    SUFFIXES,
-    load_weights,
-    read_foreign,
-    read_own_weights,
-    refuse_tag,
-    save_weights,
-    weights_hash,
-)
+from pipeline.strict import differences
+from pipeline.weights import SUFFIXES, load_weights, read_own_weights, read_weights, refuse_tag
+from pipeline.weights import save_weights as save_weights
+from pipeline.weights import weights_hash as weights_hash
 
 
 class Normalised(nn.Module):
@@ -36,6 +30,10 @@ class Normalised(nn.Module):
     (Table 3's "usual" and "hard" rows). So does a `joint` one, as a teacher is: its logits are the mean
     of its heads, where it has two, as timm answers.
     """
+
+    model: Any  # one of timm's, which a static checker takes for a Module without methods
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], joint: bool = False):
         super().__init__()
@@ -65,25 +63,24 @@ class Normalised(nn.Module):
 
 
 def build(
-    section: Section, classes: int, *, size: int | None = None, seed: int = 0, mean=None, std=None, joint: bool = False
+    section: Teacher | Student, classes: int, mean: Triple, std: Triple, *, size: int | None = None, joint: bool = False
 ) -> Normalised:
-    """The timm model that a teacher or student section names, with fresh weights drawn from `seed`.
+    """The timm model that a teacher or student section names, with fresh weights drawn from its seed.
 
     Args:
-        section: gives model, kwargs, drop_path, dropout, and mean and std where it has them.
         size: pixels a side, for models with position embeddings (deit_*).
         joint: two heads answer as one; see Normalised.
 
     Raises:
         UsageError: timm knows no such model, or it does not take these kwargs.
     """
-    kwargs = {"drop_rate": section.dropout}
+    kwargs: dict[str, Any] = {"drop_rate": section.dropout}
     if size is not None:
         # where timm 0.3.2, which DeiT pins, drops out: after positions, attention and MLP, not before the heads
         kwargs = {"img_size": size, "pos_drop_rate": section.dropout, "proj_drop_rate": section.dropout}
     kwargs |= section.kwargs
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(section.seed)
         try:
             model = timm.create_model(
                 section.model,
@@ -95,7 +92,6 @@ def build(
             raise _unsuitable(section.model, kwargs, error) from error
         if hasattr(model, "cls_token"):
             trunc_normal_(model.cls_token, std=0.02)  # as DeiT (timm 0.3.2); timm's is 1e-6 now
-    mean, std = mean or getattr(section, "mean", None), std or getattr(section, "std", None)
     return Normalised(model, mean, std, joint)
 
 
@@ -110,13 +106,13 @@ def _unsuitable(model: str, kwargs: dict[str, Any], error: Exception) -> UsageEr
     return UsageError(f"model {model!r}", expected=f"a model of timm's{near}", found=found, do="correct the name")
 
 
-def build_student(section: Section, recipe: Section, classes: int, size: int) -> Normalised:
+def build_student(section: Student, recipe: Recipe, classes: int, size: int) -> Normalised:
     """A deit_* student at `size` pixels, normalised with the recipe's mean and std."""
-    return build(section, classes, size=size, seed=section.seed, mean=recipe.mean, std=recipe.std)
+    return build(section, classes, recipe.mean, recipe.std, size=size)
 
 
-def build_teacher(section: Section, classes: int) -> Normalised:
-    return build(section, classes, seed=section.seed, joint=True)
+def build_teacher(section: Teacher, classes: int) -> Normalised:
+    return build(section, classes, section.mean, section.std, joint=True)
 
 
 class Answering:
@@ -161,26 +157,23 @@ def resize_pictures(pictures: torch.Tensor, size: int | None) -> torch.Tensor:
     return interpolate(pictures, (size, size), mode="bilinear", antialias=True)
 
 
-def pretrained_teacher(section: Teacher, classes: int, notes: Path) -> Normalised:
-    """The teacher with `teacher.weights`: a local file, or a timm tag (downloaded by timm).
-
-    Args:
-        notes: where the digests of foreign files are kept.
+def pretrained_teacher(section: Teacher, weights: str, classes: int) -> Normalised:
+    """The teacher with `weights`, those of `teacher.weights`: a local file, or a timm tag (downloaded by timm).
 
     Raises:
         UsageError, PipelineError: no such tag, no network, other shapes.
     """
-    if section.weights.endswith(SUFFIXES):
+    if weights.endswith(SUFFIXES):
         teacher = build_teacher(section, classes)
-        load_weights(teacher.model, read_foreign(Path(section.weights), notes), section.weights)
+        load_weights(teacher.model, read_weights(weights), weights)
         return teacher
-    if ":" not in section.weights:  # another hub's are known when they are fetched
-        refuse_tag(section.weights, classes)
+    if ":" not in weights:  # another hub's are known when they are fetched
+        refuse_tag(weights, classes)
     try:
-        model = timm.create_model(section.weights, pretrained=True, num_classes=classes, **section.kwargs)
+        model = timm.create_model(weights, pretrained=True, num_classes=classes, **section.kwargs)
     except Exception as error:  # timm and the hub raise many kinds
         raise PipelineError(
-            f"teacher.weights {section.weights!r}",
+            f"teacher.weights {weights!r}",
             expected="a timm tag that can be downloaded, or a local .safetensors or .pth file",
             found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             do="check the tag and the network, or download the file and name it",
@@ -300,7 +293,7 @@ def with_new_heads(model: Normalised, state: dict[str, torch.Tensor]) -> tuple[d
     return state | {name: own[name] for name in anew}, anew
 
 
-def adaptable(model: nn.Module) -> list[nn.Module]:
+def adaptable(model: Any) -> list[nn.Module]:
     """What FixRes fine-tunes of a convnet: its classifier and its last batch norm.
 
     Where the last block has a shortcut with a batch norm, both whose sum is its output.

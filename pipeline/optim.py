@@ -1,10 +1,11 @@
 """DeiT's optimizer, schedule and average of the weights (paper, section 6 and Table 9; main.py)."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
 from pipeline.config import Training
@@ -15,7 +16,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     dist_token is decayed: timm 0.3.2, which DeiT pins, does not list it; timm does today.
     """
-    spared = set(model.no_weight_decay()) - {"dist_token"} if hasattr(model, "no_weight_decay") else set()
+    listed: Callable[[], set[str]] = getattr(model, "no_weight_decay", set)
+    spared = set(listed()) - {"dist_token"}
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     plain = [parameter for name, parameter in named if parameter.ndim > 1 and name not in spared]
     rest = [parameter for name, parameter in named if parameter.ndim <= 1 or name in spared]
@@ -66,6 +68,8 @@ class Average(nn.Module):
     step; so the model keeps its tensors from now on, whatever their values.
     """
 
+    module: Any  # a copy of the model, of its class
+
     def __init__(self, model: nn.Module, decay: float):
         super().__init__()
         self.module, self.decay = copy.deepcopy(model).eval(), decay
@@ -78,6 +82,7 @@ class Average(nn.Module):
     def update(self, step: int) -> None:
         """Take in the model's weights after `step`; after steps 0 and 1 they are taken as they are."""
         own, theirs = zip(*self.averaged, strict=True)
-        torch._foreach_lerp_(own, theirs, weight=1.0 - (self.decay if step > 1 else 0.0))
+        weight = 1.0 - (self.decay if step > 1 else 0.0)
+        torch._foreach_lerp_(own, theirs, weight=weight)  # pyright: ignore[reportPrivateImportUsage]
         for own, theirs in self.copied:
             own.copy_(theirs)

@@ -24,7 +24,11 @@ IF_NEEDED = click.option(
 )
 
 
-def config_options(body):
+Body = Callable[..., Any]
+"""Of a command."""
+
+
+def config_options(body: Body) -> Body:
     """--config and --set: gives the body `path` and `overrides`."""
     body = click.option(
         "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key of it."
@@ -35,13 +39,15 @@ def config_options(body):
     )(body)  # fmt: skip
 
 
-def stage_options(with_device: bool = True, with_dry_run: bool = True):
+def stage_options(with_device: bool = True, with_dry_run: bool = True) -> Callable[[Body], Body]:
     """Options that every stage has: gives the body `config`, `device` and `dry_run`."""
 
-    def decorate(body):
+    def decorate(body: Body) -> Body:
         @config_options
         @functools.wraps(body)
-        def command(path, overrides, dry_run=False, device=None, **options):
+        def command(
+            path: str, overrides: tuple[str, ...], dry_run: bool = False, device: str = "auto", **options: Any
+        ) -> Any:
             from pipeline.failures import noted
             from pipeline.params import load, record
 
@@ -54,12 +60,12 @@ def stage_options(with_device: bool = True, with_dry_run: bool = True):
             with noted(config, stage) if stage else contextlib.nullcontext():
                 if not with_device:
                     return body(config=config, **options)
-                device = find_device(device)
-                _leave_cores_to_workers(config, device)
+                found = find_device(device)
+                _leave_cores_to_workers(config, found)
                 if dry_run:
-                    return _foreseen(body, config, device, options)
+                    return _foreseen(body, config, found, options)
                 with left_together():
-                    return body(config=config, device=device, **options)
+                    return body(config=config, device=found, **options)
 
         if with_dry_run:
             command = DRY_RUN(command)

@@ -6,6 +6,7 @@ r * (c mod V/r) + 0 .. r-1. Step t is items [t * G, (t + 1) * G), G being the gl
 So resuming is arithmetic, and what a step holds does not depend on ranks or workers.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Protocol
@@ -147,8 +148,11 @@ def draw_cycle(plan: Plan, cycle: int) -> np.ndarray:
 class Indexed(Protocol):
     """What a plan needs of an index."""
 
-    names: list[str]
-    samples: np.ndarray
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def samples(self) -> Iterable[int]: ...
 
 
 def plan_of(index: Indexed, recipe: Recipe, training: Training, views: int) -> Plan:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -83,7 +84,7 @@ def plot_curves(path: Path, curves: dict[str, list[dict[str, str]]]) -> None:
     _save(figure, path)
 
 
-def _draw(axes, epochs: list[dict[str, str]], column: str, scale: float, style: dict) -> bool:
+def _draw(axes: Axes, epochs: list[dict[str, str]], column: str, scale: float, style: dict) -> bool:
     """A column against the epoch, where it has values; False if it has none."""
     rows = [row for row in epochs if row.get(column)]
     values = [scale * float(row[column]) for row in rows]
@@ -93,7 +94,7 @@ def _draw(axes, epochs: list[dict[str, str]], column: str, scale: float, style: 
     return bool(rows)
 
 
-def _plain_axes(axes, title: str) -> None:
+def _plain_axes(axes: Axes, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.set_xlabel("epoch", color=MUTED)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

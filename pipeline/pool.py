@@ -33,7 +33,7 @@ def _shared(*shape: int) -> torch.Tensor:
             do="make it larger (docker run --shm-size=16g, or mount -o remount,size=16g /dev/shm), or set fewer"
             " workers; 0 needs none",
         ) from error
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # pyright: ignore[reportCallIssue] as torch does
 
 
 _pools, _pool_numbers = weakref.WeakValueDictionary(), itertools.count()

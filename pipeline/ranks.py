@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -64,7 +66,7 @@ class Rank:
 
     def shares(self, count: int) -> list[range]:
         ends = [count * rank // self.world for rank in range(self.world + 1)]
-        return [range(first, last) for first, last in zip(ends, ends[1:], strict=False)]
+        return [range(first, last) for first, last in itertools.pairwise(ends)]
 
     def gather(self, own: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
         """The rows of all ranks, `share(count)` each, in order; on the CPU, the same on every rank."""
@@ -95,6 +97,6 @@ def _meeting_place() -> dict[str, Any]:
     """
     if os.environ.get("GROUP_WORLD_SIZE") != "1":
         return {}
-    store, rank, world = next(dist.rendezvous("env://"))
+    store, rank, world = next(rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return {"store": dist.PrefixStore(f"attempt-{attempt}-{next(_joined)}", store), "rank": rank, "world_size": world}
+    return {"store": PrefixStore(f"attempt-{attempt}-{next(_joined)}", store), "rank": rank, "world_size": world}

@@ -12,11 +12,12 @@ DeiT uses them.
 import hashlib
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -127,7 +128,7 @@ def draw_view(recipe: Recipe, sample_key: str, view: int, width: int, height: in
 
 
 @lru_cache
-def _augmentation(text: str | None, jitter: float):
+def _augmentation(text: str | None, jitter: float) -> tuple[Callable[[list[float]], Any], int]:
     """What draws the ops of a view from uniform numbers, and how many numbers it takes."""
     policy = parse_policy(text) if text else None
     if isinstance(policy, RandAugment):

@@ -73,8 +73,8 @@ def format_table(results: list[Result]) -> str:
             shown = ["" if number and c.of_model else c.text(c.value(row)) for c in COLUMNS]
             lines.append(["" if number else row.model, row.classifier, *shown])
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
-    aligns = [str.ljust] * 2 + [str.rjust] * len(COLUMNS)
-    padded = [[align(*cell) for align, *cell in zip(aligns, line, widths, strict=True)] for line in lines]
+    aligns = "<<" + ">" * len(COLUMNS)
+    padded = [[f"{cell:{align}{width}}" for align, cell, width in zip(aligns, line, widths, strict=True)] for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 

@@ -17,6 +17,7 @@ from pipeline.shards import Index
 from pipeline.strict import fingerprint
 from pipeline.teaching import Answer, NoTeacher
 
+CPU = torch.device("cpu")
 TRAINING_VERSION = 4  # bump on any change of what a step computes, or finished runs would be taken for it
 
 
@@ -39,7 +40,7 @@ class Run:
     teacher: Callable[[Groups, torch.Tensor], Answer | None] = field(default_factory=NoTeacher)
     distillation: Student | None = None
     """Gives distillation, alpha, tau and reduction; None trains on labels alone."""
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     train_mode: bool = True
     learning: list[nn.Module] = field(default_factory=list)
     """Parts that alone learn and are in training mode; none given: all of it."""

@@ -17,12 +17,12 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import fsspec
 import google_crc32c
 import numpy as np
-import webdataset
+from webdataset.writer import TarWriter
 
 from pipeline.errors import IO_ERRORS, NotYet, PipelineError, reason
 from pipeline.files import replacing, settled, stamp
@@ -42,10 +42,9 @@ OPEN = 64  # shards whose rows and files stay at hand: a few times Training.open
 
 def write_shard(path: Path, samples: Iterable[tuple[str, str, bytes, int]]) -> None:
     """One tar of (key, image type, image bytes, label), whole or not at all; same input, same bytes."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        with webdataset.TarWriter(file, mtime=0) as tar:
-            for key, image_type, image, label in samples:
-                tar.write({"__key__": key, image_type: image, "cls": str(label)})
+    with replacing(path) as temporary, open(temporary, "wb") as file, TarWriter(file, mtime=0) as tar:
+        for key, image_type, image, label in samples:
+            tar.write({"__key__": key, image_type: image, "cls": str(label)})
 
 
 def row_type(key_length: int) -> np.dtype:
@@ -82,7 +81,7 @@ def index_shard(location: str, name: str, max_pixels: int = MAX_PIXELS) -> Shard
     seen: set[str] = set()
     try:
         with fsspec.open(where, "rb") as file:
-            tar = Tar(file)
+            tar = Tar(cast(BinaryIO, file))
             for key, parts in _samples(tar, max_pixels):
                 row = _row(where, key, parts, key in seen)
                 seen.add(key)
@@ -281,7 +280,7 @@ def same_key(shards: list[ShardIndex]) -> str:
         return ""
     ends = np.cumsum([len(shard.rows) for shard in shards])
     first, second = (shards[np.searchsorted(ends, order[alike[0] + i], "right")].name for i in (0, 1))
-    return f"{keys[order[alike[0]]].decode()!r} in {first} and in {second}"
+    return f"{bytes(keys[order[alike[0]]]).decode()!r} in {first} and in {second}"
 
 
 def _keyed_by_shard(shard: ShardIndex) -> ShardIndex:
@@ -440,7 +439,7 @@ class Index:
         """What rows say that no whole shard bears out; empty if there is nothing."""
         ends = rows["offset"] + rows["size"]
         sound = {
-            "label": (0 <= rows["label"]) & (rows["label"] < len(self.classes)),
+            "label": (rows["label"] >= 0) & (rows["label"] < len(self.classes)),
             "size": rows["size"] > 0,
             "offset": (rows["offset"] >= np.concatenate([[0], ends[:-1]])) & (ends <= self.shards[shard]["bytes"]),
             "key": rows["key"] != b"",
@@ -494,7 +493,8 @@ class Index:
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
         where = f"{self.location}/{self.names[shard]}"
         if "://" in where:
-            return fsspec.open(where).fs.cat_file(where, start=offset, end=offset + size)
+            filesystem, path = fsspec.core.url_to_fs(where)
+            return filesystem.cat_file(path, start=offset, end=offset + size)
         if shard not in self._files:
             if len(self._files) >= OPEN:
                 os.close(self._files.pop(next(iter(self._files))))

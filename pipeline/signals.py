@@ -77,10 +77,11 @@ def heed_the_parent_alone() -> None:
     to save. That one ends its workers itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):
+    parent = multiprocessing.parent_process()
+    if parent is None or not hasattr(signal, "sigwaitinfo"):
         return  # macOS cannot tell who sent a signal
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before there are other threads: they inherit it
-    threading.Thread(target=_end_by, args=(multiprocessing.parent_process().pid,), daemon=True).start()
+    threading.Thread(target=_end_by, args=(parent.pid,), daemon=True).start()
 
 
 def end_with_the_parent() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -184,7 +185,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
         load_digits,  # a second to import, needed for this source only
     )
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     return bunch.images, bunch.target
 
 

@@ -6,6 +6,7 @@ missing chunk for the fill value, and tells damage from a lack of memory by no m
 
 import math
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -143,7 +144,7 @@ class Store(StoreFiles):
         elif kind != "argmax":
             self._read_payload(kind, unit.shard, first, check)
 
-    def _cached(self, name: str, shard: int, first: int, read):
+    def _cached(self, name: str, shard: int, first: int, read: Callable[[int, int], Any]) -> Any:
         kept = self._cache[name]
         if (shard, first) not in kept:
             kept[shard, first] = read(shard, first)
@@ -164,10 +165,9 @@ class Store(StoreFiles):
     def _read_payload(self, kind: str, shard: int, first: int, check: np.ndarray | None = None) -> np.ndarray:
         """A kind's (views, samples, width), the views being those of a chunk, from its first on."""
         block, samples = self.recipe.block, int(self.index.samples[shard])
-        if check is None:
-            check = self._cached("argmax", shard, first // block * block, self._read_argmax)[1]
+        all_views = self._cached("argmax", shard, first // block * block, self._read_argmax)[1] if check is None else check
         payload = (self._read_inner if kind in SHARDED else self._read_chunk)(kind, shard, first)[:, :samples]
-        self._compare(kind, shard, first, payload, check[first % block : first % block + len(payload)])
+        self._compare(kind, shard, first, payload, all_views[first % block : first % block + len(payload)])
         return payload
 
     def _compare(self, name: str, shard: int, first: int, values: np.ndarray, check: np.ndarray) -> None:

@@ -12,7 +12,7 @@ that one visit wants (recipe.repeats).
 import contextlib
 import importlib.metadata
 import json
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import fsspec
 import numpy as np
@@ -40,19 +40,19 @@ class StoreFiles:
 
     def __init__(self, path: str, group: zarr.Group, index: Index, recipe: Recipe):
         self.path, self.group, self.index, self.recipe = path, group, index, recipe
-        self.capacity = int(group.attrs["capacity"])
-        self.classes = int(group.attrs["classes"])
+        self.attributes = cast(dict[str, Any], group.attrs.asdict())
+        self.capacity, self.classes = int(self.attributes["capacity"]), int(self.attributes["classes"])
         self.slots = max(group_count(int(samples), recipe.group_size) for samples in index.samples)
         self._filesystem, self._root = fsspec.core.url_to_fs(path)
         self._local = is_local(self._filesystem)
 
     @property
     def fingerprint(self) -> str:
-        return self.group.attrs["fingerprint"]
+        return self.attributes["fingerprint"]
 
     def _refuse_other(self, described: dict[str, Any]) -> None:
         for key, value in {"format": FORMAT, **described}.items():
-            found = self.group.attrs.get(key)
+            found = self.attributes.get(key)
             if found != value:
                 raise UsageError(
                     f"{self.path}: the store's {key}",
@@ -70,7 +70,7 @@ class StoreFiles:
 
     def _differences(self, key: str, value: Any) -> list[str]:
         """What differs, in words: `setting: the store's, the one that is asked for`."""
-        attributes = self.group.attrs
+        attributes = self.attributes
         if key == "recipe":
             told = differences(attributes["recipe_settings"], self.recipe.model_dump(mode="json"), "recipe")
             return told or ["the settings are the same: it is of another version of the views"]

@@ -7,7 +7,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import numpy as np
 import zarr
@@ -74,7 +74,7 @@ class StoreWriter(Store):
         store = Store.open(path, index, identity.recipe)
         store._refuse_other(identity.described())
         width = payload_width(kind, store.classes, top_k)
-        same = store.group.attrs["precision"] == precision and kind in store.arrays()
+        same = store.attributes["precision"] == precision and kind in store.arrays()
         same = same and (kind == "argmax" or store.described(kind)["shape"][-1] == width)
         return store if same and not store.missing(views, kind) else None
 
@@ -84,11 +84,11 @@ class StoreWriter(Store):
             if name not in self.arrays():
                 create_array(self.group, name, settings)
             self._refuse_other_layout(name)
-            array, shape = self.group[name], settings["shape"]
+            array, shape = self._opened(name), settings["shape"]
             if array.shape[2:] != shape[2:] and not self._written(name):  # a width that was never used
                 self._filesystem.rm_file(f"{self._root}/{name}/zarr.json")
                 create_array(self.group, name, settings)
-                array = self.group[name]
+                array = self._opened(name)
             if array.shape[2:] != shape[2:]:
                 raise UsageError(
                     f"{self.path}/{name}",
@@ -98,6 +98,9 @@ class StoreWriter(Store):
                 )
             if array.shape[0] < shape[0]:
                 array.resize(shape)
+
+    def _opened(self, name: str) -> zarr.Array:
+        return cast(zarr.Array, self.group[name])
 
     def write_unit(self, unit: Unit, buffers: dict[str, np.ndarray], checks: np.ndarray) -> None:
         """Commit what the teacher said about a unit; argmax last.
@@ -117,12 +120,12 @@ class StoreWriter(Store):
             self.remove_unit(unit, ("argmax", *buffers))
             slots[:, : checks.shape[1]] = checks
             for name in sorted(buffers, key=lambda name: name == "argmax"):
-                array = self.group[name]
+                array = self._opened(name)
                 whole = np.full((block, self.capacity, *array.shape[2:]), array.fill_value, array.dtype)
                 whole[:, :samples] = buffers[name]
                 slots[:, self.slots + KINDS.index(name)] = [checksum(view) for view in whole[:, :samples]]
                 if name == "argmax":
-                    self.group["check"][views, unit.shard] = slots
+                    self._opened("check")[views, unit.shard] = slots
                     self._sync(unit, *(set(buffers) - {"argmax"}), "check")
                 array[views, rows] = whole
             self._sync(unit, "argmax")

@@ -3,12 +3,11 @@
 import difflib
 import hashlib
 import json
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import UsageError
-
 
 SHOWN = 120  # characters of a value in a message
 
@@ -62,7 +61,7 @@ def validate(kind: type[Section], values: Any, source: str = "", section: str = 
             do="correct the key or remove it",
         )
     if first["type"] == "value_error":
-        problem = first["ctx"]["error"]
+        problem = first.get("ctx", {}).get("error", first["msg"])
         raise UsageError(where, expected=str(problem), found=getattr(problem, "found", ""), do="change it")
     raise UsageError(
         where,
@@ -84,5 +83,5 @@ def shown(value: Any) -> str:
 def _keys_beside(kind: type[BaseModel], location: list[str]) -> list[str]:
     for part in location[:-1]:
         by_name = {(field.alias or name): field for name, field in kind.model_fields.items()}
-        kind = by_name[part].annotation
+        kind = cast(type[BaseModel], by_name[part].annotation)
     return [field.alias or name for name, field in kind.model_fields.items()]

@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,10 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from pipeline import checkpoint
-from pipeline.bars import progress, say
-from pipeline.cores import workers_of
 from pipeline.arithmetic import repeatable
+from pipeline.bars import progress, say
 from pipeline.compiling import compiled
+from pipeline.cores import workers_of
 from pipeline.errors import PipelineError
 from pipeline.evaluation import predict, top_k_accuracy
 from pipeline.groups import Groups, mixed, targets
@@ -212,7 +212,7 @@ class Trainer:
 
     def gradients_exchanged(self, last: bool):
         """DDP exchanges gradients in a step's last slice only: they are sums until then."""
-        return contextlib.nullcontext() if last or self.rank.world == 1 else self.forward.no_sync()
+        return contextlib.nullcontext() if last or self.rank.world == 1 else cast(DistributedDataParallel, self.forward).no_sync()
 
     def gradient_norm(self) -> torch.Tensor:
         """Of all gradients, before they are clipped to `clip_grad`."""
@@ -223,7 +223,7 @@ class Trainer:
 
     def loss(self, groups: Groups) -> torch.Tensor:
         """Weighted sums over a slice of the step: loss, and its parts from the labels and from the teacher."""
-        run, how = self.run, self.run.distillation
+        run = self.run
         pictures = mixed(groups)
         answer: Answer | None = run.teacher(groups, pictures)
         if run.settings.channels_last:
@@ -233,12 +233,13 @@ class Trainer:
             own, distilled = self.forward(pictures)
         labels = targets(groups, own.shape[1], run.settings.smoothing)
         loss = base_loss(own, labels, weights)
-        if not run.distilled or answer is None:
+        how = run.distillation
+        if how is None or answer is None:
             return torch.stack([loss, loss.detach(), torch.zeros_like(loss)])
         if how.distillation == "hard":
             taught = hard_loss(distilled, answer.argmax, weights)
         else:
-            taught = soft_loss(distilled, answer.logits, weights, how.tau, how.soft_reduction)
+            taught = soft_loss(distilled, cast(torch.Tensor, answer.logits), weights, how.tau, how.soft_reduction)
         return torch.stack([(1 - how.alpha) * loss + how.alpha * taught, loss.detach(), taught.detach()])
 
     def settle(self) -> None:
@@ -247,14 +248,14 @@ class Trainer:
             return
         step, told, fetched = self.arriving
         self.arriving = None
-        values = dict(zip(STEP_VALUES, fetched.get()[0].tolist(), strict=True))
+        values: dict[str, float] = dict(zip(STEP_VALUES, fetched.get()[0].tolist(), strict=True))
         self.refuse_unsound(step, values)
         self.epoch_loss += values["loss"]
         self.loss_told = values["loss"]
         self.stop |= values.pop("terminated") > 0
         if not self.run.distilled:
             del values["loss_label"], values["loss_distillation"]
-        if told:
+        if told and self.log:
             self.log.write("step", step, epoch=self.run.plan.epoch(step), **values, **told)
 
     def refuse_unsound(self, step: int, values: dict[str, float]) -> None:

@@ -22,7 +22,6 @@ from pipeline.config import Recipe
 from pipeline.ops import apply_op
 from pipeline.recipe import Box, ViewParams, noise_words
 
-
 FORMATS = ("JPEG", "PNG", "WEBP")  # of images in shards
 MAX_PIXELS = 50_000_000  # which take 0.5 to 1.1 GB while they are decoded
 Image.MAX_IMAGE_PIXELS = None  # the limit is an argument here, and `opened` keeps it
@@ -141,7 +140,8 @@ def render(image: np.ndarray, params: ViewParams, recipe: Recipe, out: np.ndarra
 
 @lru_cache
 def _fill(mean: tuple[float, ...]) -> tuple[int, int, int]:
-    return tuple(int(round(255 * value)) for value in mean)
+    red, green, blue = (round(255 * value) for value in mean)
+    return red, green, blue
 
 
 def center_view(image: np.ndarray, size: int, crop: float) -> np.ndarray:
@@ -168,7 +168,7 @@ def _resized(image: np.ndarray, width: int, height: int) -> np.ndarray:
     """
     if image.shape[:2] == (height, width):
         return image.transpose(2, 0, 1).copy(order="C")
-    pixels = torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
     out = interpolate(pixels, (height, width), mode="bicubic", antialias=True)
     return out[0].contiguous().numpy()
 

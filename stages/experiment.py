@@ -141,7 +141,7 @@ def _describe_store(store: Store, summary: dict[str, Any]) -> dict[str, str]:
         "views of each": f"{views:,}",
         "kind": summary["kind"],
         "size": f"{size / 1e6:,.1f} MB, {size / (rows * views):.1f} bytes a view",
-        "precision": str(store.group.attrs["precision"]),
+        "precision": str(store.attributes["precision"]),
         "agreement": f"its answer is the image's own label for {summary['agreement_with_labels']:.1%}",
         "fingerprint": store.fingerprint,
     }

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.cores import cores
 from pipeline.config import Config, Data
 from pipeline.contents import digest, file_digests, recall, remember
+from pipeline.cores import cores
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import file_sha256, sweep
 from pipeline.layout import DATA_LOCK, index_path, local_work

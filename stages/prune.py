@@ -143,7 +143,7 @@ def _stores(work: str, known: Known) -> Iterator[Found]:
     filesystem, _ = fsspec.core.url_to_fs(work)
     for path, attributes in list_stores(work):
         name = path.rpartition("/")[2].removesuffix(".zarr")
-        if not FINGERPRINT.fullmatch(name) or is_local(filesystem) and not _lies_here(Path(path), work):
+        if not FINGERPRINT.fullmatch(name) or (is_local(filesystem) and not _lies_here(Path(path), work)):
             continue
         model, recipe = (attributes.get(key) or {} for key in ("teacher", "recipe_settings"))
         told = all(isinstance(attributes.get(key), str) for key in ("index", "recipe", "fingerprint"))
@@ -154,7 +154,7 @@ def _stores(work: str, known: Known) -> Iterator[Found]:
         yield Found(
             "stores", path, what, sum(info["size"] for info in details), max(map(modified, details), default=0.0),
             indices={attributes["index"]} if told else set(),
-            needed=name in known.words or told and known.names_store(attributes),
+            needed=name in known.words or (told and known.names_store(attributes)),
             stays=_perhaps_written(path) if told else "its description is damaged",
         )  # fmt: skip
 
@@ -172,7 +172,7 @@ def _states(work: str, known: Known) -> Iterator[Found]:
         yield Found(
             "states", str(folder), what, _bytes(folder), newest(folder) or 0.0,
             indices={described["index"]} if told else set(),
-            needed=folder.name in known.words or known.published(folder) or told and known.names_run(described),
+            needed=folder.name in known.words or known.published(folder) or (told and known.names_run(described)),
             stays=_perhaps_trained(folder) if told else "its run.json is missing or damaged",
         )  # fmt: skip
 

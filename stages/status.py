@@ -12,7 +12,6 @@ import re
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -138,6 +137,14 @@ class State:
         return read_tail(self.folder / "log.jsonl")
 
 
+@dataclass(frozen=True)
+class Counted:
+    """Shards, each with its number of samples."""
+
+    names: list[str]
+    samples: list[int]
+
+
 class Experiment:
     """A configuration, and what is read once for all its stages."""
 
@@ -174,7 +181,7 @@ class Experiment:
         if not any(self.samples):
             return None, None
         recipe = self.config.recipe
-        plan = plan_of(SimpleNamespace(names=self.names, samples=self.samples), recipe, settings, recipe.block)
+        plan = plan_of(Counted(self.names, self.samples), recipe, settings, recipe.block)
         return settings.epochs * plan.steps_per_epoch, plan.batch_groups * sum(self.samples) / plan.groups
 
 
@@ -297,7 +304,7 @@ def stored(experiment: Experiment, stage: str, want: Wanted) -> Facts:
     }
     others = {str(attributes.get("fingerprint")) for _, attributes in experiment.stores} - own.keys()
     same = (manifest.get("views"), manifest.get("kind")) == (want.views, want.kind)
-    foreign = published and not (same and (fingerprint in own or not own and fingerprint not in others))
+    foreign = published and not (same and (fingerprint in own or (not own and fingerprint not in others)))
     units = max(own.values(), key=lambda units: units.moved, default=None)
     total = blocks * len(samples) if samples else None
     note = f"{units.writers} writers" if units and units.writers > 1 else ""

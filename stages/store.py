@@ -6,6 +6,7 @@ No stage of `dvc repro`. Everything works on a partial store and says what is mi
 import hashlib
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import fsspec
 import numpy as np
@@ -62,7 +63,7 @@ def info(config: Config, purpose: str, named: str | None) -> None:
     """Print what the store is of and how far it is."""
     index, want = Index(index_path(config, "train")), wanted(config, purpose)
     store = find(config, purpose, index, named)
-    attributes = store.group.attrs
+    attributes = store.attributes
     print(f"{store.path}: {store_bytes(store.path) / 1e6:,.1f} MB")
     print(f"  of      {len(index):,} images in {len(index.names)} shards, {store.classes} classes")
     print(f"  recipe  {attributes['recipe']}, {want.recipe.size} px, blocks of {want.recipe.block} views")
@@ -129,7 +130,7 @@ def _damaged_data(index: Index) -> list[str]:
         try:
             index.rows(number)
             with fsspec.open(where, "rb") as file:
-                same = hashlib.file_digest(file, "sha256").hexdigest() == shard["sha256"]
+                same = hashlib.file_digest(cast(Any, file), "sha256").hexdigest() == shard["sha256"]
             if not same:
                 found.append(f"{where}: its SHA-256 is not that of the index: damaged or replaced")
         except (PipelineError, *IO_ERRORS) as error:

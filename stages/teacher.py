@@ -14,7 +14,7 @@ from pipeline.config import Config, Recipe, Training, result_fields
 from pipeline.errors import NotYet, PipelineError
 from pipeline.evaluation import classifiers, predict, top_k_accuracy
 from pipeline.files import replacing
-from pipeline.layout import UNNEEDED, index_path, notes_folder, state_folder, teacher_folder
+from pipeline.layout import UNNEEDED, index_path, state_folder, teacher_folder
 from pipeline.models import (
     Normalised,
     adaptable,
@@ -25,6 +25,8 @@ from pipeline.models import (
     pretrained_teacher,
     refuse_size,
     save_teacher,
+    save_weights,
+    weights_hash,
 )
 from pipeline.plan import Plan, plan_of
 from pipeline.ranks import Rank
@@ -33,7 +35,6 @@ from pipeline.run import Run, describe_run, run_identity
 from pipeline.runlog import write_curve
 from pipeline.shards import Index
 from pipeline.strict import fingerprint
-from pipeline.weights import save_weights, weights_hash
 
 
 def run(config: Config, device: torch.device, purpose: str = "train-student", dry_run: bool = False) -> None:
@@ -63,7 +64,8 @@ def run(config: Config, device: torch.device, purpose: str = "train-student", dr
     elif purpose == "finetune":
         teacher = load_teacher(config, len(train.classes), device)
     else:
-        teacher = pretrained_teacher(config.teacher, len(train.classes), notes_folder(config))
+        assert config.teacher.weights, "without weights it is trained"
+        teacher = pretrained_teacher(config.teacher, config.teacher.weights, len(train.classes))
     refuse_size(teacher, size, _size_key(config, purpose))
     publish(config, purpose, teacher, val, size, training, told, device)
 
@@ -103,10 +105,10 @@ def publish(
         training: the run that it was trained in, and what that one's last epoch told.
     """
     metrics, later = good_enough(config, teacher, val, size, device), config.teacher_size("finetune")
-    if purpose == "train-student" and config.listens("finetune") and not config.teacher_finetune.epochs:
-        if later != size:  # before the students are trained, not after
-            refuse_size(teacher, later, _size_key(config, "finetune"))
-            good_enough(config, teacher, val, later, device)
+    answers_later = purpose == "train-student" and config.listens("finetune") and not config.teacher_finetune.epochs
+    if answers_later and later != size:  # before the students are trained, not after
+        refuse_size(teacher, later, _size_key(config, "finetune"))
+        good_enough(config, teacher, val, later, device)
     if Rank.start(device).rank:
         return  # rank 0 publishes
     print(f"teacher: top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f} on {len(val):,} images at {size} px")
@@ -132,7 +134,7 @@ def good_enough(
     """
     section, trained = config.teacher, config.teacher_size("train-student")
     metrics = _evaluate(config, teacher, val, size, device)
-    if metrics["top1"] >= section.min_top1:
+    if float(metrics["top1"]) >= section.min_top1:
         return metrics
     do = "check that its classes are in the index's order; train it longer; or lower teacher.min_top1"
     if size != trained and not config.teacher_finetune.epochs:

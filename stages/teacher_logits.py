@@ -7,7 +7,7 @@ blocks. Several processes (torchrun, or `--part i/n`) share the units.
 import json
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -143,14 +143,18 @@ def batched(groups: Iterable[Groups], count: int) -> Iterator[list[Groups]]:
         yield batch
 
 
+Commit = Callable[[Unit, dict[str, np.ndarray], np.ndarray], None]
+"""What StoreWriter.write_unit takes."""
+
+
 class UnitWorker:
     """Renders, asks the teacher, and commits unit after unit.
 
-    `own_size` is what the teacher sees, in pixels; `commit` takes what StoreWriter.write_unit takes.
+    `own_size` is what the teacher sees, in pixels.
     """
 
     def __init__(
-        self, config: Config, store: Store, teacher: Normalised, own_size: int, device: torch.device, commit
+        self, config: Config, store: Store, teacher: Normalised, own_size: int, device: torch.device, commit: Commit
     ):
         self.commit = commit
         self.settings, self.store, self.device = config.teacher_logits, store, device
@@ -217,7 +221,7 @@ class UnitWorker:
 
     def _buffers(self, unit: Unit, payload: np.ndarray | None) -> tuple[dict[str, np.ndarray], np.ndarray]:
         block, samples = self.recipe.block, int(self.index.samples[unit.shard])
-        buffers = {"argmax": np.zeros((block, samples), np.uint16)}
+        buffers: dict[str, np.ndarray] = {"argmax": np.zeros((block, samples), np.uint16)}
         if payload is not None:
             buffers[self.settings.kind] = np.zeros((block, samples, payload.shape[1]), payload.dtype)
         return buffers, np.zeros((block, group_count(samples, self.recipe.group_size)), np.uint64)
@@ -260,17 +264,17 @@ def recompute_unit(
     _, _, own_size = _purpose(config, purpose)
     teacher = load_teacher(config, store.classes, device, purpose)
     described = describe_teacher(config.teacher, teacher, own_size)
-    if described != store.group.attrs["teacher"]:
+    if described != store.attributes["teacher"]:
         raise PipelineError(
             f"{store.path}: the teacher",
-            expected=json.dumps(store.group.attrs["teacher"]),
+            expected=json.dumps(store.attributes["teacher"]),
             found=json.dumps(described),
             do="this configuration has another teacher than the store",
         )
     answers: dict[str, np.ndarray] = {}
     checks = np.empty(0)
 
-    def keep(_, buffers, found):
+    def keep(_: Unit, buffers: dict[str, np.ndarray], found: np.ndarray) -> None:
         nonlocal answers, checks
         answers, checks = buffers, found
 
@@ -291,7 +295,7 @@ def recompute_unit(
     )
 
 
-def _logits(kind: str, payload: np.ndarray, store: Store) -> torch.Tensor:
+def _logits(kind: str, payload: np.ndarray | None, store: Store) -> torch.Tensor:
     return decode_logits(kind, torch.tensor(payload), store.classes)
 
 

@@ -17,7 +17,7 @@ from pipeline.layout import (
     store_path,
     student_folder,
 )
-from pipeline.models import Answering, build_student, describe_teacher, load_teacher
+from pipeline.models import Answering, build_student, describe_teacher, load_teacher, save_weights
 from pipeline.plan import plan_of
 from pipeline.ranks import Rank
 from pipeline.recipe import recipe_fingerprint
@@ -27,7 +27,6 @@ from pipeline.shards import Index
 from pipeline.store import Store
 from pipeline.strict import fingerprint
 from pipeline.teaching import NoTeacher, OnlineTeacher, StoredTeacher
-from pipeline.weights import save_weights
 
 
 def run(
@@ -111,8 +110,11 @@ def find_teacher(
     if teacher == "online":
         return _online(config, purpose, index, device)
     path = answers_folder(config, purpose) / "manifest.json"
-    published = read_manifest(path) if named is None else None
-    store = Store.open(named or store_path(config, published["fingerprint"]), index, recipe)
+    published = None
+    if named is None:
+        published = read_manifest(path)
+        named = store_path(config, published["fingerprint"])
+    store = Store.open(named, index, recipe)
     views = config.teacher_logits.views if purpose == "train-student" else config.finetune.views
     kind = "argmax" if settings.distillation == "hard" else config.teacher_logits.kind
     # completeness is of the store itself: a manifest cannot know that a unit was deleted since

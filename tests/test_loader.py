@@ -138,7 +138,7 @@ def test_repeats_of_a_group_share_a_decoding(small_set):
 
 
 def test_all_views_of_a_unit_share_a_decoding(small_set):
-    config, index = small_set
+    config, _ = small_set
     one = renderer(small_set)
     assert one.render(unit_items(Unit(0, 1), config.recipe, 6)).decodes == 6
     assert sum(one.render([item]).decodes for item in unit_items(Unit(1, 1), config.recipe, 5)) == 5

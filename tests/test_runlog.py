@@ -1,5 +1,6 @@
 """A run's log and its curve: what a crash cuts off is expected, all other damage is told."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -69,10 +70,8 @@ def test_a_flipped_bit_of_a_log_is_told_or_changes_nothing(log):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         log.path.write_bytes(flipped)
-        try:
+        with contextlib.suppress(PipelineError):
             assert read_log(log.path) == expected
-        except PipelineError:
-            pass
 
 
 def test_a_curve_has_the_last_epoch_though_the_log_lost_it(log, curve):

@@ -552,10 +552,9 @@ def test_file_is_replaced_by_name_so_a_reader_goes_on_with_the_old_one(tmp_path)
 def test_block_that_raises_leaves_everything_as_it_was(tmp_path, error, old):
     if old:
         (tmp_path / "file").write_text(old)
-    with pytest.raises((ValueError, KeyboardInterrupt, PipelineError)):
-        with replacing(tmp_path / "file") as temporary:
-            temporary.write_text("half")
-            raise error
+    with pytest.raises((ValueError, KeyboardInterrupt, PipelineError)), replacing(tmp_path / "file") as temporary:
+        temporary.write_text("half")
+        raise error
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == ({"file": old} if old else {})
 
 
