@@ -219,7 +219,7 @@ def test_a_step_waits_for_nothing(own, gpu, name):
 def test_asking_the_teacher_waits_for_nothing(own, gpu):
     config, committed = loaded(), []
     worker = teacher_logits.UnitWorker(
-        config, stored(config), load_teacher(config, 3, gpu), None, gpu, lambda *unit: committed.append(unit)
+        config, stored(config), load_teacher(config, 3, gpu), 16, gpu, lambda *unit: committed.append(unit)
     )
     worker.compute([Unit(0, 0)])  # the first makes cuDNN choose
     ask = worker.ask

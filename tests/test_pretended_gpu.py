@@ -185,7 +185,7 @@ def test_asking_about_units_waits_for_answers_alone(in_tmp, small_set, diary, mo
         batches = list(unit_loader(units, index, config.recipe, 0, False))
     monkeypatch.setattr(teacher_logits, "unit_loader", lambda *_: (pin_memory(groups) for groups in batches))
     store, asked, kept = SimpleNamespace(recipe=config.recipe, index=index), [], []
-    worker = teacher_logits.UnitWorker(config, store, teacher_on_device(), None, GPU, None)
+    worker = teacher_logits.UnitWorker(config, store, teacher_on_device(), 16, GPU, None)
     ask = worker.ask
 
     def noting(batch: list[Groups]):
