@@ -10,11 +10,11 @@ from pipeline.errors import PipelineError
 from pipeline.files import replacing, sweep
 from pipeline.layout import RUN_LOCK
 from pipeline.lock import kernel_lock
-from pipeline.models import load_weights, read_own_weights, save_weights
 from pipeline.ranks import Rank, world_size
 from pipeline.run import Run, named_by
 from pipeline.strict import fingerprint
 from pipeline.training import train, validate
+from pipeline.weights import load_weights, read_own_weights, save_weights
 
 LOOK = 0.5  # seconds between two looks at another job's lock
 

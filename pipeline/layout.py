@@ -79,6 +79,11 @@ def local_work(work: str) -> Path:
     return Path("work" if "://" in work else work)
 
 
+def notes_folder(config: Config) -> Path:
+    """Of the digests of foreign weights, as they were first read."""
+    return local_work(config.work) / "weights"
+
+
 def store_path(config: Config, fingerprint: str) -> str:
     """`work` may be a URL."""
     return f"{config.work}/stores/{fingerprint}.zarr"

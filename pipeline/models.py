@@ -18,9 +18,15 @@ from pipeline.errors import NotYet, PipelineError, UsageError
 from pipeline.layout import UNNEEDED, teacher_folder
 from pipeline.linear import use_onednn
 from pipeline.strict import differences
-from pipeline.weights import SUFFIXES, load_weights, read_own_weights, read_weights, refuse_tag
-from pipeline.weights import save_weights as save_weights
-from pipeline.weights import weights_hash as weights_hash
+from pipeline.weights import (
+    SUFFIXES,
+    load_weights,
+    read_foreign,
+    read_own_weights,
+    refuse_tag,
+    save_weights,
+    weights_hash,
+)
 
 
 class Normalised(nn.Module):
@@ -157,15 +163,18 @@ def resize_pictures(pictures: torch.Tensor, size: int | None) -> torch.Tensor:
     return interpolate(pictures, (size, size), mode="bilinear", antialias=True)
 
 
-def pretrained_teacher(section: Teacher, weights: str, classes: int) -> Normalised:
+def pretrained_teacher(section: Teacher, weights: str, classes: int, notes: Path) -> Normalised:
     """The teacher with `weights`, those of `teacher.weights`: a local file, or a timm tag (downloaded by timm).
+
+    Args:
+        notes: where the digests of foreign files are kept.
 
     Raises:
         UsageError, PipelineError: no such tag, no network, other shapes.
     """
     if weights.endswith(SUFFIXES):
         teacher = build_teacher(section, classes)
-        load_weights(teacher.model, read_weights(weights), weights)
+        load_weights(teacher.model, read_foreign(Path(weights), notes), weights)
         return teacher
     if ":" not in weights:  # another hub's are known when they are fetched
         refuse_tag(weights, classes)

@@ -5,6 +5,7 @@ it is read.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import re
@@ -20,7 +21,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from pipeline.errors import PipelineError, UsageError
-from pipeline.files import file_sha256
+from pipeline.files import file_sha256, replacing
 from pipeline.strict import fingerprint
 
 DIGEST = "digest"
@@ -82,6 +83,35 @@ def read_own_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
         PipelineError: missing, damaged, or no weights.
     """
     return _read(path, own=True)
+
+
+def read_foreign(path: Path, notes: Path) -> dict[str, torch.Tensor]:
+    """As `read_weights`, of a file of others: its digest is noted at first use, and compared from then on.
+
+    A file that was replaced has another size or time, and is noted anew.
+
+    Args:
+        notes: a folder for a small JSON a file.
+
+    Raises:
+        PipelineError: it has other bytes than it had, though nobody wrote to it; else as `read_weights`.
+    """
+    state = read_weights(path)
+    stat, digest = path.stat(), file_sha256(path)
+    found = {"path": str(path.resolve()), "size": stat.st_size, "time_ns": stat.st_mtime_ns, "sha256": digest}
+    note = notes / f"{fingerprint(found['path'])}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a damaged note is none
+        was = json.loads(note.read_bytes())
+        if (was["size"], was["time_ns"]) == (stat.st_size, stat.st_mtime_ns) and was["sha256"] != digest:
+            raise PipelineError(
+                f"{path}: damaged weights",
+                expected=f"SHA-256 {was['sha256']}, as when it was first used ({note})",
+                found=f"{digest}, though its size and time are the same",
+                do="fetch it anew",
+            )
+    with replacing(note) as temporary:
+        temporary.write_text(json.dumps(found) + "\n")
+    return state
 
 
 def _read(path: Path, own: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

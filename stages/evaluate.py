@@ -30,20 +30,14 @@ from pipeline.layout import (
     index_path,
     store_path,
 )
-from pipeline.models import (
-    Normalised,
-    build_student,
-    load_resized,
-    load_teacher,
-    parameter_count,
-    read_weights,
-)
+from pipeline.models import Normalised, build_student, load_resized, load_teacher, parameter_count
 from pipeline.plots import draw_views, plot_curves, plot_disagreement
 from pipeline.ranks import Rank
 from pipeline.report import Result, format_table, write_report
 from pipeline.runlog import read_curve
 from pipeline.shards import Index
 from pipeline.store import Store
+from pipeline.weights import read_weights
 from stages.experiment import describe_experiment, shown_samples
 
 TRUTH = "truth"

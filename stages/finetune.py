@@ -10,14 +10,15 @@ import torch
 
 from pipeline.config import Config, finetune_fields
 from pipeline.errors import NotYet, UsageError
-from pipeline.layout import finetune_folder, index_path, state_folder, student_folder
-from pipeline.models import Normalised, build_student, load_resized, read_weights, weights_hash, with_new_heads
+from pipeline.layout import finetune_folder, index_path, notes_folder, state_folder, student_folder
+from pipeline.models import Normalised, build_student, load_resized, with_new_heads
 from pipeline.plan import plan_of
 from pipeline.recipe import recipe_fingerprint
 from pipeline.run import Run, describe_run, run_identity
 from pipeline.shards import Index
 from pipeline.strict import fingerprint
 from pipeline.teaching import NoTeacher
+from pipeline.weights import read_foreign, read_weights, weights_hash
 from stages.train_student import find_teacher, finish
 
 # what fine-tuning keeps of the student's own settings
@@ -48,7 +49,7 @@ def run(config: Config, device: torch.device, name: str, teacher: str = "stored"
                 if settings.weights
                 else f"run: pipeline train-student --student {name}",
             )
-        start(model, source, transfer=settings.weights is not None)
+        start(model, source, notes_folder(config) if settings.weights else None)
         teaching, taught_by = find_teacher(config, student, "finetune", train_index, device, teacher)
     except NotYet as error:
         if not dry_run:
@@ -86,10 +87,14 @@ def run(config: Config, device: torch.device, name: str, teacher: str = "stored"
         finish(training, finetune_folder(config, name))
 
 
-def start(model: Normalised, source: Path, transfer: bool) -> None:
-    """Load what fine-tuning starts from; onto another data set (paper, section 5.4), with heads of its own."""
-    state = read_weights(source, own=not transfer)
-    if transfer:
+def start(model: Normalised, source: Path, notes: Path | None) -> None:
+    """Load what fine-tuning starts from; onto another data set (paper, section 5.4), with heads of its own.
+
+    Args:
+        notes: where the digests of foreign files are kept; None: it is a student of this experiment.
+    """
+    state = read_foreign(source, notes) if notes else read_weights(source, own=True)
+    if notes:
         state, anew = with_new_heads(model, state)
         print(f"{source}: " + (f"{', '.join(anew)} begin anew" if anew else "heads kept, the classes being as many"))
     load_resized(model, state, str(source))

@@ -14,7 +14,7 @@ from pipeline.config import Config, Recipe, Training, result_fields
 from pipeline.errors import NotYet, PipelineError
 from pipeline.evaluation import classifiers, predict, top_k_accuracy
 from pipeline.files import replacing
-from pipeline.layout import UNNEEDED, index_path, state_folder, teacher_folder
+from pipeline.layout import UNNEEDED, index_path, notes_folder, state_folder, teacher_folder
 from pipeline.models import (
     Normalised,
     adaptable,
@@ -25,8 +25,6 @@ from pipeline.models import (
     pretrained_teacher,
     refuse_size,
     save_teacher,
-    save_weights,
-    weights_hash,
 )
 from pipeline.plan import Plan, plan_of
 from pipeline.ranks import Rank
@@ -35,6 +33,7 @@ from pipeline.run import Run, describe_run, run_identity
 from pipeline.runlog import write_curve
 from pipeline.shards import Index
 from pipeline.strict import fingerprint
+from pipeline.weights import save_weights, weights_hash
 
 
 def run(config: Config, device: torch.device, purpose: str = "train-student", dry_run: bool = False) -> None:
@@ -65,7 +64,8 @@ def run(config: Config, device: torch.device, purpose: str = "train-student", dr
         teacher = load_teacher(config, len(train.classes), device)
     else:
         assert config.teacher.weights, "without weights it is trained"
-        teacher = pretrained_teacher(config.teacher, config.teacher.weights, len(train.classes))
+        notes = notes_folder(config)
+        teacher = pretrained_teacher(config.teacher, config.teacher.weights, len(train.classes), notes)
     refuse_size(teacher, size, _size_key(config, purpose))
     publish(config, purpose, teacher, val, size, training, told, device)
 

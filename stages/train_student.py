@@ -17,7 +17,7 @@ from pipeline.layout import (
     store_path,
     student_folder,
 )
-from pipeline.models import Answering, build_student, describe_teacher, load_teacher, save_weights
+from pipeline.models import Answering, build_student, describe_teacher, load_teacher
 from pipeline.plan import plan_of
 from pipeline.ranks import Rank
 from pipeline.recipe import recipe_fingerprint
@@ -27,6 +27,7 @@ from pipeline.shards import Index
 from pipeline.store import Store
 from pipeline.strict import fingerprint
 from pipeline.teaching import NoTeacher, OnlineTeacher, StoredTeacher
+from pipeline.weights import save_weights
 
 
 def run(

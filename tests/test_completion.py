@@ -15,11 +15,12 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation import predict, top_k_accuracy
 from pipeline.layout import RUN_LOCK, index_path, student_folder, teacher_folder
 from pipeline.lock import held
-from pipeline.models import build_student, load_weights, read_weights
+from pipeline.models import build_student
 from pipeline.ranks import Rank
 from pipeline.runlog import read_curve
 from pipeline.shards import Index
 from pipeline.training import Trainer
+from pipeline.weights import load_weights, read_weights
 from stages import prepare, train_student
 
 

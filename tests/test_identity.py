@@ -11,8 +11,9 @@ from test_training import CPU, Stop, loaded, taught, taught_template  # noqa: F4
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UsageError
 from pipeline.layout import student_folder, teacher_folder
-from pipeline.models import build_teacher, describe_teacher, load_teacher, read_weights, save_teacher, save_weights
+from pipeline.models import build_teacher, describe_teacher, load_teacher, save_teacher
 from pipeline.training import Trainer
+from pipeline.weights import read_weights, save_weights
 from stages import finetune, teacher, teacher_logits, train_student
 
 BRIEF = "student.epochs=1", "student.eval_epochs=1"

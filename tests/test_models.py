@@ -19,17 +19,13 @@ from pipeline.models import (
     build_student,
     build_teacher,
     load_resized,
-    load_weights,
     parameter_count,
-    read_own_weights,
-    read_weights,
     resize_pictures,
     resize_position_embedding,
-    save_weights,
     teacher_logits,
-    weights_hash,
     with_new_heads,
 )
+from pipeline.weights import load_weights, read_own_weights, read_weights, save_weights, weights_hash
 
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DISTILLED = Student(kwargs=SMALL, drop_path=0.0)

@@ -26,13 +26,13 @@ from pipeline.layout import (
     student_folder,
     teacher_folder,
 )
-from pipeline.models import build_student, build_teacher, parameter_count, save_teacher, save_weights
+from pipeline.models import build_student, build_teacher, parameter_count, save_teacher
 from pipeline.params import resolve
 from pipeline.plots import Sample, SeenView, draw_views, plot_curves, plot_disagreement
 from pipeline.report import Result, format_table, write_report
 from pipeline.runlog import write_curve
 from pipeline.shards import Index
-from pipeline.weights import read_weights
+from pipeline.weights import read_weights, save_weights
 from stages import evaluate, prepare, teacher_logits
 from stages.experiment import shown_samples
 

@@ -27,7 +27,7 @@ from pipeline.layout import (
     teacher_folder,
 )
 from pipeline.lock import kernel_lock
-from pipeline.models import adaptable, build_student, build_teacher, read_weights
+from pipeline.models import adaptable, build_student, build_teacher
 from pipeline.params import dump
 from pipeline.plan import plan_of
 from pipeline.run import Run
@@ -36,6 +36,7 @@ from pipeline.shards import Index
 from pipeline.signals import Interrupted
 from pipeline.store_writer import StoreWriter
 from pipeline.training import Trainer, step_seed, train
+from pipeline.weights import read_weights
 from stages import finetune, teacher, teacher_logits, train_student
 
 PURPOSES = ("train-student", "finetune")

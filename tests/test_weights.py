@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import struct
 
 import pytest
@@ -17,7 +18,7 @@ from pipeline.errors import PipelineError, UsageError
 from pipeline.files import replacing
 from pipeline.models import build
 from pipeline.params import resolve
-from pipeline.weights import load_weights, read_weights, save_weights, tensors_digest
+from pipeline.weights import load_weights, read_foreign, read_weights, save_weights, tensors_digest
 
 
 def small() -> nn.Module:
@@ -185,3 +186,19 @@ def test_a_header_of_anything_is_refused_in_our_words(tmp_path_factory, header, 
         assert sum(tensor.numel() for tensor in read_weights(path).values()) <= 8
     except PipelineError as error:
         assert str(path) in str(error)
+
+
+def test_a_foreign_file_that_changed_since_its_first_use_is_told_and_one_that_was_replaced_is_not(tmp_path):
+    path, notes = tmp_path / "theirs.safetensors", tmp_path / "notes"
+    safetensors.torch.save_file(small().state_dict(), path)
+    first, stat = tensors_digest(read_foreign(path, notes)), path.stat()
+    read_foreign(path, notes)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert "as when it was first used" in refusal(read_foreign, path, notes)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+    assert tensors_digest(read_foreign(path, notes)) != first
+    next(notes.iterdir()).write_bytes(b"[\xff")
+    assert read_foreign(path, notes)
