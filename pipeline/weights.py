@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    if zipfile.is_zipfile(path):  # as torch.save writes, with checksums that torch.load does not compare
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} in it has another checksum")
     with torch.serialization.safe_globals([argparse.Namespace]):  # of DeiT's checkpoints, which hold their arguments
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     for key in ("model", "state_dict"):

@@ -202,3 +202,12 @@ def test_a_foreign_file_that_changed_since_its_first_use_is_told_and_one_that_wa
     assert tensors_digest(read_foreign(path, notes)) != first
     next(notes.iterdir()).write_bytes(b"[\xff")
     assert read_foreign(path, notes)
+
+
+def test_a_flipped_bit_in_a_tensor_of_a_pth_file_is_told(tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save({"model": small().state_dict()}, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(STATE["0.weight"].numpy().tobytes()) + 2] ^= 1
+    path.write_bytes(data)
+    assert "has another checksum" in refusal(read_weights, path)
