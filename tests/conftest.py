@@ -2,8 +2,12 @@
 
 import contextlib
 import io
+import os
 import resource
 from pathlib import Path
+
+# before torch starts its threads: for models as small as these two cost several times what they bring
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

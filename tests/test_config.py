@@ -181,6 +181,7 @@ def test_empty_file_is_the_defaults():
     assert resolve(parse_yaml("", "trial.yaml"), (), "trial.yaml") == Config()
 
 
+models = st.text(st.characters(exclude_characters=":/"), max_size=12).map("x".__add__)
 words = st.text(max_size=12).map("x".__add__)  # the x: words that look like numbers have their own test
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | words,
@@ -202,7 +203,7 @@ def configs(draw) -> Config:
     accumulation = draw(st.integers(1, 3))
     training = {"batch_size": group * accumulation * draw(st.integers(1, 9)), "accumulation": accumulation}
     variants = st.fixed_dictionaries(
-        {}, optional={"lr": fractions, "alpha": fractions, "model": words, "distillation": st.just("none")}
+        {}, optional={"lr": fractions, "alpha": fractions, "model": models, "distillation": st.just("none")}
     )
     return Config.model_validate(
         {
