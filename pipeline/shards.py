@@ -502,5 +502,18 @@ class Index:
         return os.pread(self._files[shard], size, offset)
 
     def image(self, shard: int, position: int) -> np.ndarray:
-        """A sample's decoded image, uint8 (height, width, 3)."""
-        return decode_again(self.read(shard, position), self.max_pixels)
+        """A sample's decoded image, uint8 (height, width, 3).
+
+        Raises:
+            PipelineError: see `read`; or the bytes are as indexed, but no image: prepare never indexes such.
+        """
+        data = self.read(shard, position)
+        try:
+            return decode_again(data, self.max_pixels)
+        except Undecodable as error:
+            raise PipelineError(
+                f"{self.location}/{self.names[shard]}: sample {self.rows(shard)[position]['key'].decode()!r}",
+                expected=f"an image of at most {self.max_pixels:,} pixels",
+                found=str(error),
+                do="run prepare again (dvc repro -f prepare): the index is not of its making",
+            ) from error
