@@ -60,8 +60,8 @@ def _in_place(file: TextIO, path: str | Path) -> bool:
 def held(path: str | Path) -> bool | None:
     """Whether a process holds the lock; None where that is not for this machine's kernel to tell."""
     try:
-        with open(path) as file:
-            if file.read() != socket.gethostname():
+        with open(path, "rb") as file:
+            if file.read(1000) != socket.gethostname().encode():  # or damaged: whatever bytes those are
                 return None
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False

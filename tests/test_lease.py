@@ -287,3 +287,8 @@ def test_who_waits_for_a_lock_that_is_deleted_meanwhile_gets_the_one_in_its_plac
         path.parent.rmdir()
     waiting.join(10)
     assert got.is_set()
+
+
+def test_a_damaged_lock_file_tells_of_nobody(tmp_path):
+    (tmp_path / "lock").write_bytes(b"\xf6\x00host")
+    assert held(tmp_path / "lock") is None
