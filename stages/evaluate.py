@@ -37,7 +37,7 @@ from pipeline.report import Result, format_table, write_report
 from pipeline.runlog import read_curve
 from pipeline.shards import Index
 from pipeline.store import Store
-from pipeline.weights import read_weights
+from pipeline.weights import read_own_weights, read_weights
 from stages.experiment import describe_experiment, shown_samples
 
 TRUTH = "truth"
@@ -176,11 +176,24 @@ def refuse_missing(entries: list[Entry]) -> None:
 def load_model(
     config: Config, entry: Entry, classes: int, device: torch.device, size: int | None = None
 ) -> Normalised:
-    """An entry's model with its weights, in eval mode on the device; at its own size, or at another."""
+    """An entry's model with its weights, in eval mode on the device; at its own size, or at another.
+
+    Raises:
+        PipelineError: no weights, damaged ones, or those of another run than the metrics beside them.
+    """
     if entry.student is None:
         return load_teacher(config, classes, device)
     model = build_student(entry.student, config.recipe, classes, size or entry.size)
-    load_resized(model, read_weights(entry.weights, own=True), str(entry.weights))
+    state, about = read_own_weights(entry.weights)
+    told = entry.folder / "metrics.json"
+    if told.exists() and "run" in about and f'"{about["run"]}"' not in told.read_text(errors="replace"):
+        raise PipelineError(
+            f"{entry.weights}: weights of another run",
+            expected=f"those of the run that {told} names",
+            found=f"run {about['run']}",
+            do=f"run: pipeline {entry.command} (or dvc repro)",
+        )
+    load_resized(model, state, str(entry.weights))
     return model.to(device).eval()
 
 

@@ -146,7 +146,7 @@ def finish(training: Run, folder: Path) -> None:
     if Rank.start(training.device).rank:
         return  # rank 0 publishes
     with replacing(folder / "weights.safetensors") as temporary:
-        save_weights(temporary, training.model.model)
+        save_weights(temporary, training.model.model, {"run": fingerprint(training.identity)})
     write_curve(folder / "curve.csv", training.folder / "log.jsonl", metrics)
     with replacing(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics | {"run": fingerprint(training.identity)}, indent=1) + "\n")

@@ -407,3 +407,17 @@ def test_weights_of_another_model_than_the_named_one_are_refused(mini, tmp_path)
         evaluate.run_weights(config, device, source, "deit_small_distilled_patch16_224", 16)
     with pytest.raises(UsageError, match="such as deit"):
         evaluate.run_weights(config, device, source, "deit_smal_distilled_patch16_224", 16)
+
+
+def test_weights_of_another_run_than_the_metrics_beside_them_are_refused(mini):
+    config = mini[0] if isinstance(mini, tuple) else mini
+    folder, model = student_folder(config, "plain"), build_student(config.student_named("plain"), config.recipe, 2, 16)
+    before = (folder / "weights.safetensors").read_bytes()
+    save_weights(folder / "weights.safetensors", model.model, {"run": "a" * 32})
+    (folder / "metrics.json").write_text(json.dumps({"run": "b" * 32}))
+    try:
+        with pytest.raises(PipelineError, match="weights of another run"):
+            evaluate.run(config, torch.device("cpu"))
+    finally:
+        (folder / "weights.safetensors").write_bytes(before)
+        (folder / "metrics.json").unlink()
