@@ -2,7 +2,7 @@
 
 Nothing is read from outside. Photographs are noise of several scales; labels, answers and weights are random.
 Real are the shards and their index, the rendering, the groups' checks, which the store holds and training
-compares, and the step itself, which is pipeline.training.Trainer's.
+compares, and the step itself, which is pipeline.training.trainer.Trainer's.
 """
 
 
@@ -20,18 +20,19 @@ import cv2
 import numpy as np
 import torch
 
-from pipeline.config import Recipe, Student
-from pipeline.groups import Groups
-from pipeline.loader import step_loader, stored_answers
-from pipeline.meters import Fetched
-from pipeline.models import Normalised, build_student
-from pipeline.plan import Plan
-from pipeline.recipe import group_count
-from pipeline.run import Run
-from pipeline.shards import Index, index_shard, write_index, write_shard
-from pipeline.store import Identity, Store
-from pipeline.store_writer import StoreWriter
-from pipeline.training import Trainer
+from pipeline.batches.batch import Groups
+from pipeline.batches.loader import step_loader
+from pipeline.batches.plan import Plan
+from pipeline.batches.transfer import DeviceToHostCopy
+from pipeline.config.schema import Recipe, Student
+from pipeline.models.build import Normalised, build_student
+from pipeline.shards.index import Index, index_shard, write_index, write_shard
+from pipeline.store.reader import Identity, Store
+from pipeline.store.writer import StoreWriter
+from pipeline.training.run import Run
+from pipeline.training.teachers import stored_answers
+from pipeline.training.trainer import Trainer
+from pipeline.views.draw import group_count
 
 # instead of a model's own, with --tiny: seconds on one core
 TINY_STUDENT = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -144,7 +145,7 @@ class Stepping:
     waited: float = 0.0
     """Of these, for the values of the step before, which the device still computed."""
     steps: int = 0
-    arriving: Fetched | None = None
+    arriving: DeviceToHostCopy | None = None
 
     def __call__(self) -> None:
         start = time.perf_counter()
@@ -153,7 +154,7 @@ class Stepping:
         if self.arriving:
             self.arriving.get()
         self.waited += time.perf_counter() - issued
-        self.arriving = Fetched(values)
+        self.arriving = DeviceToHostCopy(values)
         self.trainer.step += 1
         self.steps += 1
         self.seconds += time.perf_counter() - start
@@ -209,7 +210,7 @@ def in_turns(works: dict, rounds: int, seconds: float, device: torch.device) -> 
 
 def flop_bound(teacher: Normalised, student: Normalised, size: int) -> tuple[float, int, int]:
     """1 + T / (3 S), T and S being multiply-adds of a forward, a step taking three; and T and S."""
-    from pipeline.evaluation import multiply_adds
+    from pipeline.models.evaluation import multiply_adds
 
     of_teacher, of_student = multiply_adds(teacher, size), multiply_adds(student, size)
     return 1 + of_teacher / (3 * of_student), of_teacher, of_student

@@ -11,15 +11,15 @@ import click
 import torch
 from machine import conditions
 
-from pipeline.answers import decode_logits, encode, row_bytes
-from pipeline.config import Config, TeacherLogits
-from pipeline.groups import Renderer, mixed
-from pipeline.layout import index_path
-from pipeline.models import Answering, load_teacher, resize_pictures, teacher_logits
-from pipeline.params import load
-from pipeline.plan import Item
-from pipeline.recipe import group_count
-from pipeline.shards import Index
+from pipeline.batches.batch import Renderer, mixed
+from pipeline.batches.plan import Item
+from pipeline.config.params import load
+from pipeline.config.paths import index_path
+from pipeline.config.schema import Config, TeacherLogits
+from pipeline.models.build import Answering, load_teacher, resize_pictures, teacher_logits
+from pipeline.shards.index import Index
+from pipeline.store.encoding import decode_logits, encode, row_bytes
+from pipeline.views.draw import group_count
 
 TAUS = (1.0, 3.0)
 

@@ -1,13 +1,13 @@
 """What a GPU makes of the teacher and of a student's step: one report, meant to take seven minutes on an H200.
 
 \b
-* teacher: views/s of stages.teacher_logits.UnitWorker, committing to a store, with groups that were rendered
+* teacher: views/s of pipeline.store.labelling.UnitWorker, committing to a store, with groups that were rendered
   before and with the real loader, beside the bare forward of the same teacher on pictures on the device;
 * bits: a unit's float16 logits, computed again, and with other numbers of workers;
 * repeats: steps of a student and of a teacher that is trained, done twice from the same weights, without and with
   `deterministic`: how many weights differ, and what a step takes;
 * loader: the step with the store from the real loader, of the first case with the student `small`;
-* each of --cases, a student at a size: the step of pipeline.training.Trainer without distillation, with the
+* each of --cases, a student at a size: the step of pipeline.training.trainer.Trainer without distillation, with the
   store, and with the teacher in the loop, on groups in the host's pinned memory (copied as in training) and
   on the device; and the teacher's forward alone. Bound: 1 + forward / step without distillation, groups on
   the device; FLOP bound: 1 + T / (3 S), T and S being multiply-adds of a forward.
@@ -62,15 +62,17 @@ from lab import BLOCK, CLASSES, Lab, allocated, attempt, head, make_lab, reason,
 from machine import conditions, spread
 from repeats import repeats_part
 
-from pipeline.config import Config, Finetune, Student
-from pipeline.groups import Groups, mixed
-from pipeline.loader import on_device, step_loader, unit_loader
-from pipeline.models import Answering, build_student
-from pipeline.options import DEVICE, find_device
-from pipeline.plan import Unit
-from pipeline.store import Identity
-from pipeline.store_writer import StoreWriter
-from pipeline.teaching import NoTeacher, OnlineTeacher, StoredTeacher
+from pipeline.batches.batch import Groups, mixed
+from pipeline.batches.loader import step_loader, unit_loader
+from pipeline.batches.plan import Unit
+from pipeline.batches.transfer import on_device
+from pipeline.cli.options import DEVICE, find_device
+from pipeline.config.schema import Config, Finetune, Student
+from pipeline.models.build import Answering, build_student
+from pipeline.store.reader import Identity
+from pipeline.store.writer import StoreWriter
+from pipeline.training.run import NoTeacher
+from pipeline.training.teachers import OnlineTeacher, StoredTeacher
 from stages import teacher_logits as stage
 
 BIG, SMALL = Unit(0, 0), Unit(2, 0)

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from experiment import TINY_STUDENT, TINY_TEACHER, make_index, photographs, synchronize
 
-from pipeline.config import Recipe, Teacher, TeacherLogits
-from pipeline.models import Normalised, build_teacher
-from pipeline.shards import Index
+from pipeline.config.schema import Recipe, Teacher, TeacherLogits
+from pipeline.models.build import Normalised, build_teacher
+from pipeline.shards.index import Index
 
 BLOCK = 24  # not 30: then a unit of one group a worker comes out in whole batches
 CLASSES = 1000

@@ -24,11 +24,11 @@ import click
 import torch
 from machine import conditions, spread
 
-from pipeline.config import Recipe
-from pipeline.groups import Renderer
-from pipeline.loader import step_loader
-from pipeline.plan import Plan
-from pipeline.shards import Index, index_shard, write_index, write_shard
+from pipeline.batches.batch import Renderer
+from pipeline.batches.loader import step_loader
+from pipeline.batches.plan import Plan
+from pipeline.config.schema import Recipe
+from pipeline.shards.index import Index, index_shard, write_index, write_shard
 
 RECIPE = Recipe()
 GROUPS = 16

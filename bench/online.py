@@ -5,7 +5,7 @@ a step. The step is Trainer.train_step, fed with groups that were rendered befor
 EMA of the weights are in it, rendering is not. The ways take turns and change places; ratios are taken
 within a round, and so is the bound: 1 + the teacher's forward / the step without distillation, each alone.
 The FLOP bound is 1 + T / (3 S), T and S being multiply-adds of a forward. One way more is the step with the
-store whose linear layers are torch's own again: what pipeline/linear.py gains.
+store whose linear layers are torch's own again: what pipeline/models/linear.py gains.
 
 What the store adds is told twice. The step with it less the step without distillation is small beside the
 noise, and holds the loss of the second head too. `stored_answers` is reading and comparing alone: in a loop,
@@ -41,11 +41,12 @@ from experiment import (
 from machine import conditions, spread
 from torch import nn
 
-from pipeline.config import Recipe, Student, Teacher, TeacherLogits
-from pipeline.groups import mixed
-from pipeline.linear import OneDNNLinear
-from pipeline.models import Answering, Normalised, build_student, build_teacher
-from pipeline.teaching import NoTeacher, OnlineTeacher, StoredTeacher
+from pipeline.batches.batch import mixed
+from pipeline.config.schema import Recipe, Student, Teacher, TeacherLogits
+from pipeline.models.build import Answering, Normalised, build_student, build_teacher
+from pipeline.models.linear import OneDNNLinear
+from pipeline.training.run import NoTeacher
+from pipeline.training.teachers import OnlineTeacher, StoredTeacher
 
 CPU = torch.device("cpu")
 GROUP, STEPS = 8, 12

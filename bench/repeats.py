@@ -6,12 +6,12 @@ import torch
 from experiment import Material, Stepping, make_material, timed
 from lab import CLASSES, Lab, head, row
 
-from pipeline.arithmetic import repeatable
-from pipeline.config import Student, Teacher
-from pipeline.models import build_student, build_teacher
-from pipeline.run import Run
-from pipeline.teaching import NoTeacher, StoredTeacher
-from pipeline.training import Trainer
+from pipeline.common.arithmetic import repeatable
+from pipeline.config.schema import Student, Teacher
+from pipeline.models.build import build_student, build_teacher
+from pipeline.training.run import NoTeacher, Run
+from pipeline.training.teachers import StoredTeacher
+from pipeline.training.trainer import Trainer
 
 STEPS = 12
 

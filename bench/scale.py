@@ -89,8 +89,6 @@ def run(step: Callable, scale: Scale) -> Measured:
     """A step, in this process, which must be fresh."""
     import torch
 
-    import pipeline.audit
-    import pipeline.loader  # noqa: F401  a training has them all
 
     torch.set_num_threads(1)
     imports = resident()
@@ -117,7 +115,7 @@ def make_index(scale: Scale, clock: Clock) -> dict[str, float]:
     """Rows as ImageNet's: keys such as n01440764/n01440764_10026, sizes of a photograph's."""
     import numpy as np
 
-    from pipeline.shards import ShardIndex, row_type, write_index
+    from pipeline.shards.index import ShardIndex, row_type, write_index
 
     rng, shards, first = np.random.default_rng(0), [], 0
     for number in range(scale.shards):
@@ -138,10 +136,10 @@ def make_index(scale: Scale, clock: Clock) -> dict[str, float]:
 
 
 def created(scale: Scale, clock: Clock):
-    from pipeline.config import Recipe
-    from pipeline.shards import Index
-    from pipeline.store import Identity
-    from pipeline.store_writer import StoreWriter
+    from pipeline.config.schema import Recipe
+    from pipeline.shards.index import Index
+    from pipeline.store.reader import Identity
+    from pipeline.store.writer import StoreWriter
 
     index = Index(scale.index)
     clock("Index")
@@ -158,8 +156,8 @@ def create(scale: Scale, clock: Clock) -> None:
 def write(scale: Scale, clock: Clock) -> dict[str, float]:
     import numpy as np
 
-    from pipeline.plan import Unit
-    from pipeline.recipe import group_count
+    from pipeline.batches.plan import Unit
+    from pipeline.views.draw import group_count
 
     store, rng, spent = created(scale, clock), np.random.default_rng(1), 0.0
     for shard, samples in enumerate(store.index.samples):
@@ -180,10 +178,10 @@ def write(scale: Scale, clock: Clock) -> dict[str, float]:
 
 
 def opened(scale: Scale, clock: Clock):
-    from pipeline.config import Recipe, Student
-    from pipeline.plan import plan_of
-    from pipeline.shards import Index
-    from pipeline.store import Store
+    from pipeline.batches.plan import plan_of
+    from pipeline.config.schema import Recipe, Student
+    from pipeline.shards.index import Index
+    from pipeline.store.reader import Store
 
     index = Index(scale.index)
     clock("Index")
@@ -219,9 +217,9 @@ def read(scale: Scale, clock: Clock) -> dict[str, float]:
 
 
 def missing(scale: Scale, clock: Clock) -> dict[str, float]:
-    from pipeline.config import Recipe
-    from pipeline.shards import Index
-    from pipeline.store import Store
+    from pipeline.config.schema import Recipe
+    from pipeline.shards.index import Index
+    from pipeline.store.reader import Store
 
     store = Store.open(scale.store, Index(scale.index), Recipe(block=BLOCK))
     clock.skip()
@@ -231,10 +229,10 @@ def missing(scale: Scale, clock: Clock) -> dict[str, float]:
 
 
 def manifest(scale: Scale, clock: Clock) -> None:
-    from pipeline.audit import manifest
-    from pipeline.config import Recipe
-    from pipeline.shards import Index
-    from pipeline.store import Store
+    from pipeline.config.schema import Recipe
+    from pipeline.shards.index import Index
+    from pipeline.store.manifest import manifest
+    from pipeline.store.reader import Store
 
     store = Store.open(scale.store, Index(scale.index), Recipe(block=BLOCK))
     clock.skip()
@@ -281,7 +279,7 @@ def goals(runs: dict[str, list[Measured]]) -> None:
 
 def rest(scale: Scale, runs: dict[str, list[Measured]], block: tuple[int, int, int], views_per_second: float) -> None:
     """Arithmetic from block 0 to the whole store, of all kinds."""
-    from pipeline.answers import KINDS, row_bytes
+    from pipeline.store.encoding import KINDS, row_bytes
 
     units, rows = scale.shards * scale.blocks, scale.rows * scale.views
     files, size, taken = block

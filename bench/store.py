@@ -4,7 +4,7 @@
 1,000 rows in `--block` views. 30 views as in the recipe are too many of the dense kinds for a benchmark,
 so all kinds are measured at 3; argmax and topk also at `--narrow-block`.
 
-ours: pipeline.store.Store, which compares the CRC-32C and the checksum of all it reads. memmap: the same
+ours: pipeline.store.reader.Store, which compares the CRC-32C and the checksum of all it reads. memmap: the same
 argmax and payload as raw `np.memmap`, nothing checked; the limit. keyed: a file a view of fixed-size
 records (int32 seed, int16 classes, then the values), a list of the samples' names beside it, each record
 sought and read by its name; topk keeps 10 classes and 10 float16, argmax one of each, the dense kinds the
@@ -16,7 +16,7 @@ a read, read through a buffer in tar order and without one in training's.
 * then every answer that a method gives is compared with what was written, which fills the page cache;
 * one view of a shard: the Store's cache is emptied before each;
 * shard order: all views of a shard, then the next; by view of 1,000 rows;
-* training order: pipeline.plan's with 16 open shards, a step of 16 groups at a time. `stored_answers` is
+* training order: pipeline.batches.plan's with 16 open shards, a step of 16 groups at a time. `stored_answers` is
   what training calls: it compares the groups' checks too, and makes tensors.
 
 Methods take turns at every piece of work and change places; ratios are taken within a round.
@@ -46,13 +46,13 @@ import numpy as np
 import torch
 from machine import conditions, filesystem, spread
 
-from pipeline.answers import DTYPES, KINDS, payload_width
-from pipeline.config import Recipe
-from pipeline.loader import stored_answers
-from pipeline.plan import Item, Plan, Unit
-from pipeline.recipe import group_count
-from pipeline.store import Identity, Store
-from pipeline.store_writer import StoreWriter
+from pipeline.batches.plan import Item, Plan, Unit
+from pipeline.config.schema import Recipe
+from pipeline.store.encoding import DTYPES, KINDS, payload_width
+from pipeline.store.reader import Identity, Store
+from pipeline.store.writer import StoreWriter
+from pipeline.training.teachers import stored_answers
+from pipeline.views.draw import group_count
 
 SHARDS, SAMPLES, CLASSES, TOP_K = 50, 1000, 1000, 10
 STEP = 16  # groups
@@ -130,7 +130,7 @@ class Case:
 
 
 class Ours:
-    """pipeline.store.Store."""
+    """pipeline.store.reader.Store."""
 
     def __init__(self, folder: Path, case: Case):
         self.folder, self.case = folder, case

@@ -23,11 +23,13 @@ import torch
 from machine import conditions, spread
 from PIL import Image
 
-from pipeline.config import Recipe
-from pipeline.ops import apply_op
-from pipeline.policies import INCREASING_OPS, op_argument
-from pipeline.recipe import draw_mix, draw_view, group_check
-from pipeline.views import _erase, _resized, decode, decode_again, render
+from pipeline.batches.batch import group_check
+from pipeline.config.policies import INCREASING_OPS, op_argument
+from pipeline.config.schema import Recipe
+from pipeline.shards.images import decode, decode_again
+from pipeline.views.draw import draw_mix, draw_view
+from pipeline.views.ops import apply_op
+from pipeline.views.render import _erase, _resized, render
 
 RECIPE = Recipe()
 FILL = (124, 116, 104)
@@ -62,7 +64,7 @@ def timm_way(uint8: bool):
 
 
 def our_way(views: int):
-    """As pipeline.groups.Renderer does it: a group is decoded, then each view of it drawn and rendered."""
+    """As pipeline.batches.batch.Renderer does it: a group is decoded, then each view of it drawn and rendered."""
     out = np.empty((64, 3, RECIPE.size, RECIPE.size), np.uint8)
 
     def several(group: list[bytes], turn: int) -> int:

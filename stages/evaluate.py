@@ -9,19 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.audit import read_manifest, read_summary
-from pipeline.config import Config, Student
-from pipeline.errors import PipelineError
-from pipeline.evaluation import (
-    classifiers,
-    disagreement,
-    multiply_adds,
-    predict,
-    throughput,
-    top_k_accuracy,
-)
-from pipeline.files import replacing
-from pipeline.layout import (
+from pipeline.common.distributed import Rank
+from pipeline.common.errors import PipelineError
+from pipeline.common.files import replacing
+from pipeline.config.paths import (
     FINETUNED,
     TEACHER,
     answers_folder,
@@ -30,15 +21,24 @@ from pipeline.layout import (
     index_path,
     store_path,
 )
-from pipeline.models import Normalised, build_student, load_resized, load_teacher, parameter_count
-from pipeline.plots import draw_views, plot_curves, plot_disagreement
-from pipeline.ranks import Rank
-from pipeline.report import Result, format_table, write_report
-from pipeline.runlog import read_curve
-from pipeline.shards import Index
-from pipeline.store import Store
-from pipeline.weights import read_own_weights, read_weights
-from stages.experiment import describe_experiment, shown_samples
+from pipeline.config.schema import Config, Student
+from pipeline.models.build import Normalised, build_student, load_resized, load_teacher, parameter_count
+from pipeline.models.evaluation import (
+    classifiers,
+    disagreement,
+    multiply_adds,
+    predict,
+    throughput,
+    top_k_accuracy,
+)
+from pipeline.models.weights import read_own_weights, read_weights
+from pipeline.report.facts import describe_experiment, shown_samples
+from pipeline.report.html import Result, format_table, write_report
+from pipeline.report.plots import draw_views, plot_curves, plot_disagreement
+from pipeline.shards.index import Index
+from pipeline.store.manifest import read_manifest, read_summary
+from pipeline.store.reader import Store
+from pipeline.training.log import read_curve
 
 TRUTH = "truth"
 SIZES = ("model", "trained", "size", "classifier", "top1", "top5")  # columns of sizes.csv

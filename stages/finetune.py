@@ -8,18 +8,18 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import Config, finetune_fields
-from pipeline.errors import NotYet, UsageError
-from pipeline.layout import finetune_folder, index_path, notes_folder, state_folder, student_folder
-from pipeline.models import Normalised, build_student, load_resized, with_new_heads
-from pipeline.plan import plan_of
-from pipeline.recipe import recipe_fingerprint
-from pipeline.run import Run, describe_run, run_identity
-from pipeline.shards import Index
-from pipeline.strict import fingerprint
-from pipeline.teaching import NoTeacher
-from pipeline.weights import read_foreign, read_weights, weights_hash
-from stages.train_student import find_teacher, finish
+from pipeline.batches.plan import plan_of
+from pipeline.common.errors import NotYet, UsageError
+from pipeline.config.paths import finetune_folder, index_path, notes_folder, state_folder, student_folder
+from pipeline.config.schema import Config, finetune_fields
+from pipeline.config.validation import fingerprint
+from pipeline.models.build import Normalised, build_student, load_resized, with_new_heads
+from pipeline.models.weights import read_foreign, read_weights, weights_hash
+from pipeline.shards.index import Index
+from pipeline.training.completion import finish
+from pipeline.training.run import NoTeacher, Run, describe_run, run_identity
+from pipeline.training.teachers import find_teacher
+from pipeline.views.draw import recipe_fingerprint
 
 # what fine-tuning keeps of the student's own settings
 TAKEN_OVER = ("model", "kwargs", "distillation", "alpha", "tau", "soft_reduction")

@@ -6,9 +6,9 @@ when that does; where a teacher or store is not, its stage leaves a mark in its 
 
 import json
 
-from pipeline.config import PURPOSES, Config
-from pipeline.files import replacing
-from pipeline.layout import needed_path
+from pipeline.common.files import replacing
+from pipeline.config.paths import needed_path
+from pipeline.config.schema import PURPOSES, Config
 
 
 def run(config: Config) -> None:

@@ -19,18 +19,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.config import Config, Data
-from pipeline.contents import digest, file_digests, recall, remember
-from pipeline.cores import cores
-from pipeline.errors import PipelineError, UsageError
-from pipeline.files import file_sha256, sweep
-from pipeline.layout import DATA_LOCK, index_path, local_work
-from pipeline.lock import kernel_lock
-from pipeline.recipe import permutation, stream_key
-from pipeline.shards import Index, ShardIndex, index_shard, publish_index, shard_stamp, write_index, write_shard
-from pipeline.signals import end_with_the_parent, unwinding
-from pipeline.sources import Listing, expand, kinds, list_split, load_sample, sample_keys, split_folder
-from pipeline.strict import fingerprint
+from pipeline.common.cores import cores
+from pipeline.common.errors import PipelineError, UsageError
+from pipeline.common.files import file_sha256, sweep
+from pipeline.common.lock import kernel_lock
+from pipeline.common.signals import end_with_the_parent, unwinding
+from pipeline.common.streams import permutation, stream_key
+from pipeline.config.paths import DATA_LOCK, index_path, local_work
+from pipeline.config.schema import Config, Data
+from pipeline.config.validation import fingerprint
+from pipeline.shards.contents import digest, file_digests, recall, remember
+from pipeline.shards.index import Index, ShardIndex, index_shard, publish_index, shard_stamp, write_index, write_shard
+from pipeline.shards.sources import Listing, expand, kinds, list_split, load_sample, sample_keys, split_folder
 
 SPLITS = ("train", "val")
 SHARDS_DEPEND_ON = {"source", "seed", "shard_samples", "max_pixels", "exif_orientation"}
@@ -69,7 +69,7 @@ def run(config: Config, dry_run: bool = False, quick: bool = False) -> None:
             every image and every shard is read.
 
     Raises:
-        UsageError, PipelineError: see pipeline.sources and pipeline.shards.
+        UsageError, PipelineError: see pipeline.shards.sources and pipeline.shards.index.
     """
     parts = _foreign_parts(config) if config.data.source == "shards" else _own_parts(config, dry_run, quick)
     classes: list[str] = []

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.completion import complete
-from pipeline.config import Config, Recipe, Training, result_fields
-from pipeline.errors import NotYet, PipelineError
-from pipeline.evaluation import classifiers, predict, top_k_accuracy
-from pipeline.files import replacing
-from pipeline.layout import UNNEEDED, index_path, notes_folder, state_folder, teacher_folder
-from pipeline.models import (
+from pipeline.batches.plan import Plan, plan_of
+from pipeline.common.distributed import Rank
+from pipeline.common.errors import NotYet, PipelineError
+from pipeline.common.files import replacing
+from pipeline.config.paths import UNNEEDED, index_path, notes_folder, state_folder, teacher_folder
+from pipeline.config.schema import Config, Recipe, Training, result_fields
+from pipeline.config.validation import fingerprint
+from pipeline.models.build import (
     Normalised,
     adaptable,
     build_teacher,
@@ -26,14 +27,13 @@ from pipeline.models import (
     refuse_size,
     save_teacher,
 )
-from pipeline.plan import Plan, plan_of
-from pipeline.ranks import Rank
-from pipeline.recipe import recipe_fingerprint
-from pipeline.run import Run, describe_run, run_identity
-from pipeline.runlog import write_curve
-from pipeline.shards import Index
-from pipeline.strict import fingerprint
-from pipeline.weights import save_weights, weights_hash
+from pipeline.models.evaluation import classifiers, predict, top_k_accuracy
+from pipeline.models.weights import save_weights, weights_hash
+from pipeline.shards.index import Index
+from pipeline.training.completion import complete
+from pipeline.training.log import write_curve
+from pipeline.training.run import Run, describe_run, run_identity
+from pipeline.views.draw import recipe_fingerprint
 
 
 def run(config: Config, device: torch.device, purpose: str = "train-student", dry_run: bool = False) -> None:

@@ -1,33 +1,23 @@
 """A DeiT student, trained from the store and the shards; the teacher is never run."""
 
-import json
-from pathlib import Path
 
 import torch
 
-from pipeline.audit import manifest, read_manifest
-from pipeline.completion import complete
-from pipeline.config import Config, Recipe, Student, result_fields
-from pipeline.errors import NotYet, PipelineError, UsageError
-from pipeline.files import replacing
-from pipeline.layout import (
-    answers_folder,
+from pipeline.batches.plan import plan_of
+from pipeline.common.errors import NotYet, UsageError
+from pipeline.config.paths import (
     index_path,
     state_folder,
-    store_path,
     student_folder,
 )
-from pipeline.models import Answering, build_student, describe_teacher, load_teacher
-from pipeline.plan import plan_of
-from pipeline.ranks import Rank
-from pipeline.recipe import recipe_fingerprint
-from pipeline.run import Run, describe_run, run_identity
-from pipeline.runlog import write_curve
-from pipeline.shards import Index
-from pipeline.store import Store
-from pipeline.strict import fingerprint
-from pipeline.teaching import NoTeacher, OnlineTeacher, StoredTeacher
-from pipeline.weights import save_weights
+from pipeline.config.schema import Config, Student, result_fields
+from pipeline.config.validation import fingerprint
+from pipeline.models.build import build_student
+from pipeline.shards.index import Index
+from pipeline.training.completion import finish
+from pipeline.training.run import NoTeacher, Run, describe_run, run_identity
+from pipeline.training.teachers import find_teacher
+from pipeline.views.draw import recipe_fingerprint
 
 
 def run(
@@ -93,62 +83,3 @@ def run(
     print(describe_run(training))
     if not dry_run:
         finish(training, student_folder(config, name))
-
-
-def find_teacher(
-    config: Config,
-    settings: Student,
-    purpose: str,
-    index: Index,
-    device: torch.device,
-    teacher: str = "stored",
-    named: str | None = None,
-) -> tuple[NoTeacher | StoredTeacher | OnlineTeacher, dict | None]:
-    """Who answers in training, and what of it the student's weights depend on."""
-    if settings.distillation == "none":
-        return NoTeacher(), None
-    recipe: Recipe = config.recipe if purpose == "train-student" else config.finetune_recipe()
-    if teacher == "online":
-        return _online(config, purpose, index, device)
-    path = answers_folder(config, purpose) / "manifest.json"
-    published = None
-    if named is None:
-        published = read_manifest(path)
-        named = store_path(config, published["fingerprint"])
-    store = Store.open(named, index, recipe)
-    views = config.teacher_logits.views if purpose == "train-student" else config.finetune.views
-    kind = "argmax" if settings.distillation == "hard" else config.teacher_logits.kind
-    # completeness is of the store itself: a manifest cannot know that a unit was deleted since
-    whole = manifest(store, views, kind)
-    if published and published["views"] == views and published != (
-        whole if published["kind"] == kind else manifest(store, views, published["kind"])
-    ):
-        raise PipelineError(
-            f"{store.path}: the answers",
-            expected=f"those that {path} names",
-            found="others: the store was computed anew since",
-            do="run teacher-logits again, so that its manifest is of this store",
-        )
-    store.keep = settings.open_shards + 4
-    return StoredTeacher(store, kind), {"store": store.fingerprint, "kind": kind, "units": whole["units"]}
-
-
-def _online(config: Config, purpose: str, index: Index, device: torch.device) -> tuple[OnlineTeacher, dict]:
-    settings, size = config.teacher_logits, config.teacher_size(purpose)
-    model = load_teacher(config, len(index.classes), device, purpose)
-    online = OnlineTeacher(Answering(model, settings, size))
-    return online, {"online": describe_teacher(config.teacher, model, size), "precision": settings.precision}
-
-
-def finish(training: Run, folder: Path) -> None:
-    """Train to the end unless that was done before, and publish the results."""
-    metrics = complete(training)
-    if Rank.start(training.device).rank:
-        return  # rank 0 publishes
-    with replacing(folder / "weights.safetensors") as temporary:
-        save_weights(temporary, training.model.model, {"run": fingerprint(training.identity)})
-    write_curve(folder / "curve.csv", training.folder / "log.jsonl", metrics)
-    with replacing(folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics | {"run": fingerprint(training.identity)}, indent=1) + "\n")
-    figures = {key: value for key, value in metrics.items() if not isinstance(value, str)}
-    print(f"{training.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))

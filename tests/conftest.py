@@ -43,7 +43,7 @@ def write_folders(root: Path, counts: dict[str, int], seed: int = 0) -> Path:
 
 def small_config(root: Path, **changes):
     """A configuration over root/train and root/val; `changes` are sections or `section__key`s."""
-    from pipeline.params import merge, resolve
+    from pipeline.config.params import merge, resolve
 
     values = merge(SMALL, {"work": str(root / "work"), "data": {s: str(root / s) for s in ("train", "val")}})
     for key, value in changes.items():
@@ -55,8 +55,8 @@ def small_config(root: Path, **changes):
 
 def make_data_set(root: Path, train: dict[str, int], val: dict[str, int], **changes):
     """Write class folders below `root`, prepare them in the current folder: configuration, training index."""
-    from pipeline.layout import index_path
-    from pipeline.shards import Index
+    from pipeline.config.paths import index_path
+    from pipeline.shards.index import Index
     from stages import prepare
 
     write_folders(root / "train", train)

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.cli import main
-from pipeline.store_writer import StoreWriter
-from pipeline.training import Trainer
+from pipeline.cli.main import main
+from pipeline.store.writer import StoreWriter
+from pipeline.training.trainer import Trainer
 
 
 def marked(function, name: str, marks: Path, pause_seconds: float = 0.03):

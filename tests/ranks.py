@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline import checkpoint
-from pipeline.cli import main
-from pipeline.ranks import Rank
-from pipeline.training import Trainer
+from pipeline.cli.main import main
+from pipeline.common.distributed import Rank
+from pipeline.training import checkpoint
+from pipeline.training.trainer import Trainer
 
 
 def dying(train_step, step: int):

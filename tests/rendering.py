@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.config import Recipe
-from pipeline.recipe import draw_view
-from pipeline.views import decode_again, render
+from pipeline.config.schema import Recipe
+from pipeline.shards.images import decode_again
+from pipeline.views.draw import draw_view
+from pipeline.views.render import render
 
 
 def natural(seed: int, width: int, height: int, noise: float = 4) -> np.ndarray:

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.arithmetic import repeatable
-from pipeline.errors import PipelineError
+from pipeline.common.arithmetic import repeatable
+from pipeline.common.errors import PipelineError
 
 
 def asked() -> tuple[Any, ...]:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import full_disk
 
-from pipeline import checkpoint
-from pipeline.checkpoint import KEPT, Found, newest, save
-from pipeline.errors import PipelineError
+from pipeline.common.errors import PipelineError
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint import KEPT, Found, newest, save
 
 CPU = torch.device("cpu")
 RUN = {"student": {"lr": 0.5, "model": "one"}, "index": "f" * 32}

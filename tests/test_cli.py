@@ -10,7 +10,7 @@ import yaml
 from click.testing import CliRunner
 from conftest import picture, write_folders
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("--set", "data.source=folder", "--set", "data.train=train", "--set", "data.val=val")

@@ -8,12 +8,12 @@ import pytest
 from test_ranks import two_ranks
 from test_training import CPU, loaded, losses, taught, taught_template, trained_losses  # noqa: F401  (fixtures)
 
-from pipeline.audit import read_manifest
-from pipeline.config import Config
-from pipeline.layout import answers_folder, index_path, store_path
-from pipeline.params import dump
-from pipeline.shards import Index
-from pipeline.store import Store
+from pipeline.config.params import dump
+from pipeline.config.paths import answers_folder, index_path, store_path
+from pipeline.config.schema import Config
+from pipeline.shards.index import Index
+from pipeline.store.manifest import read_manifest
+from pipeline.store.reader import Store
 from stages import teacher_logits
 
 pytestmark = [

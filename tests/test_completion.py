@@ -8,19 +8,19 @@ import torch
 from conftest import write_folders
 from test_training import CPU, loaded, newest_checkpoint, taught, taught_template  # noqa: F401  (fixtures)
 
-from pipeline import completion
-from pipeline.completion import alone, refuse_another
-from pipeline.config import Config
-from pipeline.errors import PipelineError
-from pipeline.evaluation import predict, top_k_accuracy
-from pipeline.layout import RUN_LOCK, index_path, student_folder, teacher_folder
-from pipeline.lock import held
-from pipeline.models import build_student
-from pipeline.ranks import Rank
-from pipeline.runlog import read_curve
-from pipeline.shards import Index
-from pipeline.training import Trainer
-from pipeline.weights import load_weights, read_weights
+from pipeline.common.distributed import Rank
+from pipeline.common.errors import PipelineError
+from pipeline.common.lock import held
+from pipeline.config.paths import RUN_LOCK, index_path, student_folder, teacher_folder
+from pipeline.config.schema import Config
+from pipeline.models.build import build_student
+from pipeline.models.evaluation import predict, top_k_accuracy
+from pipeline.models.weights import load_weights, read_weights
+from pipeline.shards.index import Index
+from pipeline.training import completion
+from pipeline.training.completion import alone, refuse_another
+from pipeline.training.log import read_curve
+from pipeline.training.trainer import Trainer
 from stages import prepare, train_student
 
 

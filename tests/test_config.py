@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Config, Recipe, Student, result_fields
-from pipeline.errors import UsageError
-from pipeline.params import LARGEST, dump, load, parse_yaml, resolve
-from pipeline.strict import fingerprint
+from pipeline.common.errors import UsageError
+from pipeline.config.params import LARGEST, dump, load, parse_yaml, resolve
+from pipeline.config.schema import Config, Recipe, Student, result_fields
+from pipeline.config.validation import fingerprint
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 

@@ -7,15 +7,23 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from pipeline.cli import main
-from pipeline.config import Recipe
-from pipeline.contact_sheet import draw_sheet, find_sample, group_cells, op_cells, sample_cells, words, words_of_op
-from pipeline.errors import UsageError
-from pipeline.groups import Renderer, mixed
-from pipeline.params import dump
-from pipeline.plan import Item
-from pipeline.policies import INCREASING_OPS, op_argument
-from pipeline.recipe import ViewParams
+from pipeline.batches.batch import Renderer, mixed
+from pipeline.batches.plan import Item
+from pipeline.cli.main import main
+from pipeline.common.errors import UsageError
+from pipeline.config.params import dump
+from pipeline.config.policies import INCREASING_OPS, op_argument
+from pipeline.config.schema import Recipe
+from pipeline.report.contact_sheet import (
+    draw_sheet,
+    find_sample,
+    group_cells,
+    op_cells,
+    sample_cells,
+    words,
+    words_of_op,
+)
+from pipeline.views.draw import ViewParams
 
 
 def test_words_name_crop_flip_ops_and_box():

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from pipeline.options import find_device
+from pipeline.cli.options import find_device
 
 
 @pytest.fixture

@@ -14,23 +14,24 @@ from click.testing import CliRunner
 from conftest import make_data_set
 from torch.nn.functional import conv2d
 
-from pipeline.audit import read_manifest
-from pipeline.cli import main
-from pipeline.config import Config
-from pipeline.groups import Groups
-from pipeline.layout import answers_folder, index_path, store_path
-from pipeline.loader import on_device, step_loader
-from pipeline.meters import Fetched, Speed
-from pipeline.models import build_student, load_teacher
-from pipeline.options import find_device
-from pipeline.params import dump, load
-from pipeline.plan import Plan, Unit, plan_of
-from pipeline.run import Run
-from pipeline.runlog import read_log
-from pipeline.shards import Index
-from pipeline.signals import Interrupted
-from pipeline.store import Store
-from pipeline.training import Trainer, train
+from pipeline.batches.batch import Groups
+from pipeline.batches.loader import step_loader
+from pipeline.batches.plan import Plan, Unit, plan_of
+from pipeline.batches.transfer import DeviceToHostCopy, on_device
+from pipeline.cli.main import main
+from pipeline.cli.options import find_device
+from pipeline.common.signals import Interrupted
+from pipeline.config.params import dump, load
+from pipeline.config.paths import answers_folder, index_path, store_path
+from pipeline.config.schema import Config
+from pipeline.models.build import build_student, load_teacher
+from pipeline.shards.index import Index
+from pipeline.store.manifest import read_manifest
+from pipeline.store.reader import Store
+from pipeline.training.log import read_log
+from pipeline.training.meters import Speed
+from pipeline.training.run import Run
+from pipeline.training.trainer import Trainer, train
 from stages import teacher, teacher_logits, train_student
 
 pytestmark = [
@@ -173,7 +174,7 @@ def test_fetched_values_are_those_of_when_they_were_sent(gpu):
     sent = [torch.full((1000,), 1.5, device=gpu), torch.full((3,), 7, dtype=torch.int16, device=gpu)]
     with nobody_waits():
         keep_busy()
-        fetched = Fetched(*sent)
+        fetched = DeviceToHostCopy(*sent)
         for tensor in sent:
             tensor.add_(1)
     found = fetched.get()
@@ -212,7 +213,7 @@ def test_a_step_waits_for_nothing(own, gpu, name):
     for _ in range(3):
         trainer.step += 1
         with nobody_waits():
-            values.append(Fetched(trainer.train_step(moved)))
+            values.append(DeviceToHostCopy(trainer.train_step(moved)))
     assert all(torch.isfinite(fetched.get()[0]).all() for fetched in values)
 
 
@@ -224,7 +225,7 @@ def test_asking_the_teacher_waits_for_nothing(own, gpu):
     worker.compute([Unit(0, 0)])  # the first makes cuDNN choose
     ask = worker.ask
 
-    def asked(batch: list[Groups]) -> tuple[list[Groups], Fetched]:
+    def asked(batch: list[Groups]) -> tuple[list[Groups], DeviceToHostCopy]:
         with nobody_waits():
             return ask(batch)
 

@@ -13,14 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_training import CPU, loaded, taught_template  # noqa: F401  (a fixture)
 
-from pipeline.audit import read_manifest
-from pipeline.errors import PipelineError
-from pipeline.layout import index_path
-from pipeline.progress import table
-from pipeline.sealed import _digest as sealed_digest
-from pipeline.shards import Index
-from pipeline.store import Store
-from stages import prune, status, train_student
+from pipeline.cli import prune, status
+from pipeline.cli.progress import table
+from pipeline.common.errors import PipelineError
+from pipeline.config.paths import index_path
+from pipeline.shards.index import Index
+from pipeline.store.manifest import read_manifest
+from pipeline.store.metadata import _digest as sealed_digest
+from pipeline.store.reader import Store
+from stages import train_student
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)

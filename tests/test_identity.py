@@ -8,12 +8,12 @@ import pytest
 import torch
 from test_training import CPU, Stop, loaded, taught, taught_template  # noqa: F401  (fixtures)
 
-from pipeline.config import Config
-from pipeline.errors import PipelineError, UsageError
-from pipeline.layout import student_folder, teacher_folder
-from pipeline.models import build_teacher, describe_teacher, load_teacher, save_teacher
-from pipeline.training import Trainer
-from pipeline.weights import read_weights, save_weights
+from pipeline.common.errors import PipelineError, UsageError
+from pipeline.config.paths import student_folder, teacher_folder
+from pipeline.config.schema import Config
+from pipeline.models.build import build_teacher, describe_teacher, load_teacher, save_teacher
+from pipeline.models.weights import read_weights, save_weights
+from pipeline.training.trainer import Trainer
 from stages import finetune, teacher, teacher_logits, train_student
 
 BRIEF = "student.epochs=1", "student.eval_epochs=1"
@@ -206,7 +206,7 @@ def test_a_network_with_batch_norm_does_not_go_on_with_another_number_of_ranks(t
     with monkeypatch.context() as patch, pytest.raises(Stop):
         stopped_at(3, patch)
         trained_teacher()
-    monkeypatch.setattr("pipeline.run.world_size", lambda: 2)
+    monkeypatch.setattr("pipeline.training.run.world_size", lambda: 2)
     with pytest.raises(PipelineError, match=r"ranks: 1, 2"):
         trained_teacher(anew=False)
 
@@ -215,5 +215,5 @@ def test_a_vit_goes_on_with_another_number_of_ranks(taught, monkeypatch):  # noq
     with monkeypatch.context() as patch, pytest.raises(Stop):
         stopped_at(3, patch)
         train_student.run(taught, CPU, "none")
-    monkeypatch.setattr("pipeline.run.world_size", lambda: 2)
+    monkeypatch.setattr("pipeline.training.run.world_size", lambda: 2)
     train_student.run(taught, CPU, "none")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from test_training import loaded, taught, taught_template  # noqa: F401  (fixtures)
 
-from pipeline.layout import student_folder
-from pipeline.params import dump
+from pipeline.config.params import dump
+from pipeline.config.paths import student_folder
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow

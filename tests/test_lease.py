@@ -14,18 +14,18 @@ from pathlib import Path
 import fsspec
 import pytest
 
-import pipeline.lease
-import pipeline.lock
-from pipeline.errors import PipelineError, UsageError
-from pipeline.lease import LEASE, lease, part_lease, part_lock, perhaps_held
-from pipeline.lock import held, kernel_lock
+import pipeline.common.lease
+import pipeline.common.lock
+from pipeline.common.errors import PipelineError, UsageError
+from pipeline.common.lease import LEASE, lease, part_lease, part_lock, perhaps_held
+from pipeline.common.lock import held, kernel_lock
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
 def looks_often(monkeypatch):
-    monkeypatch.setattr(pipeline.lease, "LOOK", 0.02)
+    monkeypatch.setattr(pipeline.common.lease, "LOOK", 0.02)
 
 
 def test_second_holder_is_refused_and_told_the_first(tmp_path):
@@ -74,7 +74,7 @@ def test_another_machine_s_part_of_another_number_is_watched(tmp_path, monkeypat
     with another_machine(other, renews=True), pytest.raises(UsageError, match="process 7 on another"):
         with part_lease(store, 0, 1, "work"):
             pass
-    monkeypatch.setattr(pipeline.lease, "LEASE", 0.2)
+    monkeypatch.setattr(pipeline.common.lease, "LEASE", 0.2)
     held_elsewhere(other, age=0)
     with part_lease(store, 0, 1, "work"):
         pass
@@ -95,7 +95,7 @@ def test_lock_of_a_killed_process_is_free(forked, tmp_path):
     """Also while a child lives that it forked, as a loader's workers do for some seconds."""
     code = f"""
 import os, sys, time
-from pipeline.lease import lease
+from pipeline.common.lease import lease
 with lease({str(tmp_path / "a.lock")!r}, "work"):
     if {forked} and os.fork() == 0:
         os.close(1)
@@ -123,8 +123,8 @@ def test_a_file_system_without_locks_goes_by_leases_alone(tmp_path, monkeypatch)
     def refuse(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(pipeline.lock.fcntl, "flock", refuse)
-    monkeypatch.setattr(pipeline.lease, "LEASE", 3.0)
+    monkeypatch.setattr(pipeline.common.lock.fcntl, "flock", refuse)
+    monkeypatch.setattr(pipeline.common.lease, "LEASE", 3.0)
     with lease(str(tmp_path / "a.lock"), "work"):
         with pytest.raises(UsageError, match=f"process {os.getpid()}"), lease(str(tmp_path / "a.lock"), "work"):
             pass
@@ -164,7 +164,7 @@ def test_a_lease_that_another_machine_renews_is_respected(tmp_path):
 
 
 def test_a_fresh_lease_of_a_dead_machine_is_waited_for(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline.lease, "LEASE", 1.0)
+    monkeypatch.setattr(pipeline.common.lease, "LEASE", 1.0)
     with another_machine(tmp_path / "a.lock", renews=False), lease(str(tmp_path / "a.lock"), "work"):
         assert json.loads((tmp_path / "a.lock").read_text())["process"] == os.getpid()
     assert "work: process 7 on another may be at it; waits 1 s at most" in capsys.readouterr().out
@@ -172,7 +172,7 @@ def test_a_fresh_lease_of_a_dead_machine_is_waited_for(tmp_path, monkeypatch, ca
 
 def test_a_lease_that_another_machine_gives_back_meanwhile_is_taken(tmp_path, monkeypatch):
     held_elsewhere(tmp_path / "a.lock", age=0)
-    monkeypatch.setattr(pipeline.lease.time, "sleep", lambda _: (tmp_path / "a.lock").unlink(missing_ok=True))
+    monkeypatch.setattr(pipeline.common.lease.time, "sleep", lambda _: (tmp_path / "a.lock").unlink(missing_ok=True))
     with lease(str(tmp_path / "a.lock"), "work"):
         pass
 
@@ -180,7 +180,7 @@ def test_a_lease_that_another_machine_gives_back_meanwhile_is_taken(tmp_path, mo
 def test_sigterm_gives_the_lease_back(tmp_path):
     code = f"""
 import time
-from pipeline.lease import lease
+from pipeline.common.lease import lease
 with lease({str(tmp_path / "a.lock")!r}, "work"):
     print("held", flush=True)
     time.sleep(60)
@@ -220,7 +220,7 @@ def test_a_torn_lease_holds_nothing(torn, tmp_path):
 
 
 def test_a_held_lease_is_renewed(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.lease, "LEASE", 0.1)
+    monkeypatch.setattr(pipeline.common.lease, "LEASE", 0.1)
     with lease(str(tmp_path / "a.lock"), "work"):
         first = json.loads((tmp_path / "a.lock").read_text())["renewed"]
         for _ in range(200):
@@ -231,7 +231,7 @@ def test_a_held_lease_is_renewed(tmp_path, monkeypatch):
 
 
 def test_a_lease_that_another_machine_broke_is_left_to_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.lease, "LEASE", 1.0)
+    monkeypatch.setattr(pipeline.common.lease, "LEASE", 1.0)
     with lease(str(tmp_path / "a.lock"), "work"):
         held_elsewhere(tmp_path / "a.lock", age=0)
         taken = (tmp_path / "a.lock").read_bytes()
@@ -240,7 +240,7 @@ def test_a_lease_that_another_machine_broke_is_left_to_it(tmp_path, monkeypatch)
 
 
 def test_a_lease_at_a_url_refuses_a_second_holder(monkeypatch):
-    monkeypatch.setattr(pipeline.lease, "LEASE", 3.0)
+    monkeypatch.setattr(pipeline.common.lease, "LEASE", 3.0)
     with lease("memory://locks/a.lock", "work"):
         with pytest.raises(UsageError, match=f"process {os.getpid()}"), lease("memory://locks/a.lock", "work"):
             pass
@@ -248,7 +248,7 @@ def test_a_lease_at_a_url_refuses_a_second_holder(monkeypatch):
 
 
 def test_a_lease_at_a_url_of_a_dead_process_of_this_machine_is_free(monkeypatch):
-    monkeypatch.setattr(pipeline.lease.time, "sleep", lambda _: None)
+    monkeypatch.setattr(pipeline.common.lease.time, "sleep", lambda _: None)
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
     holder = {"host": os.uname().nodename, "process": process.pid, "token": "x", "renewed": time.time()}
@@ -258,7 +258,7 @@ def test_a_lease_at_a_url_of_a_dead_process_of_this_machine_is_free(monkeypatch)
 
 
 def test_a_lease_of_a_dead_container_of_the_same_name_and_number_is_taken_when_it_is_over(monkeypatch):
-    monkeypatch.setattr(pipeline.lease, "LEASE", 1.0)
+    monkeypatch.setattr(pipeline.common.lease, "LEASE", 1.0)
     holder = {"host": os.uname().nodename, "process": os.getpid(), "token": "x", "renewed": time.time()}
     fsspec.filesystem("memory").pipe_file("/locks/c.lock", json.dumps(holder).encode())
     with lease("memory://locks/c.lock", "work"):

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.config import Recipe, Student
-from pipeline.linear import OneDNNLinear, by_onednn, use_onednn
-from pipeline.models import build_student
+from pipeline.config.schema import Recipe, Student
+from pipeline.models.build import build_student
+from pipeline.models.linear import OneDNNLinear, by_onednn, use_onednn
 
 
 def pair(inputs: int, outputs: int, bias: bool) -> tuple[nn.Linear, nn.Linear]:

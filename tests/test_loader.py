@@ -18,25 +18,19 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import pipeline.groups
-from pipeline import teaching
-from pipeline.errors import PipelineError, killed_worker
-from pipeline.groups import Groups, Renderer, mixed, targets
-from pipeline.loader import (
-    _Steps,
-    evaluation_loader,
-    step_loader,
-    stored_answers,
-    unit_loader,
-)
-from pipeline.plan import Item, Plan, Unit, all_units, unit_items
-from pipeline.pool import Pool
-from pipeline.recipe import draw_mix, draw_view
-from pipeline.shards import Index
-from pipeline.store import Identity, Store
-from pipeline.store_writer import StoreWriter
-from pipeline.teaching import StoredTeacher
-from pipeline.views import center_view, render
+import pipeline.batches.batch
+from pipeline.batches.batch import Groups, Renderer, mixed, targets
+from pipeline.batches.buffers import Pool
+from pipeline.batches.loader import _Steps, evaluation_loader, step_loader, unit_loader
+from pipeline.batches.plan import Item, Plan, Unit, all_units, unit_items
+from pipeline.common.errors import PipelineError, killed_worker
+from pipeline.shards.index import Index
+from pipeline.store.reader import Identity, Store
+from pipeline.store.writer import StoreWriter
+from pipeline.training import teachers as teaching
+from pipeline.training.teachers import StoredTeacher, stored_answers
+from pipeline.views.draw import draw_mix, draw_view
+from pipeline.views.render import center_view, render
 
 ROOT = Path(__file__).parent.parent
 property_settings = settings(derandomize=True, deadline=None, max_examples=30)
@@ -604,7 +598,7 @@ def changed_pixel(image, params, recipe, out):
     render(image, params, recipe, out)[1, 3, 5] ^= 1
 
 
-GROUP_MEMBERS = pipeline.groups.group_members
+GROUP_MEMBERS = pipeline.batches.batch.group_members
 
 
 @pytest.mark.parametrize(
@@ -621,7 +615,7 @@ GROUP_MEMBERS = pipeline.groups.group_members
     ids=["lambda", "partner", "box", "kind", "pixel", "order", "view"],
 )
 def test_group_that_is_not_the_one_the_teacher_saw_is_refused(name, changed, small_set, store, monkeypatch):
-    monkeypatch.setattr(pipeline.groups, name, changed)
+    monkeypatch.setattr(pipeline.batches.batch, name, changed)
     groups = renderer(small_set).render([Item(2, 1, 5)])
     with pytest.raises(PipelineError) as caught:
         stored_answers(store, groups, "argmax")
@@ -638,7 +632,7 @@ def test_answers_of_another_unit_are_refused(small_set, store, monkeypatch):
 
 
 def test_message_about_another_group_names_the_versions_that_wrote_the_store(small_set, store, monkeypatch):
-    monkeypatch.setattr(pipeline.groups, "render", changed_pixel)
+    monkeypatch.setattr(pipeline.batches.batch, "render", changed_pixel)
     with pytest.raises(PipelineError, match=f"numpy {np.__version__}"):
         stored_answers(store, renderer(small_set).render(ITEMS), "argmax")
 
@@ -646,8 +640,8 @@ def test_message_about_another_group_names_the_versions_that_wrote_the_store(sma
 def test_a_worker_starts_after_this_process_has_rendered_large_pictures():
     code = (
         "import numpy as np, cv2, torch\n"
-        "from pipeline.loader import _loader\n"
-        "from pipeline.ops import apply_op\n"
+        "from pipeline.batches.loader import _loader\n"
+        "from pipeline.views.ops import apply_op\n"
         "cv2.resize(apply_op(np.zeros((900, 900, 3), np.uint8), 'Rotate', 30.0, (1, 2, 3)), (2000, 2000))\n"
         "assert list(_loader([1, 2], 1, False)) == [1, 2]"
     )

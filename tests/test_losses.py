@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from timm.loss import SoftTargetCrossEntropy
 
-from pipeline.losses import base_loss, hard_loss, soft_loss
+from pipeline.training.losses import base_loss, hard_loss, soft_loss
 
 N, CLASSES = 24, 10
 

@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from pipeline import cores
-from pipeline.bars import Lines, progress
-from pipeline.config import Config
-from pipeline.cores import share_threads, workers_of
-from pipeline.signals import Noted
+from pipeline.common import cores
+from pipeline.common.cores import share_threads, workers_of
+from pipeline.common.progress import Lines, progress
+from pipeline.common.signals import Noted
+from pipeline.config.schema import Config
 
 
 @pytest.fixture

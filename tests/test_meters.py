@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.meters import Speed, forget_peak, loader_limits
+from pipeline.training.meters import Speed, forget_peak, loader_limits
 
 
 class Clock:

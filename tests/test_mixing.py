@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from scipy import stats
 from test_recipe import DRAWS, LIKELY, check_recorded, plain, property_settings, same_distribution, seeded
 
-from pipeline.config import Recipe
-from pipeline.groups import Groups, mixed
-from pipeline.plan import Item
-from pipeline.recipe import Mix, draw_groups, draw_mix, group_check, witness
+from pipeline.batches.batch import Groups, group_check, mixed, witness
+from pipeline.batches.plan import Item
+from pipeline.config.schema import Recipe
+from pipeline.views.draw import Mix, draw_groups, draw_mix
 
 # groups
 

@@ -9,9 +9,9 @@ import timm
 import torch
 from torch.nn.functional import interpolate
 
-from pipeline.config import Recipe, Student, Teacher, TeacherLogits
-from pipeline.errors import PipelineError, UsageError
-from pipeline.models import (
+from pipeline.common.errors import PipelineError, UsageError
+from pipeline.config.schema import Recipe, Student, Teacher, TeacherLogits
+from pipeline.models.build import (
     Answering,
     Normalised,
     adaptable,
@@ -25,7 +25,7 @@ from pipeline.models import (
     teacher_logits,
     with_new_heads,
 )
-from pipeline.weights import load_weights, read_own_weights, read_weights, save_weights, weights_hash
+from pipeline.models.weights import load_weights, read_own_weights, read_weights, save_weights, weights_hash
 
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DISTILLED = Student(kwargs=SMALL, drop_path=0.0)

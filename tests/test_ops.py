@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 from rendering import natural
 
-import pipeline.ops
-from pipeline.ops import FACTOR, FLOOR, OPS, TAP, _blend, _filtered, apply_op, keys_taps, warp
-from pipeline.policies import AUTO_AUGMENT, INCREASING_OPS, op_argument
+import pipeline.views.ops
+from pipeline.config.policies import AUTO_AUGMENT, INCREASING_OPS, op_argument
+from pipeline.views.ops import FACTOR, FLOOR, OPS, TAP, _blend, _filtered, apply_op, keys_taps, warp
 
 FILL = (124, 116, 104)
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
@@ -63,7 +63,7 @@ def files(tar: Path, every: int = 1, count: int = 250) -> list[bytes]:
 @cache
 def photographs(size: int) -> list[np.ndarray]:
     """250 of ImageNet's, or for 32 pixels of CIFAR's, of every class."""
-    from pipeline.views import decode
+    from pipeline.shards.images import decode
 
     images = [decode(data) for data in (files(CIFAR10, every=200) if size == 32 else files(IMAGENET))]
     return [np.asarray(ImageOps.fit(Image.fromarray(image), (size, size), Image.BICUBIC)) for image in images]
@@ -326,7 +326,7 @@ def rounded_half_to_even(numerator: np.ndarray, denominator: int) -> np.ndarray:
 def test_warp_joins_any_two_samples_as_integers_do(width, monkeypatch):
     cubic, linear = (rows_of(levels.ravel(), width) for levels in np.meshgrid(LEVELS, LEVELS))
     samples = {cv2.INTER_CUBIC: cubic, cv2.INTER_LINEAR: linear}
-    monkeypatch.setattr(pipeline.ops.cv2, "remap", lambda view, whole, part, kind, **_: samples[kind])
+    monkeypatch.setattr(pipeline.views.ops.cv2, "remap", lambda view, whole, part, kind, **_: samples[kind])
     joined = warp(np.zeros((8, 8, 3), np.uint8), (1, 0, 0, 0, 1, 0), FILL)
     expected = rounded_half_to_even(21 * cubic.astype(int) - 5 * linear.astype(int) - 6, 16)
     assert np.array_equal(joined, np.clip(expected, 0, 255))

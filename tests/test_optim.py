@@ -6,9 +6,9 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from pipeline.config import Finetune, Recipe, Student, Training
-from pipeline.models import build_student
-from pipeline.optim import (
+from pipeline.config.schema import Finetune, Recipe, Student, Training
+from pipeline.models.build import build_student
+from pipeline.training.optim import (
     Average,
     build_optimizer,
     build_schedule,

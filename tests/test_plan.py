@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Recipe, Student
-from pipeline.plan import Item, Plan, Unit, all_units, draw_cycle, plan_of, unit_items
-from pipeline.recipe import group_count
+from pipeline.batches.plan import Item, Plan, Unit, all_units, draw_cycle, plan_of, unit_items
+from pipeline.config.schema import Recipe, Student
+from pipeline.views.draw import group_count
 
 property_settings = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -196,8 +196,8 @@ def test_hundred_seeds_give_hundred_orders():
 def test_another_process_draws_the_same_order():
     a = plan()
     code = f"""
-from pipeline.config import Recipe
-from pipeline.plan import Plan
+from pipeline.config.schema import Recipe
+from pipeline.batches.plan import Plan
 a = Plan(Recipe(group_size=4, repeats=2, block=4), {a.names}, {a.samples}, 8, 3, 0, 2)
 print([(i.shard, i.group, i.view, a.members(i).tolist()) for step in range(30) for i in a.items(step)])
 """

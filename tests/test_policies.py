@@ -7,8 +7,7 @@ import pytest
 from scipy import stats
 from test_recipe import DRAWS, LIKELY, same_distribution, same_frequencies, seeded
 
-from pipeline.config import Recipe
-from pipeline.policies import (
+from pipeline.config.policies import (
     AUTO_AUGMENT,
     FACTOR,
     INCREASING_OPS,
@@ -17,7 +16,8 @@ from pipeline.policies import (
     op_argument,
     parse_policy,
 )
-from pipeline.recipe import draw_view
+from pipeline.config.schema import Recipe
+from pipeline.views.draw import draw_view
 
 OF_POLICIES = {name for policy in AUTO_AUGMENT.values() for pair in policy for name, _, _ in pair}
 JITTERED = {"Brightness", "Contrast", "Color"}

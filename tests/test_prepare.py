@@ -21,13 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from pipeline import contents
-from pipeline import shards as shards_module
-from pipeline.errors import PipelineError, UsageError
-from pipeline.layout import index_path
-from pipeline.params import dump, load
-from pipeline.shards import Index, write_shard
-from pipeline.sources import sample_keys
+from pipeline.common.errors import PipelineError, UsageError
+from pipeline.config.params import dump, load
+from pipeline.config.paths import index_path
+from pipeline.shards import contents
+from pipeline.shards import index as shards_module
+from pipeline.shards.index import Index, write_shard
+from pipeline.shards.sources import sample_keys
 from stages import prepare
 
 ROOT = Path(__file__).parent.parent

@@ -10,17 +10,17 @@ from pretended import Diary, pretended_gpu
 from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from pipeline import teaching
-from pipeline.answers import payload_width
-from pipeline.config import Student, Teacher, TeacherLogits
-from pipeline.groups import Groups
-from pipeline.loader import on_device, step_loader, unit_loader
-from pipeline.meters import Fetched
-from pipeline.models import Answering, Normalised, build_student, build_teacher
-from pipeline.plan import Unit, plan_of
-from pipeline.run import Run
-from pipeline.teaching import NoTeacher, OnlineTeacher, StoredTeacher
-from pipeline.training import STEP_VALUES, Trainer
+from pipeline.batches.batch import Groups
+from pipeline.batches.loader import step_loader, unit_loader
+from pipeline.batches.plan import Unit, plan_of
+from pipeline.batches.transfer import DeviceToHostCopy, on_device
+from pipeline.config.schema import Student, Teacher, TeacherLogits
+from pipeline.models.build import Answering, Normalised, build_student, build_teacher
+from pipeline.store.encoding import payload_width
+from pipeline.training import teachers as teaching
+from pipeline.training.run import NoTeacher, Run
+from pipeline.training.teachers import OnlineTeacher, StoredTeacher
+from pipeline.training.trainer import STEP_VALUES, Trainer
 from stages import teacher_logits
 
 # of copying a model for its average
@@ -64,7 +64,7 @@ def test_copies_and_waiting_are_noted(diary):
 
 
 def test_fetched_tensors_pass_by_into_pinned_memory_and_an_event_is_waited_for_asleep(diary):
-    fetched = Fetched(torch.ones(2, device=GPU), torch.ones(3, dtype=torch.int16, device=GPU))
+    fetched = DeviceToHostCopy(torch.ones(2, device=GPU), torch.ones(3, dtype=torch.int16, device=GPU))
     passing = ("device", "pinned", "passing by", "computing")
     assert diary.notes == [("copy", *passing), ("copy", *passing), ("event", "computing")]
     found = fetched.get()
@@ -118,11 +118,11 @@ def prepared(small_set, diary: Diary, settings: Student, teacher) -> tuple[Train
     return trainer, on_device((pin_memory(groups) for groups in batches), GPU)
 
 
-def one_step(trainer: Trainer, batches: Iterator[Groups]) -> Fetched:
+def one_step(trainer: Trainer, batches: Iterator[Groups]) -> DeviceToHostCopy:
     values = trainer.train_step(batches)
     assert values.device == GPU and values.shape == (len(STEP_VALUES),)
     trainer.step += 1
-    return Fetched(values)
+    return DeviceToHostCopy(values)
 
 
 def assert_nothing_waits(diary: Diary) -> None:
@@ -195,7 +195,7 @@ def test_asking_about_units_waits_for_answers_alone(in_tmp, small_set, diary, mo
         asked.append(len(batch))
         return answers
 
-    def keep(batch: list[Groups], answers: Fetched) -> int:
+    def keep(batch: list[Groups], answers: DeviceToHostCopy) -> int:
         diary.notes.clear()
         found = answers.get()
         assert diary.notes == [("host waits", "event, asleep")]

@@ -18,21 +18,28 @@ import torch.distributed as dist
 from test_report import mini  # noqa: F401  (fixture)
 from test_training import CPU, loaded, newest_checkpoint, taught, taught_template  # noqa: F401  (fixtures)
 
-from pipeline.config import Config
-from pipeline.errors import PipelineError
-from pipeline.layout import RUN_LOCK, answers_folder, evaluation_folder, index_path, student_folder, teacher_folder
-from pipeline.loader import step_loader
-from pipeline.lock import kernel_lock
-from pipeline.models import build_teacher
-from pipeline.options import left_together
-from pipeline.params import dump
-from pipeline.plan import plan_of
-from pipeline.ranks import Rank
-from pipeline.run import Run
-from pipeline.runlog import read_log
-from pipeline.shards import Index
-from pipeline.signals import Interrupted
-from pipeline.training import Trainer
+from pipeline.batches.loader import step_loader
+from pipeline.batches.plan import plan_of
+from pipeline.cli.options import left_together
+from pipeline.common.distributed import Rank
+from pipeline.common.errors import PipelineError
+from pipeline.common.lock import kernel_lock
+from pipeline.common.signals import Interrupted
+from pipeline.config.params import dump
+from pipeline.config.paths import (
+    RUN_LOCK,
+    answers_folder,
+    evaluation_folder,
+    index_path,
+    student_folder,
+    teacher_folder,
+)
+from pipeline.config.schema import Config
+from pipeline.models.build import build_teacher
+from pipeline.shards.index import Index
+from pipeline.training.log import read_log
+from pipeline.training.run import Run
+from pipeline.training.trainer import Trainer
 from stages import evaluate, train_student
 
 ROOT = Path(__file__).parent.parent

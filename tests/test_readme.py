@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import write_folders
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -21,20 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
-import pipeline.recipe
-from pipeline.config import Recipe
-from pipeline.recipe import (
-    ViewParams,
-    draw_groups,
-    draw_mix,
-    draw_view,
-    noise_words,
-    permutation,
-    philox,
-    raw_words,
-    recipe_fingerprint,
-    uniforms,
-)
+import pipeline.views.draw
+from pipeline.common.streams import noise_words, permutation, philox, raw_words, uniforms
+from pipeline.config.schema import Recipe
+from pipeline.views.draw import ViewParams, draw_groups, draw_mix, draw_view, recipe_fingerprint
 
 DRAWS = 20_000
 WIDTH, HEIGHT = 500, 375
@@ -84,7 +74,7 @@ def check_recorded(name: str, found: dict, recorded: dict, same=operator.eq):
     wrong = [key for key in found if not same(found[key], recorded.get(key))]
     text = "".join(f"{key!r}: {pprint.pformat(found[key], width=64, compact=True)},\n" for key in found)
     text = textwrap.indent(text, "    ").replace("'", '"')
-    advice = "if that is meant, bump VIEWS_VERSION in pipeline/recipe.py and record"
+    advice = "if that is meant, bump VIEWS_VERSION in pipeline/views/draw.py and record"
     assert not wrong, f"changed: {wrong}; {advice}\n{name} = {{\n{text}}}  # fmt: skip"
 
 
@@ -168,9 +158,9 @@ def test_trap_springs(draw):
 
 
 def test_nothing_that_is_drawn_or_rendered_touches_a_global_generator():
-    from pipeline.ops import OPS, apply_op
-    from pipeline.policies import op_argument
-    from pipeline.views import render
+    from pipeline.config.policies import op_argument
+    from pipeline.views.ops import OPS, apply_op
+    from pipeline.views.render import render
 
     image = np.arange(40 * 50 * 3, dtype=np.uint8).reshape(40, 50, 3)
     before = global_states()
@@ -281,7 +271,7 @@ def test_each_word_decides_one_part_of_a_view(text, monkeypatch):
         parts = []
         for word in range(81):  # the last is none
             words = np.where(np.arange(80) == word, ~view_words, view_words)
-            monkeypatch.setattr(pipeline.recipe, "raw_words", lambda key, count, words=words: words[:count])
+            monkeypatch.setattr(pipeline.views.draw, "raw_words", lambda key, count, words=words: words[:count])
             params = draw_view(recipe, "key", view, 500, 375)
             parts.append((params.crop, params.flip, params.erase, params.ops))
         for other in parts[:-1]:
@@ -296,7 +286,7 @@ def test_uniforms_lie_strictly_between_0_and_1():
 
 def test_fingerprint_of_the_recipe_heeds_the_version_of_the_views(monkeypatch):
     before = recipe_fingerprint(Recipe())
-    monkeypatch.setattr(pipeline.recipe, "VIEWS_VERSION", pipeline.recipe.VIEWS_VERSION + 1)
+    monkeypatch.setattr(pipeline.views.draw, "VIEWS_VERSION", pipeline.views.draw.VIEWS_VERSION + 1)
     assert recipe_fingerprint(Recipe()) != before
 
 

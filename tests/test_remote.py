@@ -38,16 +38,16 @@ from test_store import (
 from test_training import loaded, taught, taught_template  # noqa: F401  (fixtures)
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.audit import damaged, manifest, read_manifest, store_bytes
-from pipeline.errors import PipelineError, UsageError
-from pipeline.layout import answers_folder, index_path, student_folder, teacher_folder
-from pipeline.lease import LEASE, lease
-from pipeline.loader import _start_worker, evaluation_loader
-from pipeline.plan import Unit
-from pipeline.shards import Index, index_shard
-from pipeline.weights import read_weights, tensors_digest
+from pipeline.batches.loader import _start_worker, evaluation_loader
+from pipeline.batches.plan import Unit
+from pipeline.cli import store as store_stage
+from pipeline.common.errors import PipelineError, UsageError
+from pipeline.common.lease import LEASE, lease
+from pipeline.config.paths import answers_folder, index_path, student_folder, teacher_folder
+from pipeline.models.weights import read_weights, tensors_digest
+from pipeline.shards.index import Index, index_shard
+from pipeline.store.manifest import damaged, manifest, read_manifest, store_bytes
 from stages import prepare, teacher_logits, train_student
-from stages import store as store_stage
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -365,8 +365,8 @@ def by_forked_workers(images: Images) -> list[np.ndarray]:
 FRESH = f"""
 import sys
 import numpy, torch
-from pipeline.loader import evaluation_loader
-from pipeline.shards import Index
+from pipeline.batches.loader import evaluation_loader
+from pipeline.shards.index import Index
 path, method, used, result = sys.argv[1:]
 torch.multiprocessing.set_start_method(method)
 index = Index(path)
@@ -673,7 +673,7 @@ def test_unit_damaged_at_s3_is_computed_again(dumped, bucket):
 def test_teacher_logits_leaves_a_part_at_s3_to_the_machine_that_holds_it(dumped, bucket, monkeypatch):
     place = f"{store_url(loaded(*dumped))}.part-0-of-1.lock".removeprefix(f"{bucket.url}/")
     held_elsewhere(bucket, place, age=10)
-    monkeypatch.setattr("pipeline.lease.time.sleep", lambda _: held_elsewhere(bucket, place, age=0))  # it is renewed
+    monkeypatch.setattr("pipeline.common.lease.time.sleep", lambda _: held_elsewhere(bucket, place, age=0))  # it is renewed
     more = loaded(*dumped, "teacher_logits.views=12")  # a complete store needs no lock
     assert "process 7 on another" in refusal(teacher_logits.run, more, CPU, kind=UsageError)
 
@@ -712,9 +712,9 @@ def test_store_verify_finds_a_shard_that_was_damaged_at_s3(dumped, bucket):
 
 HOLDER = """
 import sys
-import pipeline.lease
-pipeline.lease.LEASE = 2.0
-with pipeline.lease.lease(sys.argv[1], "work"):
+import pipeline.common.lease
+pipeline.common.lease.LEASE = 2.0
+with pipeline.common.lease.lease(sys.argv[1], "work"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -727,11 +727,11 @@ def held_elsewhere(bucket: Bucket, key: str, age: float) -> None:
 @pytest.fixture
 def at_once(monkeypatch):
     """A lease at a URL waits a second for a rival's; these tests have none."""
-    monkeypatch.setattr("pipeline.lease.time.sleep", lambda _: None)
+    monkeypatch.setattr("pipeline.common.lease.time.sleep", lambda _: None)
 
 
 def test_lease_at_s3_refuses_a_second_holder_and_names_the_first(bucket, monkeypatch):
-    monkeypatch.setattr("pipeline.lease.LEASE", 2.0)
+    monkeypatch.setattr("pipeline.common.lease.LEASE", 2.0)
     with lease(f"{bucket.url}/locks/a.lock", "work"):
         with pytest.raises(UsageError, match=f"process {os.getpid()} on "), lease(
             f"{bucket.url}/locks/a.lock", "work"
@@ -755,7 +755,7 @@ def test_lease_at_s3_is_free_after_its_block_raised(bucket, at_once):
 
 def test_lease_that_another_machine_renews_at_s3_is_respected_and_left(bucket, monkeypatch):
     held_elsewhere(bucket, "a.lock", age=10)
-    monkeypatch.setattr("pipeline.lease.time.sleep", lambda _: held_elsewhere(bucket, "a.lock", age=0))
+    monkeypatch.setattr("pipeline.common.lease.time.sleep", lambda _: held_elsewhere(bucket, "a.lock", age=0))
     with pytest.raises(UsageError, match="process 7 on another"), lease(f"{bucket.url}/a.lock", "work"):
         pass
     assert json.loads(bucket.get("a.lock"))["process"] == 7
@@ -774,14 +774,14 @@ def test_lease_at_s3_is_broken_on_demand(bucket, at_once):
 
 
 def test_of_two_who_take_a_lease_at_s3_at_once_the_last_has_it(bucket, monkeypatch):
-    monkeypatch.setattr("pipeline.lease.time.sleep", lambda _: held_elsewhere(bucket, "a.lock", age=0))
+    monkeypatch.setattr("pipeline.common.lease.time.sleep", lambda _: held_elsewhere(bucket, "a.lock", age=0))
     with pytest.raises(UsageError, match="process 7 on another"), lease(f"{bucket.url}/a.lock", "work"):
         pass
     assert json.loads(bucket.get("a.lock"))["process"] == 7
 
 
 def test_held_lease_at_s3_is_renewed(bucket, at_once, monkeypatch):
-    monkeypatch.setattr("pipeline.lease.LEASE", 0.1)
+    monkeypatch.setattr("pipeline.common.lease.LEASE", 0.1)
     with lease(f"{bucket.url}/a.lock", "work"):
         first = json.loads(bucket.get("a.lock"))["renewed"]
         # every look asks the server, so a thousand take far longer than a renewal
@@ -795,7 +795,7 @@ def test_lease_in_a_bucket_that_is_not_there_is_told_plainly(bucket, at_once):
 
 @pytest.mark.parametrize("end", ["leaves", "is-killed"])
 def test_lease_at_s3_of_another_process_is_refused_and_free_when_it(end, bucket, monkeypatch):
-    monkeypatch.setattr("pipeline.lease.LEASE", 2.0)
+    monkeypatch.setattr("pipeline.common.lease.LEASE", 2.0)
     url = f"{bucket.url}/a.lock"
     command = [sys.executable, "-c", HOLDER, url]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -846,7 +846,7 @@ def test_missing_credentials_are_told_plainly(client, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_lease_at_s3_is_renewed_after_the_server_was_away(own, at_once, monkeypatch):
-    monkeypatch.setattr("pipeline.lease.LEASE", 0.5)
+    monkeypatch.setattr("pipeline.common.lease.LEASE", 0.5)
     server, client = own
     Bucket(client, "bucket")
     with lease("s3://bucket/a.lock", "work"):

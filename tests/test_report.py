@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from pipeline.config import Recipe, Student
-from pipeline.errors import PipelineError, UsageError
-from pipeline.evaluation import classifiers, disagreement, multiply_adds, top_k_accuracy
-from pipeline.layout import (
+from pipeline.common.errors import PipelineError, UsageError
+from pipeline.config.params import resolve
+from pipeline.config.paths import (
     evaluation_folder,
     finetune_folder,
     index_path,
@@ -26,15 +25,16 @@ from pipeline.layout import (
     student_folder,
     teacher_folder,
 )
-from pipeline.models import build_student, build_teacher, parameter_count, save_teacher
-from pipeline.params import resolve
-from pipeline.plots import Sample, SeenView, draw_views, plot_curves, plot_disagreement
-from pipeline.report import Result, format_table, write_report
-from pipeline.runlog import write_curve
-from pipeline.shards import Index
-from pipeline.weights import read_weights, save_weights
+from pipeline.config.schema import Recipe, Student
+from pipeline.models.build import build_student, build_teacher, parameter_count, save_teacher
+from pipeline.models.evaluation import classifiers, disagreement, multiply_adds, top_k_accuracy
+from pipeline.models.weights import read_weights, save_weights
+from pipeline.report.facts import shown_samples
+from pipeline.report.html import Result, format_table, write_report
+from pipeline.report.plots import Sample, SeenView, draw_views, plot_curves, plot_disagreement
+from pipeline.shards.index import Index
+from pipeline.training.log import write_curve
 from stages import evaluate, prepare, teacher_logits
-from stages.experiment import shown_samples
 
 property_settings = settings(derandomize=True, deadline=None, max_examples=40)
 

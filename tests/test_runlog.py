@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.audit import read_summary, write_summary
-from pipeline.errors import PipelineError
-from pipeline.runlog import Log, read_curve, read_log, write_curve
+from pipeline.common.errors import PipelineError
+from pipeline.store.manifest import read_summary, write_summary
+from pipeline.training.log import Log, read_curve, read_log, write_curve
 
 EPOCHS = (
     {"epoch": 1, "loss": 2.302585, "lr": 1e-3},
@@ -167,7 +167,7 @@ def test_a_flipped_bit_of_a_summary_is_told_or_changes_nothing(tmp_path):
     ("teacher-logits-finetune", "run: pipeline teacher-logits --for finetune"),
 ])  # fmt: skip
 def test_a_missing_manifest_or_summary_names_the_command_that_makes_it(tmp_path, folder, command):
-    from pipeline.audit import read_manifest
+    from pipeline.store.manifest import read_manifest
 
     for read in (read_manifest, read_summary):
         assert refusal(read, tmp_path / folder / "file.json").endswith(command)

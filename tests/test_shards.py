@@ -23,12 +23,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.errors import PipelineError
-from pipeline.files import replacing
-from pipeline.shards import MAX_CLASSES, Index, index_shard, write_index, write_shard
-from pipeline.strict import fingerprint
-from pipeline.tar import Tar
-from pipeline.views import Undecodable, decode, decode_again
+from pipeline.common.errors import PipelineError
+from pipeline.common.files import replacing
+from pipeline.config.validation import fingerprint
+from pipeline.shards.images import Undecodable, decode, decode_again
+from pipeline.shards.index import MAX_CLASSES, Index, index_shard, write_index, write_shard
+from pipeline.shards.tar import Tar
 
 property_settings = settings(
     derandomize=True,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.signals import Noted
+from pipeline.common.signals import Noted
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,7 +26,7 @@ def test_a_later_ctrl_c_is_heeded_at_once(monkeypatch):
     later = time.monotonic() + 2
     with pytest.raises(KeyboardInterrupt), Noted():
         os.kill(os.getpid(), signal.SIGINT)
-        monkeypatch.setattr("pipeline.signals.time.monotonic", lambda: later)
+        monkeypatch.setattr("pipeline.common.signals.time.monotonic", lambda: later)
         os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -39,7 +39,7 @@ def test_signals_are_as_they_were_afterwards():
 
 WORKER = """
 import multiprocessing, sys, time
-from pipeline.signals import heed_the_parent_alone
+from pipeline.common.signals import heed_the_parent_alone
 
 def work(ready):
     heed_the_parent_alone()

@@ -15,18 +15,18 @@ from click.testing import CliRunner
 from conftest import tree
 from test_training import CPU, Stop, loaded, taught, taught_template  # noqa: F401  (fixtures)
 
-from pipeline import glance
-from pipeline.cli import main
-from pipeline.layout import DATA_LOCK, RUN_LOCK, index_path, student_folder
-from pipeline.lease import lease
-from pipeline.lock import kernel_lock
-from pipeline.params import dump
-from pipeline.progress import RECENT, Facts, duration, rate_of, row_of, short, table, told_by_log
-from pipeline.runlog import read_log
-from pipeline.shards import Index
-from pipeline.store import Store
-from pipeline.training import Trainer
-from stages import status, train_student
+from pipeline.cli import glance, status
+from pipeline.cli.main import main
+from pipeline.cli.progress import RECENT, Facts, duration, rate_of, row_of, short, table, told_by_log
+from pipeline.common.lease import lease
+from pipeline.common.lock import kernel_lock
+from pipeline.config.params import dump
+from pipeline.config.paths import DATA_LOCK, RUN_LOCK, index_path, student_folder
+from pipeline.shards.index import Index
+from pipeline.store.reader import Store
+from pipeline.training.log import read_log
+from pipeline.training.trainer import Trainer
+from stages import train_student
 
 ROOT = Path(__file__).parent.parent
 NOW = 1_000_000.0
@@ -381,7 +381,7 @@ def test_json_is_an_array_of_an_object_a_stage(taught):  # noqa: F811
     assert len(said.output.splitlines()) == len(rows) + 2
 
 
-def start(*arguments: str, code: str = "from pipeline.cli import main; main()") -> subprocess.Popen:
+def start(*arguments: str, code: str = "from pipeline.cli.main import main; main()") -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", code, "status", *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
@@ -392,7 +392,7 @@ def start(*arguments: str, code: str = "from pipeline.cli import main; main()") 
 def test_watching_ends_well_with_ctrl_c(taught):  # noqa: F811
     # a shell that starts the tests in its background has them ignore it
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    with start("--watch", "0.1", code=heed + "from pipeline.cli import main; main()") as process:
+    with start("--watch", "0.1", code=heed + "from pipeline.cli.main import main; main()") as process:
         assert process.stdout.readline() == "small\n"
         process.send_signal(signal.SIGINT)
         try:
@@ -404,7 +404,7 @@ def test_watching_ends_well_with_ctrl_c(taught):  # noqa: F811
 
 def test_no_torch_is_loaded(taught):  # noqa: F811
     code = (
-        "import sys; from pipeline.cli import main; main(standalone_mode=False)\n"
+        "import sys; from pipeline.cli.main import main; main(standalone_mode=False)\n"
         "heavy = {'torch', 'timm', 'zarr', 'cv2', 'webdataset'} & set(sys.modules); assert not heavy, heavy"
     )
     said, errors = start(code=code).communicate(timeout=60)

@@ -17,17 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline import answers as kinds
-from pipeline import store_files, store_writer
-from pipeline.answers import DTYPES, KINDS, as_stored, payload_width
-from pipeline.audit import damaged, manifest, read_manifest, store_bytes, write_manifest
-from pipeline.config import Recipe
-from pipeline.errors import PipelineError, Unreadable, UsageError
-from pipeline.lease import lease, part_lock
-from pipeline.plan import Unit, all_units
-from pipeline.recipe import group_count
-from pipeline.store import Identity, Store
-from pipeline.store_writer import StoreWriter, sweep_store
+from pipeline.batches.plan import Unit, all_units
+from pipeline.common.errors import PipelineError, Unreadable, UsageError
+from pipeline.common.lease import lease, part_lock
+from pipeline.config.schema import Recipe
+from pipeline.store import encoding as kinds
+from pipeline.store import layout as store_files
+from pipeline.store import writer as store_writer
+from pipeline.store.encoding import DTYPES, KINDS, as_stored, payload_width
+from pipeline.store.manifest import damaged, manifest, read_manifest, store_bytes, write_manifest
+from pipeline.store.reader import Identity, Store
+from pipeline.store.writer import StoreWriter, sweep_store
+from pipeline.views.draw import group_count
 
 property_settings = settings(derandomize=True, deadline=None, max_examples=25)
 
@@ -232,7 +233,7 @@ def test_attributes_say_what_the_store_is_of(filled):
 def test_a_store_that_another_process_makes_at_the_same_moment_is_shared(tmp_path, monkeypatch):
     fill(create(tmp_path / "s.zarr", "topk"), "topk")
     with monkeypatch.context() as stale:  # neither group nor array was there when this process looked
-        stale.setattr("pipeline.store_writer.exists", lambda path: False)
+        stale.setattr("pipeline.store.writer.exists", lambda path: False)
         stale.setattr(StoreWriter, "arrays", lambda self: [])
         create(tmp_path / "s.zarr", "topk")
     assert create(tmp_path / "s.zarr", "topk").missing(VIEWS, "topk") == []
@@ -604,8 +605,8 @@ import resource, sys, threading
 from pathlib import Path
 sys.path[:0] = {paths!r}
 from test_store import VIEWS, opened
-from pipeline.audit import damaged
-from pipeline.errors import Unreadable
+from pipeline.store.manifest import damaged
+from pipeline.common.errors import Unreadable
 store = opened(Path({store!r}))
 held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + {room}, -1))

@@ -13,18 +13,19 @@ from click.testing import CliRunner
 from conftest import tree
 from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (fixtures)
 
-from pipeline.cli import main
-from pipeline.errors import PipelineError, UsageError
-from pipeline.layout import DATA_LOCK, RUN_LOCK, index_path, state_folder, student_folder
-from pipeline.lease import lease, part_lock
-from pipeline.lock import kernel_lock
-from pipeline.models import Answering
-from pipeline.params import dump
-from pipeline.shards import Index
-from pipeline.store import Store
-from pipeline.store_writer import StoreWriter
-from stages import prune, teacher_logits, train_student
-from stages import store as stage
+from pipeline.cli import prune
+from pipeline.cli import store as stage
+from pipeline.cli.main import main
+from pipeline.common.errors import PipelineError, UsageError
+from pipeline.common.lease import lease, part_lock
+from pipeline.common.lock import kernel_lock
+from pipeline.config.params import dump
+from pipeline.config.paths import DATA_LOCK, RUN_LOCK, index_path, state_folder, student_folder
+from pipeline.models.build import Answering
+from pipeline.shards.index import Index
+from pipeline.store.reader import Store
+from pipeline.store.writer import StoreWriter
+from stages import teacher_logits, train_student
 
 WANTED = "train-student"
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Config, Finetune, Recipe, Student
-from pipeline.params import load
-from pipeline.policies import AUTO_AUGMENT
-from pipeline.recipe import draw_mix, draw_view
+from pipeline.config.params import load
+from pipeline.config.policies import AUTO_AUGMENT
+from pipeline.config.schema import Config, Finetune, Recipe, Student
+from pipeline.views.draw import draw_mix, draw_view
 
 FOLDER = Path(__file__).parent.parent / "configs" / "table8"
 

@@ -15,10 +15,12 @@ import torch
 from conftest import make_data_set
 from torch import nn
 
-from pipeline import checkpoint, training
-from pipeline.config import Config
-from pipeline.errors import PipelineError, UsageError
-from pipeline.layout import (
+from pipeline.batches.plan import plan_of
+from pipeline.common.errors import PipelineError, UsageError
+from pipeline.common.lock import kernel_lock
+from pipeline.common.signals import Interrupted
+from pipeline.config.params import dump
+from pipeline.config.paths import (
     RUN_LOCK,
     answers_folder,
     finetune_folder,
@@ -26,17 +28,16 @@ from pipeline.layout import (
     student_folder,
     teacher_folder,
 )
-from pipeline.lock import kernel_lock
-from pipeline.models import adaptable, build_student, build_teacher
-from pipeline.params import dump
-from pipeline.plan import plan_of
-from pipeline.run import Run
-from pipeline.runlog import Log, read_log
-from pipeline.shards import Index
-from pipeline.signals import Interrupted
-from pipeline.store_writer import StoreWriter
-from pipeline.training import Trainer, step_seed, train
-from pipeline.weights import read_weights
+from pipeline.config.schema import Config
+from pipeline.models.build import adaptable, build_student, build_teacher
+from pipeline.models.weights import read_weights
+from pipeline.shards.index import Index
+from pipeline.store.writer import StoreWriter
+from pipeline.training import checkpoint
+from pipeline.training import trainer as training
+from pipeline.training.log import Log, read_log
+from pipeline.training.run import Run
+from pipeline.training.trainer import Trainer, step_seed, train
 from stages import finetune, teacher, teacher_logits, train_student
 
 PURPOSES = ("train-student", "finetune")
@@ -101,7 +102,7 @@ TUNED = "teacher_finetune.batch_size=8", "teacher_finetune.workers=0"
 
 
 def loaded(*overrides: str) -> Config:
-    from pipeline.params import load
+    from pipeline.config.params import load
 
     return load("params.yaml", overrides)
 

@@ -16,20 +16,14 @@ from PIL import Image
 from rendering import ENCODINGS, digest_of_views, encoded, natural, translucent
 from test_ops import FILL, IMAGENET, files, needs
 
-import pipeline.views
-from pipeline.config import Recipe
-from pipeline.ops import OPS, apply_op
-from pipeline.policies import INCREASING_OPS
-from pipeline.recipe import ViewParams, draw_view, philox
-from pipeline.views import (
-    Undecodable,
-    _resized,
-    center_view,
-    decode,
-    decode_again,
-    jpeg_frame,
-    render,
-)
+import pipeline.views.render
+from pipeline.common.streams import philox
+from pipeline.config.policies import INCREASING_OPS
+from pipeline.config.schema import Recipe
+from pipeline.shards.images import Undecodable, decode, decode_again, jpeg_frame
+from pipeline.views.draw import ViewParams, draw_view
+from pipeline.views.ops import OPS, apply_op
+from pipeline.views.render import _resized, center_view, render
 
 property_settings = settings(derandomize=True, deadline=None, max_examples=40)
 
@@ -183,7 +177,7 @@ def test_decoding_damage_again_that_pillow_accepts_gives_the_same_pixels(encodin
 
 @pytest.mark.parametrize("encoding", ["jpeg_420", "jpeg_444", "jpeg_progressive", "jpeg_grey"])
 def test_plain_jpeg_is_decoded_again_without_pillow(encoding, monkeypatch):
-    monkeypatch.setattr(pipeline.views, "decode", None)
+    monkeypatch.setattr(pipeline.views.render, "decode", None)
     assert decode_again(TINY[encoding]).shape == (17, 19, 3)
 
 
@@ -521,5 +515,5 @@ def test_views_are_the_recorded_ones():
         digests.append(hashlib.blake2b(render(image, params, golden_recipe(text)), digest_size=4).hexdigest())
     changed = [view for view, digest in enumerate(digests) if GOLDEN[view : view + 1] != [digest]]
     lines = "\n".join(" ".join(digests[i : i + 8]) for i in range(0, 64, 8))
-    advice = "if that is meant, bump VIEWS_VERSION in pipeline/recipe.py and record"
+    advice = "if that is meant, bump VIEWS_VERSION in pipeline/views/draw.py and record"
     assert not changed, f'views {changed} changed; {advice}\nGOLDEN = """\n{lines}\n""".split()'

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.errors import PipelineError, UsageError
-from pipeline.files import replacing
-from pipeline.models import build
-from pipeline.params import resolve
-from pipeline.weights import load_weights, read_foreign, read_weights, save_weights, tensors_digest
+from pipeline.common.errors import PipelineError, UsageError
+from pipeline.common.files import replacing
+from pipeline.config.params import resolve
+from pipeline.models.build import build
+from pipeline.models.weights import load_weights, read_foreign, read_weights, save_weights, tensors_digest
 
 
 def small() -> nn.Module:

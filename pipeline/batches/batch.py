@@ -1,0 +1,198 @@
+"""Groups of samples as they are trained on: rendered, checked, mixed, with their targets.
+
+A group always has `group_size` slots, so shapes never change. Unused slots repeat the members, with weight 0: a
+network that computes statistics over its batch, as batch norm does while it learns, sees samples alone.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.batches.buffers import memory
+from pipeline.batches.plan import Item, group_members
+from pipeline.config.schema import Recipe
+from pipeline.shards.index import Index
+from pipeline.views.draw import Mix, draw_mix, draw_view
+from pipeline.views.render import render
+
+
+@dataclass
+class Groups:
+    """Some groups, each in one view. G groups, S slots, pixels P x P."""
+
+    items: list[Item]
+    members: list[np.ndarray]
+    """Positions in the shard, int64, in slot order."""
+    checks: list[int]
+    """recipe.group_check of each."""
+    images: torch.Tensor
+    """uint8 (G, S, 3, P, P): views before mixing."""
+    labels: torch.Tensor
+    """int64 (G, S)"""
+    weights: torch.Tensor
+    """float32 (G, S): 1 for a sample, 0 for an unused slot, which shows a member once more."""
+    partner: torch.Tensor
+    """int64 (G, S)"""
+    lam: torch.Tensor
+    """float32 (G,)"""
+    box: torch.Tensor
+    """int64 (G, 4): left, top, right, bottom; empty unless cutmix."""
+    decodes: int = 0
+    """Images decoded for these views."""
+
+    @property
+    def views(self) -> int:
+        """How many views of samples there are, unused slots left out."""
+        return sum(len(members) for members in self.members)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {name: value for name, value in fields if isinstance(value, torch.Tensor)}
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Groups":
+        return dataclasses.replace(self, **{name: change(value) for name, value in self.tensors().items()})
+
+    def pin_memory(self) -> "Groups":
+        """A copy in pinned memory; by this name torch's loader asks for it."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device) -> "Groups":
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+class Renderer:
+    """Renders items; keeps the last group's decoded images for its further views."""
+
+    def __init__(self, index: Index, recipe: Recipe):
+        self.index, self.recipe = index, recipe
+        self.names = tuple(index.names)
+        self.samples = tuple(int(samples) for samples in index.samples)
+        self._decoded: tuple[tuple, list[np.ndarray]] = ((), [])
+
+    def __getstate__(self):
+        return self.__dict__ | {"_decoded": ((), [])}
+
+    def members(self, item: Item) -> np.ndarray:
+        return group_members(self.recipe, self.names, self.samples, item)
+
+    def render(self, items: list[Item], images: torch.Tensor | None = None) -> Groups:
+        """Groups whose pictures lie in `images`, whatever it held; without it, in memory of their own.
+
+        Raises:
+            PipelineError: a shard or the index is damaged.
+        """
+        recipe, count, slots = self.recipe, len(items), self.recipe.group_size
+        if images is None:
+            images = memory(count, slots, 3, recipe.size, recipe.size)
+        groups = Groups(
+            items=items,
+            members=[self.members(item) for item in items],
+            checks=[],
+            images=images,
+            labels=torch.zeros(count, slots, dtype=torch.int64),
+            weights=torch.zeros(count, slots),
+            partner=torch.zeros(count, slots, dtype=torch.int64),
+            lam=torch.ones(count),
+            box=torch.zeros(count, 4, dtype=torch.int64),
+        )
+        for number, (item, members) in enumerate(zip(items, groups.members, strict=True)):
+            self._render_one(groups, number, item, members)
+        return groups
+
+    def _render_one(self, groups: Groups, number: int, item: Item, members: np.ndarray) -> None:
+        decoded, fresh = self._decode(item, members)
+        groups.decodes += fresh
+        rows = self.index.rows(item.shard)
+        keys = [key.decode() for key in rows["key"][members].tolist()]
+        pictures = groups.images[number].numpy()
+        drawn = [
+            draw_view(self.recipe, key, item.view, image.shape[1], image.shape[0])
+            for key, image in zip(keys, decoded, strict=True)
+        ]
+        for image, params, picture in zip(decoded, drawn, pictures, strict=False):  # there may be more slots
+            render(image, params, self.recipe, out=picture)
+        mix = draw_mix(self.recipe, self.names[item.shard], item.group, item.view, len(members))
+        left, top, width, height = mix.box
+        shown = np.arange(len(pictures)) % len(members)  # whom a slot shows: its own member, or one once more
+        pictures[len(members) :] = pictures[shown[len(members) :]]
+        groups.labels[number] = torch.from_numpy(rows["label"][members[shown]].astype(np.int64))
+        groups.weights[number, : len(members)] = 1
+        groups.partner[number] = torch.from_numpy(mix.partner[shown])
+        groups.lam[number] = mix.lam
+        groups.box[number] = torch.tensor([left, top, left + width, top + height])
+        seen = witness(item.group, item.view, len(members))
+        groups.checks.append(group_check("\n".join(keys).encode(), mix, pictures[seen]))
+
+    def _decode(self, item: Item, members: np.ndarray) -> tuple[list[np.ndarray], int]:
+        """A group's images, and how many had to be decoded: none while its views follow one another."""
+        identity = (item.shard, item.group, item.view // self.recipe.block)
+        if self._decoded[0] == identity:
+            return self._decoded[1], 0
+        images = [self.index.image(item.shard, int(position)) for position in members]
+        self._decoded = (identity, images)
+        return images, len(images)
+
+
+def mixed(groups: Groups) -> torch.Tensor:
+    """The groups' pictures after Mixup or CutMix, float32 (G * S, 3, P, P) in 0..255.
+
+    timm.data.mixup.Mixup._mix_batch with the drawn lambda, box and partners: own * share + other * (1 - share), a
+    pixel's share being lambda, or 1 outside and 0 inside a box. A share of n / 65536 of a byte fits into float32's 24
+    bits, and so do the products and their sum: nothing is rounded, so any device, fused multiply-add and order of
+    groups gives the same bits. Both pictures are read as bytes; one float32 buffer is written twice.
+    """
+    count, slots, _, size, _ = groups.images.shape
+    first = torch.arange(0, count * slots, slots, device=groups.images.device)
+    partners = (groups.partner + first[:, None]).flatten()
+    other = groups.images.flatten(0, 1).index_select(0, partners).view_as(groups.images)
+    share = _shares(groups, size)[:, None, None]
+    return (groups.images * share).addcmul_(other, 1 - share).flatten(0, 1)
+
+
+def _shares(groups: Groups, size: int) -> torch.Tensor:
+    """What of each pixel is a slot's own, float32 (G, P, P)."""
+    left, top, right, bottom = groups.box[:, :, None].unbind(1)
+    place = torch.arange(size, device=groups.box.device)
+    across, down = (place >= left) & (place < right), (place >= top) & (place < bottom)
+    outside = torch.where(right > left, 1.0, groups.lam[:, None])[:, :, None]  # of what is mixed without a box, all
+    return torch.where(down[:, :, None] & across[:, None, :], 0.0, outside)
+
+
+def targets(groups: Groups, classes: int, smoothing: float) -> torch.Tensor:
+    """Smoothed, mixed labels, float32 (G * S, classes): timm.data.mixup.mixup_target."""
+    off, on = smoothing / classes, 1 - smoothing + smoothing / classes
+    own = groups.labels
+    other = own.gather(1, groups.partner)
+    lam = groups.lam[:, None, None]
+    smooth = [
+        torch.full((*labels.shape, classes), off, device=labels.device).scatter_(2, labels[..., None], on)
+        for labels in (own, other)
+    ]
+    return (smooth[0] * lam + smooth[1] * (1 - lam)).flatten(0, 1)
+
+
+def witness(group: int, view: int, members: int) -> int:
+    """The member whose picture stands for the group's in its check: another one each view."""
+    return (group + view) % members
+
+
+def group_check(keys: bytes, mix: Mix, picture: np.ndarray) -> int:
+    """64 bits over what a group is in one view: its samples in order, its mixing, one picture.
+
+    Args:
+        keys: the members' keys in slot order, joined.
+        mix: how they are mixed; its integers count, so a changed lambda, box or partner shows.
+        picture: uint8 (3, size, size), the witness's view before mixing.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(len(keys).to_bytes(8, "little"))
+    digest.update(keys)
+    numbers = [("none", "mixup", "cutmix").index(mix.kind), round(mix.lam * 2**40), *mix.box]
+    digest.update(np.array(numbers, "<i8").tobytes())
+    digest.update(mix.partner.astype("<i8").tobytes())
+    digest.update(np.ascontiguousarray(picture).data)
+    return int.from_bytes(digest.digest(), "little")

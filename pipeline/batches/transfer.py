@@ -1,0 +1,46 @@
+"""Copies between host and device that wait for nothing they need not."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from pipeline.batches.batch import Groups
+
+
+def on_device(batches: Iterable[Groups], device: torch.device) -> Iterator[Groups]:
+    """Each batch on the device; a GPU copies it on a stream of its own while it computes the step before."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for groups in batches:
+        with torch.cuda.stream(copying):
+            moved = groups.to(device)
+        computing.wait_stream(copying)
+        for tensor in moved.tensors().values():
+            tensor.record_stream(computing)
+        yield moved
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To the device, without waiting for what it computes."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class DeviceToHostCopy:
+    """Small tensors on their way from the device, while it goes on with what is queued after them."""
+
+    def __init__(self, *tensors: torch.Tensor):
+        self.host, self.arrived = tensors, None
+        if tensors[0].device.type == "cuda":
+            self.host = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
+            for host, tensor in zip(self.host, tensors, strict=True):
+                host.copy_(tensor, non_blocking=True)
+            self.arrived = torch.cuda.Event(blocking=True)  # sleep while waiting: the workers need the cores
+            self.arrived.record()
+
+    def get(self) -> list[torch.Tensor]:
+        """On the CPU; waits for what was queued before the copy, not for what was queued since."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return list(self.host)

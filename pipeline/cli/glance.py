@@ -1,0 +1,173 @@
+"""A look at files that other processes write, or that are damaged: what they tell, and nothing where they do not.
+
+Nothing is written, and nothing is raised about a file's contents.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec import AbstractFileSystem
+
+from pipeline.common.errors import is_io, unreadable
+from pipeline.common.lease import leases_beside, modified
+from pipeline.config.paths import UNNEEDED
+from pipeline.training.log import parse_line
+
+LOG_TAIL = 2**18  # bytes of a log that are read: about a thousand lines
+JSON_LIMIT = 2**28  # bytes of a JSON file; beyond it is none of ours
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """A JSON object; {} where it is none, or the mark of a teacher that is not needed."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) and found != UNNEEDED else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file holds; {} where there is none, or no object."""
+    try:
+        return parse_object(path.read_bytes()) if path.stat().st_size < JSON_LIMIT else {}
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return {}
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        return None
+    return value
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """An index, as `read_json`; {} too where its fingerprint, samples and shards are not what an index has."""
+    found = read_json(path)
+    shards = found.get("shards")
+    if not (isinstance(found.get("fingerprint"), str) and is_count(found.get("samples")) and isinstance(shards, list)):
+        return {}
+    sound = (isinstance(x, dict) and isinstance(x.get("name"), str) and is_count(x.get("samples")) for x in shards)
+    return found if all(sound) else {}
+
+
+POSITIVE = ("seconds", "samples_per_s", "val_top1_mean", "val_top1_class", "top1")
+
+
+def read_tail(path: Path) -> list[dict[str, Any]]:
+    """The last lines of a training's log; those that are damaged or cut short are left out."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - LOG_TAIL))
+            texts = file.read().split(b"\n")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return []
+    return [line for line in map(parse_line, texts) if line and _is_told(line)]
+
+
+def _is_told(line: dict[str, Any]) -> bool:
+    numbers = [number(line[key]) for key in POSITIVE if key in line]
+    return (
+        line.get("kind") in ("step", "epoch")
+        and is_count(line.get("step"))
+        and number(line.get("loss")) is not None
+        and all(found is not None and found >= 0 for found in numbers)
+    )
+
+
+def written(folder: Path) -> dict[str, float]:
+    """When each file of a folder was written; what goes while it is looked at is left out."""
+    found = {}
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                found[entry.name] = entry.stat().st_mtime
+    return found
+
+
+def newest(folder: Path) -> float | None:
+    return latest(written(folder).values())
+
+
+def latest(times: Iterable[float | None]) -> float | None:
+    return max((when for when in times if when), default=None)
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, those of linked folders too."""
+    seen: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(root) / name for name in names)
+
+
+# stores
+
+
+def list_stores(work: str) -> list[tuple[str, dict[str, Any]]]:
+    """Every store below `work`, with its attributes ({} where they are damaged).
+
+    Raises:
+        Unreadable: a server does not answer, or the library of a URL's scheme is not installed.
+    """
+    where = f"{work}/stores"
+    try:
+        filesystem, root = fsspec.core.url_to_fs(where)
+        filesystem.invalidate_cache()  # another machine may have written there since
+        paths = sorted(filesystem.ls(root, detail=False)) if filesystem.isdir(root) else []
+    except Exception as error:
+        if not is_io(error):
+            raise
+        raise unreadable(where, error) from error
+    stores = [path.rstrip("/") for path in paths if path.rstrip("/").endswith(".zarr")]
+    return [(f"{where}/{path.rpartition('/')[2]}", _attributes(filesystem, path)) for path in stores]
+
+
+def _attributes(filesystem: AbstractFileSystem, path: str) -> dict[str, Any]:
+    try:
+        found = parse_object(filesystem.cat_file(f"{path}/zarr.json")).get("attributes")
+    except Exception as error:
+        if not is_io(error):
+            raise
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@dataclass(frozen=True)
+class Units:
+    """Of a store: when each complete unit of the blocks asked for was written, when anything was, leases held."""
+
+    times: list[float]
+    moved: float
+    writers: int
+
+
+def written_units(path: str, kind: str, blocks: int) -> Units:
+    """What a store holds. A unit's argmax is written last, so its age is the unit's (see pipeline.store.reader)."""
+    filesystem, root = fsspec.core.url_to_fs(path)
+    chunks = {}
+    for name in {"argmax", kind}:
+        folder = f"{root}/{name}/c"
+        # as deep as (block, shard), below which some arrays have one folder more
+        found = filesystem.find(folder, maxdepth=2, withdirs=True, detail=True) if filesystem.exists(folder) else {}
+        places = {where[len(folder) + 1 :]: modified(info) for where, info in found.items()}
+        chunks[name] = {place: when for place, when in places.items() if re.fullmatch(r"\d+/\d+", place)}
+    complete = chunks["argmax"].keys() & chunks[kind].keys()
+    times = [chunks["argmax"][place] for place in complete if int(place.partition("/")[0]) < blocks]
+    writers = sum(leases_beside(path).values())
+    return Units(times, max([modified(filesystem.info(f"{root}/zarr.json")), *times]), writers)

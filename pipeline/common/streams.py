@@ -1,0 +1,55 @@
+"""Counter-based random streams: Philox keyed by BLAKE2b of (seed, stream, identity).
+
+Nothing here depends on a position in a list, a worker, or the state of any global generator. Only raw words are
+drawn, because numpy may change its distributions; what is made of them is the caller's formula.
+"""
+
+import hashlib
+import threading
+
+import numpy as np
+
+
+def stream_key(seed: int, stream: str, identity: str) -> bytes:
+    """128 bits for one stream of one identity; the unit separator cannot stand in a stream's name."""
+    return hashlib.blake2b(f"{seed}\x1f{stream}\x1f{identity}".encode(), digest_size=16).digest()
+
+
+def philox(key: bytes) -> np.random.Philox:
+    """Philox4x64-10 at counter 0; only `random_raw` of it is used."""
+    return np.random.Philox(key=np.frombuffer(key, "<u8"))
+
+
+_of_thread = threading.local()
+
+
+def raw_words(key: bytes, count: int, stream: int = 0) -> np.ndarray:
+    """The first `count` words, uint64, of one of the 2^64 streams of a key.
+
+    A thread's one generator is put to the key: making a new one would cost five times as much.
+    """
+    try:
+        bits = _of_thread.philox
+    except AttributeError:
+        bits = _of_thread.philox = np.random.Philox(key=0)
+    bits.state = {  # pyright: ignore[reportAttributeAccessIssue] tuples, which numpy takes too, cost less
+        "bit_generator": "Philox",
+        "state": {"counter": (0, stream, 0, 0), "key": np.frombuffer(key, "<u8")},
+        "buffer": (0, 0, 0, 0), "buffer_pos": 4, "has_uint32": 0, "uinteger": 0,
+    }  # fmt: skip
+    return bits.random_raw(count)
+
+
+def noise_words(key: bytes, count: int) -> np.ndarray:
+    """uint16 (count,): uniform words, from a stream of the key that `draw_view` leaves alone."""
+    return raw_words(key, -(-count // 4), stream=1).astype("<u8", copy=False).view("<u2")[:count]
+
+
+def uniforms(words: np.ndarray) -> list[float]:
+    """uint64 words as numbers in (0, 1): the upper 52 bits and a half, which a float64 just holds."""
+    return ((words >> 11 | 1) * 2.0**-53).tolist()
+
+
+def permutation(key: bytes, length: int) -> np.ndarray:
+    """int64 (length,): the stable argsort of raw words."""
+    return np.argsort(philox(key).random_raw(length), kind="stable")

@@ -1,0 +1,87 @@
+"""Strict, frozen settings: validation that names what is wrong, and fingerprints."""
+
+import difflib
+import hashlib
+import json
+from typing import Any, cast
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.common.errors import UsageError
+
+SHOWN = 120  # characters of a value in a message
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        populate_by_name=True,
+        allow_inf_nan=False,
+    )
+
+
+def fingerprint(value: Any) -> str:
+    """32 hex digits of BLAKE2b over canonical JSON: sorted keys, no spaces, floats by repr."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", by_alias=True)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def differences(was: Any, now: Any, key: str = "") -> list[str]:
+    """`key: was, now` for each leaf in which two JSON values differ; a key that is nowhere has null."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        keys = sorted(was.keys() | now.keys())
+        return [line for k in keys for line in differences(was.get(k), now.get(k), f"{key}.{k}" if key else k)]
+    return [] if was == now else [f"{key}: {json.dumps(was)}, {json.dumps(now)}"]
+
+
+def validate(kind: type[Section], values: Any, source: str = "", section: str = "") -> Any:
+    """`values` as a `kind`, or a UsageError that names the key in full and the nearest valid one."""
+    try:
+        return kind.model_validate(values)
+    except UsageError as error:  # of a section that is validated on its own, a variant's
+        raise UsageError(f"{source}: {error}" if source else str(error)) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join([section] * bool(section) + location)
+    where = ": ".join(part for part in (source, key) if part)
+    if first["type"] == "extra_forbidden":
+        valid = _keys_beside(kind, location)
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.4)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(
+            where,
+            expected=f"{meant}valid keys: {', '.join(sorted(valid))}",
+            found=f"an unknown key, {location[-1]}",
+            do="correct the key or remove it",
+        )
+    if first["type"] == "value_error":
+        problem = first.get("ctx", {}).get("error", first["msg"])
+        raise UsageError(where, expected=str(problem), found=getattr(problem, "found", ""), do="change it")
+    raise UsageError(
+        where,
+        expected=first["msg"].removeprefix("Input should be "),
+        found=f"{shown(first['input'])} ({type(first['input']).__name__})",
+        do="correct the value",
+    )
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: its beginning, where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python prints no integer of more than 4,300 digits
+        return "a value too large to print"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _keys_beside(kind: type[BaseModel], location: list[str]) -> list[str]:
+    for part in location[:-1]:
+        by_name = {(field.alias or name): field for name, field in kind.model_fields.items()}
+        kind = cast(type[BaseModel], by_name[part].annotation)
+    return [field.alias or name for name, field in kind.model_fields.items()]

@@ -1,0 +1,33 @@
+"""torch.compile, on machines that can: its kernels are made by a C compiler with Python's headers."""
+
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from pipeline.common.errors import UsageError
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """The model by torch.compile.
+
+    Raises:
+        UsageError: no C compiler or no headers, which torch would notice in the first forward only.
+    """
+    compilers = [name for name in (os.environ.get("CC"), os.environ.get("CXX"), "gcc", "g++", "clang") if name]
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    lacking = [] if any(map(shutil.which, compilers)) else [f"none of {', '.join(compilers)}"]
+    if not headers.exists():
+        lacking.append(f"no {headers}")
+    if lacking:
+        raise UsageError(
+            "compile: true",
+            expected="a C compiler and Python's headers, by which torch.compile makes its kernels",
+            found="; ".join(lacking),
+            do="install them (on Debian gcc, g++ and python3-dev), or set compile to false",
+        )
+    return cast(nn.Module, torch.compile(model))

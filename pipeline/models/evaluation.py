@@ -1,0 +1,101 @@
+"""What the paper reports: accuracy of each head and of the joint classifier, agreement, cost."""
+
+import time
+from itertools import product
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import softmax
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.batches.loader import evaluation_loader
+from pipeline.common.distributed import Rank
+from pipeline.models.build import Normalised
+from pipeline.shards.index import Index
+
+
+@torch.no_grad()
+def predict(
+    model: Normalised,
+    index: Index,
+    size: int,
+    crop: float,
+    batch: int,
+    workers: int | None,
+    device: torch.device,
+    precision: str = "float32",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Class and distillation head logits of every sample, float32 (samples, classes) on the CPU.
+
+    Under torchrun each rank computes its share, and all of them get the whole.
+    """
+    rank, training = Rank.start(device), model.training
+    model.to(device).eval()
+    parts = [[torch.zeros(0, len(index.classes))] * 2]  # a rank may have no share of a small set
+    share = rank.share(len(index))
+    for pictures in evaluation_loader(index, share, size, crop, batch, workers, device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            heads = model(pictures.to(device, non_blocking=True).float())
+        parts.append([logits.float().cpu() for logits in heads])
+    model.train(training)
+    own, taught = (rank.gather(torch.cat(part), len(index), device) for part in zip(*parts, strict=True))
+    return own, taught
+
+
+def classifiers(heads: tuple[torch.Tensor, torch.Tensor], distilled: bool) -> dict[str, torch.Tensor]:
+    """Scores (N, classes) of every way to decide.
+
+    `class` and `distillation` head; `mean` of logits (DeiT's code) and `softmax` sum (DeiT's paper,
+    section 4). A model with one head has `class` only.
+    """
+    own, taught = heads
+    if not distilled:
+        return {"class": own}
+    return {
+        "class": own,
+        "distillation": taught,
+        "mean": (own + taught) / 2,
+        "softmax": softmax(own, 1) + softmax(taught, 1),
+    }
+
+
+def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int) -> float:
+    """Share in 0..1 of samples whose label is among the k best scores."""
+    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
+    return (best == labels[:, None]).any(1).double().mean().item()
+
+
+def disagreement(decisions: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Share of samples that two deciders class differently (paper, Table 4); symmetric, 0 diagonal."""
+    table: dict[str, dict[str, float]] = {name: {} for name in decisions}
+    for (a, first), (b, second) in product(decisions.items(), repeat=2):
+        table[a][b] = float(np.mean(first != second))
+    return table
+
+
+def multiply_adds(model: Normalised, size: int) -> int:
+    """MACs of one picture's forward, attention included (timm's convention: 1 MAC = 2 FLOPs)."""
+    device = next(model.parameters()).device
+    model.eval()
+    # as plain matrix products: of the fused attentions torch's counter knows some only (torch 2.11: none of a CPU's)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(torch.zeros(1, 3, size, size, device=device))
+    return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def throughput(model: Normalised, size: int, batch: int, seconds: float, precision: str = "float32") -> float:
+    """Pictures a second of the forward on the model's device: the median of runs over `seconds`."""
+    device = next(model.parameters()).device
+    pictures = torch.zeros(batch, 3, size, size, device=device)
+    model.eval()
+    rates, end = [], time.perf_counter() + seconds
+    while len(rates) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            model(pictures)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        rates.append(batch / (time.perf_counter() - start))
+    return float(np.median(rates))

@@ -1,0 +1,4 @@
+"""The training loop and all that belongs to it: losses, optimizer, checkpoints, log.
+
+Knows nothing of the command line or reports.
+"""
