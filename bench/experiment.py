@@ -30,7 +30,7 @@ from pipeline.shards.index import Index, index_shard, write_index, write_shard
 from pipeline.store.reader import Identity, Store
 from pipeline.store.writer import StoreWriter
 from pipeline.training.run import Run
-from pipeline.training.teachers import stored_answers
+from pipeline.training.teachers import read_predictions
 from pipeline.training.trainer import Trainer
 from pipeline.views.draw import group_count
 
@@ -170,11 +170,11 @@ class Stepping:
 
 
 def reading(material: Material, times: int = 20) -> float:
-    """Seconds of stored_answers, a step: reading and comparing alone, the mean over all steps."""
+    """Seconds of read_predictions, a step: reading and comparing alone, the mean over all steps."""
     steps = itertools.islice(itertools.cycle(material.steps), times * len(material.steps))
     start = time.perf_counter()
     for groups in steps:
-        stored_answers(material.store, groups, "argmax")
+        read_predictions(material.store, groups, "argmax")
     return (time.perf_counter() - start) / (times * len(material.steps))
 
 

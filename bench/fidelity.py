@@ -16,7 +16,7 @@ from pipeline.batches.plan import Item
 from pipeline.config.params import load
 from pipeline.config.paths import index_path
 from pipeline.config.schema import Config, TeacherLogits
-from pipeline.models.build import Answering, load_teacher, resize_pictures, teacher_logits
+from pipeline.models.build import TeacherForward, load_teacher, resize_pictures, teacher_logits
 from pipeline.shards.index import Index
 from pipeline.store.encoding import decode_logits, encode, row_bytes
 from pipeline.views.draw import group_count
@@ -33,7 +33,7 @@ def teachers_logits(config: Config, groups: int) -> tuple[dict[str, torch.Tensor
     teacher = load_teacher(config, len(index.classes), torch.device("cpu"))
     size = config.teacher_size("train-student")
     asked = {
-        name: Answering(teacher, TeacherLogits(precision=name, batch_groups=1), size) for name in ("float32", "bfloat16")
+        name: TeacherForward(teacher, TeacherLogits(precision=name, batch_groups=1), size) for name in ("float32", "bfloat16")
     }
     items = [
         Item(shard, group, 0)

@@ -68,7 +68,7 @@ from pipeline.batches.plan import Unit
 from pipeline.batches.transfer import on_device
 from pipeline.cli.options import DEVICE, find_device
 from pipeline.config.schema import Config, Finetune, Student
-from pipeline.models.build import Answering, build_student
+from pipeline.models.build import TeacherForward, build_student
 from pipeline.store.reader import Identity
 from pipeline.store.writer import StoreWriter
 from pipeline.training.run import NoTeacher
@@ -127,7 +127,7 @@ def forward_of(lab: Lab, groups: list[Groups]) -> Callable[[], torch.Tensor]:
     """The teacher's bare forward of their pictures, which lie on the device as UnitWorker would have them."""
     pictures = torch.cat([mixed(some.to(lab.device)) for some in groups])
     pictures = pictures.contiguous(memory_format=torch.channels_last)
-    return partial(Answering(lab.teacher, lab.answering).logits, pictures, lab.recipe.group_size)
+    return partial(TeacherForward(lab.teacher, lab.answering).logits, pictures, lab.recipe.group_size)
 
 
 def teacher_part(lab: Lab) -> None:
@@ -219,7 +219,7 @@ def step_part(lab: Lab, name: str, size: int) -> None:
     ways = {
         "without": (settings.model_copy(update={"distillation": "none"}), NoTeacher()),
         "stored": (settings, clocked),
-        "online": (settings, OnlineTeacher(Answering(lab.teacher, lab.answering))),
+        "online": (settings, OnlineTeacher(TeacherForward(lab.teacher, lab.answering))),
     }
     works, memory, failed = {}, {}, {}
     for way, (student, answering) in ways.items():
@@ -314,13 +314,13 @@ def loader_part(lab: Lab, name: str, size: int) -> None:
     step = Stepping(trainer, on_device(batches, lab.device))
     timed(step, 2, lab.device)  # compiles
     once = timed(step, 3 * lab.workers, lab.device)  # and more than was rendered meanwhile
-    trainer.epoch_speed.told()
+    trainer.epoch_speed.snapshot()
     found = timed(step, max(4 * lab.workers, round(3 * lab.rounds * lab.seconds / once)), lab.device)
-    told = trainer.epoch_speed.told()
+    told = trainer.epoch_speed.snapshot()
     head(f"{settings.model}, {size} px, {lab.workers} workers", "found")
     row("step with the store, ms", f"{1e3 * found:.4g}")
     row("views/s", f"{lab.views / found:,.0f}")
-    row("views a decoding", f"{told['views_a_decoding']:.3g}")
+    row("views a decoding", f"{told['views_per_decode']:.3g}")
     row("of the time, waiting for the loader, %", f"{100 * told['wait_s'] / told['seconds']:.3g}")
 
 

@@ -8,7 +8,7 @@ The FLOP bound is 1 + T / (3 S), T and S being multiply-adds of a forward. One w
 store whose linear layers are torch's own again: what pipeline/models/linear.py gains.
 
 What the store adds is told twice. The step with it less the step without distillation is small beside the
-noise, and holds the loss of the second head too. `stored_answers` is reading and comparing alone: in a loop,
+noise, and holds the loss of the second head too. `read_predictions` is reading and comparing alone: in a loop,
 and in place, inside the steps with the store. The store keeps one chunk at hand and so reads more often
 than training does. Files come from the page cache.
 
@@ -43,7 +43,7 @@ from torch import nn
 
 from pipeline.batches.batch import mixed
 from pipeline.config.schema import Recipe, Student, Teacher, TeacherLogits
-from pipeline.models.build import Answering, Normalised, build_student, build_teacher
+from pipeline.models.build import Normalised, TeacherForward, build_student, build_teacher
 from pipeline.models.linear import OneDNNLinear
 from pipeline.training.run import NoTeacher
 from pipeline.training.teachers import OnlineTeacher, StoredTeacher
@@ -55,14 +55,14 @@ AT_LEAST = {"tiny": 3.8, "small": 2.0}  # times, online / stored
 
 
 def measure(material: Material, settings: Student, teacher: Normalised, rounds: int) -> dict[str, list[float]]:
-    """Seconds by round of each way, of the teacher's forward, and of stored_answers alone and in place."""
+    """Seconds by round of each way, of the teacher's forward, and of read_predictions alone and in place."""
     clocked = Clocked(StoredTeacher(material.store, "argmax"))
     undistilled = settings.model_copy(update={"distillation": "none"})
     ways = {
         "without": (undistilled, NoTeacher()),
         "stored": (settings, clocked),
         "plain linear": (settings, StoredTeacher(material.store, "argmax")),
-        "online": (settings, OnlineTeacher(Answering(teacher, ASKED))),
+        "online": (settings, OnlineTeacher(TeacherForward(teacher, ASKED))),
     }
     works = {}
     for way, (student, answering) in ways.items():
@@ -73,7 +73,7 @@ def measure(material: Material, settings: Student, teacher: Normalised, rounds: 
                 if type(part) is OneDNNLinear:
                     part.__class__ = nn.Linear
     pictures = mixed(material.steps[0])
-    works["forward"] = lambda: Answering(teacher, ASKED).logits(pictures, GROUP)
+    works["forward"] = lambda: TeacherForward(teacher, ASKED).logits(pictures, GROUP)
     in_turns(works, 1, 0, CPU)  # warms up: AdamW makes its state
     clocked.seconds.clear()
     found = in_turns(works, rounds, 0, CPU)
@@ -99,14 +99,14 @@ def figures(found: dict[str, list[float]], flops: float) -> dict[str, str]:
         "torch's own linear layers / ours": spread(ratios(found["plain linear"], stored)),
         "FLOP bound: 1 + T / (3 S)": f"{flops:.4g}",
         "stored less without, % of without (the second head's loss and noise are in it)": spread(added),
-        "`stored_answers` alone, us a step": us["alone"],
-        "`stored_answers` in place, us a step": us["in place"],
+        "`read_predictions` alone, us a step": us["alone"],
+        "`read_predictions` in place, us a step": us["in place"],
         "the mean of these, % of the step without": f"{added_by_store(found):.3g}",
     }
 
 
 def added_by_store(found: dict[str, list[float]]) -> float:
-    """Per cent of the step that stored_answers takes in place, on average."""
+    """Per cent of the step that read_predictions takes in place, on average."""
     return 100 * statistics.mean(found["in place"]) / statistics.median(found["without"])
 
 
@@ -145,7 +145,7 @@ def main(rounds: int, students: str, teacher_name: str, size: int, tiny: bool):
             if name in AT_LEAST:
                 reached = statistics.median(ratios(found["online"], found["stored"]))
                 goals.append((f"{name}: online / stored", "at least", AT_LEAST[name], reached))
-            goals.append((f"{name}: `stored_answers`, % of the step", "at most", 1.0, added_by_store(found)))
+            goals.append((f"{name}: `read_predictions`, % of the step", "at most", 1.0, added_by_store(found)))
     print_table(columns)
     print_goals(goals)
 

@@ -6,7 +6,7 @@ import torch
 from experiment import Material, Stepping, make_material, timed
 from lab import CLASSES, Lab, head, row
 
-from pipeline.common.arithmetic import repeatable
+from pipeline.common.arithmetic import deterministic_kernels
 from pipeline.config.schema import Student, Teacher
 from pipeline.models.build import build_student, build_teacher
 from pipeline.training.run import NoTeacher, Run
@@ -40,7 +40,7 @@ def trained(
 ) -> tuple[list[torch.Tensor], float]:
     """All weights after STEPS steps from the same fresh ones, on the CPU; and seconds of a step, later ones."""
     size = material.plan.recipe.size
-    with repeatable(wanted):
+    with deterministic_kernels(wanted):
         if isinstance(settings, Student):
             model, answers = build_student(settings, lab.recipe, CLASSES, size), StoredTeacher(material.store, "argmax")
         else:

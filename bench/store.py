@@ -16,7 +16,7 @@ a read, read through a buffer in tar order and without one in training's.
 * then every answer that a method gives is compared with what was written, which fills the page cache;
 * one view of a shard: the Store's cache is emptied before each;
 * shard order: all views of a shard, then the next; by view of 1,000 rows;
-* training order: pipeline.batches.plan's with 16 open shards, a step of 16 groups at a time. `stored_answers` is
+* training order: pipeline.batches.plan's with 16 open shards, a step of 16 groups at a time. `read_predictions` is
   what training calls: it compares the groups' checks too, and makes tensors.
 
 Methods take turns at every piece of work and change places; ratios are taken within a round.
@@ -51,7 +51,7 @@ from pipeline.config.schema import Recipe
 from pipeline.store.encoding import DTYPES, KINDS, payload_width
 from pipeline.store.reader import Identity, Store
 from pipeline.store.writer import StoreWriter
-from pipeline.training.teachers import stored_answers
+from pipeline.training.teachers import read_predictions
 from pipeline.views.draw import group_count
 
 SHARDS, SAMPLES, CLASSES, TOP_K = 50, 1000, 1000, 10
@@ -171,7 +171,7 @@ class AsTrained(Ours):
         checks = [int(self.case.checks[item.shard, item.view, item.group]) for item in items]
         labels = np.empty((len(items), self.case.recipe.group_size))
         groups = SimpleNamespace(items=items, members=members, checks=checks, labels=labels)
-        stored_answers(self.store, groups, self.case.kind)
+        read_predictions(self.store, groups, self.case.kind)
 
 
 class Mapped:
@@ -407,7 +407,7 @@ def measure(root: Path, case: Case, rounds: int, writes: int) -> dict[str, Secon
     for method in methods.values():
         method.open()
     compare(methods, case)
-    trained = methods | {"stored_answers": AsTrained(root / "ours", case).open()}
+    trained = methods | {"read_predictions": AsTrained(root / "ours", case).open()}
     found = collections.defaultdict(list)
     for turn in range(rounds + 1):
         for operation in (opening, first_view, one_view, shard_order):
@@ -451,10 +451,10 @@ def report(root: Path, case: Case, found: dict[str, Seconds]) -> None:
         title = FIGURES[operation][0]
         cells = [spread(figures(operation, spent[name], case)) for name in METHODS]
         print_row(title, *cells, *(spread(faster(spent, peer)) for peer in PEERS))
-        if "stored_answers" in spent:
-            own = spread(figures(operation, spent["stored_answers"], case))
-            print_row(f"{title}, `stored_answers`", own, "", "", *(
-                spread(faster(spent, peer, "stored_answers")) for peer in PEERS
+        if "read_predictions" in spent:
+            own = spread(figures(operation, spent["read_predictions"], case))
+            print_row(f"{title}, `read_predictions`", own, "", "", *(
+                spread(faster(spent, peer, "read_predictions")) for peer in PEERS
             ))  # fmt: skip
     taken = {name: sizes(root / name) for name in METHODS}
     for number, title in enumerate(("bytes a row, all files", "bytes a row, blocks on disk")):
@@ -481,8 +481,8 @@ def goals(root: Path, case: Case, found: dict[str, Seconds], loader_rate: float)
     if case.kind in NARROW:
         bound = 5 if case.kind == "argmax" else 4
         print_goal(case, "x as fast as keyed, shard order", median(faster(found[shard_order], "keyed")), bound, True)
-    spent = median(figures(training_order, found[training_order]["stored_answers"], case))
-    print_goal(case, f"`stored_answers`, % of {loader_rate:g} views/s", spent * loader_rate / 1e4, 0.5)
+    spent = median(figures(training_order, found[training_order]["read_predictions"], case))
+    print_goal(case, f"`read_predictions`, % of {loader_rate:g} views/s", spent * loader_rate / 1e4, 0.5)
     if case.kind == "argmax":
         for path, what, bound in ((".", "everything", 2.6), ("argmax", "argmax alone", 2.2)):
             for taken, unit in zip(sizes(root / "ours" / path), ("files", "blocks on disk"), strict=True):

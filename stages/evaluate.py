@@ -11,15 +11,15 @@ import torch
 
 from pipeline.common.distributed import Rank
 from pipeline.common.errors import PipelineError
-from pipeline.common.files import replacing
+from pipeline.common.files import atomic_write
 from pipeline.config.paths import (
     FINETUNED,
     TEACHER,
-    answers_folder,
     evaluated_models,
     evaluation_folder,
     index_path,
     store_path,
+    teacher_logits_folder,
 )
 from pipeline.config.schema import Config, Student
 from pipeline.models.build import Normalised, build_student, load_resized, load_teacher, parameter_count
@@ -88,8 +88,8 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     if dry_run:
         return
     refuse_missing(entries)
-    answers = open_store(config, train_index) if config.listens("train-student") else None
-    summary = read_summary(answers_folder(config, "train-student") / "summary.json") if answers else {}
+    answers = open_store(config, train_index) if config.needs_teacher("train-student") else None
+    summary = read_summary(teacher_logits_folder(config, "train-student") / "summary.json") if answers else {}
     curves = {e.name: read_curve(e.folder / "curve.csv") for e in entries if (e.folder / "curve.csv").exists()}
     labels, results, decisions, at_sizes = torch.from_numpy(val_index.labels()), [], {}, []
     for entry in entries:
@@ -110,7 +110,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     write_report(folder / "report.html", config.name, results, table, pictures, facts)
     sizes = f"\n{format_sizes(at_sizes)}\n" if at_sizes else ""
     text = f"{format_table(results)}\n{sizes}\nreport: {folder / 'report.html'}\n"
-    with replacing(folder / "table.txt") as temporary:
+    with atomic_write(folder / "table.txt") as temporary:
         temporary.write_text(text)
     print(text)
 
@@ -288,7 +288,7 @@ def open_store(config: Config, index: Index) -> tuple[Store, dict[str, Any]]:
     Raises:
         PipelineError: it was not computed, or is gone.
     """
-    manifest = read_manifest(answers_folder(config, "train-student") / "manifest.json")
+    manifest = read_manifest(teacher_logits_folder(config, "train-student") / "manifest.json")
     return Store.open(store_path(config, manifest["fingerprint"]), index, config.recipe), manifest
 
 
@@ -302,7 +302,7 @@ def write_tables(
         metrics.setdefault(row.model, cost)[row.classifier] = {"top1": row.top1, "top5": row.top5}
     speeds = {row.model: {"images_per_second": round(row.throughput, 1)} for row in results}
     for name, values in (("metrics", metrics), ("throughput", speeds)):
-        with replacing(folder / f"{name}.json") as temporary:
+        with atomic_write(folder / f"{name}.json") as temporary:
             temporary.write_text(json.dumps(values, indent=1) + "\n")
     accuracy = [{key: asdict(row)[key] for key in ("model", "classifier", "top1", "top5")} for row in results]
     pairs = [
@@ -311,7 +311,7 @@ def write_tables(
         for second, share in row.items()
     ]
     for name, lines in (("accuracy", accuracy), ("sizes", at_sizes), ("disagreement", pairs)):
-        with replacing(folder / f"{name}.csv") as temporary, open(temporary, "w", newline="") as file:
+        with atomic_write(folder / f"{name}.csv") as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, list(lines[0]) if lines else SIZES)
             writer.writeheader()
             writer.writerows(lines)

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.batches.plan import plan_of
 from pipeline.common.errors import NotYet, UsageError
-from pipeline.config.paths import finetune_folder, index_path, notes_folder, state_folder, student_folder
+from pipeline.config.paths import digests_folder, finetune_folder, index_path, state_folder, student_folder
 from pipeline.config.schema import Config, finetune_fields
 from pipeline.config.validation import fingerprint
 from pipeline.models.build import Normalised, build_student, load_resized, with_new_heads
@@ -18,11 +18,11 @@ from pipeline.models.weights import read_foreign, read_weights, weights_hash
 from pipeline.shards.index import Index
 from pipeline.training.completion import finish
 from pipeline.training.run import NoTeacher, Run, describe_run, run_identity
-from pipeline.training.teachers import find_teacher
+from pipeline.training.teachers import make_teacher
 from pipeline.views.draw import recipe_fingerprint
 
 # what fine-tuning keeps of the student's own settings
-TAKEN_OVER = ("model", "kwargs", "distillation", "alpha", "tau", "soft_reduction")
+INHERITED_FIELDS = ("model", "kwargs", "distillation", "alpha", "tau", "soft_reduction")
 
 
 def run(config: Config, device: torch.device, name: str, teacher: str = "stored", dry_run: bool = False) -> None:
@@ -49,22 +49,22 @@ def run(config: Config, device: torch.device, name: str, teacher: str = "stored"
                 if settings.weights
                 else f"run: pipeline train-student --student {name}",
             )
-        start(model, source, notes_folder(config) if settings.weights else None)
-        teaching, taught_by = find_teacher(config, student, "finetune", train_index, device, teacher)
+        start(model, source, digests_folder(config) if settings.weights else None)
+        teaching, teacher_identity = make_teacher(config, student, "finetune", train_index, device, teacher)
     except NotYet as error:
         if not dry_run:
             raise
         print(f"not yet: {error.what}")
-        teaching, taught_by = NoTeacher(), None
+        teaching, teacher_identity = NoTeacher(), None
     identity = run_identity(
         settings,
         [model] if settings.train_mode else [],
         finetune=finetune_fields(settings),
-        student={key: getattr(student, key) for key in TAKEN_OVER},
+        student={key: getattr(student, key) for key in INHERITED_FIELDS},
         start=weights_hash(model.model),
         recipe=recipe_fingerprint(recipe),
         index=train_index.fingerprint,
-        teacher=taught_by,
+        teacher=teacher_identity,
     )
     training = Run(
         name=f"finetune {name} at {settings.size}",

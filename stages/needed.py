@@ -6,15 +6,15 @@ when that does; where a teacher or store is not, its stage leaves a mark in its 
 
 import json
 
-from pipeline.common.files import replacing
+from pipeline.common.files import atomic_write
 from pipeline.config.paths import needed_path
 from pipeline.config.schema import PURPOSES, Config
 
 
 def run(config: Config) -> None:
     """Write outputs/<name>/needed.json: for train-student and for finetune, whether anybody listens to a teacher."""
-    needed = {purpose: config.listens(purpose) for purpose in PURPOSES}
-    with replacing(needed_path(config)) as temporary:
+    needed = {purpose: config.needs_teacher(purpose) for purpose in PURPOSES}
+    with atomic_write(needed_path(config)) as temporary:
         temporary.write_text(json.dumps(needed, indent=1) + "\n")
     for purpose, listens in needed.items():
         print(f"{purpose}: " + ("a teacher and a store" if listens else "no student listens to a teacher"))

@@ -23,7 +23,7 @@ from pipeline.common.cores import cores
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.files import file_sha256, sweep
 from pipeline.common.lock import kernel_lock
-from pipeline.common.signals import end_with_the_parent, unwinding
+from pipeline.common.signals import exit_with_parent, sigterm_raises
 from pipeline.common.streams import permutation, stream_key
 from pipeline.config.paths import DATA_LOCK, index_path, local_work
 from pipeline.config.schema import Config, Data
@@ -75,7 +75,7 @@ def run(config: Config, dry_run: bool = False, quick: bool = False) -> None:
     classes: list[str] = []
     for part in parts:
         if not dry_run:
-            with unwinding():
+            with sigterm_raises():
                 classes = _prepare(config, part, part.classes or classes, quick)
 
 
@@ -380,7 +380,7 @@ def _executor(workers: int) -> Iterator[Callable[..., Any]]:
         return
     context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has threads
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_the_parent)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=exit_with_parent)
     try:
         yield pool.map
     except BrokenProcessPool:

@@ -12,8 +12,8 @@ from torch import nn
 from pipeline.batches.plan import Plan, plan_of
 from pipeline.common.distributed import Rank
 from pipeline.common.errors import NotYet, PipelineError
-from pipeline.common.files import replacing
-from pipeline.config.paths import UNNEEDED, index_path, notes_folder, state_folder, teacher_folder
+from pipeline.common.files import atomic_write
+from pipeline.config.paths import UNNEEDED, digests_folder, index_path, state_folder, teacher_folder
 from pipeline.config.schema import Config, Recipe, Training, result_fields
 from pipeline.config.validation import fingerprint
 from pipeline.models.build import (
@@ -64,7 +64,7 @@ def run(config: Config, device: torch.device, purpose: str = "train-student", dr
         teacher = load_teacher(config, len(train.classes), device)
     else:
         assert config.teacher.weights, "without weights it is trained"
-        notes = notes_folder(config)
+        notes = digests_folder(config)
         teacher = pretrained_teacher(config.teacher, config.teacher.weights, len(train.classes), notes)
     refuse_size(teacher, size, _size_key(config, purpose))
     publish(config, purpose, teacher, val, size, training, told, device)
@@ -73,10 +73,10 @@ def run(config: Config, device: torch.device, purpose: str = "train-student", dr
 def mark_unneeded(config: Config, purpose: str) -> None:
     """In the place of weights, curve and metrics, for DVC: no student listens, so there is no teacher."""
     folder = teacher_folder(config, purpose)
-    with replacing(folder / "weights.safetensors") as temporary:
+    with atomic_write(folder / "weights.safetensors") as temporary:
         save_weights(temporary, nn.Module(), UNNEEDED)
     write_curve(folder / "curve.csv", None)
-    with replacing(folder / "metrics.json") as temporary:
+    with atomic_write(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(UNNEEDED) + "\n")
     print(f"teacher for {purpose}: not needed, no student listens to one")
 
@@ -105,7 +105,7 @@ def publish(
         training: the run that it was trained in, and what that one's last epoch told.
     """
     metrics, later = good_enough(config, teacher, val, size, device), config.teacher_size("finetune")
-    answers_later = purpose == "train-student" and config.listens("finetune") and not config.teacher_finetune.epochs
+    answers_later = purpose == "train-student" and config.needs_teacher("finetune") and not config.teacher_finetune.epochs
     if answers_later and later != size:  # before the students are trained, not after
         refuse_size(teacher, later, _size_key(config, "finetune"))
         good_enough(config, teacher, val, later, device)
@@ -113,14 +113,14 @@ def publish(
         return  # rank 0 publishes
     print(f"teacher: top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f} on {len(val):,} images at {size} px")
     folder = teacher_folder(config, purpose)
-    with replacing(folder / "weights.safetensors") as temporary:
+    with atomic_write(folder / "weights.safetensors") as temporary:
         save_teacher(temporary, config.teacher, teacher)
     if training:
         write_curve(folder / "curve.csv", training.folder / "log.jsonl", told)
         metrics["run"] = fingerprint(training.identity)
     else:
         write_curve(folder / "curve.csv")
-    with replacing(folder / "metrics.json") as temporary:
+    with atomic_write(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
 
 

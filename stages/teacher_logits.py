@@ -11,9 +11,9 @@ import torch
 
 from pipeline.batches.plan import Unit
 from pipeline.common.errors import NotYet
-from pipeline.common.files import replacing
+from pipeline.common.files import atomic_write
 from pipeline.common.lease import part_lease, part_lock
-from pipeline.config.paths import UNNEEDED, answers_folder, index_path, store_path
+from pipeline.config.paths import UNNEEDED, index_path, store_path, teacher_logits_folder
 from pipeline.config.schema import Config, Recipe
 from pipeline.config.store_spec import store_spec
 from pipeline.models.build import (
@@ -87,9 +87,9 @@ def run(
 
 def mark_unneeded(config: Config, purpose: str) -> None:
     """In the place of manifest and summary, for DVC: no student listens, so nothing is computed."""
-    folder = answers_folder(config, purpose)
+    folder = teacher_logits_folder(config, purpose)
     write_manifest(folder / "manifest.json", UNNEEDED)
-    with replacing(folder / "summary.json") as temporary:
+    with atomic_write(folder / "summary.json") as temporary:
         temporary.write_text(json.dumps(UNNEEDED) + "\n")
     print(f"teacher-logits for {purpose}: not needed, no student listens to a teacher")
 

@@ -16,7 +16,7 @@ from pipeline.models.build import build_student
 from pipeline.shards.index import Index
 from pipeline.training.completion import finish
 from pipeline.training.run import NoTeacher, Run, describe_run, run_identity
-from pipeline.training.teachers import find_teacher
+from pipeline.training.teachers import make_teacher
 from pipeline.views.draw import recipe_fingerprint
 
 
@@ -49,12 +49,12 @@ def run(
     train_index, val_index = (Index(index_path(config, split)) for split in ("train", "val"))
     views = config.teacher_logits.views
     try:
-        teaching, taught_by = find_teacher(config, settings, "train-student", train_index, device, teacher, store)
+        teaching, teacher_identity = make_teacher(config, settings, "train-student", train_index, device, teacher, store)
     except NotYet as error:
         if not dry_run:
             raise
         print(f"not yet: {error.what}")
-        teaching, taught_by = NoTeacher(), None
+        teaching, teacher_identity = NoTeacher(), None
     model = build_student(settings, config.recipe, len(train_index.classes), config.recipe.size)
     identity = run_identity(
         settings,
@@ -63,7 +63,7 @@ def run(
         recipe=recipe_fingerprint(config.recipe),
         index=train_index.fingerprint,
         views=views,
-        teacher=taught_by,
+        teacher=teacher_identity,
     )
     training = Run(
         name=f"student {name}",

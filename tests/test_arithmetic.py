@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.common.arithmetic import repeatable
+from pipeline.common.arithmetic import deterministic_kernels
 from pipeline.common.errors import PipelineError
 
 
@@ -19,7 +19,7 @@ def asked() -> tuple[Any, ...]:
 
 
 def test_all_that_torch_offers_is_on_inside():
-    with repeatable(True):
+    with deterministic_kernels(True):
         assert asked() == (True, True, False)
         assert torch._inductor.config.deterministic
     assert asked() == (False, False, True)
@@ -27,22 +27,22 @@ def test_all_that_torch_offers_is_on_inside():
 
 def test_nothing_changes_where_it_is_not_wanted():
     before = asked()
-    with repeatable(False):
+    with deterministic_kernels(False):
         assert asked() == before
 
 
 def test_it_is_off_again_after_an_error():
-    with pytest.raises(KeyError), repeatable(True):
+    with pytest.raises(KeyError), deterministic_kernels(True):
         raise KeyError
     assert asked() == (False, False, True)
 
 
 def test_an_operation_without_such_a_kernel_is_told_in_words():
-    with pytest.raises(PipelineError, match=r"found: +put_ does not have") as caught, repeatable(True):
+    with pytest.raises(PipelineError, match=r"found: +put_ does not have") as caught, deterministic_kernels(True):
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
     assert "set deterministic to false" in str(caught.value)
 
 
 def test_other_errors_pass_as_they_are():
-    with pytest.raises(RuntimeError, match="no such thing"), repeatable(True):
+    with pytest.raises(RuntimeError, match="no such thing"), deterministic_kernels(True):
         raise RuntimeError("no such thing")

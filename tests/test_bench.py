@@ -47,15 +47,15 @@ def test_online_tells_every_way_and_goal():
     for name in (*(f"{step}, ms" for step in STEPS), "step with the teacher online, ms",
                  "the teacher's forward alone, ms", "online / stored", "bound: 1 + forward / without",
                  "torch's own linear layers / ours",
-                 "online / stored, of that bound", "FLOP bound: 1 + T / (3 S)", "`stored_answers` alone, us a step",
-                 "`stored_answers` in place, us a step", "the mean of these, % of the step without"):  # fmt: skip
+                 "online / stored, of that bound", "FLOP bound: 1 + T / (3 S)", "`read_predictions` alone, us a step",
+                 "`read_predictions` in place, us a step", "the mean of these, % of the step without"):  # fmt: skip
         assert len(found[name]) == 2 and min(found[name]) > 0, name
     assert max(found["online / stored, of that bound"]) < 5
     assert min(found["bound: 1 + forward / without"] + found["FLOP bound: 1 + T / (3 S)"]) > 1
-    assert min(found["`stored_answers` in place, us a step"]) < 1e3 * min(found["step with the store, ms"])
+    assert min(found["`read_predictions` in place, us a step"]) < 1e3 * min(found["step with the store, ms"])
     for student in ("tiny", "small"):
         assert found[f"{student}: online / stored"][-1] > 0
-        assert found[f"{student}: `stored_answers`, % of the step"][-1] > 0
+        assert found[f"{student}: `read_predictions`, % of the step"][-1] > 0
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from test_ranks import two_ranks
 from test_training import CPU, loaded, losses, taught, taught_template, trained_losses  # noqa: F401  (fixtures)
 
 from pipeline.config.params import dump
-from pipeline.config.paths import answers_folder, index_path, store_path
+from pipeline.config.paths import index_path, store_path, teacher_logits_folder
 from pipeline.config.schema import Config
 from pipeline.shards.index import Index
 from pipeline.store.manifest import read_manifest
@@ -40,7 +40,7 @@ def test_two_ranks_of_a_compiled_student_have_them_too(taught, name):  # noqa: F
 
 def all_logits(config: Config) -> np.ndarray:
     index = Index(index_path(config, "train"))
-    manifest = read_manifest(answers_folder(config, "train-student") / "manifest.json")
+    manifest = read_manifest(teacher_logits_folder(config, "train-student") / "manifest.json")
     store = Store.open(store_path(config, manifest["fingerprint"]), index, config.recipe)
     shards, views = range(len(index.names)), range(manifest["views"])
     return np.concatenate([store.read(shard, view, "dense").payload for shard in shards for view in views])

@@ -542,7 +542,7 @@ def test_any_number_of_students_is_fine_tuned(written, students):
 
 
 def test_who_listens_tells_which_teachers_are_needed():
-    listens = lambda *overrides: [resolve({}, overrides, "t").listens(p) for p in ("train-student", "finetune")]  # noqa: E731
+    listens = lambda *overrides: [resolve({}, overrides, "t").needs_teacher(p) for p in ("train-student", "finetune")]  # noqa: E731
     none = "variants.none.distillation=none"
     assert listens() == [True, False]
     assert listens("finetune.from=hard") == [True, True]

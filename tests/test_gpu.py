@@ -22,7 +22,7 @@ from pipeline.cli.main import main
 from pipeline.cli.options import find_device
 from pipeline.common.signals import Interrupted
 from pipeline.config.params import dump, load
-from pipeline.config.paths import answers_folder, index_path, store_path
+from pipeline.config.paths import index_path, store_path, teacher_logits_folder
 from pipeline.config.schema import Config
 from pipeline.models.build import build_student, load_teacher
 from pipeline.shards.index import Index
@@ -104,7 +104,7 @@ def loaded(*overrides: str) -> Config:
 
 def stored(config: Config) -> Store:
     """The store of the students' views."""
-    fingerprint = read_manifest(answers_folder(config, "train-student") / "manifest.json")["fingerprint"]
+    fingerprint = read_manifest(teacher_logits_folder(config, "train-student") / "manifest.json")["fingerprint"]
     return Store.open(store_path(config, fingerprint), Index(index_path(config, "train")), config.recipe)
 
 
@@ -194,7 +194,7 @@ def test_speed_tells_the_peak_of_memory(gpu):
 
 def student_run(config: Config, name: str, gpu: torch.device, folder: Path) -> Run:
     settings, index = config.student_named(name), Index(index_path(config, "train"))
-    answers, _ = train_student.find_teacher(config, settings, "train-student", index, gpu)
+    answers, _ = train_student.make_teacher(config, settings, "train-student", index, gpu)
     return Run(
         name, folder, {}, settings, plan_of(index, config.recipe, settings, 8), index,
         Index(index_path(config, "val")), build_student(settings, config.recipe, 3, 16), 16, 1.0,

@@ -28,7 +28,7 @@ from pipeline.shards.index import Index
 from pipeline.store.reader import Identity, Store
 from pipeline.store.writer import StoreWriter
 from pipeline.training import teachers as teaching
-from pipeline.training.teachers import StoredTeacher, stored_answers
+from pipeline.training.teachers import StoredTeacher, read_predictions
 from pipeline.views.draw import draw_mix, draw_view
 from pipeline.views.render import center_view, render
 
@@ -551,7 +551,7 @@ def store(small_set, tmp_path_factory) -> Store:
 
 def test_each_slot_gets_the_answer_about_its_member(small_set, store):
     groups = renderer(small_set).render(ITEMS)
-    argmax, payload = stored_answers(store, groups, "dense")
+    argmax, payload = read_predictions(store, groups, "dense")
     assert argmax.dtype == torch.int64 and payload.shape == (20, 3)
     for number, item in enumerate(ITEMS):
         told = [answer(item.shard, row, item.view) for row in groups.members[number].tolist()]
@@ -561,7 +561,7 @@ def test_each_slot_gets_the_answer_about_its_member(small_set, store):
 
 def test_unused_slots_get_class_0(small_set, store):
     groups = renderer(small_set).render(ITEMS)
-    argmax, payload = stored_answers(store, groups, "dense")
+    argmax, payload = read_predictions(store, groups, "dense")
     unused = groups.weights.flatten() == 0
     assert unused.any() and not argmax[unused].any() and not payload[unused].any()
 
@@ -576,14 +576,14 @@ def test_answers_go_to_the_device_as_they_are_stored_and_are_decoded_there(small
 
 
 def test_argmax_alone_has_no_payload(small_set, store):
-    assert stored_answers(store, renderer(small_set).render(ITEMS), "argmax")[1] is None
+    assert read_predictions(store, renderer(small_set).render(ITEMS), "argmax")[1] is None
 
 
 def test_every_group_that_is_trained_on_is_the_one_the_teacher_saw(small_set, store):
     a, (_, index) = plan_over(small_set), small_set
     steps = range(2 * 8 * a.groups // a.batch_groups)  # views come round once
     for groups in step_loader(a, index, steps, range(1), 1, 0, False):
-        stored_answers(store, groups, "argmax")
+        read_predictions(store, groups, "argmax")
 
 
 def changed_mix(**changes):
@@ -618,7 +618,7 @@ def test_group_that_is_not_the_one_the_teacher_saw_is_refused(name, changed, sma
     monkeypatch.setattr(pipeline.batches.batch, name, changed)
     groups = renderer(small_set).render([Item(2, 1, 5)])
     with pytest.raises(PipelineError) as caught:
-        stored_answers(store, groups, "argmax")
+        read_predictions(store, groups, "argmax")
     message = str(caught.value)
     assert "group 1 of shard 000002.tar, view 5" in message
     assert "another order, lambda, partner or pixel" in message
@@ -628,13 +628,13 @@ def test_answers_of_another_unit_are_refused(small_set, store, monkeypatch):
     read = Store.read
     monkeypatch.setattr(Store, "read", lambda self, shard, view, kind: read(self, shard, view ^ 4, kind))
     with pytest.raises(PipelineError, match="group 1 of shard 000000.tar, view 2"):
-        stored_answers(store, renderer(small_set).render(ITEMS), "argmax")
+        read_predictions(store, renderer(small_set).render(ITEMS), "argmax")
 
 
 def test_message_about_another_group_names_the_versions_that_wrote_the_store(small_set, store, monkeypatch):
     monkeypatch.setattr(pipeline.batches.batch, "render", changed_pixel)
     with pytest.raises(PipelineError, match=f"numpy {np.__version__}"):
-        stored_answers(store, renderer(small_set).render(ITEMS), "argmax")
+        read_predictions(store, renderer(small_set).render(ITEMS), "argmax")
 
 
 def test_a_worker_starts_after_this_process_has_rendered_large_pictures():

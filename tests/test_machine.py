@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pipeline.common import cores
-from pipeline.common.cores import share_threads, workers_of
+from pipeline.common.cores import limit_threads, resolve_workers
 from pipeline.common.progress import Lines, progress
-from pipeline.common.signals import Noted
+from pipeline.common.signals import SignalRecorder
 from pipeline.config.schema import Config
 
 
@@ -22,11 +22,11 @@ def sixteen(monkeypatch):
 
 
 def test_workers_follow_the_machine_unless_they_are_chosen(sixteen, monkeypatch):
-    assert (workers_of(None, False), workers_of(None, True), workers_of(3, True), workers_of(0, True)) == (8, 15, 3, 0)
+    assert (resolve_workers(None, False), resolve_workers(None, True), resolve_workers(3, True), resolve_workers(0, True)) == (8, 15, 3, 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # ranks of this machine share its cores
-    assert (workers_of(None, False), workers_of(None, True)) == (1, 1)
+    assert (resolve_workers(None, False), resolve_workers(None, True)) == (1, 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert (cores.cores(), workers_of(None, False), workers_of(None, True)) == (1, 0, 0)
+    assert (cores.cores(), resolve_workers(None, False), resolve_workers(None, True)) == (1, 0, 0)
 
 
 def test_no_default_has_more_workers_than_there_are_cores():
@@ -39,14 +39,14 @@ def test_no_default_has_more_workers_than_there_are_cores():
 def test_torch_has_the_cores_that_workers_leave(sixteen, monkeypatch, workers, threads):
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    share_threads(workers)
+    limit_threads(workers)
     assert chosen == [threads]
 
 
 def test_threads_that_somebody_chose_stay(sixteen, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setattr(torch, "set_num_threads", lambda _: pytest.fail("another number"))
-    share_threads(0)
+    limit_threads(0)
 
 
 def test_a_log_has_a_line_a_minute_with_loss_and_time_left(capsys):
@@ -81,7 +81,7 @@ def test_a_bar_is_for_terminals_and_one_rank_alone(monkeypatch):
 
 @pytest.mark.parametrize(("number", "told"), [(signal.SIGINT, "once more ends it at once"), (signal.SIGTERM, "saves")])
 def test_a_signal_is_acknowledged_at_once(capfd, number, told):
-    with Noted() as noted:
+    with SignalRecorder() as noted:
         os.kill(os.getpid(), number)
         said = capfd.readouterr().err  # before the step that was going on has ended
     assert noted.came == number and number.name in said and told in said

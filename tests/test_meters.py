@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.training.meters import Speed, forget_peak, loader_limits
+from pipeline.training.meters import Speed, is_loader_bound, reset_peak_memory
 
 
 class Clock:
@@ -21,22 +21,22 @@ def test_speed_is_of_the_time_since_it_was_told_last():
         speed.rendered(views=12, decodes=4, waited=0.5)
         speed.stepped(24)
         clock.now += 4
-        told = speed.told()
+        told = speed.snapshot()
         assert told["samples_per_s"] == 6 and told["seconds"] == 4 and told["wait_s"] == 0.5
-        assert told["views_a_decoding"] == 3
+        assert told["views_per_decode"] == 3
 
 
 def test_views_a_decoding_is_left_out_where_nothing_was_decoded():
-    assert "views_a_decoding" not in Speed(Clock()).told()
+    assert "views_per_decode" not in Speed(Clock()).snapshot()
 
 
 @pytest.mark.parametrize(("waited", "limits"), [(0.0, False), (0.9, False), (1.0, True), (9.0, True)])
 def test_loader_limits_where_a_tenth_of_the_time_is_waiting(waited, limits):
-    assert loader_limits({"wait_s": 10 * waited, "seconds": 100.0}) == limits
+    assert is_loader_bound({"wait_s": 10 * waited, "seconds": 100.0}) == limits
 
 
 def test_short_time_tells_nothing_of_the_loader():
-    assert not loader_limits({"wait_s": 20.0, "seconds": 20.0})
+    assert not is_loader_bound({"wait_s": 20.0, "seconds": 20.0})
 
 
 def test_the_peak_of_a_gpus_memory_is_told_until_it_is_forgotten(monkeypatch):
@@ -44,11 +44,11 @@ def test_the_peak_of_a_gpus_memory_is_told_until_it_is_forgotten(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, names[0], lambda: found[-1])
     monkeypatch.setattr(torch.cuda, names[1], lambda: found.append(0))
-    assert Speed(Clock()).told()["gpu_mib"] == 5
-    forget_peak()
-    assert Speed(Clock()).told()["gpu_mib"] == 0
+    assert Speed(Clock()).snapshot()["gpu_mib"] == 5
+    reset_peak_memory()
+    assert Speed(Clock()).snapshot()["gpu_mib"] == 0
 
 
 def test_without_a_gpu_in_use_its_memory_is_not_asked_for():
-    forget_peak()
-    assert "gpu_mib" not in Speed(Clock()).told()
+    reset_peak_memory()
+    assert "gpu_mib" not in Speed(Clock()).snapshot()

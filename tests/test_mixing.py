@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from test_recipe import DRAWS, LIKELY, check_recorded, plain, property_settings, same_distribution, seeded
 
-from pipeline.batches.batch import Groups, group_check, mixed, witness
+from pipeline.batches.batch import Groups, checked_member, group_check, mixed
 from pipeline.batches.plan import Item
 from pipeline.config.schema import Recipe
 from pipeline.views.draw import Mix, draw_groups, draw_mix
@@ -241,7 +241,7 @@ def test_group_check_has_64_bits():
 @property_settings
 @given(st.integers(0, 50), st.integers(1, 64), st.integers(0, 100))
 def test_every_member_is_witness_in_as_many_views_as_there_are_members(group, members, first):
-    seen = {witness(group, view, members) for view in range(first, first + members)}
+    seen = {checked_member(group, view, members) for view in range(first, first + members)}
     assert seen == set(range(members))
 
 

@@ -12,8 +12,8 @@ from torch.nn.functional import interpolate
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.schema import Recipe, Student, Teacher, TeacherLogits
 from pipeline.models.build import (
-    Answering,
     Normalised,
+    TeacherForward,
     adaptable,
     build,
     build_student,
@@ -184,7 +184,7 @@ def test_in_bfloat16_a_teachers_head_computes_in_float32(name):
     asked = TeacherLogits(precision="bfloat16")
     size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2} if "deit" in name else {}
     teacher = build_teacher(Teacher(model=name, kwargs=size), 50).eval()
-    logits = Answering(teacher, asked).logits(pictures(), 3)
+    logits = TeacherForward(teacher, asked).logits(pictures(), 3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         features = teacher.model.forward_features((pictures() - teacher.mean) / teacher.std)
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_a_teacher_that_is_asked_answers_in_float32_as_its_model_does():
     teacher = build_teacher(Teacher(model="resnet10t"), 5).eval()
     with torch.no_grad():
         expected = teacher.model((pictures() - teacher.mean) / teacher.std)
-    assert torch.equal(Answering(teacher, TeacherLogits(precision="float32")).logits(pictures(), 3), expected)
+    assert torch.equal(TeacherForward(teacher, TeacherLogits(precision="float32")).logits(pictures(), 3), expected)
 
 
 def test_a_teacher_that_is_asked_gets_its_pictures_as_the_settings_say(monkeypatch):
@@ -204,7 +204,7 @@ def test_a_teacher_that_is_asked_gets_its_pictures_as_the_settings_say(monkeypat
     teacher.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    Answering(teacher, TeacherLogits(channels_last=True, compile=True, batch_groups=2), 16).logits(pictures(6), 2)
+    TeacherForward(teacher, TeacherLogits(channels_last=True, compile=True, batch_groups=2), 16).logits(pictures(6), 2)
     assert [tuple(x.shape) for x in seen] == [(4, 3, 16, 16), (2, 3, 16, 16)]
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
     weights = [w for w in teacher.parameters() if w.ndim == 4 and w.shape[2] > 1]

@@ -15,13 +15,13 @@ from pipeline.batches.loader import step_loader, unit_loader
 from pipeline.batches.plan import Unit, plan_of
 from pipeline.batches.transfer import DeviceToHostCopy, on_device
 from pipeline.config.schema import Student, Teacher, TeacherLogits
-from pipeline.models.build import Answering, Normalised, build_student, build_teacher
+from pipeline.models.build import Normalised, TeacherForward, build_student, build_teacher
+from pipeline.store import labelling
 from pipeline.store.encoding import payload_width
 from pipeline.training import teachers as teaching
 from pipeline.training.run import NoTeacher, Run
 from pipeline.training.teachers import OnlineTeacher, StoredTeacher
 from pipeline.training.trainer import STEP_VALUES, Trainer
-from stages import teacher_logits
 
 # of copying a model for its average
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
@@ -91,7 +91,7 @@ def answering(kind: str, monkeypatch) -> StoredTeacher:
         payload = torch.zeros(count, width, dtype=types[kind]) if kind in types else None
         return torch.zeros(count, dtype=torch.int64), payload
 
-    monkeypatch.setattr(teaching, "stored_answers", stored)
+    monkeypatch.setattr(teaching, "read_predictions", stored)
     return StoredTeacher(SimpleNamespace(classes=3), kind)
 
 
@@ -146,7 +146,7 @@ CASES = {
 @pytest.mark.parametrize(("changes", "kind", "copies"), CASES.values(), ids=CASES)
 def test_a_step_waits_for_nothing_and_mixes_no_devices(in_tmp, small_set, diary, monkeypatch, changes, kind, copies):
     if kind == "online":
-        teacher = OnlineTeacher(Answering(teacher_on_device(), ASKED, 16))
+        teacher = OnlineTeacher(TeacherForward(teacher_on_device(), ASKED, 16))
     else:
         teacher = answering(kind, monkeypatch) if kind else NoTeacher()
     trainer, batches = prepared(small_set, diary, STUDENT.model_copy(update=changes), teacher)
@@ -183,9 +183,9 @@ def test_asking_about_units_waits_for_answers_alone(in_tmp, small_set, diary, mo
     units = [Unit(0, 0), Unit(1, 1)]
     with unset_fake_temporarily():
         batches = list(unit_loader(units, index, config.recipe, 0, False))
-    monkeypatch.setattr(teacher_logits, "unit_loader", lambda *_: (pin_memory(groups) for groups in batches))
+    monkeypatch.setattr(labelling, "unit_loader", lambda *_: (pin_memory(groups) for groups in batches))
     store, asked, kept = SimpleNamespace(recipe=config.recipe, index=index), [], []
-    worker = teacher_logits.UnitWorker(config, store, teacher_on_device(), 16, GPU, None)
+    worker = labelling.UnitWorker(config, store, teacher_on_device(), 16, GPU, None)
     ask = worker.ask
 
     def noting(batch: list[Groups]):

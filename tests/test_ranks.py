@@ -28,11 +28,11 @@ from pipeline.common.signals import Interrupted
 from pipeline.config.params import dump
 from pipeline.config.paths import (
     RUN_LOCK,
-    answers_folder,
     evaluation_folder,
     index_path,
     student_folder,
     teacher_folder,
+    teacher_logits_folder,
 )
 from pipeline.config.schema import Config
 from pipeline.models.build import build_teacher
@@ -98,7 +98,7 @@ def of_two_ranks(taught_template, tmp_path_factory) -> tuple[Path, str]:  # noqa
     root = tmp_path_factory.mktemp("two") / "ranks"
     shutil.copytree(taught_template, root)
     shutil.rmtree(root / "work/stores")
-    shutil.rmtree(root / answers_folder(Config(name="small"), "train-student"))
+    shutil.rmtree(root / teacher_logits_folder(Config(name="small"), "train-student"))
     return root, two_ranks(*" ".join(COMMANDS).split(), folder=root)
 
 
@@ -163,7 +163,7 @@ def test_sigterm_to_one_rank_ends_both_at_the_same_step(taught):  # noqa: F811
 
 
 def test_teacher_logits_of_two_ranks_fill_the_store_of_one(taught, of_two_ranks):  # noqa: F811
-    manifest = answers_folder(taught, "train-student") / "manifest.json"
+    manifest = teacher_logits_folder(taught, "train-student") / "manifest.json"
     assert (of_two_ranks[0] / manifest).read_bytes() == manifest.read_bytes()
 
 

@@ -43,7 +43,7 @@ from pipeline.batches.plan import Unit
 from pipeline.cli import store as store_stage
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.lease import LEASE, lease
-from pipeline.config.paths import answers_folder, index_path, student_folder, teacher_folder
+from pipeline.config.paths import index_path, student_folder, teacher_folder, teacher_logits_folder
 from pipeline.models.weights import read_weights, tensors_digest
 from pipeline.shards.index import Index, index_shard
 from pipeline.store.manifest import damaged, manifest, read_manifest, store_bytes
@@ -621,7 +621,7 @@ def chunks_of(objects: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def store_url(config) -> str:
-    fingerprint = read_manifest(answers_folder(config, "train-student") / "manifest.json")["fingerprint"]
+    fingerprint = read_manifest(teacher_logits_folder(config, "train-student") / "manifest.json")["fingerprint"]
     return f"{config.work}/stores/{fingerprint}.zarr"
 
 

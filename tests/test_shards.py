@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.files import replacing
+from pipeline.common.files import atomic_write
 from pipeline.config.validation import fingerprint
 from pipeline.shards.images import Undecodable, decode, decode_again
 from pipeline.shards.index import MAX_CLASSES, Index, index_shard, write_index, write_shard
@@ -532,7 +532,7 @@ def test_table_with_python_objects_is_never_unpickled(tmp_path):
 
 
 def test_file_appears_when_the_block_ends_well(tmp_path):
-    with replacing(tmp_path / "new" / "file") as temporary:
+    with atomic_write(tmp_path / "new" / "file") as temporary:
         temporary.write_text("text")
         assert not (tmp_path / "new" / "file").exists()
     assert (tmp_path / "new" / "file").read_text() == "text"
@@ -542,7 +542,7 @@ def test_file_appears_when_the_block_ends_well(tmp_path):
 def test_file_is_replaced_by_name_so_a_reader_goes_on_with_the_old_one(tmp_path):
     (tmp_path / "file").write_text("old")
     with open(tmp_path / "file") as reader:
-        with replacing(tmp_path / "file") as temporary:
+        with atomic_write(tmp_path / "file") as temporary:
             temporary.write_text("new")
         assert (reader.read(), (tmp_path / "file").read_text()) == ("old", "new")
 
@@ -552,14 +552,14 @@ def test_file_is_replaced_by_name_so_a_reader_goes_on_with_the_old_one(tmp_path)
 def test_block_that_raises_leaves_everything_as_it_was(tmp_path, error, old):
     if old:
         (tmp_path / "file").write_text(old)
-    with pytest.raises((ValueError, KeyboardInterrupt, PipelineError)), replacing(tmp_path / "file") as temporary:
+    with pytest.raises((ValueError, KeyboardInterrupt, PipelineError)), atomic_write(tmp_path / "file") as temporary:
         temporary.write_text("half")
         raise error
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == ({"file": old} if old else {})
 
 
 def test_error_of_the_block_is_not_taken_for_one_of_the_disk(tmp_path):
-    with pytest.raises(PipelineError, match="mend me"), replacing(tmp_path / "file"):
+    with pytest.raises(PipelineError, match="mend me"), atomic_write(tmp_path / "file"):
         raise PipelineError("mend me")
 
 

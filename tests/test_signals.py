@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.common.signals import Noted
+from pipeline.common.signals import SignalRecorder
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT], [signal.SIGINT, signal.SIGTERM]])
 def test_the_first_signal_is_noted_and_what_comes_with_it_too(numbers):
-    with Noted() as noted:
+    with SignalRecorder() as noted:
         for number in numbers:
             os.kill(os.getpid(), number)
     assert noted.came == numbers[0]
@@ -24,7 +24,7 @@ def test_the_first_signal_is_noted_and_what_comes_with_it_too(numbers):
 
 def test_a_later_ctrl_c_is_heeded_at_once(monkeypatch):
     later = time.monotonic() + 2
-    with pytest.raises(KeyboardInterrupt), Noted():
+    with pytest.raises(KeyboardInterrupt), SignalRecorder():
         os.kill(os.getpid(), signal.SIGINT)
         monkeypatch.setattr("pipeline.common.signals.time.monotonic", lambda: later)
         os.kill(os.getpid(), signal.SIGINT)
@@ -32,17 +32,17 @@ def test_a_later_ctrl_c_is_heeded_at_once(monkeypatch):
 
 def test_signals_are_as_they_were_afterwards():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with Noted():
+    with SignalRecorder():
         os.kill(os.getpid(), signal.SIGTERM)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 WORKER = """
 import multiprocessing, sys, time
-from pipeline.common.signals import heed_the_parent_alone
+from pipeline.common.signals import ignore_job_signals
 
 def work(ready):
-    heed_the_parent_alone()
+    ignore_job_signals()
     ready.set()
     time.sleep(60)
 

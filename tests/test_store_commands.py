@@ -21,7 +21,7 @@ from pipeline.common.lease import lease, part_lock
 from pipeline.common.lock import kernel_lock
 from pipeline.config.params import dump
 from pipeline.config.paths import DATA_LOCK, RUN_LOCK, index_path, state_folder, student_folder
-from pipeline.models.build import Answering
+from pipeline.models.build import TeacherForward
 from pipeline.shards.index import Index
 from pipeline.store.reader import Store
 from pipeline.store.writer import StoreWriter
@@ -69,8 +69,8 @@ def test_units_computed_again_are_the_same(taught):  # noqa: F811
 
 
 def test_another_teacher_s_answers_are_found(taught, monkeypatch):  # noqa: F811
-    right = Answering.logits
-    monkeypatch.setattr(Answering, "logits", lambda *arguments: -right(*arguments))
+    right = TeacherForward.logits
+    monkeypatch.setattr(TeacherForward, "logits", lambda *arguments: -right(*arguments))
     said = call("store", "verify", "--teacher", "1", "--device", "cpu", code=1)
     assert "another teacher?" in said
 

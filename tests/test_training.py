@@ -22,11 +22,11 @@ from pipeline.common.signals import Interrupted
 from pipeline.config.params import dump
 from pipeline.config.paths import (
     RUN_LOCK,
-    answers_folder,
     finetune_folder,
     index_path,
     student_folder,
     teacher_folder,
+    teacher_logits_folder,
 )
 from pipeline.config.schema import Config
 from pipeline.models.build import adaptable, build_student, build_teacher
@@ -329,16 +329,16 @@ def test_teacher_logits_mends_a_damaged_unit(taught):
 
 
 def test_more_views_add_blocks_to_the_same_store(taught):
-    before = json.loads((answers_folder(taught, "train-student") / "manifest.json").read_text())
+    before = json.loads((teacher_logits_folder(taught, "train-student") / "manifest.json").read_text())
     teacher_logits.run(loaded("teacher_logits.views=12"), CPU)
-    after = json.loads((answers_folder(taught, "train-student") / "manifest.json").read_text())
+    after = json.loads((teacher_logits_folder(taught, "train-student") / "manifest.json").read_text())
     assert after["fingerprint"] == before["fingerprint"]
     assert all(after["units"][name][:2] == units for name, units in before["units"].items())
     assert len(after["units"]["000000.tar"]) == 3
 
 
 def test_parts_fill_the_same_store_as_one_process(taught):
-    answers = answers_folder(taught, "train-student") / "manifest.json"
+    answers = teacher_logits_folder(taught, "train-student") / "manifest.json"
     before = answers.read_bytes()
     shutil.rmtree("work/stores")
     for part in range(3):
@@ -361,15 +361,15 @@ def test_a_changed_recipe_fills_another_store_and_leaves_the_first(taught):
 
 
 def test_changed_pixels_stop_training_at_the_first_group(taught, monkeypatch):
-    from pipeline import groups
+    from pipeline.batches import batch
 
-    real = groups.render
+    real = batch.render
 
     def changed(*given, out):
         real(*given, out)
         out ^= 1
 
-    monkeypatch.setattr(groups, "render", changed)
+    monkeypatch.setattr(batch, "render", changed)
     with pytest.raises(PipelineError, match="(?s)the pictures and mixing that the teacher saw.*pixel"):
         train_student.run(taught, CPU, "hard")
 
@@ -399,7 +399,7 @@ def test_a_step_logs_its_loss_in_parts_its_gradient_and_its_speed(taught):
     line = next(line for line in lines if line["kind"] == "step" and "loss_label" in line)
     assert line["loss"] == pytest.approx(0.5 * line["loss_label"] + 0.5 * line["loss_distillation"], rel=1e-5)
     assert line["grad_norm"] > 0 and line["samples_per_s"] > 0 and 0 <= line["wait_s"] <= line["seconds"]
-    assert line["views_a_decoding"] == 2  # of repeated augmentation, in one slice
+    assert line["views_per_decode"] == 2  # of repeated augmentation, in one slice
 
 
 def test_what_an_epoch_publishes_has_nothing_of_the_machines_speed(taught):

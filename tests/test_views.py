@@ -16,7 +16,7 @@ from PIL import Image
 from rendering import ENCODINGS, digest_of_views, encoded, natural, translucent
 from test_ops import FILL, IMAGENET, files, needs
 
-import pipeline.views.render
+import pipeline.shards.images
 from pipeline.common.streams import philox
 from pipeline.config.policies import INCREASING_OPS
 from pipeline.config.schema import Recipe
@@ -177,7 +177,7 @@ def test_decoding_damage_again_that_pillow_accepts_gives_the_same_pixels(encodin
 
 @pytest.mark.parametrize("encoding", ["jpeg_420", "jpeg_444", "jpeg_progressive", "jpeg_grey"])
 def test_plain_jpeg_is_decoded_again_without_pillow(encoding, monkeypatch):
-    monkeypatch.setattr(pipeline.views.render, "decode", None)
+    monkeypatch.setattr(pipeline.shards.images, "decode", None)
     assert decode_again(TINY[encoding]).shape == (17, 19, 3)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.common.files import replacing
+from pipeline.common.files import atomic_write
 from pipeline.config.params import resolve
 from pipeline.models.build import build
 from pipeline.models.weights import load_weights, read_foreign, read_weights, save_weights, tensors_digest
@@ -120,7 +120,7 @@ def test_a_full_disk_is_told_with_the_file_s_name(tmp_path):
     path = tmp_path / "w.safetensors"
 
     def publish():
-        with full_disk(limit=128), replacing(path) as temporary:
+        with full_disk(limit=128), atomic_write(path) as temporary:
             save_weights(temporary, small())
 
     said = refusal(publish)

@@ -124,7 +124,7 @@ class Renderer:
         groups.partner[number] = torch.from_numpy(mix.partner[shown])
         groups.lam[number] = mix.lam
         groups.box[number] = torch.tensor([left, top, left + width, top + height])
-        seen = witness(item.group, item.view, len(members))
+        seen = checked_member(item.group, item.view, len(members))
         groups.checks.append(group_check("\n".join(keys).encode(), mix, pictures[seen]))
 
     def _decode(self, item: Item, members: np.ndarray) -> tuple[list[np.ndarray], int]:
@@ -175,7 +175,7 @@ def targets(groups: Groups, classes: int, smoothing: float) -> torch.Tensor:
     return (smooth[0] * lam + smooth[1] * (1 - lam)).flatten(0, 1)
 
 
-def witness(group: int, view: int, members: int) -> int:
+def checked_member(group: int, view: int, members: int) -> int:
     """The member whose picture stands for the group's in its check: another one each view."""
     return (group + view) % members
 

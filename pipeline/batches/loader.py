@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from pipeline.batches.batch import Groups, Renderer
 from pipeline.batches.buffers import Pool, Rendered
 from pipeline.batches.plan import Plan, Unit, unit_items
-from pipeline.common.cores import workers_of
-from pipeline.common.signals import heed_the_parent_alone
+from pipeline.common.cores import resolve_workers
+from pipeline.common.signals import ignore_job_signals
 from pipeline.config.schema import Recipe
 from pipeline.shards.index import Index
 from pipeline.views.render import center_view
@@ -73,7 +73,7 @@ def step_loader(
     places = [(step, part) for step in steps for part in slices]
     size, slots = plan.recipe.size, plan.recipe.group_size
     # two for each worker's tasks; unless copied to pinned memory, one that arrives and one still being read
-    workers = workers_of(workers, pin)
+    workers = resolve_workers(workers, pin)
     count = min(2 * workers + (0 if pin else 2), len(places)) if workers else 0
     pool = Pool(count, (plan.batch_groups // parts, slots, 3, size, size))
     return _loader(_Steps(plan, index, parts, pool), workers, pin, sampler=_Tasks(places, pool))
@@ -112,7 +112,7 @@ def _loader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
-        num_workers=workers_of(workers, pin),
+        num_workers=resolve_workers(workers, pin),
         pin_memory=pin,
         worker_init_fn=_start_worker,
         # its own generator: a loader must not draw from the global one, or resuming would shift it
@@ -124,4 +124,4 @@ def _start_worker(_: int) -> None:
     # what a forked worker inherited must not be collected there: a connection's end closes the parent's too
     gc.freeze()
     torch.set_num_threads(1)
-    heed_the_parent_alone()
+    ignore_job_signals()

@@ -20,7 +20,7 @@ def check(config: Config, command: str) -> None:
     """
     path = index_path(config, "train")
     classes = len(Index(path).classes) if path.exists() else None
-    if command in ("teacher", "teacher-logits", "evaluate") and any(map(config.listens, PURPOSES)):
+    if command in ("teacher", "teacher-logits", "evaluate") and any(map(config.needs_teacher, PURPOSES)):
         check_teacher(config, classes)
     if command in ("train-student", "evaluate"):
         for name in config.students:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.files import replacing
+from pipeline.common.files import atomic_write
 from pipeline.common.signals import Interrupted
 from pipeline.config.paths import outputs
 from pipeline.config.schema import Config
@@ -27,7 +27,7 @@ def noted(config: Config, stage: str) -> Iterator[None]:
         raise
     except Exception as error:
         what = error.what if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
-        with contextlib.suppress(PipelineError), replacing(path) as temporary:
+        with contextlib.suppress(PipelineError), atomic_write(path) as temporary:
             temporary.write_text(json.dumps({"time": time.time(), "what": what.partition("\n")[0][:500]}) + "\n")
         raise
     path.unlink(missing_ok=True)

@@ -109,7 +109,7 @@ def teacher(config: Config, device: torch.device, dry_run: bool, purpose: str, i
     """
     from stages import teacher
 
-    if if_needed and not (config.listens(purpose) or (purpose == "train-student" and config.listens("finetune"))):
+    if if_needed and not (config.needs_teacher(purpose) or (purpose == "train-student" and config.needs_teacher("finetune"))):
         return teacher.mark_unneeded(config, purpose)
     teacher.run(config, device, purpose, dry_run)
 
@@ -143,7 +143,7 @@ def teacher_logits(config: Config, device: torch.device, dry_run: bool, purpose:
     """
     from stages import teacher_logits
 
-    if if_needed and not config.listens(purpose):
+    if if_needed and not config.needs_teacher(purpose):
         return teacher_logits.mark_unneeded(config, purpose)
     teacher_logits.run(config, device, purpose, part, dry_run, break_lock)
 

@@ -82,10 +82,10 @@ SECTIONS = {
 
 
 def _leave_cores_to_workers(config: Any, device: Any) -> None:
-    from pipeline.common.cores import share_threads, workers_of
+    from pipeline.common.cores import limit_threads, resolve_workers
 
     section = getattr(config, SECTIONS[str(click.get_current_context().info_name)])
-    share_threads(workers_of(section.workers, device.type == "cuda"))
+    limit_threads(resolve_workers(section.workers, device.type == "cuda"))
 
 
 def _foreseen(body: Callable, config: Any, device: Any, options: dict[str, Any]) -> None:

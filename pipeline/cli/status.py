@@ -50,7 +50,6 @@ from pipeline.config.paths import (
     FINGERPRINT,
     RUN_LOCK,
     TEACHER,
-    answers_folder,
     evaluated_models,
     evaluation_folder,
     finetune_folder,
@@ -58,6 +57,7 @@ from pipeline.config.paths import (
     local_work,
     student_folder,
     teacher_folder,
+    teacher_logits_folder,
 )
 from pipeline.config.schema import PURPOSES, Config, Training
 from pipeline.config.store_spec import StoreSpec, store_spec
@@ -167,7 +167,7 @@ class Experiment:
         elif student:  # with --teacher online the settings are the same, the name is not
             run = run | {"name": f"student {student}"}
         purpose = "finetune" if stage == "finetune" else "train-student"
-        published = read_json(answers_folder(self.config, purpose) / "manifest.json").get("fingerprint")
+        published = read_json(teacher_logits_folder(self.config, purpose) / "manifest.json").get("fingerprint")
         return [
             state
             for state in self.states
@@ -189,14 +189,14 @@ def gather(experiment: Experiment) -> list[Facts]:
     config = experiment.config
     teacher, tuned, adapted = config.teacher, config.finetune, config.teacher_finetune
     facts = [prepared(experiment)]
-    if any(map(config.listens, PURPOSES)):
+    if any(map(config.needs_teacher, PURPOSES)):
         facts.append(trained(experiment, "teacher", None if teacher.weights else teacher, teacher_folder(config)))
-    if config.listens("train-student"):
+    if config.needs_teacher("train-student"):
         facts.append(stored(experiment, "teacher-logits", store_spec(config, "train-student")))
     for name in config.students:
         settings, folder = config.student_named(name), student_folder(config, name)
         facts.append(trained(experiment, f"train-student@{name}", settings, folder))
-    if config.listens("finetune"):
+    if config.needs_teacher("finetune"):
         folder = teacher_folder(config, "finetune")
         facts += [
             trained(experiment, "teacher-finetune", adapted if adapted.epochs else None, folder),
@@ -293,7 +293,7 @@ def _last_loss(state: State) -> str | None:
 def stored(experiment: Experiment, stage: str, spec: StoreSpec) -> Facts:
     """A store of the published teacher's answers, and its manifest."""
     config, samples = experiment.config, [samples for samples in experiment.samples if samples]
-    folder, blocks = answers_folder(config, spec.purpose), spec.views // spec.recipe.block
+    folder, blocks = teacher_logits_folder(config, spec.purpose), spec.views // spec.recipe.block
     manifest, summary = (read_json(folder / f"{name}.json") for name in ("manifest", "summary"))
     published, fingerprint = bool(manifest and summary), str(manifest.get("fingerprint"))
     own = {

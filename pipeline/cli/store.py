@@ -17,7 +17,7 @@ from pipeline.batches.plan import Unit
 from pipeline.cli.glance import list_stores
 from pipeline.cli.progress import is_store_of
 from pipeline.common.errors import IO_ERRORS, PipelineError, UsageError
-from pipeline.config.paths import answers_folder, index_path, store_path
+from pipeline.config.paths import index_path, store_path, teacher_logits_folder
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.shards.index import Index
@@ -36,7 +36,7 @@ def find(config: Config, purpose: str, index: Index, named: str | None = None) -
     recipe = store_spec(config, purpose).recipe
     if named:
         return Store.open(named, index, recipe)
-    published = answers_folder(config, purpose) / "manifest.json"
+    published = teacher_logits_folder(config, purpose) / "manifest.json"
     if published.exists():
         path = store_path(config, read_manifest(published)["fingerprint"])
         return Store.open(path, index, recipe)
@@ -107,7 +107,7 @@ def verify(config: Config, purpose: str, named: str | None, recompute: int, devi
     room = max((store.described(name)["shape"][0] for name in arrays), default=0)
     if room > spec.views and (further := store.missing(room, spec.kind)):
         problems.append(f"{store.path}: room for {room} views, of which {len(further):,} units are missing")
-    published = answers_folder(config, purpose) / "manifest.json"
+    published = teacher_logits_folder(config, purpose) / "manifest.json"
     if published.exists() and not named and not problems:
         problems += _other_manifest(store, published)
     if recompute and not problems:

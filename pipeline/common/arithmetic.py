@@ -22,7 +22,7 @@ def settle() -> None:
 
 
 @contextlib.contextmanager
-def repeatable(wanted: bool) -> Iterator[None]:
+def deterministic_kernels(wanted: bool) -> Iterator[None]:
     """Inside, only kernels that give the same bits each time, if so `wanted`.
 
     That is what torch offers on one kind of GPU with one version of everything: its own kernels, cuDNN's, the

@@ -9,7 +9,7 @@ def cores() -> int:
     return max(usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
-def workers_of(chosen: int | None, gpu: bool) -> int:
+def resolve_workers(chosen: int | None, gpu: bool) -> int:
     """Loader workers: as many as are chosen, or what suits the machine.
 
     Beside a GPU all cores but one, 16 at most; where the cores compute too, half of them.
@@ -19,7 +19,7 @@ def workers_of(chosen: int | None, gpu: bool) -> int:
     return min(cores() - 1, 16) if gpu else cores() // 2
 
 
-def share_threads(workers: int) -> None:
+def limit_threads(workers: int) -> None:
     """Leave the workers a core each: torch takes all of them for its threads, and each step waits for the slowest.
 
     OMP_NUM_THREADS, which torchrun sets, is somebody's choice and stays.

@@ -13,7 +13,7 @@ from pipeline.common.errors import unwritable
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place, on disk, when the block ends well.
 
     Raises:

@@ -26,7 +26,7 @@ from fsspec import AbstractFileSystem
 from pipeline.common.errors import UsageError, unreadable, unwritable
 from pipeline.common.files import is_local
 from pipeline.common.lock import held, kernel_lock
-from pipeline.common.signals import unwinding
+from pipeline.common.signals import sigterm_raises
 
 LEASE = 300.0  # seconds without renewal after which a holder counts as dead
 RENEWALS = 5  # in that time
@@ -81,7 +81,7 @@ def lease(path: str, purpose: str, break_lock: bool = False) -> Iterator[None]:
         renewing = threading.Thread(target=_renew, args=(filesystem, place, mine, stopped), daemon=True)
         renewing.start()
         try:
-            with unwinding():
+            with sigterm_raises():
                 yield
         finally:
             stopped.set()

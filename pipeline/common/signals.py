@@ -25,7 +25,7 @@ class Interrupted(PipelineError):
 AGAIN = {signal.SIGTERM: "", signal.SIGINT: "; Ctrl-C once more ends it at once, without saving"}
 
 
-class Noted:
+class SignalRecorder:
     """Notes SIGTERM and Ctrl-C instead of dying of them, so that a checkpoint can be saved.
 
     A second Ctrl-C, a second or more after the first, is heeded at once. A SIGTERM never is: the first may come
@@ -34,7 +34,7 @@ class Noted:
 
     came: signal.Signals | None = None
 
-    def __enter__(self) -> "Noted":
+    def __enter__(self) -> "SignalRecorder":
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -52,7 +52,7 @@ class Noted:
 
 
 @contextlib.contextmanager
-def unwinding() -> Iterator[None]:
+def sigterm_raises() -> Iterator[None]:
     """SIGTERM ends the block as Ctrl-C does, by an exception: SystemExit(143)."""
 
     def end(*_):
@@ -70,7 +70,7 @@ def unwinding() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def heed_the_parent_alone() -> None:
+def ignore_job_signals() -> None:
     """For a loader's worker: SIGTERM ends it only where its parent sends it, Ctrl-C never.
 
     A scheduler signals all processes of a job at once, and a worker that dies of it takes the process with it that is
@@ -84,7 +84,7 @@ def heed_the_parent_alone() -> None:
     threading.Thread(target=_end_by, args=(parent.pid,), daemon=True).start()
 
 
-def end_with_the_parent() -> None:
+def exit_with_parent() -> None:
     """For a pool's worker: it ends as soon as its parent has, however that ended, and of Ctrl-C without a word."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()

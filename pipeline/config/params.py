@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from pipeline.common.errors import UsageError
-from pipeline.common.files import replacing
+from pipeline.common.files import atomic_write
 from pipeline.config.paths import used_params
 from pipeline.config.schema import Config
 from pipeline.config.validation import shown, validate
@@ -175,5 +175,5 @@ def record(config: Config) -> None:
     """Leave the configuration beside its outputs, so that `pipeline prune` knows it when params.yaml is another's."""
     path, text = used_params(config), dump(config)
     if not path.exists() or path.read_bytes() != text.encode():
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(text)

@@ -45,7 +45,7 @@ def teacher_folder(config: Config, purpose: str = "train-student") -> Path:
     return outputs(config) / ("teacher" if purpose == "train-student" else "teacher-finetune")
 
 
-def answers_folder(config: Config, purpose: str) -> Path:
+def teacher_logits_folder(config: Config, purpose: str) -> Path:
     """Of a store's manifest and summary; purpose is train-student or finetune."""
     return outputs(config) / ("teacher-logits" if purpose == "train-student" else "teacher-logits-finetune")
 
@@ -62,7 +62,7 @@ def finetune_folder(config: Config, name: str) -> Path:
 def evaluated_models(config: Config) -> dict[str, Path]:
     """The models that `pipeline evaluate` names, in the order of its tables, each with its weights' folder."""
     models = {}
-    if any(map(config.listens, PURPOSES)):
+    if any(map(config.needs_teacher, PURPOSES)):
         models[TEACHER] = teacher_folder(config)
     models |= {name: student_folder(config, name) for name in config.students}
     if config.students or config.finetune.weights:
@@ -79,7 +79,7 @@ def local_work(work: str) -> Path:
     return Path("work" if "://" in work else work)
 
 
-def notes_folder(config: Config) -> Path:
+def digests_folder(config: Config) -> Path:
     """Of the digests of foreign weights, as they were first read."""
     return local_work(config.work) / "weights"
 

@@ -402,7 +402,7 @@ class Config(Section):
             own = own | {"kwargs": student["kwargs"] | own["kwargs"]}
         return validate(Student, student | own, section=f"variants.{name}")
 
-    def listens(self, purpose: str) -> bool:
+    def needs_teacher(self, purpose: str) -> bool:
         """Whether a student of train-student or finetune learns from a teacher, so that there must be one."""
         names = self.students if purpose == "train-student" else self.finetune.students
         return any(self.student_named(name).distillation != "none" for name in names)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.paths import answers_folder, teacher_folder
+from pipeline.config.paths import teacher_folder, teacher_logits_folder
 from pipeline.config.schema import Config, Recipe
 
 
@@ -44,5 +44,5 @@ def store_spec(config: Config, purpose: str) -> StoreSpec:
         precision=config.teacher_logits.precision,
         teacher_size=config.teacher_size(purpose),
         teacher_folder=teacher_folder(config, purpose),
-        folder=answers_folder(config, purpose),
+        folder=teacher_logits_folder(config, purpose),
     )

@@ -121,7 +121,7 @@ def build_teacher(section: Teacher, classes: int) -> Normalised:
     return build(section, classes, section.mean, section.std, joint=True)
 
 
-class Answering:
+class TeacherForward:
     """A teacher as it is asked, for the store and in the loop alike.
 
     Its head computes in float32 whatever the precision: logits that were rounded to bfloat16 tie, and flip.

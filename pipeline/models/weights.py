@@ -22,7 +22,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.common.files import file_sha256, replacing
+from pipeline.common.files import atomic_write, file_sha256
 from pipeline.config.validation import fingerprint
 
 DIGEST = "digest"
@@ -110,7 +110,7 @@ def read_foreign(path: Path, notes: Path) -> dict[str, torch.Tensor]:
                 found=f"{digest}, though its size and time are the same",
                 do="fetch it anew",
             )
-    with replacing(note) as temporary:
+    with atomic_write(note) as temporary:
         temporary.write_text(json.dumps(found) + "\n")
     return state
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from pipeline.batches.batch import Renderer, mixed
 from pipeline.batches.plan import Item
 from pipeline.common.errors import UsageError
-from pipeline.common.files import replacing
+from pipeline.common.files import atomic_write
 from pipeline.config.policies import INCREASING_OPS, op_argument
 from pipeline.config.schema import Recipe
 from pipeline.shards.index import Index
@@ -148,7 +148,7 @@ def draw_sheet(path: Path, parts: list[tuple[str, list[Cell]]], zoom: float) -> 
                 axes.set_axis_off()
                 figure.text(left / width, (bottom - 0.07) / height, text, fontsize=7.5, va="top")
             top -= side + caption
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", facecolor="white", metadata={"Software": None})
 
 

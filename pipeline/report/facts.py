@@ -15,7 +15,7 @@ from pipeline.shards.index import Index
 from pipeline.store.encoding import decode_logits
 from pipeline.store.layout import versions
 from pipeline.store.reader import Store
-from pipeline.training.teachers import stored_answers
+from pipeline.training.teachers import read_predictions
 from pipeline.views.draw import group_count, recipe_fingerprint
 
 SHOWN_SAMPLES, SHOWN_VIEWS = 4, 3
@@ -72,7 +72,7 @@ def _seen(
 
 def _judgements(store: Store, manifest: dict[str, Any], groups: Groups) -> list[tuple[str, float | None]]:
     """Of each slot, the teacher's class and what it gave that class, where the store tells."""
-    argmax, payload = stored_answers(store, groups, manifest["kind"])
+    argmax, payload = read_predictions(store, groups, manifest["kind"])
     if payload is None:
         return [(store.index.classes[answer], None) for answer in argmax]
     sure = decode_logits(manifest["kind"], payload, store.classes).softmax(1)

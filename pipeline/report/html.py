@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from string import Template
 
-from pipeline.common.files import replacing
+from pipeline.common.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def write_report(
         curves=_inside(pictures["curves"]),
         seen=SEEN.format(_inside(pictures["views"])),
     )
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 

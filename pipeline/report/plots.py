@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.common.files import replacing
+from pipeline.common.files import atomic_write
 
 DPI = 150
 # Okabe and Ito's colours, told apart with any colour vision; yellow left out, it vanishes on white
@@ -180,5 +180,5 @@ def _plain(text: str) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", facecolor="white", metadata={"Software": None})

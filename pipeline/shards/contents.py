@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.common.errors import PipelineError, reason
-from pipeline.common.files import Stamp, replacing, settled
+from pipeline.common.files import Stamp, atomic_write, settled
 
 LOT = 64  # files a thread takes at a time
 
@@ -86,5 +86,5 @@ def remember(path: Path, value: Any) -> None:
     with suppress(OSError, ValueError):
         if path.read_text() == text:
             return
-    with suppress(PipelineError), replacing(path) as temporary:
+    with suppress(PipelineError), atomic_write(path) as temporary:
         temporary.write_text(text)

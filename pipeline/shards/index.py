@@ -25,7 +25,7 @@ import numpy as np
 from webdataset.writer import TarWriter
 
 from pipeline.common.errors import IO_ERRORS, NotYet, PipelineError, reason
-from pipeline.common.files import replacing, settled, stamp
+from pipeline.common.files import atomic_write, settled, stamp
 from pipeline.config.validation import fingerprint
 from pipeline.shards.images import MAX_PIXELS, Undecodable, decode, decode_again
 from pipeline.shards.tar import Damaged, Member, Tar
@@ -42,7 +42,7 @@ OPEN = 64  # shards whose rows and files stay at hand: a few times Training.open
 
 def write_shard(path: Path, samples: Iterable[tuple[str, str, bytes, int]]) -> None:
     """One tar of (key, image type, image bytes, label), whole or not at all; same input, same bytes."""
-    with replacing(path) as temporary, open(temporary, "wb") as file, TarWriter(file, mtime=0) as tar:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file, TarWriter(file, mtime=0) as tar:
         for key, image_type, image, label in samples:
             tar.write({"__key__": key, image_type: image, "cls": str(label)})
 
@@ -218,7 +218,7 @@ def write_index(
             found=str(rows["label"].max()),
             do="give validation the classes of training",
         )
-    with replacing(path.with_suffix(".npy")) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path.with_suffix(".npy")) as temporary, open(temporary, "wb") as file:
         np.save(file, rows)
     described = {
         "format": FORMAT,
@@ -258,7 +258,7 @@ def _write_described(
     with contextlib.suppress(OSError, ValueError):
         if path.read_text() == text:
             return
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text)
 
 

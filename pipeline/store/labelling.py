@@ -16,9 +16,9 @@ from pipeline.batches.plan import Unit, unit_items
 from pipeline.batches.transfer import DeviceToHostCopy, on_device
 from pipeline.common.errors import PipelineError
 from pipeline.common.progress import progress
-from pipeline.config.paths import answers_folder
+from pipeline.config.paths import teacher_logits_folder
 from pipeline.config.schema import Config
-from pipeline.models.build import Answering, Normalised, describe_teacher, load_teacher
+from pipeline.models.build import Normalised, TeacherForward, describe_teacher, load_teacher
 from pipeline.store.encoding import as_stored, decode_logits, encode
 from pipeline.store.manifest import damaged, manifest, store_bytes, write_manifest, write_summary
 from pipeline.store.reader import Store
@@ -56,7 +56,7 @@ class UnitWorker:
         self.commit = commit
         self.settings, self.store, self.device = config.teacher_logits, store, device
         self.recipe, self.index = store.recipe, store.index
-        self.teacher = Answering(teacher, self.settings, own_size)
+        self.teacher = TeacherForward(teacher, self.settings, own_size)
         self.open: dict[Unit, tuple[dict[str, np.ndarray], np.ndarray]] = {}
         self.remaining: dict[Unit, int] = {}
 
@@ -205,7 +205,7 @@ def publish(config: Config, purpose: str, store: Store, views: int, verified: Co
     Raises:
         PipelineError: a unit is damaged: what was written is not what the disk gives.
     """
-    kind, folder = config.teacher_logits.kind, answers_folder(config, purpose)
+    kind, folder = config.teacher_logits.kind, teacher_logits_folder(config, purpose)
     start = time.monotonic()
     if bad := damaged(store, [unit for unit in store.units(views) if unit not in verified], kind):
         raise PipelineError(

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from pipeline.batches.plan import Unit
 from pipeline.common.errors import Damaged, NotYet, PipelineError, unreadable
-from pipeline.common.files import replacing
+from pipeline.common.files import atomic_write
 from pipeline.config.paths import FINGERPRINT, UNNEEDED
 from pipeline.config.validation import fingerprint
 from pipeline.store.encoding import KINDS
@@ -73,7 +73,7 @@ def store_bytes(path: str) -> int:
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(manifest, sort_keys=True, indent=1) + "\n")
 
 
@@ -116,7 +116,7 @@ MANIFEST_TYPES: dict[str, Callable[[Any], bool]] = {
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
     """Figures of a complete store for people, under a digest."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(summary | {"digest": fingerprint(summary)}, indent=1) + "\n")
 
 

@@ -43,7 +43,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Answers:
+class StoredPredictions:
     """One view of one shard.
 
     argmax uint16 (samples,); payload (samples, width) or None; check uint64 (groups,).
@@ -98,7 +98,7 @@ class Store(StoreFiles):
             store._refuse_other_layout(name)
         return store
 
-    def read(self, shard: int, view: int, kind: str = "argmax") -> Answers:
+    def read(self, shard: int, view: int, kind: str = "argmax") -> StoredPredictions:
         """A view of a shard. The returned arrays are a cache's: don't write into them.
 
         Raises:
@@ -112,7 +112,7 @@ class Store(StoreFiles):
             first = view // views * views
             payload = self._cached(kind, shard, first, lambda *at: self._read_payload(kind, *at))[view - first]
         groups = group_count(int(self.index.samples[shard]), self.recipe.group_size)
-        return Answers(argmax[place], payload, check[place, :groups])
+        return StoredPredictions(argmax[place], payload, check[place, :groups])
 
     def read_unit(self, unit: Unit) -> np.ndarray:
         """A whole unit's argmax, uint16 (block, samples).

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.files import replacing
+from pipeline.common.files import atomic_write
 from pipeline.config.validation import differences
 
 KEPT = 2
@@ -36,7 +36,7 @@ def save(folder: Path, step: int, identity: dict[str, Any], state: dict[str, Any
     buffer = io.BytesIO()
     torch.save({"step": step, "identity": json.dumps(identity), **state}, buffer)
     payload = buffer.getbuffer()
-    with replacing(folder / f"step-{step:09d}.ckpt") as temporary, open(temporary, "wb") as file:
+    with atomic_write(folder / f"step-{step:09d}.ckpt") as temporary, open(temporary, "wb") as file:
         file.write(hashlib.blake2b(payload, digest_size=32).digest())
         file.write(payload)
     for old in _checkpoints(folder)[:-KEPT]:

@@ -9,13 +9,13 @@ from typing import Any
 
 from pipeline.common.distributed import Rank, world_size
 from pipeline.common.errors import PipelineError
-from pipeline.common.files import replacing, sweep
+from pipeline.common.files import atomic_write, sweep
 from pipeline.common.lock import kernel_lock
 from pipeline.config.paths import RUN_LOCK
 from pipeline.config.validation import fingerprint
 from pipeline.models.weights import load_weights, read_own_weights, save_weights
 from pipeline.training.log import write_curve
-from pipeline.training.run import Run, named_by
+from pipeline.training.run import Run, run_summary
 from pipeline.training.trainer import train, validate
 
 LOOK = 0.5  # seconds between two looks at another job's lock
@@ -88,13 +88,13 @@ def _locked(run: Run, stack: contextlib.ExitStack) -> bool:
 def _train(run: Run, rank: Rank) -> dict[str, Any]:
     if rank.rank == 0:
         sweep(run.folder)
-        with replacing(run.folder / "run.json") as temporary:
-            told = {"name": run.name, "steps": run.steps} | named_by(run.identity)
+        with atomic_write(run.folder / "run.json") as temporary:
+            told = {"name": run.name, "steps": run.steps} | run_summary(run.identity)
             temporary.write_text(json.dumps(told, indent=1) + "\n")
     metrics = train(run)
     if rank.rank == 0:
         about = {"run": fingerprint(run.identity), "ranks": world_size(), "metrics": metrics}
-        with replacing(run.folder / "final.safetensors") as temporary:
+        with atomic_write(run.folder / "final.safetensors") as temporary:
             save_weights(temporary, run.model.model, about)
     return metrics
 
@@ -117,10 +117,10 @@ def finish(training: Run, folder: Path) -> None:
     metrics = complete(training)
     if Rank.start(training.device).rank:
         return  # rank 0 publishes
-    with replacing(folder / "weights.safetensors") as temporary:
+    with atomic_write(folder / "weights.safetensors") as temporary:
         save_weights(temporary, training.model.model, {"run": fingerprint(training.identity)})
     write_curve(folder / "curve.csv", training.folder / "log.jsonl", metrics)
-    with replacing(folder / "metrics.json") as temporary:
+    with atomic_write(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics | {"run": fingerprint(training.identity)}, indent=1) + "\n")
     figures = {key: value for key, value in metrics.items() if not isinstance(value, str)}
     print(f"{training.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))

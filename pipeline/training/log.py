@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import PipelineError, unwritable
-from pipeline.common.files import replacing
+from pipeline.common.files import atomic_write
 from pipeline.config.validation import shown
 
 CHECK = "check"  # a line's last key, and a curve's last column
@@ -43,7 +43,7 @@ class Log:
         """
         lines = read_log(self.path)
         kept = [x for x in lines if x["step"] < step or (x["kind"] == "epoch" and x["step"] == step)]
-        with replacing(self.path) as temporary:
+        with atomic_write(self.path) as temporary:
             temporary.write_text("".join(map(_line, kept)))
 
 
@@ -105,7 +105,7 @@ def write_curve(path: Path, log: Path | None = None, last: dict[str, Any] | None
     told = dict.fromkeys(key for line in epochs for key in line if key not in NOT_IN_CURVE)
     header = list(told) or EMPTY
     rows = [["" if line.get(key) is None else str(line[key]) for key in header] for line in epochs]
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*header, CHECK])
         writer.writerows([*row, check] for row, check in zip(rows, _chain(header, rows), strict=True))

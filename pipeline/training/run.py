@@ -21,7 +21,7 @@ TRAINING_VERSION = 4  # bump on any change of what a step computes, or finished 
 
 
 @dataclass(frozen=True)
-class Answer:
+class TeacherOutput:
     """What the teacher said about each slot: int64 (N,), and float32 logits (N, classes) or None."""
 
     argmax: torch.Tensor
@@ -49,7 +49,7 @@ class Run:
     model: Normalised
     size: int
     crop: float
-    teacher: Callable[[Groups, torch.Tensor], Answer | None] = field(default_factory=NoTeacher)
+    teacher: Callable[[Groups, torch.Tensor], TeacherOutput | None] = field(default_factory=NoTeacher)
     distillation: Student | None = None
     """Gives distillation, alpha, tau and reduction; None trains on labels alone."""
     device: torch.device = CPU
@@ -100,14 +100,14 @@ def has_batch_norm(parts: Iterable[nn.Module]) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for part in parts for module in part.modules())
 
 
-NAMED_BY = ("teacher_settings", "teacher_finetune", "student", "finetune", "recipe", "index")
+CONFIG_FIELDS = ("teacher_settings", "teacher_finetune", "student", "finetune", "recipe", "index")
 
 
-def named_by(identity: dict[str, Any]) -> dict[str, Any]:
+def run_summary(identity: dict[str, Any]) -> dict[str, Any]:
     """The part of a run's identity that a configuration and its index tell without any weights; and its store."""
     taught = identity.get("teacher")
     store = {"store": taught["store"]} if isinstance(taught, dict) and "store" in taught else {}
-    return {key: identity[key] for key in NAMED_BY if key in identity} | store
+    return {key: identity[key] for key in CONFIG_FIELDS if key in identity} | store
 
 
 def describe_run(run: Run) -> str:

@@ -11,12 +11,12 @@ from pipeline.common.errors import PipelineError
 from pipeline.config.paths import store_path
 from pipeline.config.schema import Config, Student
 from pipeline.config.store_spec import store_spec
-from pipeline.models.build import Answering, describe_teacher, load_teacher
+from pipeline.models.build import TeacherForward, describe_teacher, load_teacher
 from pipeline.shards.index import Index
 from pipeline.store.encoding import decode_logits
 from pipeline.store.manifest import manifest, read_manifest
-from pipeline.store.reader import Answers, Store
-from pipeline.training.run import Answer, NoTeacher
+from pipeline.store.reader import Store, StoredPredictions
+from pipeline.training.run import NoTeacher, TeacherOutput
 
 
 @dataclass
@@ -26,26 +26,26 @@ class StoredTeacher:
     store: Store
     kind: str
 
-    def __call__(self, groups: Groups, pictures: torch.Tensor) -> Answer:
-        argmax, payload = stored_answers(self.store, groups, self.kind)
+    def __call__(self, groups: Groups, pictures: torch.Tensor) -> TeacherOutput:
+        argmax, payload = read_predictions(self.store, groups, self.kind)
         logits = None
         if payload is not None:  # decoded there: as stored it is a quarter or half of the bytes
             logits = decode_logits(self.kind, send(payload, pictures.device), self.store.classes)
-        return Answer(send(argmax, pictures.device), logits)
+        return TeacherOutput(send(argmax, pictures.device), logits)
 
 
 @dataclass
 class OnlineTeacher:
     """The teacher in the loop over the same groups: the proof of the store, and its baseline."""
 
-    teacher: Answering
+    teacher: TeacherForward
 
-    def __call__(self, groups: Groups, pictures: torch.Tensor) -> Answer:
+    def __call__(self, groups: Groups, pictures: torch.Tensor) -> TeacherOutput:
         logits = self.teacher.logits(pictures, groups.labels.shape[1])
-        return Answer(logits.argmax(1), logits)
+        return TeacherOutput(logits.argmax(1), logits)
 
 
-def stored_answers(store: Store, groups: Groups, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+def read_predictions(store: Store, groups: Groups, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What the store holds for each slot: argmax int64 (G * S,), payload (G * S, width) or None.
 
     Unused slots hold class 0 and zeros; their weight is 0.
@@ -68,7 +68,7 @@ def stored_answers(store: Store, groups: Groups, kind: str) -> tuple[torch.Tenso
     return torch.from_numpy(argmax).flatten(), flat
 
 
-def _compare(store: Store, answers: Answers, groups: Groups, number: int) -> None:
+def _compare(store: Store, answers: StoredPredictions, groups: Groups, number: int) -> None:
     item, here = groups.items[number], groups.checks[number]
     stored = int(answers.check[item.group])
     if stored != here:
@@ -81,7 +81,7 @@ def _compare(store: Store, answers: Answers, groups: Groups, number: int) -> Non
         )
 
 
-def find_teacher(
+def make_teacher(
     config: Config,
     settings: Student,
     purpose: str,
@@ -121,5 +121,5 @@ def find_teacher(
 def _online(config: Config, purpose: str, index: Index, device: torch.device) -> tuple[OnlineTeacher, dict]:
     settings, size = config.teacher_logits, config.teacher_size(purpose)
     model = load_teacher(config, len(index.classes), device, purpose)
-    online = OnlineTeacher(Answering(model, settings, size))
+    online = OnlineTeacher(TeacherForward(model, settings, size))
     return online, {"online": describe_teacher(config.teacher, model, size), "precision": settings.precision}

@@ -20,12 +20,12 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from pipeline.batches.batch import Groups, mixed, targets
 from pipeline.batches.loader import step_loader
 from pipeline.batches.transfer import DeviceToHostCopy, on_device
-from pipeline.common.arithmetic import repeatable
-from pipeline.common.cores import workers_of
+from pipeline.common.arithmetic import deterministic_kernels
+from pipeline.common.cores import resolve_workers
 from pipeline.common.distributed import Rank
 from pipeline.common.errors import PipelineError
 from pipeline.common.progress import progress, say
-from pipeline.common.signals import Interrupted, Noted
+from pipeline.common.signals import Interrupted, SignalRecorder
 from pipeline.common.streams import stream_key
 from pipeline.models.build import Normalised
 from pipeline.models.compiling import compiled
@@ -33,9 +33,9 @@ from pipeline.models.evaluation import predict, top_k_accuracy
 from pipeline.training import checkpoint
 from pipeline.training.log import Log
 from pipeline.training.losses import base_loss, hard_loss, soft_loss
-from pipeline.training.meters import Speed, forget_peak, loader_limits
+from pipeline.training.meters import Speed, is_loader_bound, reset_peak_memory
 from pipeline.training.optim import Average, build_optimizer, build_schedule, scheduled_epoch
-from pipeline.training.run import Answer, Run
+from pipeline.training.run import Run, TeacherOutput
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -49,10 +49,10 @@ def train(run: Run) -> dict[str, Any]:
         PipelineError: a non-finite loss, damaged data, another run's checkpoint, `deterministic` where it can't be.
         Interrupted: on the first SIGTERM or Ctrl-C, after saving.
     """
-    with repeatable(run.settings.deterministic):
+    with deterministic_kernels(run.settings.deterministic):
         trainer = Trainer(run)
         trainer.resume()
-        with Noted() as trainer.signals:
+        with SignalRecorder() as trainer.signals:
             return trainer.train()
 
 
@@ -99,7 +99,7 @@ class Trainer:
         self.log = Log(run.folder / "log.jsonl") if self.rank.rank == 0 else None
         self.speed, self.epoch_speed = Speed(), Speed()
         self.arriving: tuple[int, dict[str, float], DeviceToHostCopy] | None = None
-        self.signals = Noted()
+        self.signals = SignalRecorder()
         self.stop = self.warned = self.warned_of_chance = False
         self.loss_told = math.nan
         # once, not in every step: asking a model for its parameters, or setting its mode, costs the host half a ms
@@ -151,7 +151,7 @@ class Trainer:
             while self.step < run.steps:
                 values = self.train_step(batches)
                 self.settle()
-                told = {"lr": self.lr(), **self.speed.told()} if self.logged() else {}
+                told = {"lr": self.lr(), **self.speed.snapshot()} if self.logged() else {}
                 self.arriving = (self.step, told, DeviceToHostCopy(values))
                 self.step += 1
                 bar.set_postfix_str(f"loss {self.loss_told:.3f}", refresh=False)
@@ -225,7 +225,7 @@ class Trainer:
         """Weighted sums over a slice of the step: loss, and its parts from the labels and from the teacher."""
         run = self.run
         pictures = mixed(groups)
-        answer: Answer | None = run.teacher(groups, pictures)
+        answer: TeacherOutput | None = run.teacher(groups, pictures)
         if run.settings.channels_last:
             pictures = pictures.contiguous(memory_format=torch.channels_last)
         weights = groups.weights.flatten()
@@ -288,7 +288,7 @@ class Trainer:
         self.settle()
         run, settings = self.run, self.run.settings
         metrics = {"epoch": epoch, "loss": self.epoch_loss / run.plan.steps_per_epoch, "lr": self.lr()}
-        self.epoch_loss, told = 0.0, self.epoch_speed.told()
+        self.epoch_loss, told = 0.0, self.epoch_speed.snapshot()
         if epoch % settings.eval_epochs == 0 or epoch == settings.epochs:
             metrics |= {"validation": run.validation} | self.validate(run.model)
             if self.ema:
@@ -296,15 +296,15 @@ class Trainer:
         self.metrics = metrics
         if self.log:
             self.log.write("epoch", self.step, **metrics, speed=told)
-            if loader_limits(told) and not self.warned:
+            if is_loader_bound(told) and not self.warned:
                 self.warned = True
-                say(warning_of(told, workers_of(settings.workers, run.device.type == "cuda")))
+                say(warning_of(told, resolve_workers(settings.workers, run.device.type == "cuda")))
             if "validation" in metrics:
                 self.tell(metrics)
         self.rank.barrier()
         for speed in (self.speed, self.epoch_speed):
-            speed.told()  # validation is no part of training's speed
-        forget_peak()
+            speed.snapshot()  # validation is no part of training's speed
+        reset_peak_memory()
 
     def tell(self, metrics: dict[str, Any]) -> None:
         """A line of an evaluation, and a warning where after a third of the run nothing was learned yet."""
@@ -338,7 +338,7 @@ def validate(run: Run, model: Normalised, prefix: str = "") -> dict[str, float]:
 
 
 def warning_of(speed: dict[str, float], workers: int) -> str:
-    sharing = f", {speed['views_a_decoding']:.2f} views a decoding" if "views_a_decoding" in speed else ""
+    sharing = f", {speed['views_per_decode']:.2f} views a decoding" if "views_per_decode" in speed else ""
     return (
         f"warning: the loader limits: {speed['wait_s'] / speed['seconds']:.0%} of the epoch was spent waiting for views"
         f" ({workers} workers{sharing}). More workers help; so do fewer accumulation steps, whose larger slices share"
