@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import torch
 
-from pipeline.batches.batch import Groups
+from pipeline.batches.batch import Batch
 from pipeline.batches.loader import step_loader
 from pipeline.batches.plan import Plan
 from pipeline.batches.transfer import DeviceToHostCopy
@@ -74,7 +74,7 @@ class Material:
     root: Path
     index: Index
     plan: Plan
-    steps: list[Groups]
+    steps: list[Batch]
     store: Store
 
 
@@ -87,14 +87,14 @@ def make_material(
     return Material(root, index, plan, rendered, filled_store(root / "store.zarr", index, recipe, rendered))
 
 
-def filled_store(path: Path, index: Index, recipe: Recipe, steps: list[Groups]) -> Store:
+def filled_store(path: Path, index: Index, recipe: Recipe, steps: list[Batch]) -> Store:
     """Random answers about the first block. Checks are those of the rendered groups; of others, random too.
 
     It keeps one chunk at hand, so a change of shard reads and compares one anew: more often than training does.
     """
     identity = Identity(index.fingerprint, recipe, {"model": "none"})
     store = StoreWriter.create(str(path), identity, index, recipe.block, "argmax", 1, "float32")
-    known = [pair for groups in steps for pair in zip(groups.items, groups.checks, strict=True)]
+    known = [pair for batch in steps for pair in zip(batch.items, batch.checks, strict=True)]
     rng = np.random.default_rng(2)
     for unit in store.units(recipe.block):
         samples = int(index.samples[unit.shard])
@@ -115,9 +115,9 @@ class Clocked:
     teacher: Callable
     seconds: list[float] = field(default_factory=list)
 
-    def __call__(self, groups: Groups, pictures: torch.Tensor):
+    def __call__(self, batch: Batch, pictures: torch.Tensor):
         start = time.perf_counter()
-        answer = self.teacher(groups, pictures)
+        answer = self.teacher(batch, pictures)
         self.seconds.append(time.perf_counter() - start)
         return answer
 
@@ -139,7 +139,7 @@ class Stepping:
     """Steps as Trainer.train does them, but for its log and checkpoints. What batches hold weighs the same."""
 
     trainer: Trainer
-    batches: Iterator[Groups]
+    batches: Iterator[Batch]
     seconds: float = 0.0
     """Of this process, in all steps."""
     waited: float = 0.0
@@ -173,8 +173,8 @@ def reading(material: Material, times: int = 20) -> float:
     """Seconds of read_predictions, a step: reading and comparing alone, the mean over all steps."""
     steps = itertools.islice(itertools.cycle(material.steps), times * len(material.steps))
     start = time.perf_counter()
-    for groups in steps:
-        read_predictions(material.store, groups, "argmax")
+    for batch in steps:
+        read_predictions(material.store, batch, "argmax")
     return (time.perf_counter() - start) / (times * len(material.steps))
 
 

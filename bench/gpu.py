@@ -62,7 +62,7 @@ from lab import BLOCK, CLASSES, Lab, allocated, attempt, head, make_lab, reason,
 from machine import conditions, spread
 from repeats import repeats_part
 
-from pipeline.batches.batch import Groups, mixed
+from pipeline.batches.batch import Batch, mixed
 from pipeline.batches.loader import step_loader, unit_loader
 from pipeline.batches.plan import Unit
 from pipeline.batches.transfer import on_device
@@ -94,11 +94,11 @@ def compute(
     config = Config(recipe=lab.recipe, teacher_logits=settings, finetune=Finetune(views=BLOCK))
     started = []
 
-    def noting(*arguments, **named) -> Iterable[Groups]:
-        for number, groups in enumerate(loader(*arguments, **named), 1):
+    def noting(*arguments, **named) -> Iterable[Batch]:
+        for number, batch in enumerate(loader(*arguments, **named), 1):
             if number == lab.groups:
                 started.append(time.perf_counter())
-            yield groups
+            yield batch
 
     real, stage.unit_loader = stage.unit_loader, noting
     try:
@@ -117,22 +117,22 @@ def render(lab: Lab) -> float:
     return time.perf_counter() - start
 
 
-def handing(lab: Lab, unit: Unit) -> tuple[list[Groups], Callable]:
+def handing(lab: Lab, unit: Unit) -> tuple[list[Batch], Callable]:
     """A unit's groups, rendered; and what hands them out again in place of a loader."""
-    groups = list(unit_loader([unit], lab.index, lab.recipe, lab.renderers, lab.pin))
-    return groups, lambda *_, **__: iter(groups)
+    batches = list(unit_loader([unit], lab.index, lab.recipe, lab.renderers, lab.pin))
+    return batches, lambda *_, **__: iter(batches)
 
 
-def forward_of(lab: Lab, groups: list[Groups]) -> Callable[[], torch.Tensor]:
+def forward_of(lab: Lab, batches: list[Batch]) -> Callable[[], torch.Tensor]:
     """The teacher's bare forward of their pictures, which lie on the device as UnitWorker would have them."""
-    pictures = torch.cat([mixed(some.to(lab.device)) for some in groups])
+    pictures = torch.cat([mixed(batch.to(lab.device)) for batch in batches])
     pictures = pictures.contiguous(memory_format=torch.channels_last)
     return partial(TeacherForward(lab.teacher, lab.answering).logits, pictures, lab.recipe.group_size)
 
 
 def teacher_part(lab: Lab) -> None:
     resident, handed = handing(lab, BIG)
-    store, views = unit_store(lab, "argmax"), sum(groups.views for groups in resident)
+    store, views = unit_store(lab, "argmax"), sum(batch.views for batch in resident)
     forward = forward_of(lab, resident[: lab.groups])
     timed(forward, 2, lab.device)  # compiles
     before = allocated(lab.device)
@@ -210,7 +210,7 @@ def prepared(
 def step_part(lab: Lab, name: str, size: int) -> None:
     """A student at a size: its three ways in turns."""
     material, settings = material_of(lab, name, size, "steps"), settings_of(lab, name)
-    steps = [groups.to(lab.device) for groups in material.steps]
+    steps = [batch.to(lab.device) for batch in material.steps]
     feeds = {
         "host": lambda: on_device(itertools.cycle(material.steps), lab.device),
         "device": lambda: itertools.cycle(steps),

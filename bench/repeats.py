@@ -49,7 +49,7 @@ def trained(
             "repeats", material.root / "run", {}, settings, material.plan, lab.index, lab.index, model, size, 1.0,
             teacher=answers, distillation=settings if isinstance(settings, Student) else None, device=lab.device,
         )  # fmt: skip
-        step = Stepping(Trainer(run), itertools.cycle([groups.to(lab.device) for groups in material.steps]))
+        step = Stepping(Trainer(run), itertools.cycle([batch.to(lab.device) for batch in material.steps]))
         timed(step, STEPS // 2, lab.device)
         seconds = timed(step, STEPS - STEPS // 2, lab.device)
     return [tensor.float().cpu() for tensor in model.state_dict().values()], seconds

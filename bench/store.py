@@ -170,8 +170,8 @@ class AsTrained(Ours):
     def step(self, items: list[Item], members: list[np.ndarray]) -> None:
         checks = [int(self.case.checks[item.shard, item.view, item.group]) for item in items]
         labels = np.empty((len(items), self.case.recipe.group_size))
-        groups = SimpleNamespace(items=items, members=members, checks=checks, labels=labels)
-        read_predictions(self.store, groups, self.case.kind)
+        batch = SimpleNamespace(items=items, members=members, checks=checks, labels=labels)
+        read_predictions(self.store, batch, self.case.kind)
 
 
 class Mapped:

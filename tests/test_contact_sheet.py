@@ -63,9 +63,9 @@ def test_views_on_the_sheet_are_the_renderers(small_set):
     cells = sample_cells(index, config.recipe, 1, 2, [3])
     renderer = Renderer(index, config.recipe)
     for group in range(2):
-        groups = renderer.render([Item(1, group, 3)])
-        if 2 in groups.members[0]:
-            seen = groups.images[0, groups.members[0].tolist().index(2)].permute(1, 2, 0).numpy()
+        batch = renderer.render([Item(1, group, 3)])
+        if 2 in batch.members[0]:
+            seen = batch.images[0, batch.members[0].tolist().index(2)].permute(1, 2, 0).numpy()
     assert np.array_equal(cells[1][0], seen)
 
 
@@ -73,10 +73,10 @@ def test_the_group_on_the_sheet_is_what_is_trained_on_with_the_sample_first(smal
     config, index = small_set
     title, cells = group_cells(index, config.recipe, 1, 2, 3, 99)
     number = int(title.split()[1])
-    groups = Renderer(index, config.recipe).render([Item(1, number, 3)])
-    pictures = mixed(groups).round().byte().permute(0, 2, 3, 1).numpy()
-    first = groups.members[0].tolist().index(2)
-    assert np.array_equal(cells[0][0], pictures[first]) and len(cells) == len(groups.members[0])
+    batch = Renderer(index, config.recipe).render([Item(1, number, 3)])
+    pictures = mixed(batch).round().byte().permute(0, 2, 3, 1).numpy()
+    first = batch.members[0].tolist().index(2)
+    assert np.array_equal(cells[0][0], pictures[first]) and len(cells) == len(batch.members[0])
 
 
 def test_a_mixed_group_says_its_lambda(small_set):

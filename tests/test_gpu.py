@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from conftest import make_data_set
 from torch.nn.functional import conv2d
 
-from pipeline.batches.batch import Groups
+from pipeline.batches.batch import Batch
 from pipeline.batches.loader import step_loader
 from pipeline.batches.plan import Plan, Unit, plan_of
 from pipeline.batches.transfer import DeviceToHostCopy, on_device
@@ -108,7 +108,7 @@ def stored(config: Config) -> Store:
     return Store.open(store_path(config, fingerprint), Index(index_path(config, "train")), config.recipe)
 
 
-def batches(config: Config, workers: int = 2, pin: bool = True) -> tuple[Plan, Iterator[Groups]]:
+def batches(config: Config, workers: int = 2, pin: bool = True) -> tuple[Plan, Iterator[Batch]]:
     index = Index(index_path(config, "train"))
     plan = plan_of(index, config.recipe, config.student, 8)
     return plan, iter(step_loader(plan, index, range(6), range(1), 1, workers, pin))
@@ -151,7 +151,7 @@ def test_float32_is_float32(gpu, name):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_come_pinned(own, workers):
     _, found = batches(loaded(), workers)
-    pinned = [tensor.is_pinned() for groups in found for tensor in groups.tensors().values()]
+    pinned = [tensor.is_pinned() for batch in found for tensor in batch.tensors().values()]
     assert len(pinned) == 6 * 6 and all(pinned)
 
 
@@ -162,11 +162,11 @@ def test_batches_on_the_device_hold_what_was_rendered_though_nobody_waited(own, 
     for _ in range(6):
         keep_busy()  # the copies must not wait for it, and what computes must wait for the copies
         with nobody_waits():
-            groups = next(moved)
-            arrived.append([tensor.clone() for tensor in groups.tensors().values()])
-        del groups
-    for groups, tensors in zip(expected, arrived, strict=True):
-        for tensor, other in zip(groups.tensors().values(), tensors, strict=True):
+            batch = next(moved)
+            arrived.append([tensor.clone() for tensor in batch.tensors().values()])
+        del batch
+    for batch, tensors in zip(expected, arrived, strict=True):
+        for tensor, other in zip(batch.tensors().values(), tensors, strict=True):
             assert other.device == gpu and torch.equal(tensor, other.cpu())
 
 
@@ -225,9 +225,9 @@ def test_asking_the_teacher_waits_for_nothing(own, gpu):
     worker.compute([Unit(0, 0)])  # the first makes cuDNN choose
     ask = worker.ask
 
-    def asked(batch: list[Groups]) -> tuple[list[Groups], DeviceToHostCopy]:
+    def asked(batches: list[Batch]) -> tuple[list[Batch], DeviceToHostCopy]:
         with nobody_waits():
-            return ask(batch)
+            return ask(batches)
 
     worker.ask = asked
     worker.compute([Unit(0, 1)])
@@ -284,7 +284,7 @@ def test_a_unit_computed_again_has_the_same_answers(own, gpu):
 def test_a_run_ended_by_sigterm_goes_on_to_the_same_bits(own, gpu, monkeypatch, how):
     config, step = loaded("student.deterministic=true"), Trainer.train_step
 
-    def signalled(self: Trainer, given: Iterator[Groups]) -> torch.Tensor:
+    def signalled(self: Trainer, given: Iterator[Batch]) -> torch.Tensor:
         if self.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, given)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pipeline.batches.batch
-from pipeline.batches.batch import Groups, Renderer, mixed, targets
+from pipeline.batches.batch import Batch, Renderer, mixed, targets
 from pipeline.batches.buffers import Pool
 from pipeline.batches.loader import _Steps, evaluation_loader, step_loader, unit_loader
 from pipeline.batches.plan import Item, Plan, Unit, all_units, unit_items
@@ -50,15 +50,15 @@ def renderer(small_set) -> Renderer:
     return Renderer(index, config.recipe)
 
 
-def values(groups: Groups) -> list:
+def values(batch: Batch) -> list:
     """Everything but the count of decodings, so that it can be compared."""
-    tensors = [value for value in vars(groups).values() if isinstance(value, torch.Tensor)]
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 6
-    members = [positions.tolist() for positions in groups.members]
-    return [groups.items, members, groups.checks, *(tensor.tolist() for tensor in tensors)]
+    members = [positions.tolist() for positions in batch.members]
+    return [batch.items, members, batch.checks, *(tensor.tolist() for tensor in tensors)]
 
 
-def joined(parts: list[Groups]) -> list:
+def joined(parts: list[Batch]) -> list:
     return [sum(each, []) for each in zip(*map(values, parts), strict=True)]
 
 
@@ -78,57 +78,57 @@ def test_groups_do_not_depend_on_what_was_rendered_before(small_set):
 
 def test_each_slot_is_the_view_of_its_member(small_set):
     config, index = small_set
-    groups = renderer(small_set).render(ITEMS)
+    batch = renderer(small_set).render(ITEMS)
     for number, item in enumerate(ITEMS):
-        for slot, position in enumerate(groups.members[number]):
+        for slot, position in enumerate(batch.members[number]):
             image, row = index.image(item.shard, int(position)), index.rows(item.shard)[position]
             params = draw_view(config.recipe, row["key"].decode(), item.view, image.shape[1], image.shape[0])
-            assert np.array_equal(groups.images[number, slot].numpy(), render(image, params, config.recipe))
-            assert groups.labels[number, slot] == row["label"]
+            assert np.array_equal(batch.images[number, slot].numpy(), render(image, params, config.recipe))
+            assert batch.labels[number, slot] == row["label"]
 
 
 def test_mixing_is_the_drawn_one(small_set):
     config, index = small_set
-    groups = renderer(small_set).render(ITEMS)
+    batch = renderer(small_set).render(ITEMS)
     for number, item in enumerate(ITEMS):
-        members = len(groups.members[number])
+        members = len(batch.members[number])
         mix = draw_mix(config.recipe, index.names[item.shard], item.group, item.view, members)
-        left, top, right, bottom = groups.box[number].tolist()
+        left, top, right, bottom = batch.box[number].tolist()
         assert (left, top, right - left, bottom - top) == mix.box
-        assert groups.lam[number].item() == np.float32(mix.lam)
-        assert groups.partner[number, :members].tolist() == mix.partner[:members].tolist()
+        assert batch.lam[number].item() == np.float32(mix.lam)
+        assert batch.partner[number, :members].tolist() == mix.partner[:members].tolist()
 
 
 def test_unused_slots_have_no_weight(small_set):
-    groups = renderer(small_set).render(ITEMS)
-    for number, members in enumerate(groups.members):
-        assert groups.weights[number].tolist() == [1] * len(members) + [0] * (4 - len(members))
-    assert {len(members) for members in groups.members} == {2, 3}
+    batch = renderer(small_set).render(ITEMS)
+    for number, members in enumerate(batch.members):
+        assert batch.weights[number].tolist() == [1] * len(members) + [0] * (4 - len(members))
+    assert {len(members) for members in batch.members} == {2, 3}
 
 
 def test_unused_slots_repeat_the_members_as_they_are_mixed(small_set):
-    groups = renderer(small_set).render(ITEMS)
-    pictures, labels = mixed(groups).unflatten(0, (-1, 4)), targets(groups, 3, 0.1).unflatten(0, (-1, 4))
-    for number, members in enumerate(groups.members):
+    batch = renderer(small_set).render(ITEMS)
+    pictures, labels = mixed(batch).unflatten(0, (-1, 4)), targets(batch, 3, 0.1).unflatten(0, (-1, 4))
+    for number, members in enumerate(batch.members):
         for slot in range(len(members), 4):
             member = slot - len(members)
-            assert torch.equal(groups.images[number, slot], groups.images[number, member])
+            assert torch.equal(batch.images[number, slot], batch.images[number, member])
             assert torch.equal(pictures[number, slot], pictures[number, member])
             assert torch.equal(labels[number, slot], labels[number, member])
 
 
 def test_unused_slots_do_not_shift_the_statistics_of_a_batch_norm(small_set):
     """A group that fills half of its slots gives its members what they give alone."""
-    groups = renderer(small_set).render([Item(1, 1, 0)])
-    assert len(groups.members[0]) == 2
+    batch = renderer(small_set).render([Item(1, 1, 0)])
+    assert len(batch.members[0]) == 2
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)).train()
-    torch.testing.assert_close(network(mixed(groups))[:2], network(mixed(groups)[:2]))
+    torch.testing.assert_close(network(mixed(batch))[:2], network(mixed(batch)[:2]))
 
 
 def test_repeats_of_a_group_share_a_decoding(small_set):
-    groups = renderer(small_set).render([Item(0, 0, 0), Item(0, 0, 1), Item(1, 0, 0), Item(1, 0, 1)])
-    assert groups.decodes == 3 + 3
+    batch = renderer(small_set).render([Item(0, 0, 0), Item(0, 0, 1), Item(1, 0, 0), Item(1, 0, 1)])
+    assert batch.decodes == 3 + 3
 
 
 def test_all_views_of_a_unit_share_a_decoding(small_set):
@@ -139,9 +139,9 @@ def test_all_views_of_a_unit_share_a_decoding(small_set):
 
 
 def test_group_of_another_block_is_decoded_afresh(small_set):
-    groups = renderer(small_set).render([Item(0, 0, 3), Item(0, 0, 4)])
-    assert groups.decodes == 6
-    assert groups.members[0].tolist() != groups.members[1].tolist()
+    batch = renderer(small_set).render([Item(0, 0, 3), Item(0, 0, 4)])
+    assert batch.decodes == 6
+    assert batch.members[0].tolist() != batch.members[1].tolist()
 
 
 def test_damaged_shard_stops_rendering_and_is_named(small_set, monkeypatch):
@@ -160,12 +160,12 @@ def test_damaged_shard_stops_rendering_and_is_named(small_set, monkeypatch):
 def test_number_of_workers_changes_nothing(small_set, workers):
     a, (_, index) = plan_over(small_set), small_set
     one, other = (list(step_loader(a, index, range(5), range(1), 1, n, False)) for n in (0, workers))
-    assert [values(groups) for groups in one] == [values(groups) for groups in other]
+    assert [values(batch) for batch in one] == [values(batch) for batch in other]
 
 
 def test_loader_gives_the_steps_asked_for(small_set):
     a, (_, index) = plan_over(small_set), small_set
-    loaded = [groups.items for groups in step_loader(a, index, [7, 3, 4], range(1), 1, 0, False)]
+    loaded = [batch.items for batch in step_loader(a, index, [7, 3, 4], range(1), 1, 0, False)]
     assert loaded == [a.items(7), a.items(3), a.items(4)]
 
 
@@ -174,7 +174,7 @@ def test_slices_of_a_step_are_the_step(small_set):
     whole = list(step_loader(a, index, range(2), range(1), 1, 0, False))
     ranks = [list(step_loader(a, index, range(2), s, 4, 0, False)) for s in (range(0, 2), range(2, 4))]
     for step in range(2):
-        slices = [groups for rank in ranks for groups in rank[2 * step : 2 * step + 2]]
+        slices = [batch for rank in ranks for batch in rank[2 * step : 2 * step + 2]]
         assert values(whole[step]) == joined(slices)
 
 
@@ -184,7 +184,7 @@ def test_every_item_of_the_units_is_rendered_once(small_set, workers):
     config, index = small_set
     units = all_units(3, 8, config.recipe)[2:]
     items = [i for unit in units for i in unit_items(unit, config.recipe, int(index.samples[unit.shard]))]
-    loaded = [values(groups) for groups in unit_loader(units, index, config.recipe, workers, False)]
+    loaded = [values(batch) for batch in unit_loader(units, index, config.recipe, workers, False)]
     expected = [values(renderer(small_set).render([item])) for item in items]
     assert sorted(loaded, key=str) == sorted(expected, key=str)
 
@@ -224,7 +224,7 @@ def slices(small_set, workers: int):
 @pytest.fixture(scope="module")
 def pictures(small_set) -> list[torch.Tensor]:
     """Of each slice, rendered without workers."""
-    return [groups.images for groups in slices(small_set, 0)]
+    return [batch.images for batch in slices(small_set, 0)]
 
 
 @pytest.fixture
@@ -238,8 +238,8 @@ def taken(monkeypatch) -> list[int | None]:
 @workers_settings
 @pytest.mark.parametrize("workers", [1, 2])
 def test_slices_in_buffers_used_again_hold_the_same(small_set, workers):
-    expected = [values(groups) for groups in slices(small_set, 0)]
-    assert [values(groups) for groups in slices(small_set, workers)] == expected
+    expected = [values(batch) for batch in slices(small_set, 0)]
+    assert [values(batch) for batch in slices(small_set, workers)] == expected
 
 
 @workers_settings
@@ -253,7 +253,7 @@ def test_buffers_are_used_again_when_slices_are_dropped(small_set, taken):
 def test_slices_in_memory_of_their_own_hold_the_same_while_all_buffers_are_held(small_set, pictures, taken):
     held = list(slices(small_set, 2))
     assert taken.count(None) == SLICES - 6
-    assert all(torch.equal(groups.images, other) for groups, other in zip(held, pictures, strict=True))
+    assert all(torch.equal(batch.images, other) for batch, other in zip(held, pictures, strict=True))
 
 
 KEPT = {
@@ -284,7 +284,7 @@ def test_buffer_is_free_when_nothing_sees_its_memory_any_more(keep):
 @pytest.mark.parametrize("every", [1, 3])
 def test_what_is_kept_of_a_slice_never_changes(small_set, pictures, kind, every):
     keep = KEPT[kind]
-    kept = {n: keep(groups.images) for n, groups in enumerate(slices(small_set, 2)) if n % every == 0}
+    kept = {n: keep(batch.images) for n, batch in enumerate(slices(small_set, 2)) if n % every == 0}
     assert all(np.array_equal(seen, keep(pictures[number])) for number, seen in kept.items())
 
 
@@ -307,25 +307,25 @@ def test_slices_after_failed_ones_hold_the_same(small_set, pictures, monkeypatch
     render_slice = _Steps.__getitem__
 
     def failing(self, task):
-        groups = render_slice(self, task)
+        batch = render_slice(self, task)
         if task[0] < 8:
             raise PipelineError("no such slice")
-        return groups
+        return batch
 
     monkeypatch.setattr(_Steps, "__getitem__", failing)
     loaded = iter(slices(small_set, 1))
     for _ in range(8):
         with pytest.raises(PipelineError, match="no such slice"):
             next(loaded)
-    for expected, groups in zip(pictures[8:], loaded, strict=True):
-        assert torch.equal(groups.images, expected)
+    for expected, batch in zip(pictures[8:], loaded, strict=True):
+        assert torch.equal(batch.images, expected)
 
 
 def test_workers_that_are_spawned_render_into_the_buffers_too(small_set, pictures, taken):
     loader = slices(small_set, 1)
     loader.multiprocessing_context = "spawn"
-    for expected, groups in zip(pictures, loader, strict=True):
-        assert torch.equal(groups.images, expected) and not groups.images.is_shared()
+    for expected, batch in zip(pictures, loader, strict=True):
+        assert torch.equal(batch.images, expected) and not batch.images.is_shared()
     assert None not in taken
 
 
@@ -357,7 +357,7 @@ def pinned(monkeypatch) -> list[torch.Tensor]:
 def test_torchs_loader_pins_every_tensor_of_a_batch(small_set, pinned):
     batch = renderer(small_set).render(ITEMS)
     found = torchs_pinning.pin_memory(batch, "cuda")
-    assert isinstance(found, Groups) and values(found) == values(batch)
+    assert isinstance(found, Batch) and values(found) == values(batch)
     assert {id(tensor) for tensor in found.tensors().values()} == {id(tensor) for tensor in pinned}
     assert len(pinned) == 6
 
@@ -366,9 +366,9 @@ def test_torchs_loader_pins_every_tensor_of_a_batch(small_set, pinned):
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_pinned_slices_free_their_buffers_though_they_are_held(small_set, pictures, taken, pinned, workers):
     held = list(step_loader(plan_over(small_set), small_set[1], range(SLICES), range(1), 1, workers, True))
-    assert all(torch.equal(groups.images, other) for groups, other in zip(held, pictures, strict=True))
+    assert all(torch.equal(batch.images, other) for batch, other in zip(held, pictures, strict=True))
     copies = {id(tensor) for tensor in pinned}
-    assert all(id(tensor) in copies for groups in held for tensor in groups.tensors().values())
+    assert all(id(tensor) in copies for batch in held for tensor in batch.tensors().values())
     assert set(taken) == (set(range(2 * workers)) if workers else {None})
 
 
@@ -387,10 +387,10 @@ def test_evaluation_gives_every_sample_in_index_order(small_set, batch):
 # mixing
 
 
-def random_groups(mixes: list[tuple[float, tuple]], slots=6, size=16, classes=5) -> Groups:
+def random_batch(mixes: list[tuple[float, tuple]], slots=6, size=16, classes=5) -> Batch:
     """Random pictures and labels whose partners are timm's; a mix is lambda and left, top, right, bottom."""
     rng, count = torch.Generator().manual_seed(len(mixes)), len(mixes)
-    return Groups(
+    return Batch(
         items=[Item(0, i, 0) for i in range(count)],
         members=[np.arange(slots)] * count,
         checks=[0] * count,
@@ -423,13 +423,13 @@ mixes = st.one_of(
 @property_settings
 @given(st.lists(mixes, min_size=1, max_size=4))
 def test_pictures_are_mixed_as_timm_mixes_them(drawn):
-    groups = random_groups(drawn)
-    result = mixed(groups).unflatten(0, (len(drawn), 6))
+    batch = random_batch(drawn)
+    result = mixed(batch).unflatten(0, (len(drawn), 6))
     for number, (lam, (left, top, right, bottom)) in enumerate(drawn):
         theirs = timm.data.mixup.Mixup(cutmix_alpha=1.0)
         cutmix = right > left
         theirs._params_per_batch = lambda lam=lam, cutmix=cutmix: (lam, cutmix)
-        pictures = groups.images[number].float()
+        pictures = batch.images[number].float()
         with pytest.MonkeyPatch.context() as patch:
             box = (top, bottom, left, right)
             patch.setattr(timm.data.mixup, "cutmix_bbox_and_lam", lambda *_, b=box, lam=lam, **__: (b, lam))
@@ -440,10 +440,10 @@ def test_pictures_are_mixed_as_timm_mixes_them(drawn):
 @property_settings
 @given(st.lists(mixes, min_size=1, max_size=4), st.sampled_from([0.0, 0.1, 0.3]))
 def test_labels_are_mixed_and_smoothed_as_timm_does(drawn, smoothing):
-    groups = random_groups(drawn)
-    result = targets(groups, 5, smoothing).unflatten(0, (len(drawn), 6))
+    batch = random_batch(drawn)
+    result = targets(batch, 5, smoothing).unflatten(0, (len(drawn), 6))
     for number, (lam, _) in enumerate(drawn):
-        theirs = timm.data.mixup.mixup_target(groups.labels[number], 5, lam, smoothing)
+        theirs = timm.data.mixup.mixup_target(batch.labels[number], 5, lam, smoothing)
         assert torch.allclose(result[number], theirs, rtol=1e-6, atol=1e-7)
 
 
@@ -455,10 +455,10 @@ drawn_mixes = st.one_of(st.integers(0, 65536).map(lambda share: (share / 65536, 
 @property_settings
 @given(st.lists(drawn_mixes, min_size=1, max_size=4))
 def test_mixing_rounds_nothing_so_its_bits_are_those_of_any_formula(device, drawn):
-    groups = random_groups(drawn)
-    result = mixed(groups.to(torch.device(device))).cpu().unflatten(0, (len(drawn), 6))
+    batch = random_batch(drawn)
+    result = mixed(batch.to(torch.device(device))).cpu().unflatten(0, (len(drawn), 6))
     for number, (lam, (left, top, right, bottom)) in enumerate(drawn):
-        own, other = groups.images[number].long(), groups.images[number][groups.partner[number]].long()
+        own, other = batch.images[number].long(), batch.images[number][batch.partner[number]].long()
         if right > left and bottom > top:
             expected = own.clone()
             expected[..., top:bottom, left:right] = other[..., top:bottom, left:right]
@@ -482,45 +482,45 @@ class Moved(TorchDispatchMode):
 
 
 def test_mixing_moves_a_fraction_of_what_plain_float_formulas_do():
-    groups = random_groups([(0.25, NO_BOX), (0.75, (0, 0, 8, 8))], slots=64)
+    batch = random_batch([(0.25, NO_BOX), (0.75, (0, 0, 8, 8))], slots=64)
     with Moved() as moved:
-        mixed(groups)
+        mixed(batch)
     # a byte read twice and written for the partner, and read; a float written, read and written again
-    assert moved.bytes <= 20 * groups.images.numel()
+    assert moved.bytes <= 20 * batch.images.numel()
 
 
 def test_pictures_and_labels_of_a_pair_have_the_partner_of_their_slot():
-    groups = random_groups([(0.0, NO_BOX)])
-    groups.partner[0] = torch.tensor([0, 5, 4, 3, 2, 1])
-    assert torch.equal(mixed(groups), groups.images[0][groups.partner[0]].float())
-    assert torch.equal(targets(groups, 5, 0.0).argmax(1), groups.labels[0][groups.partner[0]])
+    batch = random_batch([(0.0, NO_BOX)])
+    batch.partner[0] = torch.tensor([0, 5, 4, 3, 2, 1])
+    assert torch.equal(mixed(batch), batch.images[0][batch.partner[0]].float())
+    assert torch.equal(targets(batch, 5, 0.0).argmax(1), batch.labels[0][batch.partner[0]])
 
 
 def test_group_that_is_not_mixed_keeps_its_pictures_and_labels():
-    groups = random_groups([(1.0, NO_BOX)])
-    assert torch.equal(mixed(groups), groups.images[0].float())
-    assert torch.equal(targets(groups, 5, 0.0).argmax(1), groups.labels[0])
+    batch = random_batch([(1.0, NO_BOX)])
+    assert torch.equal(mixed(batch), batch.images[0].float())
+    assert torch.equal(targets(batch, 5, 0.0).argmax(1), batch.labels[0])
 
 
-def part(groups: Groups, number: int) -> Groups:
-    return groups._each(lambda tensor: tensor[number : number + 1])
+def part(batch: Batch, number: int) -> Batch:
+    return batch._each(lambda tensor: tensor[number : number + 1])
 
 
 def test_mixed_groups_are_the_same_bits_alone_or_among_others(small_set):
-    groups = renderer(small_set).render(ITEMS)
-    alone = [part(groups, number) for number in range(len(ITEMS))]
-    assert torch.equal(mixed(groups), torch.cat([mixed(one) for one in alone]))
-    assert torch.equal(targets(groups, 3, 0.1), torch.cat([targets(one, 3, 0.1) for one in alone]))
+    batch = renderer(small_set).render(ITEMS)
+    alone = [part(batch, number) for number in range(len(ITEMS))]
+    assert torch.equal(mixed(batch), torch.cat([mixed(one) for one in alone]))
+    assert torch.equal(targets(batch, 3, 0.1), torch.cat([targets(one, 3, 0.1) for one in alone]))
 
 
 def test_what_stands_in_unused_slots_does_not_reach_the_members(small_set):
-    groups = renderer(small_set).render(ITEMS)
-    used = groups.weights.flatten() > 0
-    before = mixed(groups)[used], targets(groups, 3, 0.1)[used]
-    groups.images[groups.weights == 0] = 255
-    groups.labels[groups.weights == 0] = 2
-    assert torch.equal(mixed(groups)[used], before[0])
-    assert torch.equal(targets(groups, 3, 0.1)[used], before[1])
+    batch = renderer(small_set).render(ITEMS)
+    used = batch.weights.flatten() > 0
+    before = mixed(batch)[used], targets(batch, 3, 0.1)[used]
+    batch.images[batch.weights == 0] = 255
+    batch.labels[batch.weights == 0] = 2
+    assert torch.equal(mixed(batch)[used], before[0])
+    assert torch.equal(targets(batch, 3, 0.1)[used], before[1])
 
 
 # answers
@@ -550,19 +550,19 @@ def store(small_set, tmp_path_factory) -> Store:
 
 
 def test_each_slot_gets_the_answer_about_its_member(small_set, store):
-    groups = renderer(small_set).render(ITEMS)
-    argmax, payload = read_predictions(store, groups, "dense")
+    batch = renderer(small_set).render(ITEMS)
+    argmax, payload = read_predictions(store, batch, "dense")
     assert argmax.dtype == torch.int64 and payload.shape == (20, 3)
     for number, item in enumerate(ITEMS):
-        told = [answer(item.shard, row, item.view) for row in groups.members[number].tolist()]
+        told = [answer(item.shard, row, item.view) for row in batch.members[number].tolist()]
         own = slice(4 * number, 4 * number + len(told))
         assert argmax[own].tolist() == told == payload[own].argmax(1).tolist()
 
 
 def test_unused_slots_get_class_0(small_set, store):
-    groups = renderer(small_set).render(ITEMS)
-    argmax, payload = read_predictions(store, groups, "dense")
-    unused = groups.weights.flatten() == 0
+    batch = renderer(small_set).render(ITEMS)
+    argmax, payload = read_predictions(store, batch, "dense")
+    unused = batch.weights.flatten() == 0
     assert unused.any() and not argmax[unused].any() and not payload[unused].any()
 
 
@@ -582,8 +582,8 @@ def test_argmax_alone_has_no_payload(small_set, store):
 def test_every_group_that_is_trained_on_is_the_one_the_teacher_saw(small_set, store):
     a, (_, index) = plan_over(small_set), small_set
     steps = range(2 * 8 * a.groups // a.batch_groups)  # views come round once
-    for groups in step_loader(a, index, steps, range(1), 1, 0, False):
-        read_predictions(store, groups, "argmax")
+    for batch in step_loader(a, index, steps, range(1), 1, 0, False):
+        read_predictions(store, batch, "argmax")
 
 
 def changed_mix(**changes):
@@ -616,9 +616,9 @@ GROUP_MEMBERS = pipeline.batches.batch.group_members
 )
 def test_group_that_is_not_the_one_the_teacher_saw_is_refused(name, changed, small_set, store, monkeypatch):
     monkeypatch.setattr(pipeline.batches.batch, name, changed)
-    groups = renderer(small_set).render([Item(2, 1, 5)])
+    batch = renderer(small_set).render([Item(2, 1, 5)])
     with pytest.raises(PipelineError) as caught:
-        read_predictions(store, groups, "argmax")
+        read_predictions(store, batch, "argmax")
     message = str(caught.value)
     assert "group 1 of shard 000002.tar, view 5" in message
     assert "another order, lambda, partner or pixel" in message

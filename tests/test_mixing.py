@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from test_recipe import DRAWS, LIKELY, check_recorded, plain, property_settings, same_distribution, seeded
 
-from pipeline.batches.batch import Groups, checked_member, group_check, mixed
+from pipeline.batches.batch import Batch, checked_member, group_check, mixed
 from pipeline.batches.plan import Item
 from pipeline.config.schema import Recipe
 from pipeline.views.draw import Mix, draw_groups, draw_mix
@@ -274,12 +274,12 @@ def test_mixes_are_the_recorded_ones():
     check_recorded("GOLDEN_MIXES", {view: plain(mix) for view, mix in mixes.items()}, GOLDEN_MIXES)
 
 
-def painted_groups(mixes: list[Mix], size: int) -> Groups:
+def painted_batch(mixes: list[Mix], size: int) -> Batch:
     """Pictures of integers only, all different, mixed as said."""
     count, slots = len(mixes), len(mixes[0].partner)
     places = torch.arange(count * slots * 3 * size * size).reshape(count, slots, 3, size, size)
     edges = [(x, y, x + width, y + height) for x, y, width, height in (mix.box for mix in mixes)]
-    return Groups(
+    return Batch(
         items=[Item(0, 2, view) for view in range(count)],
         members=[np.arange(slots)] * count,
         checks=[0] * count,
@@ -294,7 +294,7 @@ def painted_groups(mixes: list[Mix], size: int) -> Groups:
 
 def test_mixed_pixels_are_the_recorded_ones():
     mixes = [draw_mix(Recipe(group_size=8, size=16), "train-000003.tar", 2, view, 7) for view in range(8)]
-    pictures = mixed(painted_groups(mixes, 16)).unflatten(0, (8, 8)).double()
+    pictures = mixed(painted_batch(mixes, 16)).unflatten(0, (8, 8)).double()
     weights = torch.linspace(1, 2, pictures[0].numel(), dtype=torch.float64).reshape(pictures[0].shape)
     found = {}
     for view, group in enumerate(pictures):

@@ -10,7 +10,7 @@ from pretended import Diary, pretended_gpu
 from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from pipeline.batches.batch import Groups
+from pipeline.batches.batch import Batch
 from pipeline.batches.loader import step_loader, unit_loader
 from pipeline.batches.plan import Unit, plan_of
 from pipeline.batches.transfer import DeviceToHostCopy, on_device
@@ -85,8 +85,8 @@ SOFT = {"distillation": "soft", "tau": 3.0}
 def answering(kind: str, monkeypatch) -> StoredTeacher:
     """Answers of zeros as they come out of a store, without one."""
 
-    def stored(store: SimpleNamespace, groups: Groups, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        count, width = groups.labels.numel(), payload_width(kind, store.classes, 2)
+    def stored(store: SimpleNamespace, batch: Batch, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        count, width = batch.labels.numel(), payload_width(kind, store.classes, 2)
         types = {"dense": torch.float16, "dense8": torch.uint8, "topk": torch.uint16}
         payload = torch.zeros(count, width, dtype=types[kind]) if kind in types else None
         return torch.zeros(count, dtype=torch.int64), payload
@@ -101,7 +101,7 @@ def teacher_on_device() -> Normalised:
     return teacher.to(GPU).eval()
 
 
-def prepared(small_set, diary: Diary, settings: Student, teacher) -> tuple[Trainer, Iterator[Groups]]:
+def prepared(small_set, diary: Diary, settings: Student, teacher) -> tuple[Trainer, Iterator[Batch]]:
     """A trainer on the device, and batches from pinned memory; what was noted before its first step is forgotten."""
     config, index = small_set
     plan, parts = plan_of(index, config.recipe, settings, 8), settings.accumulation
@@ -115,10 +115,10 @@ def prepared(small_set, diary: Diary, settings: Student, teacher) -> tuple[Train
     trainer = Trainer(run)
     diary.parameters = model.parameters
     diary.notes.clear()
-    return trainer, on_device((pin_memory(groups) for groups in batches), GPU)
+    return trainer, on_device((pin_memory(batch) for batch in batches), GPU)
 
 
-def one_step(trainer: Trainer, batches: Iterator[Groups]) -> DeviceToHostCopy:
+def one_step(trainer: Trainer, batches: Iterator[Batch]) -> DeviceToHostCopy:
     values = trainer.train_step(batches)
     assert values.device == GPU and values.shape == (len(STEP_VALUES),)
     trainer.step += 1
@@ -183,28 +183,28 @@ def test_asking_about_units_waits_for_answers_alone(in_tmp, small_set, diary, mo
     units = [Unit(0, 0), Unit(1, 1)]
     with unset_fake_temporarily():
         batches = list(unit_loader(units, index, config.recipe, 0, False))
-    monkeypatch.setattr(labelling, "unit_loader", lambda *_: (pin_memory(groups) for groups in batches))
+    monkeypatch.setattr(labelling, "unit_loader", lambda *_: (pin_memory(batch) for batch in batches))
     store, asked, kept = SimpleNamespace(recipe=config.recipe, index=index), [], []
     worker = labelling.UnitWorker(config, store, teacher_on_device(), 16, GPU, None)
     ask = worker.ask
 
-    def noting(batch: list[Groups]):
+    def noting(given: list[Batch]):
         diary.notes.clear()
-        answers = ask(batch)
+        answers = ask(given)
         assert_nothing_waits(diary)
-        asked.append(len(batch))
+        asked.append(len(given))
         return answers
 
-    def keep(batch: list[Groups], answers: DeviceToHostCopy) -> int:
+    def keep(given: list[Batch], answers: DeviceToHostCopy) -> int:
         diary.notes.clear()
         found = answers.get()
         assert diary.notes == [("host waits", "event, asleep")]
-        assert [len(x) for x in found] == [4 * len(batch)] * (2 if kind == "argmax" else 3)
-        kept.append((len(batch), len(asked)))
+        assert [len(x) for x in found] == [4 * len(given)] * (2 if kind == "argmax" else 3)
+        kept.append((len(given), len(asked)))
         return 0
 
     worker.ask, worker.keep = noting, keep
     worker.compute(units)
     assert sum(asked) == len(batches) and [count for count, _ in kept] == asked
-    # the answers to a batch are waited for when the next one was asked about
+    # the answers to a forward are waited for when the next one was asked for
     assert [after for _, after in kept] == [*range(2, len(asked) + 1), len(asked)]

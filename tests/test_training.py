@@ -152,7 +152,7 @@ def test_soft_distillation_offline_equals_online_up_to_float16(taught):
 def test_an_undistilled_student_sees_the_same_pictures(taught, monkeypatch):
     seen = []
     real = Trainer.loss
-    monkeypatch.setattr(Trainer, "loss", lambda self, groups: seen.append(groups.checks) or real(self, groups))
+    monkeypatch.setattr(Trainer, "loss", lambda self, batch: seen.append(batch.checks) or real(self, batch))
     train_student.run(taught, CPU, "none")
     none, seen[:] = list(seen), []
     train_student.run(taught, CPU, "hard")
@@ -541,10 +541,10 @@ def test_every_step_finds_the_modules_in_their_modes_after_validation_too(taught
 def test_what_a_step_draws_are_the_numbers_of_torchs_own_seed(taught, monkeypatch):
     seeds, drawn, real = [], [], Trainer.loss
 
-    def watched(self, groups):
+    def watched(self, batch):
         seeds.append(step_seed(self.run.settings.seed, self.step, 0))
         drawn.append(torch.get_rng_state())
-        return real(self, groups)
+        return real(self, batch)
 
     monkeypatch.setattr(Trainer, "loss", watched)
     train_student.run(taught, CPU, "none")

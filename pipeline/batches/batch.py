@@ -21,8 +21,8 @@ from pipeline.views.render import render
 
 
 @dataclass
-class Groups:
-    """Some groups, each in one view. G groups, S slots, pixels P x P."""
+class Batch:
+    """Groups, each in one view. G groups, S slots, pixels P x P."""
 
     items: list[Item]
     members: list[np.ndarray]
@@ -53,14 +53,14 @@ class Groups:
         fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
         return {name: value for name, value in fields if isinstance(value, torch.Tensor)}
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Groups":
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         return dataclasses.replace(self, **{name: change(value) for name, value in self.tensors().items()})
 
-    def pin_memory(self) -> "Groups":
+    def pin_memory(self) -> "Batch":
         """A copy in pinned memory; by this name torch's loader asks for it."""
         return self._each(lambda tensor: tensor.pin_memory())
 
-    def to(self, device: torch.device) -> "Groups":
+    def to(self, device: torch.device) -> "Batch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
 
@@ -79,8 +79,8 @@ class Renderer:
     def members(self, item: Item) -> np.ndarray:
         return group_members(self.recipe, self.names, self.samples, item)
 
-    def render(self, items: list[Item], images: torch.Tensor | None = None) -> Groups:
-        """Groups whose pictures lie in `images`, whatever it held; without it, in memory of their own.
+    def render(self, items: list[Item], images: torch.Tensor | None = None) -> Batch:
+        """A batch of the items, its pictures in `images`, whatever it held; without it, in memory of their own.
 
         Raises:
             PipelineError: a shard or the index is damaged.
@@ -88,7 +88,7 @@ class Renderer:
         recipe, count, slots = self.recipe, len(items), self.recipe.group_size
         if images is None:
             images = memory(count, slots, 3, recipe.size, recipe.size)
-        groups = Groups(
+        batch = Batch(
             items=items,
             members=[self.members(item) for item in items],
             checks=[],
@@ -99,16 +99,16 @@ class Renderer:
             lam=torch.ones(count),
             box=torch.zeros(count, 4, dtype=torch.int64),
         )
-        for number, (item, members) in enumerate(zip(items, groups.members, strict=True)):
-            self._render_one(groups, number, item, members)
-        return groups
+        for number, (item, members) in enumerate(zip(items, batch.members, strict=True)):
+            self._render_one(batch, number, item, members)
+        return batch
 
-    def _render_one(self, groups: Groups, number: int, item: Item, members: np.ndarray) -> None:
+    def _render_one(self, batch: Batch, number: int, item: Item, members: np.ndarray) -> None:
         decoded, fresh = self._decode(item, members)
-        groups.decodes += fresh
+        batch.decodes += fresh
         rows = self.index.rows(item.shard)
         keys = [key.decode() for key in rows["key"][members].tolist()]
-        pictures = groups.images[number].numpy()
+        pictures = batch.images[number].numpy()
         drawn = [
             draw_view(self.recipe, key, item.view, image.shape[1], image.shape[0])
             for key, image in zip(keys, decoded, strict=True)
@@ -119,13 +119,13 @@ class Renderer:
         left, top, width, height = mix.box
         shown = np.arange(len(pictures)) % len(members)  # whom a slot shows: its own member, or one once more
         pictures[len(members) :] = pictures[shown[len(members) :]]
-        groups.labels[number] = torch.from_numpy(rows["label"][members[shown]].astype(np.int64))
-        groups.weights[number, : len(members)] = 1
-        groups.partner[number] = torch.from_numpy(mix.partner[shown])
-        groups.lam[number] = mix.lam
-        groups.box[number] = torch.tensor([left, top, left + width, top + height])
+        batch.labels[number] = torch.from_numpy(rows["label"][members[shown]].astype(np.int64))
+        batch.weights[number, : len(members)] = 1
+        batch.partner[number] = torch.from_numpy(mix.partner[shown])
+        batch.lam[number] = mix.lam
+        batch.box[number] = torch.tensor([left, top, left + width, top + height])
         seen = checked_member(item.group, item.view, len(members))
-        groups.checks.append(group_check("\n".join(keys).encode(), mix, pictures[seen]))
+        batch.checks.append(group_check("\n".join(keys).encode(), mix, pictures[seen]))
 
     def _decode(self, item: Item, members: np.ndarray) -> tuple[list[np.ndarray], int]:
         """A group's images, and how many had to be decoded: none while its views follow one another."""
@@ -137,7 +137,7 @@ class Renderer:
         return images, len(images)
 
 
-def mixed(groups: Groups) -> torch.Tensor:
+def mixed(batch: Batch) -> torch.Tensor:
     """The groups' pictures after Mixup or CutMix, float32 (G * S, 3, P, P) in 0..255.
 
     timm.data.mixup.Mixup._mix_batch with the drawn lambda, box and partners: own * share + other * (1 - share), a
@@ -145,29 +145,29 @@ def mixed(groups: Groups) -> torch.Tensor:
     bits, and so do the products and their sum: nothing is rounded, so any device, fused multiply-add and order of
     groups gives the same bits. Both pictures are read as bytes; one float32 buffer is written twice.
     """
-    count, slots, _, size, _ = groups.images.shape
-    first = torch.arange(0, count * slots, slots, device=groups.images.device)
-    partners = (groups.partner + first[:, None]).flatten()
-    other = groups.images.flatten(0, 1).index_select(0, partners).view_as(groups.images)
-    share = _shares(groups, size)[:, None, None]
-    return (groups.images * share).addcmul_(other, 1 - share).flatten(0, 1)
+    count, slots, _, size, _ = batch.images.shape
+    first = torch.arange(0, count * slots, slots, device=batch.images.device)
+    partners = (batch.partner + first[:, None]).flatten()
+    other = batch.images.flatten(0, 1).index_select(0, partners).view_as(batch.images)
+    share = _shares(batch, size)[:, None, None]
+    return (batch.images * share).addcmul_(other, 1 - share).flatten(0, 1)
 
 
-def _shares(groups: Groups, size: int) -> torch.Tensor:
+def _shares(batch: Batch, size: int) -> torch.Tensor:
     """What of each pixel is a slot's own, float32 (G, P, P)."""
-    left, top, right, bottom = groups.box[:, :, None].unbind(1)
-    place = torch.arange(size, device=groups.box.device)
+    left, top, right, bottom = batch.box[:, :, None].unbind(1)
+    place = torch.arange(size, device=batch.box.device)
     across, down = (place >= left) & (place < right), (place >= top) & (place < bottom)
-    outside = torch.where(right > left, 1.0, groups.lam[:, None])[:, :, None]  # of what is mixed without a box, all
+    outside = torch.where(right > left, 1.0, batch.lam[:, None])[:, :, None]  # of what is mixed without a box, all
     return torch.where(down[:, :, None] & across[:, None, :], 0.0, outside)
 
 
-def targets(groups: Groups, classes: int, smoothing: float) -> torch.Tensor:
+def targets(batch: Batch, classes: int, smoothing: float) -> torch.Tensor:
     """Smoothed, mixed labels, float32 (G * S, classes): timm.data.mixup.mixup_target."""
     off, on = smoothing / classes, 1 - smoothing + smoothing / classes
-    own = groups.labels
-    other = own.gather(1, groups.partner)
-    lam = groups.lam[:, None, None]
+    own = batch.labels
+    other = own.gather(1, batch.partner)
+    lam = batch.lam[:, None, None]
     smooth = [
         torch.full((*labels.shape, classes), off, device=labels.device).scatter_(2, labels[..., None], on)
         for labels in (own, other)

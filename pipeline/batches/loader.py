@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from pipeline.batches.batch import Groups, Renderer
+from pipeline.batches.batch import Batch, Renderer
 from pipeline.batches.buffers import Pool, Rendered
 from pipeline.batches.plan import Plan, Unit, unit_items
 from pipeline.common.cores import resolve_workers
@@ -28,13 +28,13 @@ class _Steps(Dataset):
         self.plan, self.parts, self.pool = plan, parts, pool
         self.renderer = Renderer(index, plan.recipe)
 
-    def __getitem__(self, task: tuple[int, int, int | None]) -> Groups:
+    def __getitem__(self, task: tuple[int, int, int | None]) -> Batch:
         step, part, buffer = task
         items = self.plan.items(step, part, self.parts)
         if buffer is None:
             return self.renderer.render(items)
-        groups = self.renderer.render(items, self.pool.buffers[buffer])
-        return dataclasses.replace(groups, images=Rendered(self.pool.number, buffer))
+        batch = self.renderer.render(items, self.pool.buffers[buffer])
+        return dataclasses.replace(batch, images=Rendered(self.pool.number, buffer))
 
 
 class _Tasks:
@@ -53,7 +53,7 @@ class _Units(IterableDataset):
     def __init__(self, units: list[Unit], index: Index, recipe: Recipe):
         self.units, self.renderer = units, Renderer(index, recipe)
 
-    def __iter__(self) -> Iterator[Groups]:
+    def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         block, count = self.renderer.recipe.block, 0
@@ -68,7 +68,7 @@ class _Units(IterableDataset):
 
 def step_loader(
     plan: Plan, index: Index, steps: Iterable[int], slices: range, parts: int, workers: int | None, pin: bool
-) -> Iterable[Groups]:
+) -> Iterable[Batch]:
     """Slices `slices` (this rank's, one an accumulation step) out of `parts`, of each step in turn."""
     places = [(step, part) for step in steps for part in slices]
     size, slots = plan.recipe.size, plan.recipe.group_size
@@ -79,7 +79,7 @@ def step_loader(
     return _loader(_Steps(plan, index, parts, pool), workers, pin, sampler=_Tasks(places, pool))
 
 
-def unit_loader(units: list[Unit], index: Index, recipe: Recipe, workers: int | None, pin: bool) -> Iterable[Groups]:
+def unit_loader(units: list[Unit], index: Index, recipe: Recipe, workers: int | None, pin: bool) -> Iterable[Batch]:
     """Every item of the units, each alone; several workers interleave groups."""
     return _loader(_Units(units, index, recipe), workers, pin)
 

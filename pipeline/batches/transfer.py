@@ -4,18 +4,18 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from pipeline.batches.batch import Groups
+from pipeline.batches.batch import Batch
 
 
-def on_device(batches: Iterable[Groups], device: torch.device) -> Iterator[Groups]:
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Each batch on the device; a GPU copies it on a stream of its own while it computes the step before."""
     if device.type != "cuda":
         yield from batches
         return
     copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    for groups in batches:
+    for batch in batches:
         with torch.cuda.stream(copying):
-            moved = groups.to(device)
+            moved = batch.to(device)
         computing.wait_stream(copying)
         for tensor in moved.tensors().values():
             tensor.record_stream(computing)

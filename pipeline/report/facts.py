@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeline.batches.batch import Groups, Renderer, mixed
+from pipeline.batches.batch import Batch, Renderer, mixed
 from pipeline.batches.plan import Item
 from pipeline.config.paths import FINETUNED
 from pipeline.config.schema import Config, Student
@@ -41,38 +41,38 @@ def shown_samples(config: Config, index: Index, answers: tuple[Store, dict[str, 
             item = Item(0, group, view)
             wanted = [(slot, int(p)) for slot, p in enumerate(renderer.members(item)) if int(p) in samples]
             if wanted:
-                groups = renderer.render([item])
-                for slot, seen in _seen(index, answers, groups, [slot for slot, _ in wanted]):
+                batch = renderer.render([item])
+                for slot, seen in _seen(index, answers, batch, [slot for slot, _ in wanted]):
                     samples[dict(wanted)[slot]].views.append(seen)
     return list(samples.values())
 
 
 def _seen(
-    index: Index, answers: tuple[Store, dict[str, Any]] | None, groups: Groups, slots: list[int]
+    index: Index, answers: tuple[Store, dict[str, Any]] | None, batch: Batch, slots: list[int]
 ) -> Iterator[tuple[int, SeenView]]:
     """Some slots of one group, each with its view."""
-    judged = _judgements(*answers, groups) if answers else [("", None)] * (max(slots) + 1)
-    pictures = mixed(groups).round().byte().permute(0, 2, 3, 1).numpy()
-    labels = groups.labels[0]
+    judged = _judgements(*answers, batch) if answers else [("", None)] * (max(slots) + 1)
+    pictures = mixed(batch).round().byte().permute(0, 2, 3, 1).numpy()
+    labels = batch.labels[0]
     for slot in slots:
-        partner = int(groups.partner[0, slot])
-        cut, alone = bool(groups.box[0, 2] > groups.box[0, 0]), partner == slot or float(groups.lam[0]) == 1
+        partner = int(batch.partner[0, slot])
+        cut, alone = bool(batch.box[0, 2] > batch.box[0, 0]), partner == slot or float(batch.lam[0]) == 1
         answer, probability = judged[slot]
         yield slot, SeenView(
-            number=groups.items[0].view,
-            picture=groups.images[0, slot].permute(1, 2, 0).numpy(),
+            number=batch.items[0].view,
+            picture=batch.images[0, slot].permute(1, 2, 0).numpy(),
             mixed=pictures[slot],
             kind="none" if alone else "cutmix" if cut else "mixup",
-            lam=1.0 if alone else float(groups.lam[0]),
+            lam=1.0 if alone else float(batch.lam[0]),
             partner=index.classes[labels[partner]],
             answer=answer,
             probability=probability,
         )
 
 
-def _judgements(store: Store, manifest: dict[str, Any], groups: Groups) -> list[tuple[str, float | None]]:
+def _judgements(store: Store, manifest: dict[str, Any], batch: Batch) -> list[tuple[str, float | None]]:
     """Of each slot, the teacher's class and what it gave that class, where the store tells."""
-    argmax, payload = read_predictions(store, groups, manifest["kind"])
+    argmax, payload = read_predictions(store, batch, manifest["kind"])
     if payload is None:
         return [(store.index.classes[answer], None) for answer in argmax]
     sure = decode_logits(manifest["kind"], payload, store.classes).softmax(1)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from pipeline.batches.batch import Groups, mixed
+from pipeline.batches.batch import Batch, mixed
 from pipeline.batches.loader import unit_loader
 from pipeline.batches.plan import Unit, unit_items
 from pipeline.batches.transfer import DeviceToHostCopy, on_device
@@ -33,9 +33,9 @@ def remove_damaged(store: StoreWriter, kind: str, units: list[Unit]) -> None:
         store.remove_unit(unit)
 
 
-def batched(groups: Iterable[Groups], count: int) -> Iterator[list[Groups]]:
+def batched(batches: Iterable[Batch], count: int) -> Iterator[list[Batch]]:
     """So many at a time; the last may be fewer."""
-    stream = iter(groups)
+    stream = iter(batches)
     while batch := list(islice(stream, count)):
         yield batch
 
@@ -68,42 +68,42 @@ class UnitWorker:
         }
         total = sum(int(samples[unit.shard]) for unit in units) * self.recipe.block
         loader = unit_loader(units, self.index, self.recipe, self.settings.workers, self.device.type == "cuda")
-        batches, asked = batched(on_device(loader, self.device), self.settings.batch_groups), None
+        forwards, asked = batched(on_device(loader, self.device), self.settings.batch_groups), None
         with progress(total, "teacher-logits", "view") as bar:
-            for batch in batches:
-                following = self.ask(batch)
-                if asked:  # kept while the device computes the following batch
+            for batches in forwards:
+                following = self.ask(batches)
+                if asked:  # kept while the device computes the following forward
                     bar.update(self.keep(*asked))
                 asked = following
             if asked:
                 bar.update(self.keep(*asked))
 
-    def ask(self, batch: list[Groups]) -> tuple[list[Groups], DeviceToHostCopy]:
-        """Queue a forward over the groups; always of the same shape, so that its kernels are the same."""
+    def ask(self, batches: list[Batch]) -> tuple[list[Batch], DeviceToHostCopy]:
+        """Queue a forward over the batches; always of the same shape, so that its kernels are the same."""
         settings, slots = self.settings, self.recipe.group_size
-        pictures = torch.cat([mixed(groups) for groups in batch])
-        pictures = pad(pictures, (0, 0, 0, 0, 0, 0, 0, slots * (settings.batch_groups - len(batch))))
-        logits = self.teacher.logits(pictures, slots)[: slots * len(batch)]
+        pictures = torch.cat([mixed(batch) for batch in batches])
+        pictures = pad(pictures, (0, 0, 0, 0, 0, 0, 0, slots * (settings.batch_groups - len(batches))))
+        logits = self.teacher.logits(pictures, slots)[: slots * len(batches)]
         finite = (logits.abs() <= torch.finfo(torch.float16).max).all(1)
         argmax, payload = encode(settings.kind, logits, settings.top_k)
-        return batch, DeviceToHostCopy(finite, argmax, *([] if payload is None else [payload]))
+        return batches, DeviceToHostCopy(finite, argmax, *([] if payload is None else [payload]))
 
-    def keep(self, batch: list[Groups], answers: DeviceToHostCopy) -> int:
+    def keep(self, batches: list[Batch], answers: DeviceToHostCopy) -> int:
         """Put what was asked into the units' buffers. Returns how many views that was."""
         finite, argmax, *payload = answers.get()
         argmax = as_stored("argmax", argmax)
         payload = as_stored(self.settings.kind, payload[0]) if payload else None
-        for number, groups in enumerate(batch):
+        for number, batch in enumerate(batches):
             first = number * self.recipe.group_size
-            place = slice(first, first + groups.views)
+            place = slice(first, first + batch.views)
             if not finite[place].all():
-                raise self._not_finite(groups)
-            self._keep(groups, argmax[place], None if payload is None else payload[place])
-        return sum(groups.views for groups in batch)
+                raise self._not_finite(batch)
+            self._keep(batch, argmax[place], None if payload is None else payload[place])
+        return sum(batch.views for batch in batches)
 
-    def _keep(self, groups: Groups, argmax: np.ndarray, payload: np.ndarray | None) -> None:
+    def _keep(self, batch: Batch, argmax: np.ndarray, payload: np.ndarray | None) -> None:
         """Put a group's answers into its unit's buffers; commit the unit with its last group."""
-        item, members = groups.items[0], groups.members[0]
+        item, members = batch.items[0], batch.members[0]
         unit, place = Unit(item.shard, item.view // self.recipe.block), item.view % self.recipe.block
         if unit not in self.open:
             self.open[unit] = self._buffers(unit, payload)
@@ -111,7 +111,7 @@ class UnitWorker:
         buffers["argmax"][place, members] = argmax
         if payload is not None:
             buffers[self.settings.kind][place, members] = payload
-        checks[place, item.group] = groups.checks[0]
+        checks[place, item.group] = batch.checks[0]
         self.remaining[unit] -= 1
         if self.remaining[unit] == 0:
             self.commit(unit, *self.open.pop(unit))
@@ -123,8 +123,8 @@ class UnitWorker:
             buffers[self.settings.kind] = np.zeros((block, samples, payload.shape[1]), payload.dtype)
         return buffers, np.zeros((block, group_count(samples, self.recipe.group_size)), np.uint64)
 
-    def _not_finite(self, groups: Groups) -> PipelineError:
-        item = groups.items[0]
+    def _not_finite(self, batch: Batch) -> PipelineError:
+        item = batch.items[0]
         return PipelineError(
             f"the teacher's logits for group {item.group} of shard {self.index.names[item.shard]}, view {item.view}",
             expected="finite numbers that float16 holds",

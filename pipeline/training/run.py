@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.batches.batch import Groups
+from pipeline.batches.batch import Batch
 from pipeline.batches.plan import Plan
 from pipeline.common.distributed import world_size
 from pipeline.config.schema import Student, Training
@@ -29,7 +29,7 @@ class TeacherOutput:
 
 
 class NoTeacher:
-    def __call__(self, groups: Groups, pictures: torch.Tensor) -> None:
+    def __call__(self, batch: Batch, pictures: torch.Tensor) -> None:
         return None
 
 
@@ -49,7 +49,7 @@ class Run:
     model: Normalised
     size: int
     crop: float
-    teacher: Callable[[Groups, torch.Tensor], TeacherOutput | None] = field(default_factory=NoTeacher)
+    teacher: Callable[[Batch, torch.Tensor], TeacherOutput | None] = field(default_factory=NoTeacher)
     distillation: Student | None = None
     """Gives distillation, alpha, tau and reduction; None trains on labels alone."""
     device: torch.device = CPU

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.batches.batch import Groups
+from pipeline.batches.batch import Batch
 from pipeline.batches.transfer import send
 from pipeline.common.errors import PipelineError
 from pipeline.config.paths import store_path
@@ -26,8 +26,8 @@ class StoredTeacher:
     store: Store
     kind: str
 
-    def __call__(self, groups: Groups, pictures: torch.Tensor) -> TeacherOutput:
-        argmax, payload = read_predictions(self.store, groups, self.kind)
+    def __call__(self, batch: Batch, pictures: torch.Tensor) -> TeacherOutput:
+        argmax, payload = read_predictions(self.store, batch, self.kind)
         logits = None
         if payload is not None:  # decoded there: as stored it is a quarter or half of the bytes
             logits = decode_logits(self.kind, send(payload, pictures.device), self.store.classes)
@@ -40,12 +40,12 @@ class OnlineTeacher:
 
     teacher: TeacherForward
 
-    def __call__(self, groups: Groups, pictures: torch.Tensor) -> TeacherOutput:
-        logits = self.teacher.logits(pictures, groups.labels.shape[1])
+    def __call__(self, batch: Batch, pictures: torch.Tensor) -> TeacherOutput:
+        logits = self.teacher.logits(pictures, batch.labels.shape[1])
         return TeacherOutput(logits.argmax(1), logits)
 
 
-def read_predictions(store: Store, groups: Groups, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+def read_predictions(store: Store, batch: Batch, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What the store holds for each slot: argmax int64 (G * S,), payload (G * S, width) or None.
 
     Unused slots hold class 0 and zeros; their weight is 0.
@@ -53,12 +53,12 @@ def read_predictions(store: Store, groups: Groups, kind: str) -> tuple[torch.Ten
     Raises:
         PipelineError: a unit is missing or damaged, or a group is not the one the teacher saw.
     """
-    slots = groups.labels.shape[1]
-    argmax = np.zeros((len(groups.items), slots), np.int64)
+    slots = batch.labels.shape[1]
+    argmax = np.zeros((len(batch.items), slots), np.int64)
     payload = None
-    for number, (item, members) in enumerate(zip(groups.items, groups.members, strict=True)):
+    for number, (item, members) in enumerate(zip(batch.items, batch.members, strict=True)):
         answers = store.read(item.shard, item.view, kind)
-        _compare(store, answers, groups, number)
+        _compare(store, answers, batch, number)
         argmax[number, : len(members)] = answers.argmax[members]
         if answers.payload is not None:
             if payload is None:
@@ -68,8 +68,8 @@ def read_predictions(store: Store, groups: Groups, kind: str) -> tuple[torch.Ten
     return torch.from_numpy(argmax).flatten(), flat
 
 
-def _compare(store: Store, answers: StoredPredictions, groups: Groups, number: int) -> None:
-    item, here = groups.items[number], groups.checks[number]
+def _compare(store: Store, answers: StoredPredictions, batch: Batch, number: int) -> None:
+    item, here = batch.items[number], batch.checks[number]
     stored = int(answers.check[item.group])
     if stored != here:
         versions = ", ".join(f"{name} {version}" for name, version in store.attributes["versions"].items())

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from pipeline.batches.batch import Groups, mixed, targets
+from pipeline.batches.batch import Batch, mixed, targets
 from pipeline.batches.loader import step_loader
 from pipeline.batches.transfer import DeviceToHostCopy, on_device
 from pipeline.common.arithmetic import deterministic_kernels
@@ -171,16 +171,16 @@ class Trainer:
         by_steps = settings.checkpoint_steps is not None and self.step % settings.checkpoint_steps == 0
         return by_steps or seconds >= 60 * settings.checkpoint_minutes or self.step == self.run.steps
 
-    def train_step(self, batches: Iterator[Groups]) -> torch.Tensor:
+    def train_step(self, batches: Iterator[Batch]) -> torch.Tensor:
         """One step of the optimizer. Returns STEP_VALUES over all ranks, float32 on the device."""
         run, settings = self.run, self.run.settings
         self.schedule.step(scheduled_epoch(run.plan.epoch(self.step)))
         self.seed()
         weight, sums = run.plan.weight(self.step), torch.zeros(3, device=run.device)
         for number in range(settings.accumulation):
-            groups = self.next_groups(batches)
+            batch = self.next_batch(batches)
             with self.gradients_exchanged(number == settings.accumulation - 1):
-                parts = self.loss(groups) / weight
+                parts = self.loss(batch) / weight
                 # DDP averages gradients over ranks; ours are shares of one sum
                 (parts[0] * self.rank.world).backward()
             sums += parts.detach()
@@ -203,12 +203,12 @@ class Trainer:
         if self.run.device.type == "cuda":
             torch.cuda.manual_seed(number)  # of this process's own device
 
-    def next_groups(self, batches: Iterator[Groups]) -> Groups:
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
         start = time.monotonic()
-        groups = next(batches)
+        batch = next(batches)
         for speed in (self.speed, self.epoch_speed):
-            speed.rendered(groups.views, groups.decodes, time.monotonic() - start)
-        return groups
+            speed.rendered(batch.views, batch.decodes, time.monotonic() - start)
+        return batch
 
     def gradients_exchanged(self, last: bool):
         """DDP exchanges gradients in a step's last slice only: they are sums until then."""
@@ -221,17 +221,17 @@ class Trainer:
             return clip_grad_norm_(self.learned, clip)
         return get_total_norm([parameter.grad for parameter in self.learned if parameter.grad is not None])
 
-    def loss(self, groups: Groups) -> torch.Tensor:
+    def loss(self, batch: Batch) -> torch.Tensor:
         """Weighted sums over a slice of the step: loss, and its parts from the labels and from the teacher."""
         run = self.run
-        pictures = mixed(groups)
-        answer: TeacherOutput | None = run.teacher(groups, pictures)
+        pictures = mixed(batch)
+        answer: TeacherOutput | None = run.teacher(batch, pictures)
         if run.settings.channels_last:
             pictures = pictures.contiguous(memory_format=torch.channels_last)
-        weights = groups.weights.flatten()
+        weights = batch.weights.flatten()
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == "bfloat16"):
             own, distilled = self.forward(pictures)
-        labels = targets(groups, own.shape[1], run.settings.smoothing)
+        labels = targets(batch, own.shape[1], run.settings.smoothing)
         loss = base_loss(own, labels, weights)
         how = run.distillation
         if how is None or answer is None:
