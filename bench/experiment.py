@@ -25,9 +25,9 @@ from pipeline.batches.loader import step_loader
 from pipeline.batches.plan import Plan
 from pipeline.batches.transfer import DeviceToHostCopy
 from pipeline.config.schema import Recipe, Student
-from pipeline.models.build import Normalised, build_student
+from pipeline.models.build import NormalizedModel, build_student
 from pipeline.shards.index import Index, index_shard, write_index, write_shard
-from pipeline.store.reader import Identity, Store
+from pipeline.store.reader import Store, StoreIdentity
 from pipeline.store.writer import StoreWriter
 from pipeline.training.run import Run
 from pipeline.training.teachers import read_predictions
@@ -92,7 +92,7 @@ def filled_store(path: Path, index: Index, recipe: Recipe, steps: list[Batch]) -
 
     It keeps one chunk at hand, so a change of shard reads and compares one anew: more often than training does.
     """
-    identity = Identity(index.fingerprint, recipe, {"model": "none"})
+    identity = StoreIdentity(index.fingerprint, recipe, {"model": "none"})
     store = StoreWriter.create(str(path), identity, index, recipe.block, "argmax", 1, "float32")
     known = [pair for batch in steps for pair in zip(batch.items, batch.checks, strict=True)]
     rng = np.random.default_rng(2)
@@ -208,7 +208,7 @@ def in_turns(works: dict, rounds: int, seconds: float, device: torch.device) -> 
     return found
 
 
-def flop_bound(teacher: Normalised, student: Normalised, size: int) -> tuple[float, int, int]:
+def flop_bound(teacher: NormalizedModel, student: NormalizedModel, size: int) -> tuple[float, int, int]:
     """1 + T / (3 S), T and S being multiply-adds of a forward, a step taking three; and T and S."""
     from pipeline.models.evaluation import multiply_adds
 

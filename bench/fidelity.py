@@ -16,7 +16,7 @@ from pipeline.batches.plan import Item
 from pipeline.config.params import load
 from pipeline.config.paths import index_path
 from pipeline.config.schema import Config, TeacherLogits
-from pipeline.models.build import TeacherForward, load_teacher, resize_pictures, teacher_logits
+from pipeline.models.teacher import TeacherForward, load_teacher, resize_pictures, teacher_logits
 from pipeline.shards.index import Index
 from pipeline.store.encoding import decode_logits, encode, row_bytes
 from pipeline.views.draw import group_count

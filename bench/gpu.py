@@ -68,8 +68,9 @@ from pipeline.batches.plan import Unit
 from pipeline.batches.transfer import on_device
 from pipeline.cli.options import DEVICE, find_device
 from pipeline.config.schema import Config, Finetune, Student
-from pipeline.models.build import TeacherForward, build_student
-from pipeline.store.reader import Identity
+from pipeline.models.build import build_student
+from pipeline.models.teacher import TeacherForward
+from pipeline.store.reader import StoreIdentity
 from pipeline.store.writer import StoreWriter
 from pipeline.training.run import NoTeacher
 from pipeline.training.teachers import OnlineTeacher, StoredTeacher
@@ -82,7 +83,7 @@ STEPS = 7  # rendered; a prime, so that a worker does not meet the same one agai
 
 
 def unit_store(lab: Lab, kind: str) -> StoreWriter:
-    identity = Identity(lab.index.fingerprint, lab.recipe, {"model": "random"})
+    identity = StoreIdentity(lab.index.fingerprint, lab.recipe, {"model": "random"})
     return StoreWriter.create(str(lab.root / f"{kind}.zarr"), identity, lab.index, BLOCK, kind, 1, "bfloat16")
 
 

@@ -13,7 +13,7 @@ import torch
 from experiment import TINY_STUDENT, TINY_TEACHER, make_index, photographs, synchronize
 
 from pipeline.config.schema import Recipe, Teacher, TeacherLogits
-from pipeline.models.build import Normalised, build_teacher
+from pipeline.models.build import NormalizedModel, build_teacher
 from pipeline.shards.index import Index
 
 BLOCK = 24  # not 30: then a unit of one group a worker comes out in whole batches
@@ -30,7 +30,7 @@ class Lab:
     """Three shards: of as many groups as there are workers, the same, and of four groups."""
     recipe: Recipe
     teacher_model: str
-    teacher: Normalised
+    teacher: NormalizedModel
     answering: TeacherLogits
     """How the teacher is asked: bfloat16, channels_last, compiled with --compile."""
     groups: int
@@ -69,7 +69,7 @@ def make_lab(root: Path, device: torch.device, given) -> Lab:
     if given.compile:
         import torch._dynamo.config as dynamo
 
-        # a shape is constant in training; here several models of several sizes share one Normalised.forward
+        # a shape is constant in training; here several models of several sizes share one NormalizedModel.forward
         dynamo.automatic_dynamic_shapes, dynamo.recompile_limit = False, 64
     answering = TeacherLogits(
         views=BLOCK, top_k=1, precision="bfloat16", batch_groups=batch // group, channels_last=True,

@@ -43,8 +43,9 @@ from torch import nn
 
 from pipeline.batches.batch import mixed
 from pipeline.config.schema import Recipe, Student, Teacher, TeacherLogits
-from pipeline.models.build import Normalised, TeacherForward, build_student, build_teacher
+from pipeline.models.build import NormalizedModel, build_student, build_teacher
 from pipeline.models.linear import OneDNNLinear
+from pipeline.models.teacher import TeacherForward
 from pipeline.training.run import NoTeacher
 from pipeline.training.teachers import OnlineTeacher, StoredTeacher
 
@@ -54,7 +55,7 @@ ASKED = TeacherLogits(precision="float32", batch_groups=1)
 AT_LEAST = {"tiny": 3.8, "small": 2.0}  # times, online / stored
 
 
-def measure(material: Material, settings: Student, teacher: Normalised, rounds: int) -> dict[str, list[float]]:
+def measure(material: Material, settings: Student, teacher: NormalizedModel, rounds: int) -> dict[str, list[float]]:
     """Seconds by round of each way, of the teacher's forward, and of read_predictions alone and in place."""
     clocked = Clocked(StoredTeacher(material.store, "argmax"))
     undistilled = settings.model_copy(update={"distillation": "none"})

@@ -138,12 +138,12 @@ def make_index(scale: Scale, clock: Clock) -> dict[str, float]:
 def created(scale: Scale, clock: Clock):
     from pipeline.config.schema import Recipe
     from pipeline.shards.index import Index
-    from pipeline.store.reader import Identity
+    from pipeline.store.reader import StoreIdentity
     from pipeline.store.writer import StoreWriter
 
     index = Index(scale.index)
     clock("Index")
-    identity = Identity(index.fingerprint, Recipe(block=BLOCK), {"model": "none"})
+    identity = StoreIdentity(index.fingerprint, Recipe(block=BLOCK), {"model": "none"})
     store = StoreWriter.create(scale.store, identity, index, scale.views, "argmax", TOP_K, "float32")
     clock("StoreWriter.create")
     return store
@@ -231,12 +231,12 @@ def missing(scale: Scale, clock: Clock) -> dict[str, float]:
 def manifest(scale: Scale, clock: Clock) -> None:
     from pipeline.config.schema import Recipe
     from pipeline.shards.index import Index
-    from pipeline.store.manifest import manifest
+    from pipeline.store.manifest import build_manifest
     from pipeline.store.reader import Store
 
     store = Store.open(scale.store, Index(scale.index), Recipe(block=BLOCK))
     clock.skip()
-    manifest(store, BLOCK, "argmax")
+    build_manifest(store, BLOCK, "argmax")
     clock("manifest, block 0")
 
 

@@ -49,7 +49,7 @@ from machine import conditions, filesystem, spread
 from pipeline.batches.plan import Item, Plan, Unit
 from pipeline.config.schema import Recipe
 from pipeline.store.encoding import DTYPES, KINDS, payload_width
-from pipeline.store.reader import Identity, Store
+from pipeline.store.reader import Store, StoreIdentity
 from pipeline.store.writer import StoreWriter
 from pipeline.training.teachers import read_predictions
 from pipeline.views.draw import group_count
@@ -136,7 +136,7 @@ class Ours:
         self.folder, self.case = folder, case
 
     def write(self) -> None:
-        case, identity = self.case, Identity(ROWS.fingerprint, self.case.recipe, {"model": "none"})
+        case, identity = self.case, StoreIdentity(ROWS.fingerprint, self.case.recipe, {"model": "none"})
         store = StoreWriter.create(str(self.folder), identity, ROWS, case.views, case.kind, TOP_K, "float32")
         for shard in range(SHARDS):
             buffers = {"argmax": case.argmax[shard]}

@@ -22,7 +22,8 @@ from pipeline.config.paths import (
     teacher_logits_folder,
 )
 from pipeline.config.schema import Config, Student
-from pipeline.models.build import Normalised, build_student, load_resized, load_teacher, parameter_count
+from pipeline.models.adapt import load_resized_weights
+from pipeline.models.build import NormalizedModel, build_student, parameter_count
 from pipeline.models.evaluation import (
     classifiers,
     disagreement,
@@ -31,7 +32,8 @@ from pipeline.models.evaluation import (
     throughput,
     top_k_accuracy,
 )
-from pipeline.models.weights import read_own_weights, read_weights
+from pipeline.models.teacher import load_teacher
+from pipeline.models.weights import read_saved_weights, read_weights
 from pipeline.report.facts import describe_experiment, shown_samples
 from pipeline.report.html import Result, format_table, write_report
 from pipeline.report.plots import draw_views, plot_curves, plot_disagreement
@@ -129,7 +131,7 @@ def run_weights(
     val = Index(index_path(config, "val"))
     student = config.student if model is None else config.student.model_copy(update={"model": model, "kwargs": {}})
     built = build_student(student, config.recipe, len(val.classes), size)
-    load_resized(built, read_weights(weights), weights)
+    load_resized_weights(built, read_weights(weights), weights)
     print(f"{weights}: {student.model} at {size} px, crop {config.evaluate.crop:g}, on {len(val):,} images")
     if dry_run:
         return
@@ -175,7 +177,7 @@ def refuse_missing(entries: list[Entry]) -> None:
 
 def load_model(
     config: Config, entry: Entry, classes: int, device: torch.device, size: int | None = None
-) -> Normalised:
+) -> NormalizedModel:
     """An entry's model with its weights, in eval mode on the device; at its own size, or at another.
 
     Raises:
@@ -184,7 +186,7 @@ def load_model(
     if entry.student is None:
         return load_teacher(config, classes, device)
     model = build_student(entry.student, config.recipe, classes, size or entry.size)
-    state, about = read_own_weights(entry.weights)
+    state, about = read_saved_weights(entry.weights)
     told = entry.folder / "metrics.json"
     if told.exists() and "run" in about and f'"{about["run"]}"' not in told.read_text(errors="replace"):
         raise PipelineError(
@@ -193,7 +195,7 @@ def load_model(
             found=f"run {about['run']}",
             do=f"run: pipeline {entry.command} (or dvc repro)",
         )
-    load_resized(model, state, str(entry.weights))
+    load_resized_weights(model, state, str(entry.weights))
     return model.to(device).eval()
 
 
@@ -205,7 +207,7 @@ def evaluate(
 
 
 def decide(
-    config: Config, entry: Entry, model: Normalised, val: Index, labels: torch.Tensor, device: torch.device
+    config: Config, entry: Entry, model: NormalizedModel, val: Index, labels: torch.Tensor, device: torch.device
 ) -> tuple[list[Result], dict[str, np.ndarray]]:
     """As `evaluate`, of a model in eval mode on the device."""
     settings, batch, size = config.evaluate, config.evaluate.batch_size, entry.size

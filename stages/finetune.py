@@ -13,8 +13,9 @@ from pipeline.common.errors import NotYet, UsageError
 from pipeline.config.paths import digests_folder, finetune_folder, index_path, state_folder, student_folder
 from pipeline.config.schema import Config, finetune_fields
 from pipeline.config.validation import fingerprint
-from pipeline.models.build import Normalised, build_student, load_resized, with_new_heads
-from pipeline.models.weights import read_foreign, read_weights, weights_hash
+from pipeline.models.adapt import load_resized_weights, replace_mismatched_heads
+from pipeline.models.build import NormalizedModel, build_student
+from pipeline.models.weights import read_external_weights, read_weights, weights_hash
 from pipeline.shards.index import Index
 from pipeline.training.completion import finish
 from pipeline.training.run import NoTeacher, Run, describe_run, run_identity
@@ -87,14 +88,14 @@ def run(config: Config, device: torch.device, name: str, teacher: str = "stored"
         finish(training, finetune_folder(config, name))
 
 
-def start(model: Normalised, source: Path, notes: Path | None) -> None:
+def start(model: NormalizedModel, source: Path, notes: Path | None) -> None:
     """Load what fine-tuning starts from; onto another data set (paper, section 5.4), with heads of its own.
 
     Args:
         notes: where the digests of foreign files are kept; None: it is a student of this experiment.
     """
-    state = read_foreign(source, notes) if notes else read_weights(source, own=True)
+    state = read_external_weights(source, notes) if notes else read_weights(source, own=True)
     if notes:
-        state, anew = with_new_heads(model, state)
+        state, anew = replace_mismatched_heads(model, state)
         print(f"{source}: " + (f"{', '.join(anew)} begin anew" if anew else "heads kept, the classes being as many"))
-    load_resized(model, state, str(source))
+    load_resized_weights(model, state, str(source))

@@ -16,18 +16,10 @@ from pipeline.common.files import atomic_write
 from pipeline.config.paths import UNNEEDED, digests_folder, index_path, state_folder, teacher_folder
 from pipeline.config.schema import Config, Recipe, Training, result_fields
 from pipeline.config.validation import fingerprint
-from pipeline.models.build import (
-    Normalised,
-    adaptable,
-    build_teacher,
-    describe_teacher,
-    load_teacher,
-    parameter_count,
-    pretrained_teacher,
-    refuse_size,
-    save_teacher,
-)
+from pipeline.models.adapt import fixres_modules
+from pipeline.models.build import NormalizedModel, build_teacher, parameter_count
 from pipeline.models.evaluation import classifiers, predict, top_k_accuracy
+from pipeline.models.teacher import check_input_size, describe_teacher, load_teacher, pretrained_teacher, save_teacher
 from pipeline.models.weights import save_weights, weights_hash
 from pipeline.shards.index import Index
 from pipeline.training.completion import complete
@@ -53,7 +45,7 @@ def run(config: Config, device: torch.device, purpose: str = "train-student", dr
         return
     print(describe_run(training) if training else f"teacher: {config.teacher.weights or 'as it is'}, {size} px")
     if training:
-        refuse_size(training.model, size, _size_key(config, purpose))
+        check_input_size(training.model, size, _size_key(config, purpose))
     if dry_run:
         return
     told: dict[str, Any] = {}
@@ -66,7 +58,7 @@ def run(config: Config, device: torch.device, purpose: str = "train-student", dr
         assert config.teacher.weights, "without weights it is trained"
         notes = digests_folder(config)
         teacher = pretrained_teacher(config.teacher, config.teacher.weights, len(train.classes), notes)
-    refuse_size(teacher, size, _size_key(config, purpose))
+    check_input_size(teacher, size, _size_key(config, purpose))
     publish(config, purpose, teacher, val, size, training, told, device)
 
 
@@ -92,7 +84,7 @@ def _size_key(config: Config, purpose: str) -> str:
 def publish(
     config: Config,
     purpose: str,
-    teacher: Normalised,
+    teacher: NormalizedModel,
     val: Index,
     size: int,
     training: Run | None,
@@ -107,7 +99,7 @@ def publish(
     metrics, later = good_enough(config, teacher, val, size, device), config.teacher_size("finetune")
     answers_later = purpose == "train-student" and config.needs_teacher("finetune") and not config.teacher_finetune.epochs
     if answers_later and later != size:  # before the students are trained, not after
-        refuse_size(teacher, later, _size_key(config, "finetune"))
+        check_input_size(teacher, later, _size_key(config, "finetune"))
         good_enough(config, teacher, val, later, device)
     if Rank.start(device).rank:
         return  # rank 0 publishes
@@ -125,7 +117,7 @@ def publish(
 
 
 def good_enough(
-    config: Config, teacher: Normalised, val: Index, size: int, device: torch.device
+    config: Config, teacher: NormalizedModel, val: Index, size: int, device: torch.device
 ) -> dict[str, float | str | int]:
     """The teacher's metrics at a size.
 
@@ -182,7 +174,7 @@ def _finetuning(config: Config, train: Index, val: Index, device: torch.device) 
     """FixRes: the classifier and the last batch norm learn at the higher resolution, the rest stays."""
     section, recipe = config.teacher_finetune, config.teacher_finetune_recipe()
     teacher = load_teacher(config, len(train.classes), device)
-    learning = adaptable(teacher.model)
+    learning = fixres_modules(teacher.model)
     identity = run_identity(
         section,
         learning,
@@ -214,7 +206,7 @@ def _plan(train: Index, recipe: Recipe, section: Training) -> Plan:
 
 
 def _evaluate(
-    config: Config, teacher: Normalised, val: Index, size: int, device: torch.device
+    config: Config, teacher: NormalizedModel, val: Index, size: int, device: torch.device
 ) -> dict[str, float | str | int]:
     section, evaluate = config.teacher, config.evaluate
     heads = predict(

@@ -16,15 +16,12 @@ from pipeline.common.lease import part_lease, part_lock
 from pipeline.config.paths import UNNEEDED, index_path, store_path, teacher_logits_folder
 from pipeline.config.schema import Config, Recipe
 from pipeline.config.store_spec import store_spec
-from pipeline.models.build import (
-    describe_teacher,
-    load_teacher,
-)
+from pipeline.models.teacher import describe_teacher, load_teacher
 from pipeline.shards.index import Index
 from pipeline.store.encoding import row_bytes
 from pipeline.store.labelling import UnitWorker, publish, remove_damaged
-from pipeline.store.manifest import damaged, write_manifest
-from pipeline.store.reader import Identity
+from pipeline.store.manifest import damaged_units, write_manifest
+from pipeline.store.reader import StoreIdentity
 from pipeline.store.writer import StoreWriter, sweep_store
 
 
@@ -53,7 +50,7 @@ def run(
         print(describe(config, index, recipe, views, "a store that is named when the teacher is there"))
         print(f"not yet: {error}")
         return
-    identity = Identity(index.fingerprint, recipe, describe_teacher(config.teacher, teacher, own_size))
+    identity = StoreIdentity(index.fingerprint, recipe, describe_teacher(config.teacher, teacher, own_size))
     path, settings = store_path(config, identity.fingerprint), config.teacher_logits
     print(describe(config, index, recipe, views, path))
     if dry_run:
@@ -61,14 +58,14 @@ def run(
     number, parts = part or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     asked = (identity, index, views, settings.kind, settings.top_k, settings.precision)
     # complete, it needs no lock, which a read-only disk has no place for
-    store, bad = StoreWriter.whole(path, *asked), []
+    store, bad = StoreWriter.open_complete(path, *asked), []
     verified: list[Unit] = []
     if store and number and not part:
         print("the store is complete; the first process of the job publishes it")
         return
     if store:
         verified = store.units(views)[number::parts] if part else store.units(views)
-        bad = [unit for unit, _ in damaged(store, verified, settings.kind)]
+        bad = [unit for unit, _ in damaged_units(store, verified, settings.kind)]
     if bad or not store:
         with part_lease(path, number, parts, f"part {number} of {parts} of teacher-logits", break_lock):
             sweep_store(path, part_lock(path, number, parts))

@@ -24,7 +24,8 @@ from pipeline.common.signals import Interrupted
 from pipeline.config.params import dump, load
 from pipeline.config.paths import index_path, store_path, teacher_logits_folder
 from pipeline.config.schema import Config
-from pipeline.models.build import build_student, load_teacher
+from pipeline.models.build import build_student
+from pipeline.models.teacher import load_teacher
 from pipeline.shards.index import Index
 from pipeline.store.manifest import read_manifest
 from pipeline.store.reader import Store

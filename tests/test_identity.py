@@ -11,7 +11,8 @@ from test_training import CPU, Stop, loaded, taught, taught_template  # noqa: F4
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.paths import student_folder, teacher_folder
 from pipeline.config.schema import Config
-from pipeline.models.build import build_teacher, describe_teacher, load_teacher, save_teacher
+from pipeline.models.build import build_teacher
+from pipeline.models.teacher import describe_teacher, load_teacher, save_teacher
 from pipeline.models.weights import read_weights, save_weights
 from pipeline.training.trainer import Trainer
 from stages import finetune, teacher, teacher_logits, train_student

@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.config.schema import Recipe, Student
 from pipeline.models.build import build_student
-from pipeline.models.linear import OneDNNLinear, by_onednn, use_onednn
+from pipeline.models.linear import OneDNNLinear, convert_linear, uses_onednn
 
 
 def pair(inputs: int, outputs: int, bias: bool) -> tuple[nn.Linear, nn.Linear]:
@@ -18,7 +18,7 @@ def pair(inputs: int, outputs: int, bias: bool) -> tuple[nn.Linear, nn.Linear]:
     torch.manual_seed(0)
     plain = nn.Linear(inputs, outputs, bias)
     ours = copy.deepcopy(plain)
-    use_onednn(ours)
+    convert_linear(ours)
     return plain, ours
 
 
@@ -40,15 +40,15 @@ def test_values_and_gradients_are_those_of_a_linear_layer(batch, tokens, inputs,
 
 @pytest.mark.parametrize("x", [torch.rand(2, 3), torch.rand(2, 3, 4, dtype=torch.float64), torch.rand(2, 2, 2, 3)])
 def test_other_inputs_go_torchs_own_way(x):
-    assert not by_onednn(x)
+    assert not uses_onednn(x)
 
 
 def test_autocast_goes_torchs_own_way():
     plain, ours = pair(6, 5, True)
     x = torch.rand(2, 3, 6)
-    assert by_onednn(x)
+    assert uses_onednn(x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not by_onednn(x)
+        assert not uses_onednn(x)
         assert torch.equal(ours(x), plain(x))
 
 
@@ -65,7 +65,7 @@ def test_weights_copies_and_repeats_are_as_before():
     plain, ours = pair(6, 5, True)
     assert ours.state_dict().keys() == plain.state_dict().keys()
     twice = copy.deepcopy(ours)
-    use_onednn(twice)
+    convert_linear(twice)
     assert type(twice) is OneDNNLinear
     x = torch.rand(2, 3, 6)
     assert torch.equal(twice(x), ours(x))

@@ -25,7 +25,7 @@ from pipeline.batches.loader import _Steps, evaluation_loader, step_loader, unit
 from pipeline.batches.plan import Item, Plan, Unit, all_units, unit_items
 from pipeline.common.errors import PipelineError, killed_worker
 from pipeline.shards.index import Index
-from pipeline.store.reader import Identity, Store
+from pipeline.store.reader import Store, StoreIdentity
 from pipeline.store.writer import StoreWriter
 from pipeline.training import teachers as teaching
 from pipeline.training.teachers import StoredTeacher, read_predictions
@@ -536,7 +536,7 @@ def store(small_set, tmp_path_factory) -> Store:
     """A complete store of the toy teacher's answers about the small set."""
     config, index = small_set
     path = str(tmp_path_factory.mktemp("store") / "s.zarr")
-    made = StoreWriter.create(path, Identity(index.fingerprint, config.recipe, {}), index, 8, "dense", 1, "float32")
+    made = StoreWriter.create(path, StoreIdentity(index.fingerprint, config.recipe, {}), index, 8, "dense", 1, "float32")
     one = Renderer(index, config.recipe)
     for unit in all_units(3, 8, config.recipe):
         samples = int(index.samples[unit.shard])

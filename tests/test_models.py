@@ -11,28 +11,22 @@ from torch.nn.functional import interpolate
 
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.schema import Recipe, Student, Teacher, TeacherLogits
-from pipeline.models.build import (
-    Normalised,
-    TeacherForward,
-    adaptable,
-    build,
-    build_student,
-    build_teacher,
-    load_resized,
-    parameter_count,
-    resize_pictures,
+from pipeline.models.adapt import (
+    fixres_modules,
+    load_resized_weights,
+    replace_mismatched_heads,
     resize_position_embedding,
-    teacher_logits,
-    with_new_heads,
 )
-from pipeline.models.weights import load_weights, read_own_weights, read_weights, save_weights, weights_hash
+from pipeline.models.build import NormalizedModel, build, build_student, build_teacher, parameter_count
+from pipeline.models.teacher import TeacherForward, resize_pictures, teacher_logits
+from pipeline.models.weights import load_weights, read_saved_weights, read_weights, save_weights, weights_hash
 
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DISTILLED = Student(kwargs=SMALL, drop_path=0.0)
 PLAIN = Student(model="deit_tiny_patch16_224", kwargs=SMALL, drop_path=0.0)
 
 
-def student(section=DISTILLED, classes=5, size=32, **changes) -> Normalised:
+def student(section=DISTILLED, classes=5, size=32, **changes) -> NormalizedModel:
     return build_student(section.model_copy(update=changes), Recipe(), classes, size)
 
 
@@ -240,7 +234,7 @@ def test_position_embeddings_of_the_same_grid_stay_as_they_are(prefix):
 def test_student_of_another_resolution_takes_every_weight_but_the_positions(section):
     small, large = student(section), student(section, size=48, seed=1)
     state = small.model.state_dict()
-    load_resized(large, state, "trial")
+    load_resized_weights(large, state, "trial")
     prefix = small.model.num_prefix_tokens
     expected = state | {"pos_embed": resize_position_embedding(state["pos_embed"], 6, prefix)}
     assert all(torch.equal(tensor, expected[name]) for name, tensor in large.model.state_dict().items())
@@ -253,8 +247,8 @@ def test_student_of_another_resolution_takes_every_weight_but_the_positions(sect
 def test_heads_of_another_number_of_classes_begin_anew_and_the_rest_is_kept(section):
     source, model = student(section, classes=5, size=32, seed=1), student(section, classes=7, size=48, seed=2)
     fresh = {name: value.clone() for name, value in model.model.state_dict().items()}
-    state, anew = with_new_heads(model, source.model.state_dict())
-    load_resized(model, state, "source")
+    state, anew = replace_mismatched_heads(model, source.model.state_dict())
+    load_resized_weights(model, state, "source")
     found = model.model.state_dict()
     heads = {f"{head}.{part}" for head in ("head", "head_dist") for part in ("weight", "bias")} & set(found)
     assert set(anew) == heads
@@ -265,27 +259,27 @@ def test_heads_of_another_number_of_classes_begin_anew_and_the_rest_is_kept(sect
 
 def test_heads_of_as_many_classes_are_kept():
     source, model = student(seed=1), student(seed=2)
-    state, anew = with_new_heads(model, source.model.state_dict())
+    state, anew = replace_mismatched_heads(model, source.model.state_dict())
     assert not anew and torch.equal(state["head.weight"], source.model.head.weight)
 
 
 def test_plain_students_weights_are_refused_by_a_distilled_one_without_a_traceback():
-    message = refusal(load_resized, student(), student(PLAIN).model.state_dict(), "plain.pth")
+    message = refusal(load_resized_weights, student(), student(PLAIN).model.state_dict(), "plain.pth")
     assert "plain.pth" in message and "dist_token" in message
 
 
 def test_what_fixres_adapts_is_the_classifier_and_the_batch_norms_that_make_the_output():
     model = timm.create_model("regnety_002", num_classes=3)
-    classifier, *norms = adaptable(model)
+    classifier, *norms = fixres_modules(model)
     assert classifier is model.head.fc
     last = model.s4.b7  # its shortcut is the identity
     assert norms == [last.conv3.bn]
     model = timm.create_model("regnety_160", num_classes=3)
-    assert adaptable(model)[1:] == [model.s4.b1.conv3.bn, model.s4.b1.downsample.bn]
+    assert fixres_modules(model)[1:] == [model.s4.b1.conv3.bn, model.s4.b1.downsample.bn]
 
 
 def test_model_without_batch_norm_cannot_be_adapted():
-    assert "batch norm" in refusal(adaptable, student().model, kind=UsageError)
+    assert "batch norm" in refusal(fixres_modules, student().model, kind=UsageError)
 
 
 def test_linears_begin_as_a_normal_of_std_002_and_the_patches_as_torch_has_them():
@@ -312,9 +306,9 @@ def test_weights_are_loaded_as_they_were_saved(tmp_path):
 def test_what_is_said_about_weights_is_read_with_them_and_under_their_digest(tmp_path):
     path, about = tmp_path / "w.safetensors", {"model": "one", "mean": [0.5]}
     save_weights(path, student().model, about)
-    assert read_own_weights(path)[1] == about
+    assert read_saved_weights(path)[1] == about
     path.write_bytes(path.read_bytes().replace(b"one", b"two"))
-    assert "damaged weights" in refusal(read_own_weights, path)
+    assert "damaged weights" in refusal(read_saved_weights, path)
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "as DeiT's"])

@@ -15,7 +15,8 @@ from pipeline.batches.loader import step_loader, unit_loader
 from pipeline.batches.plan import Unit, plan_of
 from pipeline.batches.transfer import DeviceToHostCopy, on_device
 from pipeline.config.schema import Student, Teacher, TeacherLogits
-from pipeline.models.build import Normalised, TeacherForward, build_student, build_teacher
+from pipeline.models.build import NormalizedModel, build_student, build_teacher
+from pipeline.models.teacher import TeacherForward
 from pipeline.store import labelling
 from pipeline.store.encoding import payload_width
 from pipeline.training import teachers as teaching
@@ -95,7 +96,7 @@ def answering(kind: str, monkeypatch) -> StoredTeacher:
     return StoredTeacher(SimpleNamespace(classes=3), kind)
 
 
-def teacher_on_device() -> Normalised:
+def teacher_on_device() -> NormalizedModel:
     with unset_fake_temporarily():
         teacher = build_teacher(TEACHER, 3)
     return teacher.to(GPU).eval()

@@ -44,9 +44,9 @@ from pipeline.cli import store as store_stage
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.lease import LEASE, lease
 from pipeline.config.paths import index_path, student_folder, teacher_folder, teacher_logits_folder
-from pipeline.models.weights import read_weights, tensors_digest
+from pipeline.models.weights import read_weights, state_dict_hash
 from pipeline.shards.index import Index, index_shard
-from pipeline.store.manifest import damaged, manifest, read_manifest, store_bytes
+from pipeline.store.manifest import build_manifest, damaged_units, read_manifest, store_bytes
 from stages import prepare, teacher_logits, train_student
 
 CPU = torch.device("cpu")
@@ -434,9 +434,9 @@ def test_workers_of_a_process_that_used_s3_or_not_read_it(method, used, both, in
 each_layout = pytest.mark.parametrize("kind", ["topk", "dense"])  # chunks of a unit, shards of chunks
 
 
-def damaged_units(url: str, kind: str) -> list[Unit]:
+def damage_in(url: str, kind: str) -> list[Unit]:
     store = opened(url)
-    return [unit for unit, _ in damaged(store, store.units(VIEWS), kind)]
+    return [unit for unit, _ in damaged_units(store, store.units(VIEWS), kind)]
 
 
 def chunk_keys(bucket: Bucket) -> list[str]:
@@ -508,16 +508,16 @@ def test_flipped_bit_of_any_object_at_s3_is_found_in_its_unit(kind, stored, buck
     for seed, key in enumerate(chunk_keys(bucket)):
         whole = bucket.get(key)
         bucket.flip(key, seed)
-        assert [unit for unit, _ in damaged(store, store.units(VIEWS), kind)] == [unit_of(key)], key
+        assert [unit for unit, _ in damaged_units(store, store.units(VIEWS), kind)] == [unit_of(key)], key
         bucket.put(key, whole)
 
 
 @each_layout
 def test_flipped_bit_at_s3_is_found_by_a_store_that_was_read_before(kind, stored, bucket):
     store = opened(stored(kind))
-    assert damaged(store, store.units(VIEWS), kind) == []
+    assert damaged_units(store, store.units(VIEWS), kind) == []
     bucket.flip(next(key for key in chunk_keys(bucket) if f"/{kind}/c/1/2" in key))
-    assert [unit for unit, _ in damaged(store, store.units(VIEWS), kind)] == [Unit(2, 1)]
+    assert [unit for unit, _ in damaged_units(store, store.units(VIEWS), kind)] == [Unit(2, 1)]
 
 
 @each_layout
@@ -573,19 +573,19 @@ def test_more_views_at_s3_add_blocks_and_keep_the_old_bytes(kind, url, bucket):
     assert store.missing(4, kind) == [Unit(shard, 1) for shard in range(len(SAMPLES))]
     fill(store, kind, units=store.missing(4, kind))
     assert before.items() < {key: bucket.get(key) for key in chunk_keys(bucket)}.items()
-    assert damaged_units(url, kind) == []
+    assert damage_in(url, kind) == []
 
 
 def test_two_kinds_share_a_store_at_s3(stored):
     url = stored("topk")
     fill(create(url, "dense"), "dense")
     assert opened(url).arrays() == ["argmax", "check", "dense", "topk"]
-    assert damaged_units(url, "topk") == damaged_units(url, "dense") == []
+    assert damage_in(url, "topk") == damage_in(url, "dense") == []
 
 
 def test_manifest_and_size_of_a_store_at_s3_are_those_of_a_local_one(filled, stored):  # noqa: F811
     local, remote = (opened(path) for path in (filled("topk"), stored("topk")))
-    assert manifest(remote, VIEWS, "topk") == manifest(local, VIEWS, "topk")
+    assert build_manifest(remote, VIEWS, "topk") == build_manifest(local, VIEWS, "topk")
     assert store_bytes(remote.path) == store_bytes(local.path)
 
 
@@ -685,7 +685,7 @@ def test_student_of_shards_and_store_at_s3_has_the_weights_of_a_local_one(name, 
     train_student.run(config, CPU, name, store=url)
     # not the files: each names its run
     local, remote = (read_weights(student_folder(c, name) / "weights.safetensors") for c in (taught, config))
-    assert tensors_digest(local) == tensors_digest(remote)
+    assert state_dict_hash(local) == state_dict_hash(remote)
 
 
 def test_store_verify_says_that_a_store_at_s3_is_whole(dumped, capsys):

@@ -26,8 +26,9 @@ from pipeline.config.paths import (
     teacher_folder,
 )
 from pipeline.config.schema import Recipe, Student
-from pipeline.models.build import build_student, build_teacher, parameter_count, save_teacher
+from pipeline.models.build import build_student, build_teacher, parameter_count
 from pipeline.models.evaluation import classifiers, disagreement, multiply_adds, top_k_accuracy
+from pipeline.models.teacher import save_teacher
 from pipeline.models.weights import read_weights, save_weights
 from pipeline.report.facts import shown_samples
 from pipeline.report.html import Result, format_table, write_report

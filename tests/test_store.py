@@ -24,9 +24,9 @@ from pipeline.config.schema import Recipe
 from pipeline.store import encoding as kinds
 from pipeline.store import layout as store_files
 from pipeline.store import writer as store_writer
-from pipeline.store.encoding import DTYPES, KINDS, as_stored, payload_width
-from pipeline.store.manifest import damaged, manifest, read_manifest, store_bytes, write_manifest
-from pipeline.store.reader import Identity, Store
+from pipeline.store.encoding import DTYPES, KINDS, payload_width, to_numpy
+from pipeline.store.manifest import build_manifest, damaged_units, read_manifest, store_bytes, write_manifest
+from pipeline.store.reader import Store, StoreIdentity
 from pipeline.store.writer import StoreWriter, sweep_store
 from pipeline.views.draw import group_count
 
@@ -54,7 +54,7 @@ class Rows:
 
 def create(path, kind="argmax", views=VIEWS, top_k=TOP_K, precision="float32", **identity) -> Store:
     recipe, index = identity.get("recipe", RECIPE), identity.get("index", Rows())
-    named = Identity(index.fingerprint, recipe, identity.get("teacher", TEACHER))
+    named = StoreIdentity(index.fingerprint, recipe, identity.get("teacher", TEACHER))
     return StoreWriter.create(str(path), named, index, views, kind, top_k, precision)
 
 
@@ -65,7 +65,7 @@ def opened(path) -> Store:
 def encode(kind: str, logits: torch.Tensor, top_k: int) -> tuple[np.ndarray, np.ndarray | None]:
     """As the store keeps them."""
     argmax, payload = kinds.encode(kind, logits, top_k)
-    return as_stored("argmax", argmax), None if payload is None else as_stored(kind, payload)
+    return to_numpy("argmax", argmax), None if payload is None else to_numpy(kind, payload)
 
 
 def answers(unit: Unit, kind: str, seed=0) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -96,9 +96,9 @@ def unit_of(chunk: Path, path: Path) -> Unit:
     return Unit(shard=int(parts[3]), block=int(parts[2]))
 
 
-def damaged_units(path: Path, kind: str, views=VIEWS) -> list[Unit]:
+def damage_in(path: Path, kind: str, views=VIEWS) -> list[Unit]:
     store = opened(path)
-    return [unit for unit, _ in damaged(store, store.units(views), kind)]
+    return [unit for unit, _ in damaged_units(store, store.units(views), kind)]
 
 
 def refusal(call, *arguments, kind=PipelineError) -> str:
@@ -233,7 +233,7 @@ def test_attributes_say_what_the_store_is_of(filled):
 def test_a_store_that_another_process_makes_at_the_same_moment_is_shared(tmp_path, monkeypatch):
     fill(create(tmp_path / "s.zarr", "topk"), "topk")
     with monkeypatch.context() as stale:  # neither group nor array was there when this process looked
-        stale.setattr("pipeline.store.writer.exists", lambda path: False)
+        stale.setattr("pipeline.store.writer.store_exists", lambda path: False)
         stale.setattr(StoreWriter, "arrays", lambda self: [])
         create(tmp_path / "s.zarr", "topk")
     assert create(tmp_path / "s.zarr", "topk").missing(VIEWS, "topk") == []
@@ -280,7 +280,7 @@ def test_shard_without_a_sample_misses_nothing(tmp_path):
 def test_an_array_whose_width_was_never_used_is_made_anew(tmp_path):
     create(tmp_path / "s.zarr", "topk", top_k=4)
     store = fill(create(tmp_path / "s.zarr", "topk"), "topk")
-    assert store.missing(VIEWS, "topk") == [] == damaged_units(tmp_path / "s.zarr", "topk")
+    assert store.missing(VIEWS, "topk") == [] == damage_in(tmp_path / "s.zarr", "topk")
 
 
 def test_of_fewer_classes_than_top_k_all_are_kept(tmp_path):
@@ -335,7 +335,7 @@ def test_unit_of_a_writer_that_died_is_written_again(kind, copy):
     with pytest.raises(KeyboardInterrupt):
         create(path, kind).write_unit(Unit(1, 1), Dying(buffers), checks)
     fill(create(path, kind), kind, units=[Unit(1, 1)])
-    assert damaged_units(path, kind) == []
+    assert damage_in(path, kind) == []
 
 
 def test_kind_whose_checksums_a_dead_writer_of_another_kind_lost_is_missing_or_whole(copy):
@@ -345,7 +345,7 @@ def test_kind_whose_checksums_a_dead_writer_of_another_kind_lost_is_missing_or_w
     with pytest.raises(KeyboardInterrupt):
         create(path, "topk").write_unit(Unit(1, 1), Dying(buffers), checks)
     create(path, "topk").write_unit(Unit(1, 1), buffers, checks)
-    assert opened(path).missing(VIEWS, "dense") == damaged_units(path, "dense")
+    assert opened(path).missing(VIEWS, "dense") == damage_in(path, "dense")
 
 
 @every_kind
@@ -358,7 +358,7 @@ def test_more_views_add_blocks_and_keep_the_old_bytes(kind, tmp_path):
     assert {name: data for name, data in tree(path).items() if "/c/" in name} == before
     fill(store, kind, units=store.missing(4, kind))
     assert before.items() < tree(path).items()
-    assert damaged_units(path, kind) == []
+    assert damage_in(path, kind) == []
 
 
 def test_fewer_views_keep_the_further_ones(copy):
@@ -373,14 +373,14 @@ def test_another_kind_is_added_beside_the_first(copy):
     store = create(path, "topk")
     assert store.missing(VIEWS, "argmax") == [] and len(store.missing(VIEWS, "topk")) == 6
     fill(store, "topk")
-    assert damaged_units(path, "argmax") == damaged_units(path, "topk") == []
+    assert damage_in(path, "argmax") == damage_in(path, "topk") == []
 
 
 def test_writing_the_argmax_again_leaves_the_payload_valid(copy):
     path = copy("topk")
     buffers, checks = answers(Unit(0, 0), "topk")
     create(path, "argmax").write_unit(Unit(0, 0), {"argmax": buffers["argmax"]}, checks)
-    assert damaged_units(path, "topk") == []
+    assert damage_in(path, "topk") == []
 
 
 # another's
@@ -437,7 +437,7 @@ def test_opening_to_read_changes_nothing(copy):
 
 @every_kind
 def test_store_as_written_has_no_damage(kind, filled):
-    assert damaged_units(filled(kind), kind) == []
+    assert damage_in(filled(kind), kind) == []
 
 
 @every_kind
@@ -449,7 +449,7 @@ def test_any_flipped_bit_of_a_chunk_is_found_in_its_unit(kind, copy):
         whole = chunk.read_bytes()
         place, bit = rng.randrange(len(whole)), rng.randrange(8)
         chunk.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
-        assert damaged_units(path, kind) == [unit_of(chunk, path)], f"bit {bit} of byte {place} of {chunk}"
+        assert damage_in(path, kind) == [unit_of(chunk, path)], f"bit {bit} of byte {place} of {chunk}"
         chunk.write_bytes(whole)
 
 
@@ -466,7 +466,7 @@ def test_cut_or_deleted_chunk_is_found_in_its_unit(kind, damage, copy):
                 chunk.write_bytes(whole + bytes(4))
             case _:
                 chunk.write_bytes(whole[: {"cut": -1, "half": len(whole) // 2, "empty": 0}[damage]])
-        assert damaged_units(path, kind) == [unit_of(chunk, path)], chunk
+        assert damage_in(path, kind) == [unit_of(chunk, path)], chunk
         chunk.write_bytes(whole)
 
 
@@ -487,7 +487,7 @@ def test_chunk_of_another_unit_is_found(kind, copy):
         own, other = ({unit_of(c, path): c for c in chunks(path / name)}[Unit(0, block)] for block in (0, 1))
         whole = own.read_bytes()
         shutil.copyfile(other, own)
-        assert damaged_units(path, kind) == [Unit(0, 0)], name
+        assert damage_in(path, kind) == [Unit(0, 0)], name
         own.write_bytes(whole)
 
 
@@ -508,11 +508,11 @@ def test_damaged_unit_is_mended_by_writing_it_again(kind, name, copy):
     name = kind if name == "payload" else name
     chunk = next(c for c in chunks(path / name) if unit_of(c, path) == Unit(1, 0))
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"\x99")
-    assert damaged_units(path, kind) == [Unit(1, 0)]
+    assert damage_in(path, kind) == [Unit(1, 0)]
     store = create(path, kind)
     store.remove_unit(Unit(1, 0))
     fill(store, kind, units=[Unit(1, 0)])
-    assert damaged_units(path, kind) == []
+    assert damage_in(path, kind) == []
 
 
 @every_kind
@@ -559,7 +559,7 @@ def test_unit_that_cannot_be_read_now_is_not_damaged(name, error, copy, monkeypa
 
     monkeypatch.setattr(Store, "_bytes", short)
     with pytest.raises(Unreadable):
-        damaged(store, store.units(VIEWS), "dense")
+        damaged_units(store, store.units(VIEWS), "dense")
 
 
 @pytest.mark.parametrize("error", SHORTAGES, ids=repr)
@@ -569,7 +569,7 @@ def test_description_that_cannot_be_read_now_is_not_damaged(error, copy, monkeyp
     def short(*_):
         raise error
 
-    monkeypatch.setattr(store_files, "read_description", short)
+    monkeypatch.setattr(store_files, "read_metadata", short)
     with pytest.raises(Unreadable):
         opened(path)
 
@@ -583,7 +583,7 @@ def test_a_unit_is_damaged_only_when_it_is_read_so_twice(copy, monkeypatch):
         return data if asked.count((path, place)) > 1 else data[:-1]
 
     monkeypatch.setattr(Store, "_bytes", once)
-    assert damaged(store, store.units(VIEWS), "dense") == []
+    assert damaged_units(store, store.units(VIEWS), "dense") == []
 
 
 def test_a_chunk_that_cannot_be_read_now_takes_no_other_kind_back(copy, monkeypatch):
@@ -605,13 +605,13 @@ import resource, sys, threading
 from pathlib import Path
 sys.path[:0] = {paths!r}
 from test_store import VIEWS, opened
-from pipeline.store.manifest import damaged
+from pipeline.store.manifest import damaged_units
 from pipeline.common.errors import Unreadable
 store = opened(Path({store!r}))
 held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + {room}, -1))
 try:
-    print(damaged(store, store.units(VIEWS), "dense"))
+    print(damaged_units(store, store.units(VIEWS), "dense"))
 except (Unreadable, MemoryError):
     print([])
 """
@@ -710,7 +710,7 @@ def test_bytes_of_a_store_are_those_on_disk(filled):
     ],
 )  # fmt: skip
 def test_manifest_of_a_stranger_is_refused(key, value, filled, tmp_path):
-    whole = manifest(opened(filled("topk")), VIEWS, "topk")
+    whole = build_manifest(opened(filled("topk")), VIEWS, "topk")
     write_manifest(tmp_path / "manifest.json", whole | {key: value})
     assert f"{key} " in refusal(read_manifest, tmp_path / "manifest.json")
 
@@ -720,14 +720,14 @@ def test_manifest_of_a_stranger_is_refused(key, value, filled, tmp_path):
 def test_manifest_is_the_same_bytes_whatever_the_order_of_writing(kind, filled, tmp_path):
     units = all_units(len(SAMPLES), VIEWS, RECIPE)
     other = fill(create(tmp_path / "s.zarr", kind), kind, units=units[::-1])
-    write_manifest(tmp_path / "one.json", manifest(opened(filled(kind)), VIEWS, kind))
-    write_manifest(tmp_path / "other.json", manifest(other, VIEWS, kind))
+    write_manifest(tmp_path / "one.json", build_manifest(opened(filled(kind)), VIEWS, kind))
+    write_manifest(tmp_path / "other.json", build_manifest(other, VIEWS, kind))
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "other.json").read_bytes()
 
 
 @every_kind
 def test_manifest_lists_every_unit(kind, filled):
-    units = manifest(opened(filled(kind)), VIEWS, kind)["units"]
+    units = build_manifest(opened(filled(kind)), VIEWS, kind)["units"]
     assert {name: len(blocks) for name, blocks in units.items()} == {f"{i:06d}.tar": 2 for i in range(3)}
     assert len({digest for blocks in units.values() for digest in blocks}) == 6
 
@@ -735,35 +735,35 @@ def test_manifest_lists_every_unit(kind, filled):
 @every_kind
 def test_manifest_changes_in_the_unit_that_another_answer_stands_in(kind, copy):
     path = copy(kind)
-    before = manifest(opened(path), VIEWS, kind)["units"]
+    before = build_manifest(opened(path), VIEWS, kind)["units"]
     fill(create(path, kind), kind, seed=1, units=[Unit(1, 0)])
-    after = manifest(opened(path), VIEWS, kind)["units"]
+    after = build_manifest(opened(path), VIEWS, kind)["units"]
     assert [(n, b) for n in before for b in range(2) if before[n][b] != after[n][b]] == [("000001.tar", 0)]
 
 
 def test_manifest_of_fewer_views_is_that_of_a_smaller_store(filled, tmp_path):
     small = fill(create(tmp_path / "s.zarr", views=2), "argmax", views=2)
-    assert manifest(opened(filled("argmax")), 2, "argmax") == manifest(small, 2, "argmax")
+    assert build_manifest(opened(filled("argmax")), 2, "argmax") == build_manifest(small, 2, "argmax")
 
 
 def test_manifest_of_a_kind_does_not_change_when_another_kind_is_added(copy):
     path = copy("argmax")
-    before = manifest(opened(path), VIEWS, "argmax")
+    before = build_manifest(opened(path), VIEWS, "argmax")
     fill(create(path, "topk"), "topk")
-    assert manifest(opened(path), VIEWS, "argmax") == before
+    assert build_manifest(opened(path), VIEWS, "argmax") == before
 
 
 @every_kind
 def test_incomplete_store_has_no_manifest_and_names_the_missing_unit(kind, copy):
     path = copy(kind)
     create(path, kind).remove_unit(Unit(2, 1))
-    message = refusal(manifest, opened(path), VIEWS, kind)
+    message = refusal(build_manifest, opened(path), VIEWS, kind)
     assert "1 units missing" in message and "shard 2, block 1" in message
     assert "run teacher-logits again" in message
 
 
 def test_manifest_is_read_as_it_was_written(filled, tmp_path):
-    written = manifest(opened(filled("topk")), VIEWS, "topk")
+    written = build_manifest(opened(filled("topk")), VIEWS, "topk")
     write_manifest(tmp_path / "manifest.json", written)
     assert read_manifest(tmp_path / "manifest.json") == written
 

@@ -21,7 +21,7 @@ from pipeline.common.lease import lease, part_lock
 from pipeline.common.lock import kernel_lock
 from pipeline.config.params import dump
 from pipeline.config.paths import DATA_LOCK, RUN_LOCK, index_path, state_folder, student_folder
-from pipeline.models.build import TeacherForward
+from pipeline.models.teacher import TeacherForward
 from pipeline.shards.index import Index
 from pipeline.store.reader import Store
 from pipeline.store.writer import StoreWriter

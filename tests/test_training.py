@@ -29,7 +29,8 @@ from pipeline.config.paths import (
     teacher_logits_folder,
 )
 from pipeline.config.schema import Config
-from pipeline.models.build import adaptable, build_student, build_teacher
+from pipeline.models.adapt import fixres_modules
+from pipeline.models.build import build_student, build_teacher
 from pipeline.models.weights import read_weights
 from pipeline.shards.index import Index
 from pipeline.store.writer import StoreWriter
@@ -453,7 +454,7 @@ def test_a_teacher_is_made_used_to_a_higher_resolution_in_its_last_layers_only(t
     before, after = (read_weights(teacher_folder(config, p) / "weights.safetensors") for p in PURPOSES)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     model = build_teacher(config.teacher, 3).model
-    parts = adaptable(model)
+    parts = fixres_modules(model)
     adapted = tuple(f"{name}." for name, part in model.named_modules() if any(part is each for each in parts))
     assert len(adapted) == 2 and {name.rpartition(".")[0] + "." for name in changed} == set(adapted)
     assert any(name.endswith("running_mean") for name in changed)

@@ -18,7 +18,7 @@ from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.files import atomic_write
 from pipeline.config.params import resolve
 from pipeline.models.build import build
-from pipeline.models.weights import load_weights, read_foreign, read_weights, save_weights, tensors_digest
+from pipeline.models.weights import load_weights, read_external_weights, read_weights, save_weights, state_dict_hash
 
 
 def small() -> nn.Module:
@@ -50,7 +50,7 @@ def test_a_flipped_bit_of_our_own_weights_is_told(saved, tmp_path):
         except PipelineError:
             continue
         # the header's padding and such: whatever is read is what was written
-        assert tensors_digest(state) == tensors_digest(small().state_dict())
+        assert state_dict_hash(state) == state_dict_hash(small().state_dict())
 
 
 def test_a_flipped_bit_of_weights_named_by_hand_is_told_where_they_carry_a_digest(saved, tmp_path):
@@ -98,7 +98,7 @@ WRAPPED = {
 def test_a_training_checkpoint_is_read(tmp_path, content):
     torch.save(content, tmp_path / "checkpoint.pth")
     load_weights(small(), read_weights(tmp_path / "checkpoint.pth"), "trial")
-    assert tensors_digest(read_weights(tmp_path / "checkpoint.pth")) == tensors_digest(STATE)
+    assert state_dict_hash(read_weights(tmp_path / "checkpoint.pth")) == state_dict_hash(STATE)
 
 
 class Evil:
@@ -170,7 +170,7 @@ def test_a_damaged_file_of_weights_is_read_as_written_or_refused_in_our_words(tm
         state = read_weights(path, own=not pickled)
     except PipelineError:
         return
-    assert pickled or tensors_digest(state) == tensors_digest(STATE)
+    assert pickled or state_dict_hash(state) == state_dict_hash(STATE)
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -191,17 +191,17 @@ def test_a_header_of_anything_is_refused_in_our_words(tmp_path_factory, header, 
 def test_a_foreign_file_that_changed_since_its_first_use_is_told_and_one_that_was_replaced_is_not(tmp_path):
     path, notes = tmp_path / "theirs.safetensors", tmp_path / "notes"
     safetensors.torch.save_file(small().state_dict(), path)
-    first, stat = tensors_digest(read_foreign(path, notes)), path.stat()
-    read_foreign(path, notes)
+    first, stat = state_dict_hash(read_external_weights(path, notes)), path.stat()
+    read_external_weights(path, notes)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert "as when it was first used" in refusal(read_foreign, path, notes)
+    assert "as when it was first used" in refusal(read_external_weights, path, notes)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
-    assert tensors_digest(read_foreign(path, notes)) != first
+    assert state_dict_hash(read_external_weights(path, notes)) != first
     next(notes.iterdir()).write_bytes(b"[\xff")
-    assert read_foreign(path, notes)
+    assert read_external_weights(path, notes)
 
 
 def test_a_flipped_bit_in_a_tensor_of_a_pth_file_is_told(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from pipeline.config.paths import index_path
 from pipeline.config.schema import PURPOSES, Config, Student
 from pipeline.models.build import build_student, build_teacher
-from pipeline.models.weights import SUFFIXES, load_weights, read_weights, refuse_tag
+from pipeline.models.weights import SUFFIXES, check_timm_tag, load_weights, read_weights
 from pipeline.shards.index import Index
 
 
@@ -38,7 +38,7 @@ def check_teacher(config: Config, classes: int | None) -> None:
     local = weights and weights.endswith(SUFFIXES)
     state = read_weights(weights) if weights and local else None
     if weights and not local and ":" not in weights:
-        refuse_tag(weights, classes)
+        check_timm_tag(weights, classes)
         section = section.model_copy(update={"model": weights})
     with torch.device("meta"):  # shapes alone
         teacher = build_teacher(section, classes or 1000)

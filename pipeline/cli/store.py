@@ -22,7 +22,7 @@ from pipeline.config.schema import Config
 from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.shards.index import Index
 from pipeline.store.encoding import row_bytes
-from pipeline.store.manifest import damaged, manifest, read_manifest, store_bytes
+from pipeline.store.manifest import build_manifest, damaged_units, read_manifest, store_bytes
 from pipeline.store.reader import Store
 from pipeline.store.writer import StoreWriter
 
@@ -100,11 +100,11 @@ def verify(config: Config, purpose: str, named: str | None, recompute: int, devi
     problems += [*_damaged_data(index), *_damaged_data(val)]
     store = find(config, purpose, index, named)
     missing = store.missing(spec.views, spec.kind)
-    problems += [found for _, found in damaged(store, _written_units(store, spec, missing), spec.kind)]
+    problems += [found for _, found in damaged_units(store, _written_units(store, spec, missing), spec.kind)]
     if missing:
         problems.append(_missing(store, missing, spec))
     arrays = {"argmax", "check", spec.kind} & set(store.arrays())
-    room = max((store.described(name)["shape"][0] for name in arrays), default=0)
+    room = max((store.array_metadata(name)["shape"][0] for name in arrays), default=0)
     if room > spec.views and (further := store.missing(room, spec.kind)):
         problems.append(f"{store.path}: room for {room} views, of which {len(further):,} units are missing")
     published = teacher_logits_folder(config, purpose) / "manifest.json"
@@ -147,7 +147,7 @@ def _written_units(store: Store, spec: StoreSpec, missing: list[Unit]) -> list[U
 def _other_manifest(store: Store, path: Path) -> list[str]:
     published = read_manifest(path)
     try:
-        same = manifest(store, published["views"], published["kind"]) == published
+        same = build_manifest(store, published["views"], published["kind"]) == published
     except (PipelineError, KeyError, TypeError) as error:
         return [f"{path}: {error}"]
     return [] if same else [f"{path}: it does not stand for {store.path}: damaged, or the store was computed anew"]
@@ -177,7 +177,7 @@ def repair(config: Config, purpose: str, named: str | None) -> None:
     index, spec = Index(index_path(config, "train")), store_spec(config, purpose)
     store = StoreWriter.open(find(config, purpose, index, named).path, index, spec.recipe)
     missing = store.missing(spec.views, spec.kind)
-    for unit, found in damaged(store, _written_units(store, spec, missing), spec.kind):
+    for unit, found in damaged_units(store, _written_units(store, spec, missing), spec.kind):
         print(f"dropped {store.index.names[unit.shard]} block {unit.block}: {found.splitlines()[0]}")
         store.remove_unit(unit)
     print(_missing(store, store.missing(spec.views, spec.kind), spec))

@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.common.errors import UsageError
 
 
-def compiled(model: nn.Module) -> nn.Module:
+def compile_model(model: nn.Module) -> nn.Module:
     """The model by torch.compile.
 
     Raises:

@@ -11,13 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.batches.loader import evaluation_loader
 from pipeline.common.distributed import Rank
-from pipeline.models.build import Normalised
+from pipeline.models.build import NormalizedModel
 from pipeline.shards.index import Index
 
 
 @torch.no_grad()
 def predict(
-    model: Normalised,
+    model: NormalizedModel,
     index: Index,
     size: int,
     crop: float,
@@ -74,7 +74,7 @@ def disagreement(decisions: dict[str, np.ndarray]) -> dict[str, dict[str, float]
     return table
 
 
-def multiply_adds(model: Normalised, size: int) -> int:
+def multiply_adds(model: NormalizedModel, size: int) -> int:
     """MACs of one picture's forward, attention included (timm's convention: 1 MAC = 2 FLOPs)."""
     device = next(model.parameters()).device
     model.eval()
@@ -85,7 +85,7 @@ def multiply_adds(model: Normalised, size: int) -> int:
 
 
 @torch.no_grad()
-def throughput(model: Normalised, size: int, batch: int, seconds: float, precision: str = "float32") -> float:
+def throughput(model: NormalizedModel, size: int, batch: int, seconds: float, precision: str = "float32") -> float:
     """Pictures a second of the forward on the model's device: the median of runs over `seconds`."""
     device = next(model.parameters()).device
     pictures = torch.zeros(batch, 3, size, size, device=device)

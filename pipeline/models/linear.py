@@ -15,19 +15,19 @@ class OneDNNLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (N, T, in) to (N, T, out); inputs of other dimensions (heads: N, in) go torch's own way."""
-        if not by_onednn(x):
+        if not uses_onednn(x):
             return super().forward(x)
         pictures = x.unsqueeze(2).permute(0, 3, 1, 2)  # (N, in, T, 1), channels last: a view
         return conv2d(pictures, self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1).squeeze(2)
 
 
-def by_onednn(x: torch.Tensor) -> bool:
+def uses_onednn(x: torch.Tensor) -> bool:
     """Whether this input goes to oneDNN."""
     ours = x.ndim == 3 and x.device.type == "cpu" and x.dtype == torch.float32
     return ours and not torch.is_autocast_enabled("cpu")
 
 
-def use_onednn(model: nn.Module) -> None:
+def convert_linear(model: nn.Module) -> None:
     """Make all of a model's linear layers OneDNNLinear, in place; weights and their names stay as they are.
 
     Where torch was built without oneDNN the model stays as it is.

@@ -31,7 +31,7 @@ SUFFIXES = (".safetensors", ".pth", ".pt")
 """Of files that hold weights; whatever else `teacher.weights` says is a timm tag."""
 
 
-def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:
+def state_dict_hash(state: Mapping[str, torch.Tensor]) -> str:
     """32 hex digits of BLAKE2b over names, types, shapes and bytes of a state dict's tensors."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(state.items()):
@@ -41,15 +41,15 @@ def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """`tensors_digest` of all weights and buffers."""
-    return tensors_digest(model.state_dict())
+    """`state_dict_hash` of all weights and buffers."""
+    return state_dict_hash(model.state_dict())
 
 
 def save_weights(path: Path, model: nn.Module, about: Mapping[str, Any] | None = None) -> None:
     """A state dict as safetensors under a digest; `path` is written directly, so give a temporary one.
 
     Args:
-        about: JSON values that `read_own_weights` gives back with the weights; the digest is of both.
+        about: JSON values that `read_saved_weights` gives back with the weights; the digest is of both.
 
     Raises:
         OSError: the disk is full or read-only.
@@ -77,7 +77,7 @@ def read_weights(path: str | Path, own: bool = False) -> dict[str, torch.Tensor]
     return _read(Path(path), own)[0]
 
 
-def read_own_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_saved_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """A state dict that `save_weights` wrote, and what it wrote about it.
 
     Raises:
@@ -86,7 +86,7 @@ def read_own_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
     return _read(path, own=True)
 
 
-def read_foreign(path: Path, notes: Path) -> dict[str, torch.Tensor]:
+def read_external_weights(path: Path, notes: Path) -> dict[str, torch.Tensor]:
     """As `read_weights`, of a file of others: its digest is noted at first use, and compared from then on.
 
     A file that was replaced has another size or time, and is noted anew.
@@ -134,7 +134,7 @@ def _read(path: Path, own: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any
 
 
 def _digest(state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> str:
-    return fingerprint([tensors_digest(state), about])
+    return fingerprint([state_dict_hash(state), about])
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], str | None]:
@@ -216,7 +216,7 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], source: str) 
         ) from error
 
 
-def refuse_tag(tag: str, classes: int | None) -> None:
+def check_timm_tag(tag: str, classes: int | None) -> None:
     """That timm has weights of this name, and of as many classes: timm itself would leave the classifier fresh.
 
     Raises:

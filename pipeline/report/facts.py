@@ -13,7 +13,7 @@ from pipeline.config.schema import Config, Student
 from pipeline.report.plots import Sample, SeenView
 from pipeline.shards.index import Index
 from pipeline.store.encoding import decode_logits
-from pipeline.store.layout import versions
+from pipeline.store.layout import library_versions
 from pipeline.store.reader import Store
 from pipeline.training.teachers import read_predictions
 from pipeline.views.draw import group_count, recipe_fingerprint
@@ -121,7 +121,7 @@ def describe_experiment(
             "crop": f"{evaluated.crop:g}, fine-tuned {evaluated.crop_finetuned:g}, teacher {teacher.crop:g}",
             "python": platform.python_version(),
         }
-        | versions(),
+        | library_versions(),
     }
 
 

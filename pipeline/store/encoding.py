@@ -34,7 +34,7 @@ def row_bytes(kind: str, classes: int, top_k: int) -> int:
 def encode(kind: str, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Float32 logits (rows, classes) as (argmax (rows,), payload (rows, payload_width) or None), on their device.
 
-    uint16 numbers are int16 with the same bits, as few of torch's operations know uint16: see `as_stored`.
+    uint16 numbers are int16 with the same bits, as few of torch's operations know uint16: see `to_numpy`.
     """
     argmax = _uint16(logits.argmax(1))
     if kind == "argmax":
@@ -49,7 +49,7 @@ def encode(kind: str, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, t
     return argmax, torch.cat(packed, dim=1)
 
 
-def as_stored(kind: str, encoded: torch.Tensor) -> np.ndarray:
+def to_numpy(kind: str, encoded: torch.Tensor) -> np.ndarray:
     """What `encode` gave, on the CPU, with the store's type of the kind's own array."""
     return encoded.numpy().view(DTYPES[kind])
 

@@ -18,9 +18,10 @@ from pipeline.common.errors import PipelineError
 from pipeline.common.progress import progress
 from pipeline.config.paths import teacher_logits_folder
 from pipeline.config.schema import Config
-from pipeline.models.build import Normalised, TeacherForward, describe_teacher, load_teacher
-from pipeline.store.encoding import as_stored, decode_logits, encode
-from pipeline.store.manifest import damaged, manifest, store_bytes, write_manifest, write_summary
+from pipeline.models.build import NormalizedModel
+from pipeline.models.teacher import TeacherForward, describe_teacher, load_teacher
+from pipeline.store.encoding import decode_logits, encode, to_numpy
+from pipeline.store.manifest import build_manifest, damaged_units, store_bytes, write_manifest, write_summary
 from pipeline.store.reader import Store
 from pipeline.store.writer import StoreWriter, sweep_store
 from pipeline.views.draw import group_count
@@ -28,7 +29,7 @@ from pipeline.views.draw import group_count
 
 def remove_damaged(store: StoreWriter, kind: str, units: list[Unit]) -> None:
     """Read units whole; take back those that are damaged, so that they are computed again."""
-    for unit, found in damaged(store, units, kind):
+    for unit, found in damaged_units(store, units, kind):
         print(f"computed again: {found}")
         store.remove_unit(unit)
 
@@ -51,7 +52,7 @@ class UnitWorker:
     """
 
     def __init__(
-        self, config: Config, store: Store, teacher: Normalised, own_size: int, device: torch.device, commit: Commit
+        self, config: Config, store: Store, teacher: NormalizedModel, own_size: int, device: torch.device, commit: Commit
     ):
         self.commit = commit
         self.settings, self.store, self.device = config.teacher_logits, store, device
@@ -91,8 +92,8 @@ class UnitWorker:
     def keep(self, batches: list[Batch], answers: DeviceToHostCopy) -> int:
         """Put what was asked into the units' buffers. Returns how many views that was."""
         finite, argmax, *payload = answers.get()
-        argmax = as_stored("argmax", argmax)
-        payload = as_stored(self.settings.kind, payload[0]) if payload else None
+        argmax = to_numpy("argmax", argmax)
+        payload = to_numpy(self.settings.kind, payload[0]) if payload else None
         for number, batch in enumerate(batches):
             first = number * self.recipe.group_size
             place = slice(first, first + batch.views)
@@ -207,14 +208,14 @@ def publish(config: Config, purpose: str, store: Store, views: int, verified: Co
     """
     kind, folder = config.teacher_logits.kind, teacher_logits_folder(config, purpose)
     start = time.monotonic()
-    if bad := damaged(store, [unit for unit in store.units(views) if unit not in verified], kind):
+    if bad := damaged_units(store, [unit for unit in store.units(views) if unit not in verified], kind):
         raise PipelineError(
             f"{store.path}: {len(bad)} units are damaged, so the store is not published",
             found=bad[0][1].splitlines()[0],
             do="run teacher-logits again: it computes them again",
         )
     sweep_store(store.path)
-    write_manifest(folder / "manifest.json", manifest(store, views, kind))
+    write_manifest(folder / "manifest.json", build_manifest(store, views, kind))
     agreement = _agreement(store, views)
     summary = {
         "rows": len(store.index),

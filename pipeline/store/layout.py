@@ -26,7 +26,7 @@ from pipeline.config.schema import Recipe
 from pipeline.config.validation import differences
 from pipeline.shards.index import Index
 from pipeline.store.encoding import DTYPES, FILL, KINDS, SHARDED
-from pipeline.store.metadata import read_description
+from pipeline.store.metadata import read_metadata
 from pipeline.views.draw import group_count
 
 FORMAT = 2
@@ -35,7 +35,7 @@ VERSIONS = ("numpy", "opencv-python-headless", "pillow", "timm", "torch", "torch
 """Of what draws, renders and answers: a store names those that wrote it."""
 
 
-class StoreFiles:
+class StoreLayout:
     """Where everything of an open store lies; pipeline.store.reader.Store reads it."""
 
     def __init__(self, path: str, group: zarr.Group, index: Index, recipe: Recipe):
@@ -115,7 +115,7 @@ class StoreFiles:
         Raises:
             PipelineError: it is not, or its description is damaged.
         """
-        described = self.described(name)
+        described = self.array_metadata(name)
         try:
             views, *rest = described["shape"]
             if any(type(number) is not int or number < 0 for number in described["shape"]):
@@ -129,21 +129,21 @@ class StoreFiles:
         except Exception as error:
             raise _not_described(f"{self.path}/{name}", error) from error
 
-    def described(self, name: str) -> dict[str, Any]:
+    def array_metadata(self, name: str) -> dict[str, Any]:
         """An array's zarr.json.
 
         Raises:
             PipelineError: it is damaged or cannot be read.
         """
         try:
-            return read_description(self._filesystem, f"{self._root}/{name}")
+            return read_metadata(self._filesystem, f"{self._root}/{name}")
         except Exception as error:
             raise _not_described(f"{self.path}/{name}", error) from error
 
     @property
     def views(self) -> int:
         """Views that the store has room for; which of their units are written is another question."""
-        return self.described("argmax")["shape"][0] if "argmax" in self.arrays() else 0
+        return self.array_metadata("argmax")["shape"][0] if "argmax" in self.arrays() else 0
 
     def missing(self, views: int, kind: str) -> list[Unit]:
         """Units of views 0..views-1 that are not there for a kind, in the order to compute them."""
@@ -172,7 +172,7 @@ class StoreFiles:
         return unreadable(f"{self.path}/{name}", error)
 
 
-def opened(path: str, mode: Literal["r", "r+"]) -> zarr.Group:
+def open_group(path: str, mode: Literal["r", "r+"]) -> zarr.Group:
     """A store's group.
 
     Raises:
@@ -182,7 +182,7 @@ def opened(path: str, mode: Literal["r", "r+"]) -> zarr.Group:
         filesystem, root = fsspec.core.url_to_fs(path)
         described = json.loads(filesystem.cat_file(f"{root}/zarr.json"))
         if described["attributes"]["format"] == FORMAT:  # another one is refused later, with its number
-            _check_types(read_description(filesystem, root)["attributes"])
+            _check_types(read_metadata(filesystem, root)["attributes"])
         return zarr.open_group(path, mode=mode)
     except Exception as error:
         raise _not_described(path, error) from error
@@ -219,7 +219,7 @@ def _not_described(where: str, error: Exception) -> PipelineError:
     )
 
 
-def exists(path: str) -> bool:
+def store_exists(path: str) -> bool:
     """Whether a store is at a path or URL.
 
     Raises:
@@ -235,7 +235,7 @@ def exists(path: str) -> bool:
     return True
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Of what draws, renders and answers."""
     found = {}
     for name in VERSIONS:

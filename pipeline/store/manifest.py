@@ -22,7 +22,7 @@ from pipeline.store.reader import Store
 MANIFEST = {"format", "fingerprint", "kind", "views", "rows", "units"}
 
 
-def damaged(store: Store, units: list[Unit], kind: str) -> list[tuple[Unit, str]]:
+def damaged_units(store: Store, units: list[Unit], kind: str) -> list[tuple[Unit, str]]:
     """Read units whole; those that are missing or damaged, each with what was found.
 
     Raises:
@@ -37,7 +37,7 @@ def damaged(store: Store, units: list[Unit], kind: str) -> list[tuple[Unit, str]
     return found
 
 
-def manifest(store: Store, views: int, kind: str) -> dict[str, Any]:
+def build_manifest(store: Store, views: int, kind: str) -> dict[str, Any]:
     """A small JSON that stands for a complete store: what it is, and a digest of every unit.
 
     Deterministic: no times, no paths. Raises PipelineError naming the missing units.

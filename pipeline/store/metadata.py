@@ -30,7 +30,7 @@ def create_array(group: zarr.Group, name: str, settings: dict[str, Any]) -> None
         group.create_array(name, **settings, attributes={"digest": _digest(_parsed(made))})
 
 
-def read_description(filesystem: Any, folder: str) -> dict[str, Any]:
+def read_metadata(filesystem: Any, folder: str) -> dict[str, Any]:
     """The parsed zarr.json of a group or array.
 
     Raises:

@@ -20,12 +20,12 @@ from pipeline.config.schema import Recipe
 from pipeline.config.validation import fingerprint
 from pipeline.shards.index import Index
 from pipeline.store.encoding import FILL, KINDS, SHARDED
-from pipeline.store.layout import StoreFiles, exists, opened
+from pipeline.store.layout import StoreLayout, open_group, store_exists
 from pipeline.views.draw import group_count, recipe_fingerprint
 
 
 @dataclass(frozen=True)
-class Identity:
+class StoreIdentity:
     """All that an answer depends on beside row and view."""
 
     index: str
@@ -36,9 +36,9 @@ class Identity:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(self.described())
+        return fingerprint(self.as_dict())
 
-    def described(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         return {"index": self.index, "recipe": recipe_fingerprint(self.recipe), "teacher": self.teacher}
 
 
@@ -67,7 +67,7 @@ class Layout:
         return math.prod(self.chunks) * self.dtype.itemsize
 
 
-class Store(StoreFiles):
+class Store(StoreLayout):
     """An open store: `Store.open`."""
 
     def __init__(self, path: str, group: zarr.Group, index: Index, recipe: Recipe):
@@ -84,14 +84,14 @@ class Store(StoreFiles):
             PipelineError: no store at `path`.
             UsageError: it is of another format, index or recipe.
         """
-        if not exists(path):
+        if not store_exists(path):
             raise PipelineError(
                 f"{path}: no store",
                 expected="the teacher's answers for this recipe, index and teacher",
                 found="nothing",
                 do="compute it: dvc repro -f teacher-logits (or pipeline teacher-logits)",
             )
-        store = cls(path, opened(path, "r"), index, recipe)
+        store = cls(path, open_group(path, "r"), index, recipe)
         store._refuse_other({"index": index.fingerprint, "recipe": recipe_fingerprint(recipe)})
         store._refuse_unsound()
         for name in store.arrays():
@@ -234,7 +234,7 @@ class Store(StoreFiles):
                     found=", ".join(self.arrays()),
                     do=f"set teacher_logits.kind to {name} and run teacher-logits again",
                 )
-            shape = self.described(name)["shape"]
+            shape = self.array_metadata(name)["shape"]
             settings = self._settings(name, shape[0], shape[-1])
             self._layouts[name] = Layout(settings["chunks"], np.dtype(settings["dtype"]).newbyteorder("<"))
         return self._layouts[name]

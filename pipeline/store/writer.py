@@ -17,9 +17,9 @@ from pipeline.common.errors import Damaged, UsageError, is_io, unwritable
 from pipeline.common.lease import perhaps_held
 from pipeline.shards.index import Index
 from pipeline.store.encoding import KINDS, payload_width
-from pipeline.store.layout import FORMAT, NO_CHECK, exists, opened, versions
+from pipeline.store.layout import FORMAT, NO_CHECK, library_versions, open_group, store_exists
 from pipeline.store.metadata import create_array, create_group
-from pipeline.store.reader import Identity, Store, checksum
+from pipeline.store.reader import Store, StoreIdentity, checksum
 
 
 class StoreWriter(Store):
@@ -27,7 +27,7 @@ class StoreWriter(Store):
 
     @classmethod
     def create(
-        cls, path: str, identity: Identity, index: Index, views: int, kind: str, top_k: int, precision: str
+        cls, path: str, identity: StoreIdentity, index: Index, views: int, kind: str, top_k: int, precision: str
     ) -> Self:
         """Open for writing; make the group, a kind's array or room for more views where they lack.
 
@@ -35,23 +35,23 @@ class StoreWriter(Store):
             UsageError: the store at `path` is of another identity, precision or k.
         """
         capacity, classes = int(index.samples.max()), len(index.classes)
-        if not exists(path):
+        if not store_exists(path):
             with _writing(path):
                 attributes = {
                     "format": FORMAT,
                     "fingerprint": identity.fingerprint,
-                    **identity.described(),
+                    **identity.as_dict(),
                     "recipe_settings": identity.recipe.model_dump(mode="json"),
                     "precision": precision,
                     "classes": classes,
                     "capacity": capacity,
                     "shards": [{"name": s["name"], "samples": s["samples"]} for s in index.shards],
-                    "versions": versions(),
+                    "versions": library_versions(),
                 }
                 create_group(path, attributes)
-        group = opened(path, "r+")
+        group = open_group(path, "r+")
         store = cls(path, group, index, identity.recipe)
-        store._refuse_other(identity.described())
+        store._refuse_other(identity.as_dict())
         store._refuse_unsound()
         if group.attrs["precision"] != precision:
             raise UsageError(
@@ -65,17 +65,17 @@ class StoreWriter(Store):
         return store
 
     @classmethod
-    def whole(
-        cls, path: str, identity: Identity, index: Index, views: int, kind: str, top_k: int, precision: str
+    def open_complete(
+        cls, path: str, identity: StoreIdentity, index: Index, views: int, kind: str, top_k: int, precision: str
     ) -> Store | None:
         """The store that `create` would open, to read, if it lacks nothing; so it may lie on a read-only disk."""
-        if not exists(path):
+        if not store_exists(path):
             return None
         store = Store.open(path, index, identity.recipe)
-        store._refuse_other(identity.described())
+        store._refuse_other(identity.as_dict())
         width = payload_width(kind, store.classes, top_k)
         same = store.attributes["precision"] == precision and kind in store.arrays()
-        same = same and (kind == "argmax" or store.described(kind)["shape"][-1] == width)
+        same = same and (kind == "argmax" or store.array_metadata(kind)["shape"][-1] == width)
         return store if same and not store.missing(views, kind) else None
 
     def _make_arrays(self, views: int, kind: str, top_k: int) -> None:

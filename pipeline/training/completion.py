@@ -13,7 +13,7 @@ from pipeline.common.files import atomic_write, sweep
 from pipeline.common.lock import kernel_lock
 from pipeline.config.paths import RUN_LOCK
 from pipeline.config.validation import fingerprint
-from pipeline.models.weights import load_weights, read_own_weights, save_weights
+from pipeline.models.weights import load_weights, read_saved_weights, save_weights
 from pipeline.training.log import write_curve
 from pipeline.training.run import Run, run_summary
 from pipeline.training.trainer import train, validate
@@ -104,7 +104,7 @@ def _load(run: Run, rank: Rank) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     if rank.rank == 0:
         final = run.folder / "final.safetensors"
-        state, about = read_own_weights(final)
+        state, about = read_saved_weights(final)
         load_weights(run.model.model, state, str(final))
         metrics = about["metrics"]
     run.model.to(run.device)

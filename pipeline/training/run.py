@@ -13,7 +13,7 @@ from pipeline.batches.plan import Plan
 from pipeline.common.distributed import world_size
 from pipeline.config.schema import Student, Training
 from pipeline.config.validation import fingerprint
-from pipeline.models.build import Normalised, parameter_count
+from pipeline.models.build import NormalizedModel, parameter_count
 from pipeline.shards.index import Index
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ class Run:
     plan: Plan
     train: Index
     val: Index
-    model: Normalised
+    model: NormalizedModel
     size: int
     crop: float
     teacher: Callable[[Batch, torch.Tensor], TeacherOutput | None] = field(default_factory=NoTeacher)

@@ -11,10 +11,10 @@ from pipeline.common.errors import PipelineError
 from pipeline.config.paths import store_path
 from pipeline.config.schema import Config, Student
 from pipeline.config.store_spec import store_spec
-from pipeline.models.build import TeacherForward, describe_teacher, load_teacher
+from pipeline.models.teacher import TeacherForward, describe_teacher, load_teacher
 from pipeline.shards.index import Index
 from pipeline.store.encoding import decode_logits
-from pipeline.store.manifest import manifest, read_manifest
+from pipeline.store.manifest import build_manifest, read_manifest
 from pipeline.store.reader import Store, StoredPredictions
 from pipeline.training.run import NoTeacher, TeacherOutput
 
@@ -104,9 +104,9 @@ def make_teacher(
     store = Store.open(named, index, spec.recipe)
     views, kind = spec.views, "argmax" if settings.distillation == "hard" else spec.kind
     # completeness is of the store itself: a manifest cannot know that a unit was deleted since
-    whole = manifest(store, views, kind)
+    whole = build_manifest(store, views, kind)
     if published and published["views"] == views and published != (
-        whole if published["kind"] == kind else manifest(store, views, published["kind"])
+        whole if published["kind"] == kind else build_manifest(store, views, published["kind"])
     ):
         raise PipelineError(
             f"{store.path}: the answers",

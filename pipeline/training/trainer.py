@@ -27,8 +27,8 @@ from pipeline.common.errors import PipelineError
 from pipeline.common.progress import progress, say
 from pipeline.common.signals import Interrupted, SignalRecorder
 from pipeline.common.streams import stream_key
-from pipeline.models.build import Normalised
-from pipeline.models.compiling import compiled
+from pipeline.models.build import NormalizedModel
+from pipeline.models.compiling import compile_model
 from pipeline.models.evaluation import predict, top_k_accuracy
 from pipeline.training import checkpoint
 from pipeline.training.log import Log
@@ -93,7 +93,7 @@ class Trainer:
             )
         if settings.compile:
             # after DDP: the graph is split at its buckets then, so that gradients travel during the backward
-            self.forward = compiled(self.forward)
+            self.forward = compile_model(self.forward)
         self.step, self.epoch_loss, self.first_loss = 0, 0.0, None
         self.metrics: dict[str, Any] = {}  # of the last epoch that ended
         self.log = Log(run.folder / "log.jsonl") if self.rank.rank == 0 else None
@@ -320,7 +320,7 @@ class Trainer:
                 " learning rate, at the views (pipeline views), and whether the classes of train and val are the same"
             )
 
-    def validate(self, model: Normalised, prefix: str = "") -> dict[str, float]:
+    def validate(self, model: NormalizedModel, prefix: str = "") -> dict[str, float]:
         """Of the model as rank 0 has it: batch norm's statistics are each rank's own until here."""
         self.rank.copy_from_first(model.buffers())
         metrics = validate(self.run, model, prefix)
@@ -328,7 +328,7 @@ class Trainer:
         return metrics
 
 
-def validate(run: Run, model: Normalised, prefix: str = "") -> dict[str, float]:
+def validate(run: Run, model: NormalizedModel, prefix: str = "") -> dict[str, float]:
     """Top-1 on the run's validation set, of the class head and, where it was distilled, of the mean of both."""
     logits = predict(model, run.val, run.size, run.crop, 256, run.settings.workers, run.device, run.settings.precision)
     labels = torch.from_numpy(run.val.labels())

@@ -1,0 +1,69 @@
+"""Adapting weights to another resolution or number of classes."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import interpolate
+
+from pipeline.common.errors import UsageError
+from pipeline.models.build import NormalizedModel
+from pipeline.models.weights import (
+    load_weights,
+)
+
+
+def resize_position_embedding(embedding: torch.Tensor, grid: int, prefix: int) -> torch.Tensor:
+    """Position embeddings (1, prefix + n * n, D) for a grid x grid of patches, as DeiT resizes them.
+
+    Plain bicubic without antialias, the prefix tokens unchanged (DeiT main.py; timm antialiases).
+    """
+    kept, patches = embedding[:, :prefix], embedding[:, prefix:]
+    old = round(patches.shape[1] ** 0.5)
+    patches = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    patches = interpolate(patches, (grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([kept, patches.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+
+
+def load_resized_weights(model: NormalizedModel, state: dict[str, torch.Tensor], source: str) -> None:
+    """A student's weights of another resolution; only the position embeddings change.
+
+    Raises:
+        PipelineError: they are of another model.
+    """
+    prefix = model.model.num_prefix_tokens
+    grid = round((model.model.pos_embed.shape[1] - prefix) ** 0.5)
+    patches = state["pos_embed"].shape[1] - prefix if "pos_embed" in state else -1
+    if patches > 0 and math.isqrt(patches) ** 2 == patches:  # or they are another model's, which load_weights tells
+        state = state | {"pos_embed": resize_position_embedding(state["pos_embed"], grid, prefix)}
+    load_weights(model.model, state, source)
+
+
+def replace_mismatched_heads(model: NormalizedModel, state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Weights for another number of classes: heads of another shape are the model's own, freshly drawn.
+
+    Returns the state, and the names of the heads that begin anew.
+    """
+    own = model.model.state_dict()
+    heads = [f"{head}.{part}" for head in ("head", "head_dist") for part in ("weight", "bias")]
+    anew = [name for name in heads if name in own and name in state and own[name].shape != state[name].shape]
+    return state | {name: own[name] for name in anew}, anew
+
+
+def fixres_modules(model: Any) -> list[nn.Module]:
+    """What FixRes fine-tunes of a convnet: its classifier and its last batch norm.
+
+    Where the last block has a shortcut with a batch norm, both whose sum is its output.
+
+    Raises:
+        UsageError: the model has no batch norm.
+    """
+    norms = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        raise UsageError(
+            f"model {type(model).__name__}", expected="a convnet with batch norms", found="none",
+            do="set teacher_finetune.epochs to 0: there is nothing to adapt",
+        )  # fmt: skip
+    last = norms[-2:] if "downsample" in norms[-1][0] else norms[-1:]
+    return [model.get_classifier(), *(part for _, part in last)]
