@@ -11,19 +11,16 @@ import torch
 from pipeline.batches.plan import plan_of
 from pipeline.common.errors import NotYet, UsageError
 from pipeline.config.paths import digests_folder, finetune_folder, index_path, state_folder, student_folder
-from pipeline.config.schema import Config, finetune_fields
+from pipeline.config.schema import Config
 from pipeline.config.validation import fingerprint
 from pipeline.models.adapt import load_resized_weights, replace_mismatched_heads
 from pipeline.models.build import NormalizedModel, build_student
 from pipeline.models.weights import read_external_weights, read_weights, weights_hash
 from pipeline.shards.index import Index
 from pipeline.training.completion import finish
-from pipeline.training.run import NoTeacher, Run, describe_run, run_identity
+from pipeline.training.identity import configured_finetune, run_identity
+from pipeline.training.run import NoTeacher, Run, describe_run, has_batch_norm
 from pipeline.training.teachers import make_teacher
-from pipeline.views.draw import recipe_fingerprint
-
-# what fine-tuning keeps of the student's own settings
-INHERITED_FIELDS = ("model", "kwargs", "distillation", "alpha", "tau", "soft_reduction")
 
 
 def run(config: Config, device: torch.device, name: str, teacher: str = "stored", dry_run: bool = False) -> None:
@@ -58,13 +55,10 @@ def run(config: Config, device: torch.device, name: str, teacher: str = "stored"
         print(f"not yet: {error.what}")
         teaching, teacher_identity = NoTeacher(), None
     identity = run_identity(
+        configured_finetune(config, student, train_index.fingerprint),
         settings,
-        [model] if settings.train_mode else [],
-        finetune=finetune_fields(settings),
-        student={key: getattr(student, key) for key in INHERITED_FIELDS},
+        settings.train_mode and has_batch_norm([model]),
         start=weights_hash(model.model),
-        recipe=recipe_fingerprint(recipe),
-        index=train_index.fingerprint,
         teacher=teacher_identity,
     )
     training = Run(

@@ -14,7 +14,7 @@ from pipeline.common.distributed import Rank
 from pipeline.common.errors import NotYet, PipelineError
 from pipeline.common.files import atomic_write
 from pipeline.config.paths import UNNEEDED, digests_folder, index_path, state_folder, teacher_folder
-from pipeline.config.schema import Config, Recipe, Training, result_fields
+from pipeline.config.schema import Config, Recipe, Training
 from pipeline.config.validation import fingerprint
 from pipeline.models.adapt import fixres_modules
 from pipeline.models.build import NormalizedModel, build_teacher, parameter_count
@@ -23,9 +23,9 @@ from pipeline.models.teacher import check_input_size, describe_teacher, load_tea
 from pipeline.models.weights import save_weights, weights_hash
 from pipeline.shards.index import Index
 from pipeline.training.completion import complete
+from pipeline.training.identity import configured_teacher, configured_teacher_finetune, run_identity
 from pipeline.training.log import write_curve
-from pipeline.training.run import Run, describe_run, run_identity
-from pipeline.views.draw import recipe_fingerprint
+from pipeline.training.run import Run, describe_run, has_batch_norm
 
 
 def run(config: Config, device: torch.device, purpose: str = "train-student", dry_run: bool = False) -> None:
@@ -148,13 +148,7 @@ def _training(config: Config, purpose: str, train: Index, val: Index, device: to
     if section.weights:
         return None
     model = build_teacher(section, len(train.classes))
-    identity = run_identity(
-        section,
-        [model],
-        teacher_settings={k: v for k, v in result_fields(section).items() if k not in ("min_top1", "crop")},
-        recipe=recipe_fingerprint(config.recipe),
-        index=train.fingerprint,
-    )
+    identity = run_identity(configured_teacher(config, train.fingerprint), section, has_batch_norm([model]))
     return Run(
         name="teacher",
         folder=state_folder(config, fingerprint(identity)),
@@ -176,12 +170,10 @@ def _finetuning(config: Config, train: Index, val: Index, device: torch.device) 
     teacher = load_teacher(config, len(train.classes), device)
     learning = fixres_modules(teacher.model)
     identity = run_identity(
+        configured_teacher_finetune(config, train.fingerprint),
         section,
-        learning,
-        teacher_finetune=result_fields(section),
+        has_batch_norm(learning),
         start=describe_teacher(config.teacher, teacher, recipe.size),
-        recipe=recipe_fingerprint(recipe),
-        index=train.fingerprint,
     )
     return Run(
         name=f"teacher at {recipe.size}",

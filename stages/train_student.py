@@ -10,14 +10,14 @@ from pipeline.config.paths import (
     state_folder,
     student_folder,
 )
-from pipeline.config.schema import Config, Student, result_fields
+from pipeline.config.schema import Config, Student
 from pipeline.config.validation import fingerprint
 from pipeline.models.build import build_student
 from pipeline.shards.index import Index
 from pipeline.training.completion import finish
-from pipeline.training.run import NoTeacher, Run, describe_run, run_identity
+from pipeline.training.identity import configured_student, run_identity
+from pipeline.training.run import NoTeacher, Run, describe_run, has_batch_norm
 from pipeline.training.teachers import make_teacher
-from pipeline.views.draw import recipe_fingerprint
 
 
 def run(
@@ -57,12 +57,9 @@ def run(
         teaching, teacher_identity = NoTeacher(), None
     model = build_student(settings, config.recipe, len(train_index.classes), config.recipe.size)
     identity = run_identity(
+        configured_student(config, settings, train_index.fingerprint),
         settings,
-        [model],
-        student=result_fields(settings),
-        recipe=recipe_fingerprint(config.recipe),
-        index=train_index.fingerprint,
-        views=views,
+        has_batch_norm([model]),
         teacher=teacher_identity,
     )
     training = Run(

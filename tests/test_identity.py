@@ -1,5 +1,6 @@
 """What a result depends on is in its identity: another teacher is another store, and another run."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -13,7 +14,8 @@ from pipeline.config.paths import student_folder, teacher_folder
 from pipeline.config.schema import Config
 from pipeline.models.build import build_teacher
 from pipeline.models.teacher import describe_teacher, load_teacher, save_teacher
-from pipeline.models.weights import read_weights, save_weights
+from pipeline.models.weights import read_weights, save_weights, weights_hash
+from pipeline.training.identity import configured_runs, is_run_of
 from pipeline.training.trainer import Trainer
 from stages import finetune, teacher, teacher_logits, train_student
 
@@ -218,3 +220,43 @@ def test_a_vit_goes_on_with_another_number_of_ranks(taught, monkeypatch):  # noq
         train_student.run(taught, CPU, "none")
     monkeypatch.setattr("pipeline.training.run.world_size", lambda: 2)
     train_student.run(taught, CPU, "none")
+
+
+# the configuration's part
+
+
+def test_run_json_of_every_training_stage_is_recognised_by_its_configuration(taught):  # noqa: F811
+    tuned = "teacher_finetune.epochs=1", "teacher_finetune.batch_size=8", "teacher_finetune.workers=0"
+    config = loaded(*BRIEF, *tuned, "finetune.epochs=1")
+    shutil.rmtree("work/state")
+    stages = {
+        "teacher": lambda: teacher.run(loaded("teacher.epochs=1"), CPU),
+        "teacher-finetune": lambda: teacher.run(config, CPU, "finetune"),
+        "train-student@hard": lambda: train_student.run(config, CPU, "hard"),
+        "finetune@hard": lambda: finetune.run(config, CPU, "hard", teacher="online"),
+    }
+    for stage, run_stage in stages.items():
+        before = set(Path("work/state").glob("*"))
+        run_stage()
+        (state,) = set(Path("work/state").glob("*")) - before
+        described = json.loads((state / "run.json").read_text())
+        configured = configured_runs(loaded("teacher.epochs=1") if stage == "teacher" else config, described["index"])
+        assert [name for name, run in configured.items() if is_run_of(run, described)] == [stage]
+
+
+def test_published_metrics_name_the_fingerprint_of_their_run(taught):  # noqa: F811
+    shutil.rmtree("work/state")
+    config = loaded(*BRIEF, "teacher.epochs=1")
+    teacher.run(config, CPU)
+    train_student.run(config, CPU, "none")
+    folders = teacher_folder(config), student_folder(config, "none")
+    named = {json.loads((folder / "metrics.json").read_text())["run"] for folder in folders}
+    assert named == {path.name for path in Path("work/state").glob("*")}
+
+
+def test_a_teacher_of_given_weights_names_no_run_but_its_weights(taught):  # noqa: F811
+    config = vit_teacher()
+    teacher.run(config, CPU)
+    metrics = json.loads((teacher_folder(config) / "metrics.json").read_text())
+    assert "run" not in metrics
+    assert metrics["weights"] == weights_hash(load_teacher(config, 3, CPU).model)

@@ -1,4 +1,4 @@
-"""What below `work` is a configuration's, and how far its stages are: facts to rows, rows to a table.
+"""How far a configuration's stages are: facts to rows, rows to a table.
 
 All of it is pure. pipeline/cli/status.py gathers the facts.
 """
@@ -6,43 +6,10 @@ All of it is pure. pipeline/cli/status.py gathers the facts.
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config.schema import Config, Recipe, finetune_fields, result_fields
+from pipeline.config.schema import Recipe
 from pipeline.views.draw import recipe_fingerprint
 
 RECENT = 600.0  # seconds: what moved so lately is running; also what a rate is taken over
-
-# what is a configuration's
-
-
-def wanted_runs(config: Config, index: str | None) -> dict[str, dict[str, Any]]:
-    """For each training stage, by its name in dvc.yaml, what run.json of a state holds that is its own.
-
-    Students are all of `variants`. What a state depends on beside (the store, the weights it starts from)
-    is not in run.json, so several states may be a stage's.
-
-    Args:
-        index: the training index's fingerprint.
-    """
-    teacher = {key: value for key, value in result_fields(config.teacher).items() if key not in ("min_top1", "crop")}
-    runs: dict[str, tuple[Recipe, dict[str, Any]]] = {
-        "teacher": (config.recipe, {"teacher_settings": teacher}),
-        "teacher-finetune": (
-            config.teacher_finetune_recipe(), {"teacher_finetune": result_fields(config.teacher_finetune)}
-        ),
-    }  # fmt: skip
-    for name in config.variants:
-        runs[f"finetune@{name}"] = (config.finetune_recipe(), {"finetune": finetune_fields(config.finetune)})
-        runs[f"train-student@{name}"] = (config.recipe, {"student": result_fields(config.student_named(name))})
-    return {
-        stage: {**settings, "recipe": recipe_fingerprint(recipe), "index": index}
-        for stage, (recipe, settings) in runs.items()
-    }
-
-
-def is_run_of(run: dict[str, Any], described: dict[str, Any]) -> bool:
-    """Whether run.json, as `described`, is that of a wanted run."""
-    return all(described.get(key) == value for key, value in run.items())
-
 
 def is_store_of(recipe: Recipe, index: str | None, attributes: dict[str, Any]) -> bool:
     """Whether a store with these attributes is of a recipe and an index."""

@@ -18,13 +18,14 @@ from typing import Any
 import fsspec
 
 from pipeline.cli.glance import files_below, list_stores, newest, read_json, read_tail
-from pipeline.cli.progress import is_run_of, is_store_of, wanted_runs
+from pipeline.cli.progress import is_store_of
 from pipeline.common.errors import UsageError, unwritable
 from pipeline.common.files import is_local
 from pipeline.common.lease import leases_beside, modified, part_lease, perhaps_held
 from pipeline.common.lock import held, kernel_lock
 from pipeline.config.params import load
 from pipeline.config.paths import DATA_LOCK, FINGERPRINT, RUN_LOCK, index_path, local_work
+from pipeline.training.identity import configured_runs, is_run_of
 
 DAY = 86400.0  # seconds: data that moved so lately may be what `prepare` writes
 TEXTS = {".json", ".jsonl", ".yaml", ".csv", ".txt", ".html"}
@@ -77,7 +78,7 @@ class Known:
         return any(
             is_run_of(_without_options(run), _without_options(described)) and (own is None or found in self.indices)
             for config, own in self.own
-            for run in wanted_runs(config, found).values()
+            for run in configured_runs(config, found).values()
         )
 
     def published(self, state: Path) -> bool:

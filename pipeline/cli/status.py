@@ -32,7 +32,6 @@ from pipeline.cli.glance import (
 from pipeline.cli.progress import (
     Facts,
     Row,
-    is_run_of,
     is_store_of,
     rate_of,
     row_of,
@@ -40,7 +39,6 @@ from pipeline.cli.progress import (
     table,
     told_by_log,
     top1_of,
-    wanted_runs,
 )
 from pipeline.common.errors import PipelineError, is_io, unreadable
 from pipeline.common.lock import held
@@ -61,6 +59,7 @@ from pipeline.config.paths import (
 )
 from pipeline.config.schema import PURPOSES, Config, Training
 from pipeline.config.store_spec import StoreSpec, store_spec
+from pipeline.training.identity import configured_runs, is_run_of
 from pipeline.training.log import read_curve
 
 
@@ -153,7 +152,7 @@ class Experiment:
         self.index: str | None = self.indices["train"].get("fingerprint")
         self.names = [shard["name"] for shard in self.indices["train"].get("shards", [])]
         self.samples = [shard["samples"] for shard in self.indices["train"].get("shards", [])]
-        self.stores, self.runs = list_stores(config.work), wanted_runs(config, self.index)
+        self.stores, self.runs = list_stores(config.work), configured_runs(config, self.index)
         # a folder without run.json is of an earlier version: nothing tells what it is of
         found = [path for path in (local_work(config.work) / "state").glob("*") if FINGERPRINT.fullmatch(path.name)]
         folders = [(folder, read_json(folder / "run.json")) for folder in found]
@@ -166,7 +165,7 @@ class Experiment:
             run = run | {"name": f"finetune {student} at {self.config.finetune.size}"}
         elif student:  # with --teacher online the settings are the same, the name is not
             run = run | {"name": f"student {student}"}
-        purpose = "finetune" if stage == "finetune" else "train-student"
+        purpose = "finetune" if stage.startswith("finetune@") else "train-student"
         published = read_json(teacher_logits_folder(self.config, purpose) / "manifest.json").get("fingerprint")
         return [
             state

@@ -14,8 +14,9 @@ from pipeline.common.lock import kernel_lock
 from pipeline.config.paths import RUN_LOCK
 from pipeline.config.validation import fingerprint
 from pipeline.models.weights import load_weights, read_saved_weights, save_weights
+from pipeline.training.identity import run_summary
 from pipeline.training.log import write_curve
-from pipeline.training.run import Run, run_summary
+from pipeline.training.run import Run
 from pipeline.training.trainer import train, validate
 
 LOOK = 0.5  # seconds between two looks at another job's lock

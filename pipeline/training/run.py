@@ -17,7 +17,6 @@ from pipeline.models.build import NormalizedModel, parameter_count
 from pipeline.shards.index import Index
 
 CPU = torch.device("cpu")
-TRAINING_VERSION = 4  # bump on any change of what a step computes, or finished runs would be taken for it
 
 
 @dataclass(frozen=True)
@@ -82,32 +81,9 @@ class Run:
         return self.distillation is not None and self.distillation.distillation != "none"
 
 
-def run_identity(settings: Training, learning: Iterable[nn.Module], **parts: Any) -> dict[str, Any]:
-    """All that a run's weights depend on, TRAINING_VERSION too; its fingerprint names the state.
-
-    Args:
-        learning: what is in training mode while it is trained. A batch norm in it takes its statistics over a slice of
-            the batch, so accumulation counts, which changes rounding otherwise. So would the number of ranks, but that
-            is no setting: a run cannot go on with another, see `checkpoint_identity`.
-        parts: JSON values.
-    """
-    identity = parts | {"training_version": TRAINING_VERSION}
-    return identity | {"accumulation": settings.accumulation} if has_batch_norm(learning) else identity
-
-
 def has_batch_norm(parts: Iterable[nn.Module]) -> bool:
-    """Whether there is one in any of the parts."""
+    """Whether any of the modules contains one."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for part in parts for module in part.modules())
-
-
-CONFIG_FIELDS = ("teacher_settings", "teacher_finetune", "student", "finetune", "recipe", "index")
-
-
-def run_summary(identity: dict[str, Any]) -> dict[str, Any]:
-    """The part of a run's identity that a configuration and its index tell without any weights; and its store."""
-    taught = identity.get("teacher")
-    store = {"store": taught["store"]} if isinstance(taught, dict) and "store" in taught else {}
-    return {key: identity[key] for key in CONFIG_FIELDS if key in identity} | store
 
 
 def describe_run(run: Run) -> str:

@@ -1,0 +1,98 @@
+"""The identity of a run: everything that its weights depend on; its fingerprint names the run's state folder.
+
+The configuration and the index determine one part of it, the weights and the store that the run uses the other.
+`pipeline status` and `pipeline prune` recognise runs by the first part, which run.json holds.
+No module imported here needs torch.
+"""
+
+from typing import Any
+
+from pipeline.config.schema import Config, Recipe, Student, Training, finetune_fields, result_fields
+from pipeline.views.draw import recipe_fingerprint
+
+TRAINING_VERSION = 4  # bump on any change of what a step computes, or finished runs would be taken for it
+
+INHERITED_FIELDS = ("model", "kwargs", "distillation", "alpha", "tau", "soft_reduction")
+"""What fine-tuning keeps of a student's own settings."""
+SUMMARY_FIELDS = ("teacher_settings", "teacher_finetune", "student", "finetune", "recipe", "index")
+
+
+def configured_teacher(config: Config, index: str | None) -> dict[str, Any]:
+    """The configuration's part of the identity of `teacher`, where it is trained.
+
+    Args:
+        index: fingerprint of the training index.
+    """
+    settings = result_fields(config.teacher)
+    for evaluation_only in ("min_top1", "crop"):
+        del settings[evaluation_only]
+    return {"teacher_settings": settings, **_views(config.recipe, index)}
+
+
+def configured_teacher_finetune(config: Config, index: str | None) -> dict[str, Any]:
+    """That of `teacher-finetune`, where it is trained."""
+    settings = result_fields(config.teacher_finetune)
+    return {"teacher_finetune": settings, **_views(config.teacher_finetune_recipe(), index)}
+
+
+def configured_student(config: Config, student: Student, index: str | None) -> dict[str, Any]:
+    """That of `train-student`, with the settings of one student."""
+    views = config.teacher_logits.views
+    return {"student": result_fields(student), "views": views, **_views(config.recipe, index)}
+
+
+def configured_finetune(config: Config, student: Student, index: str | None) -> dict[str, Any]:
+    """That of `finetune`, with the settings of one student."""
+    inherited = {key: getattr(student, key) for key in INHERITED_FIELDS}
+    settings = finetune_fields(config.finetune)
+    return {"finetune": settings, "student": inherited, **_views(config.finetune_recipe(), index)}
+
+
+def _views(recipe: Recipe, index: str | None) -> dict[str, Any]:
+    return {"recipe": recipe_fingerprint(recipe), "index": index}
+
+
+def run_identity(configured: dict[str, Any], settings: Training, batch_norm: bool, **dependencies: Any) -> dict[str, Any]:
+    """Everything that a run's weights depend on, TRAINING_VERSION included.
+
+    Args:
+        configured: the configuration's part.
+        batch_norm: whether a batch norm is in training mode. It takes its statistics over a slice of the batch, so
+            accumulation counts, which otherwise changes only rounding. So would the number of ranks, but that is no
+            setting: a run cannot be resumed with another number, see `Run.checkpoint_identity`.
+        dependencies: the weights that the run starts from, the teacher and its store, as JSON values.
+    """
+    identity = configured | dependencies | {"training_version": TRAINING_VERSION}
+    return identity | {"accumulation": settings.accumulation} if batch_norm else identity
+
+
+def run_summary(identity: dict[str, Any]) -> dict[str, Any]:
+    """What run.json holds of an identity: what a configuration and its index determine, and the store's fingerprint."""
+    teacher = identity.get("teacher")
+    store = {"store": teacher["store"]} if isinstance(teacher, dict) and "store" in teacher else {}
+    return {key: identity[key] for key in SUMMARY_FIELDS if key in identity} | store
+
+
+def configured_runs(config: Config, index: str | None) -> dict[str, dict[str, Any]]:
+    """What run.json holds of each run that a configuration can start, by the stage's name in dvc.yaml.
+
+    Every entry of `variants` counts as a student. Several runs may match a stage: they may use different stores or
+    start from different weights.
+
+    Args:
+        index: fingerprint of the training index.
+    """
+    runs = {
+        "teacher": configured_teacher(config, index),
+        "teacher-finetune": configured_teacher_finetune(config, index),
+    }
+    for name in config.variants:
+        student = config.student_named(name)
+        runs[f"train-student@{name}"] = configured_student(config, student, index)
+        runs[f"finetune@{name}"] = configured_finetune(config, student, index)
+    return {stage: run_summary(configured) for stage, configured in runs.items()}
+
+
+def is_run_of(configured: dict[str, Any], described: dict[str, Any]) -> bool:
+    """Whether a run.json, `described`, belongs to a run of `configured_runs`."""
+    return all(described.get(key) == value for key, value in configured.items())
