@@ -26,7 +26,8 @@ from pipeline.batches.plan import Plan
 from pipeline.batches.transfer import DeviceToHostCopy
 from pipeline.config.schema import Recipe, Student
 from pipeline.models.build import NormalizedModel, build_student
-from pipeline.shards.index import Index, index_shard, write_index, write_shard
+from pipeline.shards.index import Index
+from pipeline.shards.indexing import index_shard, write_index, write_shard
 from pipeline.store.reader import Store, StoreIdentity
 from pipeline.store.writer import StoreWriter
 from pipeline.training.run import Run

@@ -28,7 +28,8 @@ from pipeline.batches.batch import Renderer
 from pipeline.batches.loader import step_loader
 from pipeline.batches.plan import Plan
 from pipeline.config.schema import Recipe
-from pipeline.shards.index import Index, index_shard, write_index, write_shard
+from pipeline.shards.index import Index
+from pipeline.shards.indexing import index_shard, write_index, write_shard
 
 RECIPE = Recipe()
 GROUPS = 16

@@ -115,7 +115,8 @@ def make_index(scale: Scale, clock: Clock) -> dict[str, float]:
     """Rows as ImageNet's: keys such as n01440764/n01440764_10026, sizes of a photograph's."""
     import numpy as np
 
-    from pipeline.shards.index import ShardIndex, row_type, write_index
+    from pipeline.shards.index import ShardIndex, row_type
+    from pipeline.shards.indexing import write_index
 
     rng, shards, first = np.random.default_rng(0), [], 0
     for number in range(scale.shards):
@@ -178,7 +179,7 @@ def write(scale: Scale, clock: Clock) -> dict[str, float]:
 
 
 def opened(scale: Scale, clock: Clock):
-    from pipeline.batches.plan import plan_of
+    from pipeline.batches.plan import training_plan
     from pipeline.config.schema import Recipe, Student
     from pipeline.shards.index import Index
     from pipeline.store.reader import Store
@@ -187,7 +188,7 @@ def opened(scale: Scale, clock: Clock):
     clock("Index")
     store = Store.open(scale.store, index, Recipe(block=BLOCK))
     clock("Store.open")
-    plan = plan_of(index, store.recipe, Student(), scale.views)
+    plan = training_plan(index, store.recipe, Student(), scale.views)
     for item in plan.items(0):
         plan.members(item)
     clock("Plan, step 0")

@@ -26,10 +26,10 @@ from PIL import Image
 from pipeline.batches.batch import group_check
 from pipeline.config.policies import INCREASING_OPS, op_argument
 from pipeline.config.schema import Recipe
-from pipeline.shards.images import decode, decode_again
+from pipeline.shards.images import decode, decode_trusted
 from pipeline.views.draw import draw_mix, draw_view
 from pipeline.views.ops import apply_op
-from pipeline.views.render import _erase, _resized, render
+from pipeline.views.render import _erase, _resize, render
 
 RECIPE = Recipe()
 FILL = (124, 116, 104)
@@ -68,7 +68,7 @@ def our_way(views: int):
     out = np.empty((64, 3, RECIPE.size, RECIPE.size), np.uint8)
 
     def several(group: list[bytes], turn: int) -> int:
-        images = [decode_again(data) for data in group]
+        images = [decode_trusted(data) for data in group]
         for view in range(turn * views, (turn + 1) * views):
             drawn = [
                 draw_view(RECIPE, f"n{number:08d}", view, image.shape[1], image.shape[0])
@@ -82,7 +82,7 @@ def our_way(views: int):
 
 
 def decode_only(group: list[bytes], turn: int) -> int:
-    return len([decode_again(data) for data in group])
+    return len([decode_trusted(data) for data in group])
 
 
 WAYS = {
@@ -131,7 +131,7 @@ def parts(images: list[bytes]) -> None:
     out = np.empty((3, RECIPE.size, RECIPE.size), np.uint8)
     for number, data in enumerate(images):
         timed("decode, Pillow", decode, data)
-        image = timed("decode, OpenCV (used)", decode_again, data)
+        image = timed("decode, OpenCV (used)", decode_trusted, data)
         drawn = [
             timed("draw a view, among those of its group", draw_view, RECIPE, f"n{number}", view, *image.shape[1::-1])
             for view in range(8)
@@ -140,7 +140,7 @@ def parts(images: list[bytes]) -> None:
             left, top, width, height = params.crop
             timed("render, all of it", render, image, params, RECIPE, out)
             crop = image[top : top + height, left : left + width]
-            planes = timed("  resize, antialiased bicubic", _resized, crop, RECIPE.size, RECIPE.size)
+            planes = timed("  resize, antialiased bicubic", _resize, crop, RECIPE.size, RECIPE.size)
             timed("  flip (half of the views)", lambda planes: [cv2.flip(plane, 1) for plane in planes], planes)
             view = timed("  from planes to pixels", cv2.merge, list(planes))
             timed("  back to planes", cv2.split, view)

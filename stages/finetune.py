@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.batches.plan import plan_of
+from pipeline.batches.plan import training_plan
 from pipeline.common.errors import NotYet, UsageError
 from pipeline.config.paths import digests_folder, finetune_folder, index_path, state_folder, student_folder
 from pipeline.config.schema import Config
@@ -66,7 +66,7 @@ def run(config: Config, device: torch.device, name: str, teacher: str = "stored"
         folder=state_folder(config, fingerprint(identity)),
         identity=identity,
         settings=settings,
-        plan=plan_of(train_index, recipe, settings, settings.views),
+        plan=training_plan(train_index, recipe, settings, settings.views),
         train=train_index,
         val=val_index,
         model=model,

@@ -29,7 +29,8 @@ from pipeline.config.paths import DATA_LOCK, index_path, local_work
 from pipeline.config.schema import Config, Data
 from pipeline.config.validation import fingerprint
 from pipeline.shards.contents import digest, file_digests, recall, remember
-from pipeline.shards.index import Index, ShardIndex, index_shard, publish_index, shard_stamp, write_index, write_shard
+from pipeline.shards.index import Index, ShardIndex
+from pipeline.shards.indexing import index_shard, publish_index, shard_stamp, write_index, write_shard
 from pipeline.shards.sources import Listing, expand, kinds, list_split, load_sample, sample_keys, split_folder
 
 SPLITS = ("train", "val")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.batches.plan import Plan, plan_of
+from pipeline.batches.plan import Plan, training_plan
 from pipeline.common.distributed import Rank
 from pipeline.common.errors import NotYet, PipelineError
 from pipeline.common.files import atomic_write
@@ -193,8 +193,8 @@ def _finetuning(config: Config, train: Index, val: Index, device: torch.device) 
 
 def _plan(train: Index, recipe: Recipe, section: Training) -> Plan:
     """A teacher stores nothing, so it sees as many views as its epochs want."""
-    views = plan_of(train, recipe, section, recipe.block).views_seen(section.epochs)
-    return plan_of(train, recipe, section, -(-views // recipe.block) * recipe.block)
+    views = training_plan(train, recipe, section, recipe.block).views_seen(section.epochs)
+    return training_plan(train, recipe, section, -(-views // recipe.block) * recipe.block)
 
 
 def _evaluate(

@@ -3,7 +3,7 @@
 
 import torch
 
-from pipeline.batches.plan import plan_of
+from pipeline.batches.plan import training_plan
 from pipeline.common.errors import NotYet, UsageError
 from pipeline.config.paths import (
     index_path,
@@ -67,7 +67,7 @@ def run(
         folder=state_folder(config, fingerprint(identity)),
         identity=identity,
         settings=settings,
-        plan=plan_of(train_index, config.recipe, settings, views),
+        plan=training_plan(train_index, config.recipe, settings, views),
         train=train_index,
         val=val_index,
         model=model,

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from pipeline.config.schema import Recipe
-from pipeline.shards.images import decode_again
+from pipeline.shards.images import decode_trusted
 from pipeline.views.draw import draw_view
 from pipeline.views.render import render
 
@@ -78,7 +78,7 @@ def digest_of_views(threads: int, reverse: bool = False) -> str:
     before = torch.get_num_threads(), cv2.getNumThreads()
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
-    images = [(key, decode_again(data)) for key, data in ragged()]
+    images = [(key, decode_trusted(data)) for key, data in ragged()]
     work = [(key, image, view) for key, image in images for view in range(8)]
     digests = {}
     for key, image, view in reversed(work) if reverse else work:

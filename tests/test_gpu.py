@@ -16,7 +16,7 @@ from torch.nn.functional import conv2d
 
 from pipeline.batches.batch import Batch
 from pipeline.batches.loader import step_loader
-from pipeline.batches.plan import Plan, Unit, plan_of
+from pipeline.batches.plan import Plan, Unit, training_plan
 from pipeline.batches.transfer import DeviceToHostCopy, on_device
 from pipeline.cli.main import main
 from pipeline.cli.options import find_device
@@ -111,7 +111,7 @@ def stored(config: Config) -> Store:
 
 def batches(config: Config, workers: int = 2, pin: bool = True) -> tuple[Plan, Iterator[Batch]]:
     index = Index(index_path(config, "train"))
-    plan = plan_of(index, config.recipe, config.student, 8)
+    plan = training_plan(index, config.recipe, config.student, 8)
     return plan, iter(step_loader(plan, index, range(6), range(1), 1, workers, pin))
 
 
@@ -197,7 +197,7 @@ def student_run(config: Config, name: str, gpu: torch.device, folder: Path) -> R
     settings, index = config.student_named(name), Index(index_path(config, "train"))
     answers, _ = train_student.make_teacher(config, settings, "train-student", index, gpu)
     return Run(
-        name, folder, {}, settings, plan_of(index, config.recipe, settings, 8), index,
+        name, folder, {}, settings, training_plan(index, config.recipe, settings, 8), index,
         Index(index_path(config, "val")), build_student(settings, config.recipe, 3, 16), 16, 1.0,
         teacher=answers, distillation=settings, device=gpu,
     )  # fmt: skip

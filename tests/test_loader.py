@@ -607,12 +607,12 @@ GROUP_MEMBERS = pipeline.batches.batch.group_members
         ("draw_mix", changed_mix(lam=lambda mix: mix.lam + 1 / 65536)),
         ("draw_mix", changed_mix(partner=lambda mix: np.roll(mix.partner, 1))),
         ("draw_mix", changed_mix(box=lambda mix: (mix.box[0], mix.box[1], mix.box[2], mix.box[3] + 1))),
-        ("draw_mix", changed_mix(kind=lambda mix: {"mixup": "cutmix", "cutmix": "mixup"}[mix.kind])),
+        ("draw_mix", changed_mix(method=lambda mix: {"mixup": "cutmix", "cutmix": "mixup"}[mix.method])),
         ("render", changed_pixel),
         ("group_members", lambda *arguments: GROUP_MEMBERS(*arguments)[::-1]),
         ("draw_view", lambda recipe, key, view, w, h: draw_view(recipe, key, view + 1, w, h)),
     ],
-    ids=["lambda", "partner", "box", "kind", "pixel", "order", "view"],
+    ids=["lambda", "partner", "box", "method", "pixel", "order", "view"],
 )
 def test_group_that_is_not_the_one_the_teacher_saw_is_refused(name, changed, small_set, store, monkeypatch):
     monkeypatch.setattr(pipeline.batches.batch, name, changed)

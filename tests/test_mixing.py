@@ -72,12 +72,12 @@ def test_lambda_is_a_fraction(mixes):
 
 
 def test_mixup_lambda_is_a_multiple_of_a_65536th(mixes):
-    assert all((mix.lam * 65536).is_integer() for mix in mixes if mix.kind == "mixup")
+    assert all((mix.lam * 65536).is_integer() for mix in mixes if mix.method == "mixup")
 
 
 def test_cutmix_lambda_is_what_the_box_leaves(mixes):
     for mix in mixes:
-        if mix.kind == "cutmix":
+        if mix.method == "cutmix":
             covered = np.zeros((224, 224))
             left, top, width, height = mix.box
             covered[top : top + height, left : left + width] = 1
@@ -90,7 +90,7 @@ def test_cutmix_box_lies_inside_the_view(mixes):
 
 
 def test_mixup_has_no_box(mixes):
-    assert {mix.box for mix in mixes if mix.kind == "mixup"} == {(0, 0, 0, 0)}
+    assert {mix.box for mix in mixes if mix.method == "mixup"} == {(0, 0, 0, 0)}
 
 
 @pytest.mark.parametrize(("shard", "group", "view"), [("other", 0, 0), ("shard", 1, 0), ("shard", 0, 1)])
@@ -98,8 +98,8 @@ def test_each_group_and_view_is_mixed_in_its_own_way(shard, group, view):
     assert plain(draw_mix(Recipe(), shard, group, view, 64)) != plain(draw_mix(Recipe(), "shard", 0, 0, 64))
 
 
-def kinds(**changes) -> set[str]:
-    return {draw_mix(Recipe(**changes), "shard", 0, view, 64).kind for view in range(100)}
+def methods(**changes) -> set[str]:
+    return {draw_mix(Recipe(**changes), "shard", 0, view, 64).method for view in range(100)}
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,8 @@ def kinds(**changes) -> set[str]:
         ({"switch_prob": 1}, {"cutmix"}),
     ],
 )
-def test_recipe_switches_the_kinds_of_mixing(changes, expected):
-    assert kinds(**changes) == expected
+def test_recipe_switches_the_methods_of_mixing(changes, expected):
+    assert methods(**changes) == expected
 
 
 def test_unmixed_group_keeps_every_picture_and_label():
@@ -124,12 +124,12 @@ def test_unmixed_group_keeps_every_picture_and_label():
 
 
 def test_half_of_the_groups_is_cut(mixes):
-    assert stats.binomtest(sum(mix.kind == "cutmix" for mix in mixes), DRAWS, 0.5).pvalue > LIKELY
+    assert stats.binomtest(sum(mix.method == "cutmix" for mix in mixes), DRAWS, 0.5).pvalue > LIKELY
 
 
 def test_groups_are_mixed_with_their_probability():
     recipe = Recipe(mix_prob=0.3)
-    mixed = sum(draw_mix(recipe, "shard", 0, view, 64).kind != "none" for view in range(DRAWS))
+    mixed = sum(draw_mix(recipe, "shard", 0, view, 64).method != "none" for view in range(DRAWS))
     assert stats.binomtest(mixed, DRAWS, 0.3).pvalue > LIKELY
 
 
@@ -189,12 +189,12 @@ def test_groups_of_a_row_are_drawn_uniformly():
 # the check of a group
 
 
-def check(keys=b"a\0b\0c\0", change=(0, 0, 0, 0), lam=0.0, swap=False, kind="cutmix"):
+def check(keys=b"a\0b\0c\0", change=(0, 0, 0, 0), lam=0.0, swap=False, method="cutmix"):
     mix = draw_mix(Recipe(group_size=8, switch_prob=1), "shard", 0, 0, 8)
     partner = mix.partner[::-1] if swap else mix.partner
     box = tuple(a + b for a, b in zip(mix.box, change, strict=True))
     picture = np.arange(3 * 8 * 8, dtype=np.uint8).reshape(3, 8, 8)
-    return group_check(keys, Mix(kind, mix.lam + lam, box, partner), picture)
+    return group_check(keys, Mix(method, mix.lam + lam, box, partner), picture)
 
 
 @pytest.mark.parametrize(
@@ -209,8 +209,8 @@ def check(keys=b"a\0b\0c\0", change=(0, 0, 0, 0), lam=0.0, swap=False, kind="cut
         {"change": (0, 0, 1, 0)},
         {"change": (0, 0, 0, 1)},
         {"swap": True},
-        {"kind": "mixup"},
-        {"kind": "none"},
+        {"method": "mixup"},
+        {"method": "none"},
     ],
     ids=str,
 )

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.batches.plan import Item, Plan, Unit, all_units, draw_cycle, plan_of, unit_items
+from pipeline.batches.plan import Item, Plan, Unit, all_units, draw_cycle, training_plan, unit_items
 from pipeline.config.schema import Recipe, Student
 from pipeline.views.draw import group_count
 
@@ -265,7 +265,7 @@ def test_plan_of_imagenet_holds_a_step_of_whole_groups():
 def test_plan_of_a_training_section_is_over_the_index(small_set):
     config, index = small_set
     student = Student(batch_size=8, seed=3, open_shards=2)
-    a = plan_of(index, config.recipe, student, 8)
+    a = training_plan(index, config.recipe, student, 8)
     assert (a.names, sum(a.samples)) == (("000000.tar", "000001.tar", "000002.tar"), 16)
     assert (a.batch_groups, a.seed, a.open_shards, a.views) == (2, 3, 2, 8)
 

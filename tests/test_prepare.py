@@ -24,9 +24,9 @@ from PIL import Image, ImageOps
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.params import dump, load
 from pipeline.config.paths import index_path
-from pipeline.shards import contents
-from pipeline.shards import index as shards_module
-from pipeline.shards.index import Index, write_shard
+from pipeline.shards import contents, indexing
+from pipeline.shards.index import Index
+from pipeline.shards.indexing import write_shard
 from pipeline.shards.sources import sample_keys
 from stages import prepare
 
@@ -260,7 +260,7 @@ def replace_an_image(path: Path) -> None:
 def later(monkeypatch):
     """The clock goes 10 s ahead: what was just written counts as settled."""
     ahead = SimpleNamespace(time=lambda: time.time() + 10)
-    for module in (contents, shards_module):
+    for module in (contents, indexing):
         monkeypatch.setattr(module, "time", ahead)
 
 

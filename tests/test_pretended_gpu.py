@@ -12,7 +12,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from pipeline.batches.batch import Batch
 from pipeline.batches.loader import step_loader, unit_loader
-from pipeline.batches.plan import Unit, plan_of
+from pipeline.batches.plan import Unit, training_plan
 from pipeline.batches.transfer import DeviceToHostCopy, on_device
 from pipeline.config.schema import Student, Teacher, TeacherLogits
 from pipeline.models.build import NormalizedModel, build_student, build_teacher
@@ -105,7 +105,7 @@ def teacher_on_device() -> NormalizedModel:
 def prepared(small_set, diary: Diary, settings: Student, teacher) -> tuple[Trainer, Iterator[Batch]]:
     """A trainer on the device, and batches from pinned memory; what was noted before its first step is forgotten."""
     config, index = small_set
-    plan, parts = plan_of(index, config.recipe, settings, 8), settings.accumulation
+    plan, parts = training_plan(index, config.recipe, settings, 8), settings.accumulation
     with unset_fake_temporarily():
         batches = list(step_loader(plan, index, range(3), range(parts), parts, 0, False))
         model = build_student(settings, config.recipe, 3, config.recipe.size)

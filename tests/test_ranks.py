@@ -19,7 +19,7 @@ from test_report import mini  # noqa: F401  (fixture)
 from test_training import CPU, loaded, newest_checkpoint, taught, taught_template  # noqa: F401  (fixtures)
 
 from pipeline.batches.loader import step_loader
-from pipeline.batches.plan import plan_of
+from pipeline.batches.plan import training_plan
 from pipeline.cli.options import left_together
 from pipeline.common.distributed import Rank
 from pipeline.common.errors import PipelineError
@@ -203,7 +203,7 @@ def learn_statistics(rank: int, folder: Path, port: int) -> None:
 def teacher_run(config: Config) -> Run:
     index, settings = Index(index_path(config, "train")), config.teacher
     return Run(
-        "teacher", Path("run"), {}, settings, plan_of(index, config.recipe, settings, 8), index,
+        "teacher", Path("run"), {}, settings, training_plan(index, config.recipe, settings, 8), index,
         Index(index_path(config, "val")), build_teacher(settings, len(index.classes)), config.recipe.size, 1.0,
     )  # fmt: skip
 

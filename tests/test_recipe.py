@@ -79,7 +79,7 @@ def check_recorded(name: str, found: dict, recorded: dict, same=operator.eq):
 
 
 def plain(mix) -> tuple:
-    return mix.kind, mix.lam, mix.box, mix.partner.tolist()
+    return mix.method, mix.lam, mix.box, mix.partner.tolist()
 
 
 def draw_all() -> tuple:

@@ -45,7 +45,8 @@ from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.lease import LEASE, lease
 from pipeline.config.paths import index_path, student_folder, teacher_folder, teacher_logits_folder
 from pipeline.models.weights import read_weights, state_dict_hash
-from pipeline.shards.index import Index, index_shard
+from pipeline.shards.index import Index
+from pipeline.shards.indexing import index_shard
 from pipeline.store.manifest import build_manifest, damaged_units, read_manifest, store_bytes
 from stages import prepare, teacher_logits, train_student
 

@@ -20,8 +20,8 @@ def views(name: str) -> list:
     return [draw_view(recipe(name), "key", view, 500, 375) for view in range(200)]
 
 
-def kinds(name: str) -> set[str]:
-    return {draw_mix(recipe(name), "shard", 0, view, 64).kind for view in range(100)}
+def methods(name: str) -> set[str]:
+    return {draw_mix(recipe(name), "shard", 0, view, 64).method for view in range(100)}
 
 
 CHANGED = {
@@ -65,7 +65,7 @@ def test_autoaugment_draws_its_policy_s_ops():
     ("name", "expected"), [("no-mixup", {"cutmix"}), ("no-cutmix", {"mixup"}), ("no-mixing", {"none"})]
 )
 def test_mixing_is_switched_off(name, expected):
-    assert kinds(name) == expected
+    assert methods(name) == expected
 
 
 def test_without_erasing_nothing_is_erased():

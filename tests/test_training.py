@@ -15,7 +15,7 @@ import torch
 from conftest import make_data_set
 from torch import nn
 
-from pipeline.batches.plan import plan_of
+from pipeline.batches.plan import training_plan
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.lock import kernel_lock
 from pipeline.common.signals import Interrupted
@@ -558,7 +558,7 @@ def test_run_names_a_batch_that_ranks_do_not_divide(taught):
     settings = taught.student.model_copy(update={"accumulation": 4})
     index = Index(index_path(taught, "train"))
     run = Run(
-        "odd", Path("odd"), {}, settings, plan_of(index, taught.recipe, taught.student, 8), index, index,
+        "odd", Path("odd"), {}, settings, training_plan(index, taught.recipe, taught.student, 8), index, index,
         build_student(taught.student, taught.recipe, 3, 16), 16, 1.0,
     )  # fmt: skip
     with pytest.raises(PipelineError, match="ranks x accumulation"):

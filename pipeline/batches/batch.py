@@ -191,7 +191,7 @@ def group_check(keys: bytes, mix: Mix, picture: np.ndarray) -> int:
     digest = hashlib.blake2b(digest_size=8)
     digest.update(len(keys).to_bytes(8, "little"))
     digest.update(keys)
-    numbers = [("none", "mixup", "cutmix").index(mix.kind), round(mix.lam * 2**40), *mix.box]
+    numbers = [("none", "mixup", "cutmix").index(mix.method), round(mix.lam * 2**40), *mix.box]
     digest.update(np.array(numbers, "<i8").tobytes())
     digest.update(mix.partner.astype("<i8").tobytes())
     digest.update(np.ascontiguousarray(picture).data)

@@ -156,7 +156,7 @@ class Indexed(Protocol):
     def samples(self) -> Iterable[int]: ...
 
 
-def plan_of(index: Indexed, recipe: Recipe, training: Training, views: int) -> Plan:
+def training_plan(index: Indexed, recipe: Recipe, training: Training, views: int) -> Plan:
     """The plan of a training section over an index."""
     return Plan(
         recipe,

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from pipeline.batches.plan import plan_of
+from pipeline.batches.plan import training_plan
 from pipeline.cli.failures import failure_path
 from pipeline.cli.glance import (
     latest,
@@ -179,7 +179,7 @@ class Experiment:
         if not any(self.samples):
             return None, None
         recipe = self.config.recipe
-        plan = plan_of(Counted(self.names, self.samples), recipe, settings, recipe.block)
+        plan = training_plan(Counted(self.names, self.samples), recipe, settings, recipe.block)
         return settings.epochs * plan.steps_per_epoch, plan.batch_groups * sum(self.samples) / plan.groups
 
 

@@ -97,11 +97,11 @@ def group_cells(
     for slot in slots:
         partner = int(mix.partner[slot])
         caption = names[slot]
-        if mix.kind != "none" and partner != slot:
+        if mix.method != "none" and partner != slot:
             caption = f"{mix.lam:.2f} {names[slot]}\n{1 - mix.lam:.2f} {names[partner]}"
         cells.append((pictures[slot], caption))
-    how = "not mixed" if mix.kind == "none" else f"{mix.kind}, lambda {mix.lam:.3f}"
-    if mix.kind == "cutmix":
+    how = "not mixed" if mix.method == "none" else f"{mix.method}, lambda {mix.lam:.3f}"
+    if mix.method == "cutmix":
         how += f", box {mix.box[2]} x {mix.box[3]} at {mix.box[0]}, {mix.box[1]}"
     shown = f", {len(cells)} shown" if len(cells) < len(members) else ""
     return f"Group {number} of {index.names[shard]} in view {view}: {how}; {len(members)} members{shown}", cells

@@ -52,7 +52,7 @@ class ViewParams(NamedTuple):
 class Mix:
     """How one group is mixed in one view: x * lam + x[partner] * (1 - lam), or a box of x[partner]."""
 
-    kind: str
+    method: str
     """none, mixup or cutmix"""
     lam: float
     """Weight of a sample's own image and label, in [0, 1]; for cutmix what the clipped box leaves."""
