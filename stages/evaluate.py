@@ -99,7 +99,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
         results += rows
         for size in [] if entry.name == TEACHER and config.teacher.size else config.evaluate.sizes:
             at_sizes += at_size(config, entry, size, val_index, labels, device)
-    if Rank.start(device).rank:
+    if Rank.init_process_group(device).rank:
         return  # rank 0 writes
     table = disagreement(deciders(config, decisions, labels.numpy()))
     folder = evaluation_folder(config)
@@ -138,7 +138,7 @@ def run_weights(
     student = student.model_copy(update={"distillation": "hard"})  # a file does not tell: all heads that it has are shown
     entry = Entry(Path(weights).name, student.model, Path(weights), "", size, config.evaluate.crop, "float32", student)
     rows, _ = decide(config, entry, built.to(device).eval(), val, torch.from_numpy(val.labels()), device)
-    if Rank.start(device).rank == 0:
+    if Rank.init_process_group(device).rank == 0:
         print(format_table(rows))
 
 
@@ -214,7 +214,7 @@ def decide(
     heads = predict(model, val, size, entry.crop, batch, settings.workers, device, entry.precision)
     macs = multiply_adds(model, size)
     speed = 0.0
-    if Rank.start(device).rank == 0:
+    if Rank.init_process_group(device).rank == 0:
         speed = throughput(model, size, batch, settings.throughput_seconds, entry.precision)
     rows, decided = [], {}
     for name, scores in classifiers(heads, model.distilled and entry.taught).items():

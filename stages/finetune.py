@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from pipeline.batches.plan import training_plan
-from pipeline.common.errors import NotYet, UsageError
+from pipeline.common.errors import NotReady, UsageError
 from pipeline.config.paths import digests_folder, finetune_folder, index_path, state_folder, student_folder
 from pipeline.config.schema import Config
 from pipeline.config.validation import fingerprint
@@ -40,7 +40,7 @@ def run(config: Config, device: torch.device, name: str, teacher: str = "stored"
     model = build_student(student, config.recipe, len(train_index.classes), settings.size)
     try:
         if not source.exists():
-            kind = UsageError if settings.weights else NotYet
+            kind = UsageError if settings.weights else NotReady
             raise kind(
                 f"{source}: no student to start from",
                 do="correct finetune.weights"
@@ -49,7 +49,7 @@ def run(config: Config, device: torch.device, name: str, teacher: str = "stored"
             )
         start(model, source, digests_folder(config) if settings.weights else None)
         teaching, teacher_identity = make_teacher(config, student, "finetune", train_index, device, teacher)
-    except NotYet as error:
+    except NotReady as error:
         if not dry_run:
             raise
         print(f"not yet: {error.what}")

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.common.cores import cores
+from pipeline.common.cores import available_cores
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.common.files import file_sha256, sweep
+from pipeline.common.files import file_sha256, remove_partial_files
 from pipeline.common.lock import kernel_lock
-from pipeline.common.signals import exit_with_parent, sigterm_raises
+from pipeline.common.signals import exit_with_parent, raise_on_sigterm
 from pipeline.common.streams import permutation, stream_key
 from pipeline.config.paths import DATA_LOCK, index_path, local_work
 from pipeline.config.schema import Config, Data
@@ -76,7 +76,7 @@ def run(config: Config, dry_run: bool = False, quick: bool = False) -> None:
     classes: list[str] = []
     for part in parts:
         if not dry_run:
-            with sigterm_raises():
+            with raise_on_sigterm():
                 classes = _prepare(config, part, part.classes or classes, quick)
 
 
@@ -115,7 +115,7 @@ def _contents(config: Config, split: str, listing: Listing, quick: bool) -> list
         return [""] * len(listing.names)
     folder = split_folder(config.data, split)
     memory = _memory(config) / f"{fingerprint(str(folder.absolute()))}.json"
-    return file_digests(folder, listing.names, listing.stamps, memory, quick, config.data.workers or cores())
+    return file_digests(folder, listing.names, listing.stamps, memory, quick, config.data.workers or available_cores())
 
 
 def _memory(config: Config) -> Path:
@@ -249,7 +249,7 @@ def _prepare(config: Config, part: Part, classes: list[str], quick: bool) -> lis
         lock = local_work(config.work) / "data" / DATA_LOCK
         with kernel_lock(lock, f"{part.split}: waiting for another process, which prepares data there") as locked:
             if locked:
-                sweep(part.root)
+                remove_partial_files(part.root)
             _make(config.data, part, path, classes, index, same)
         index = Index(path)
     if kept := {name: at for name, at in now.items() if at is not None}:
@@ -342,7 +342,7 @@ def _make(data: Data, part: Part, path: Path, classes: list[str], index: Index |
         found = {name: index.shard(number) for number, name in enumerate(index.names) if name in same}
     # one that an index names but that is not as it says is damaged
     wanted = {name: index is not None and name not in same for name in part.names if name not in found}
-    with _executor(min(data.workers or cores(), len(wanted))) as map_jobs:
+    with _executor(min(data.workers or available_cores(), len(wanted))) as map_jobs:
         made = map_jobs(part.work, part.jobs(wanted))
         for shard in tqdm(made, total=len(wanted), desc=f"{part.split} shards", unit="shard"):
             found[shard.name] = shard

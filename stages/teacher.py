@@ -11,9 +11,9 @@ from torch import nn
 
 from pipeline.batches.plan import Plan, training_plan
 from pipeline.common.distributed import Rank
-from pipeline.common.errors import NotYet, PipelineError
+from pipeline.common.errors import NotReady, PipelineError
 from pipeline.common.files import atomic_write
-from pipeline.config.paths import UNNEEDED, digests_folder, index_path, state_folder, teacher_folder
+from pipeline.config.paths import NOT_NEEDED, digests_folder, index_path, state_folder, teacher_folder
 from pipeline.config.schema import Config, Recipe, Training
 from pipeline.config.validation import fingerprint
 from pipeline.models.adapt import fixres_modules
@@ -38,7 +38,7 @@ def run(config: Config, device: torch.device, purpose: str = "train-student", dr
     size = config.teacher_size(purpose)
     try:
         training = _training(config, purpose, train, val, device)
-    except NotYet as error:
+    except NotReady as error:
         if not dry_run:
             raise
         print(f"not yet: {error.what}")
@@ -66,10 +66,10 @@ def mark_unneeded(config: Config, purpose: str) -> None:
     """In the place of weights, curve and metrics, for DVC: no student listens, so there is no teacher."""
     folder = teacher_folder(config, purpose)
     with atomic_write(folder / "weights.safetensors") as temporary:
-        save_weights(temporary, nn.Module(), UNNEEDED)
+        save_weights(temporary, nn.Module(), NOT_NEEDED)
     write_curve(folder / "curve.csv", None)
     with atomic_write(folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(UNNEEDED) + "\n")
+        temporary.write_text(json.dumps(NOT_NEEDED) + "\n")
     print(f"teacher for {purpose}: not needed, no student listens to one")
 
 
@@ -101,7 +101,7 @@ def publish(
     if answers_later and later != size:  # before the students are trained, not after
         check_input_size(teacher, later, _size_key(config, "finetune"))
         good_enough(config, teacher, val, later, device)
-    if Rank.start(device).rank:
+    if Rank.init_process_group(device).rank:
         return  # rank 0 publishes
     print(f"teacher: top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f} on {len(val):,} images at {size} px")
     folder = teacher_folder(config, purpose)

@@ -10,10 +10,10 @@ import os
 import torch
 
 from pipeline.batches.plan import Unit
-from pipeline.common.errors import NotYet
+from pipeline.common.errors import NotReady
 from pipeline.common.files import atomic_write
-from pipeline.common.lease import part_lease, part_lock
-from pipeline.config.paths import UNNEEDED, index_path, store_path, teacher_logits_folder
+from pipeline.common.lease import part_lease, part_lease_path
+from pipeline.config.paths import NOT_NEEDED, index_path, store_path, teacher_logits_folder
 from pipeline.config.schema import Config, Recipe
 from pipeline.config.store_spec import store_spec
 from pipeline.models.teacher import describe_teacher, load_teacher
@@ -44,7 +44,7 @@ def run(
     recipe, views, own_size = spec.recipe, spec.views, spec.teacher_size
     try:
         teacher = load_teacher(config, len(index.classes), device, purpose)
-    except NotYet as error:
+    except NotReady as error:
         if not dry_run:
             raise
         print(describe(config, index, recipe, views, "a store that is named when the teacher is there"))
@@ -68,7 +68,7 @@ def run(
         bad = [unit for unit, _ in damaged_units(store, verified, settings.kind)]
     if bad or not store:
         with part_lease(path, number, parts, f"part {number} of {parts} of teacher-logits", break_lock):
-            sweep_store(path, part_lock(path, number, parts))
+            sweep_store(path, part_lease_path(path, number, parts))
             store = StoreWriter.create(path, *asked)
             # by its place among all units: other parts commit theirs meanwhile
             own = {*store.units(views)[number::parts], *bad}
@@ -85,9 +85,9 @@ def run(
 def mark_unneeded(config: Config, purpose: str) -> None:
     """In the place of manifest and summary, for DVC: no student listens, so nothing is computed."""
     folder = teacher_logits_folder(config, purpose)
-    write_manifest(folder / "manifest.json", UNNEEDED)
+    write_manifest(folder / "manifest.json", NOT_NEEDED)
     with atomic_write(folder / "summary.json") as temporary:
-        temporary.write_text(json.dumps(UNNEEDED) + "\n")
+        temporary.write_text(json.dumps(NOT_NEEDED) + "\n")
     print(f"teacher-logits for {purpose}: not needed, no student listens to a teacher")
 
 

@@ -4,7 +4,7 @@
 import torch
 
 from pipeline.batches.plan import training_plan
-from pipeline.common.errors import NotYet, UsageError
+from pipeline.common.errors import NotReady, UsageError
 from pipeline.config.paths import (
     index_path,
     state_folder,
@@ -50,7 +50,7 @@ def run(
     views = config.teacher_logits.views
     try:
         teaching, teacher_identity = make_teacher(config, settings, "train-student", train_index, device, teacher, store)
-    except NotYet as error:
+    except NotReady as error:
         if not dry_run:
             raise
         print(f"not yet: {error.what}")

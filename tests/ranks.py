@@ -59,5 +59,5 @@ if __name__ == "__main__":
     for command in first:
         if code := main(command, standalone_mode=False):
             sys.exit(code)
-        Rank.start(torch.device("cpu")).barrier()  # each command finds what the ranks of the one before wrote
+        Rank.init_process_group(torch.device("cpu")).barrier()  # the ranks of the next command find all files of this one
     main(last)

@@ -10,7 +10,7 @@ from test_training import CPU, loaded, newest_checkpoint, taught, taught_templat
 
 from pipeline.common.distributed import Rank
 from pipeline.common.errors import PipelineError
-from pipeline.common.lock import held
+from pipeline.common.lock import is_held
 from pipeline.config.paths import RUN_LOCK, index_path, student_folder, teacher_folder
 from pipeline.config.schema import Config
 from pipeline.models.build import build_student
@@ -113,7 +113,7 @@ class Run:
 
 
 def test_a_rank_that_sees_another_run_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(Rank, "tell", lambda *_: "f" * 32)
+    monkeypatch.setattr(Rank, "broadcast_object", lambda *_: "f" * 32)
     with pytest.raises(PipelineError, match=r"rank 1 of 2(?s:.)*rank 0's run, f{32}"):
         refuse_another(Run(tmp_path), Rank(1, 2))
 
@@ -123,7 +123,7 @@ def test_who_waits_for_another_job_exchanges_often_and_briefly(tmp_path, monkeyp
     told, locked = [], iter([False, False, True])
     monkeypatch.setattr(completion, "LOOK", 0.0)
     monkeypatch.setattr(completion, "_locked", lambda *_: next(locked))
-    monkeypatch.setattr(Rank, "tell", lambda _, value: told.append(value) or value)
+    monkeypatch.setattr(Rank, "broadcast_object", lambda _, value: told.append(value) or value)
     with alone(Run(tmp_path), Rank()):
         pass
     assert told == [False, False, True]
@@ -132,7 +132,7 @@ def test_who_waits_for_another_job_exchanges_often_and_briefly(tmp_path, monkeyp
 def test_other_ranks_wait_with_rank_0_and_take_no_lock(tmp_path, monkeypatch):
     told = iter([False, True])
     monkeypatch.setattr(completion, "LOOK", 0.0)
-    monkeypatch.setattr(Rank, "tell", lambda *_: next(told))
+    monkeypatch.setattr(Rank, "broadcast_object", lambda *_: next(told))
     with alone(Run(tmp_path), Rank(1, 2)):
-        assert not held(tmp_path / RUN_LOCK)
+        assert not is_held(tmp_path / RUN_LOCK)
     assert next(told, None) is None

@@ -17,15 +17,15 @@ import pytest
 import pipeline.common.lease
 import pipeline.common.lock
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.common.lease import LEASE, lease, part_lease, part_lock, perhaps_held
-from pipeline.common.lock import held, kernel_lock
+from pipeline.common.lease import LEASE_SECONDS, lease, part_lease, part_lease_path, possibly_held
+from pipeline.common.lock import is_held, kernel_lock
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
 def looks_often(monkeypatch):
-    monkeypatch.setattr(pipeline.common.lease, "LOOK", 0.02)
+    monkeypatch.setattr(pipeline.common.lease, "POLL_SECONDS", 0.02)
 
 
 def test_second_holder_is_refused_and_told_the_first(tmp_path):
@@ -74,7 +74,7 @@ def test_another_machine_s_part_of_another_number_is_watched(tmp_path, monkeypat
     with another_machine(other, renews=True), pytest.raises(UsageError, match="process 7 on another"):
         with part_lease(store, 0, 1, "work"):
             pass
-    monkeypatch.setattr(pipeline.common.lease, "LEASE", 0.2)
+    monkeypatch.setattr(pipeline.common.lease, "LEASE_SECONDS", 0.2)
     held_elsewhere(other, age=0)
     with part_lease(store, 0, 1, "work"):
         pass
@@ -82,12 +82,12 @@ def test_another_machine_s_part_of_another_number_is_watched(tmp_path, monkeypat
 
 def test_a_lock_is_perhaps_held_while_nobody_can_tell_that_it_is_not(tmp_path):
     store, other = str(tmp_path / "a.zarr"), tmp_path / "a.zarr.part-1-of-2.lock"
-    with lease(part_lock(store, 0, 2), "work"):
-        assert perhaps_held(store) == {part_lock(store, 0, 2)}
-    assert not perhaps_held(store)
+    with lease(part_lease_path(store, 0, 2), "work"):
+        assert possibly_held(store) == {part_lease_path(store, 0, 2)}
+    assert not possibly_held(store)
     held_elsewhere(other, age=1e6)
     os.utime(other, (0, 0))
-    assert perhaps_held(store) == {str(other)}
+    assert possibly_held(store) == {str(other)}
 
 
 @pytest.mark.parametrize("forked", [False, True])
@@ -124,7 +124,7 @@ def test_a_file_system_without_locks_goes_by_leases_alone(tmp_path, monkeypatch)
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(pipeline.common.lock.fcntl, "flock", refuse)
-    monkeypatch.setattr(pipeline.common.lease, "LEASE", 3.0)
+    monkeypatch.setattr(pipeline.common.lease, "LEASE_SECONDS", 3.0)
     with lease(str(tmp_path / "a.lock"), "work"):
         with pytest.raises(UsageError, match=f"process {os.getpid()}"), lease(str(tmp_path / "a.lock"), "work"):
             pass
@@ -164,7 +164,7 @@ def test_a_lease_that_another_machine_renews_is_respected(tmp_path):
 
 
 def test_a_fresh_lease_of_a_dead_machine_is_waited_for(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline.common.lease, "LEASE", 1.0)
+    monkeypatch.setattr(pipeline.common.lease, "LEASE_SECONDS", 1.0)
     with another_machine(tmp_path / "a.lock", renews=False), lease(str(tmp_path / "a.lock"), "work"):
         assert json.loads((tmp_path / "a.lock").read_text())["process"] == os.getpid()
     assert "work: process 7 on another may be at it; waits 1 s at most" in capsys.readouterr().out
@@ -195,7 +195,7 @@ with lease({str(tmp_path / "a.lock")!r}, "work"):
 
 
 def test_a_lease_that_was_not_renewed_is_dead(tmp_path):
-    held_elsewhere(tmp_path / "a.lock", age=LEASE + 1)
+    held_elsewhere(tmp_path / "a.lock", age=LEASE_SECONDS + 1)
     with lease(str(tmp_path / "a.lock"), "work"):
         assert json.loads((tmp_path / "a.lock").read_text())["process"] == os.getpid()
 
@@ -220,7 +220,7 @@ def test_a_torn_lease_holds_nothing(torn, tmp_path):
 
 
 def test_a_held_lease_is_renewed(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.common.lease, "LEASE", 0.1)
+    monkeypatch.setattr(pipeline.common.lease, "LEASE_SECONDS", 0.1)
     with lease(str(tmp_path / "a.lock"), "work"):
         first = json.loads((tmp_path / "a.lock").read_text())["renewed"]
         for _ in range(200):
@@ -231,7 +231,7 @@ def test_a_held_lease_is_renewed(tmp_path, monkeypatch):
 
 
 def test_a_lease_that_another_machine_broke_is_left_to_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.common.lease, "LEASE", 1.0)
+    monkeypatch.setattr(pipeline.common.lease, "LEASE_SECONDS", 1.0)
     with lease(str(tmp_path / "a.lock"), "work"):
         held_elsewhere(tmp_path / "a.lock", age=0)
         taken = (tmp_path / "a.lock").read_bytes()
@@ -240,7 +240,7 @@ def test_a_lease_that_another_machine_broke_is_left_to_it(tmp_path, monkeypatch)
 
 
 def test_a_lease_at_a_url_refuses_a_second_holder(monkeypatch):
-    monkeypatch.setattr(pipeline.common.lease, "LEASE", 3.0)
+    monkeypatch.setattr(pipeline.common.lease, "LEASE_SECONDS", 3.0)
     with lease("memory://locks/a.lock", "work"):
         with pytest.raises(UsageError, match=f"process {os.getpid()}"), lease("memory://locks/a.lock", "work"):
             pass
@@ -258,7 +258,7 @@ def test_a_lease_at_a_url_of_a_dead_process_of_this_machine_is_free(monkeypatch)
 
 
 def test_a_lease_of_a_dead_container_of_the_same_name_and_number_is_taken_when_it_is_over(monkeypatch):
-    monkeypatch.setattr(pipeline.common.lease, "LEASE", 1.0)
+    monkeypatch.setattr(pipeline.common.lease, "LEASE_SECONDS", 1.0)
     holder = {"host": os.uname().nodename, "process": os.getpid(), "token": "x", "renewed": time.time()}
     fsspec.filesystem("memory").pipe_file("/locks/c.lock", json.dumps(holder).encode())
     with lease("memory://locks/c.lock", "work"):
@@ -277,7 +277,7 @@ def test_who_waits_for_a_lock_that_is_deleted_meanwhile_gets_the_one_in_its_plac
 
         def wait():
             with kernel_lock(path, "waits"):
-                assert held(path)
+                assert is_held(path)
                 got.set()
 
         waiting = threading.Thread(target=wait)
@@ -291,4 +291,4 @@ def test_who_waits_for_a_lock_that_is_deleted_meanwhile_gets_the_one_in_its_plac
 
 def test_a_damaged_lock_file_tells_of_nobody(tmp_path):
     (tmp_path / "lock").write_bytes(b"\xf6\x00host")
-    assert held(tmp_path / "lock") is None
+    assert is_held(tmp_path / "lock") is None

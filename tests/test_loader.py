@@ -23,7 +23,7 @@ from pipeline.batches.batch import Batch, Renderer, mixed, targets
 from pipeline.batches.buffers import Pool
 from pipeline.batches.loader import _Steps, evaluation_loader, step_loader, unit_loader
 from pipeline.batches.plan import Item, Plan, Unit, all_units, unit_items
-from pipeline.common.errors import PipelineError, killed_worker
+from pipeline.common.errors import PipelineError, killed_worker_error
 from pipeline.shards.index import Index
 from pipeline.store.reader import Store, StoreIdentity
 from pipeline.store.writer import StoreWriter
@@ -653,8 +653,8 @@ def test_killed_worker_of_a_loader_is_told_as_that(small_set, monkeypatch):
     monkeypatch.setattr(Index, "image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RuntimeError) as caught:
         list(evaluation_loader(index, range(4), 16, 1.0, 2, 1, False))
-    assert "out of memory" in str(killed_worker(caught.value))
+    assert "out of memory" in str(killed_worker_error(caught.value))
 
 
 def test_other_errors_are_not_taken_for_a_killed_worker():
-    assert killed_worker(RuntimeError("CUDA out of memory")) is None
+    assert killed_worker_error(RuntimeError("CUDA out of memory")) is None

@@ -7,9 +7,8 @@ import sys
 import pytest
 import torch
 
-from pipeline.common import cores
-from pipeline.common.cores import limit_threads, resolve_workers
-from pipeline.common.progress import Lines, progress
+from pipeline.common.cores import available_cores, limit_threads, resolve_workers
+from pipeline.common.progress import LogProgress, progress
 from pipeline.common.signals import SignalRecorder
 from pipeline.config.schema import Config
 
@@ -26,7 +25,7 @@ def test_workers_follow_the_machine_unless_they_are_chosen(sixteen, monkeypatch)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # ranks of this machine share its cores
     assert (resolve_workers(None, False), resolve_workers(None, True)) == (1, 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert (cores.cores(), resolve_workers(None, False), resolve_workers(None, True)) == (1, 0, 0)
+    assert (available_cores(), resolve_workers(None, False), resolve_workers(None, True)) == (1, 0, 0)
 
 
 def test_no_default_has_more_workers_than_there_are_cores():
@@ -51,7 +50,7 @@ def test_threads_that_somebody_chose_stay(sixteen, monkeypatch):
 
 def test_a_log_has_a_line_a_minute_with_loss_and_time_left(capsys):
     now = 0.0
-    with Lines(600, 0, "student hard", "step", clock=lambda: now) as bar:
+    with LogProgress(600, 0, "student hard", "step", clock=lambda: now) as bar:
         for step in range(300):
             now += 1.0
             bar.set_postfix_str(f"loss {step}", refresh=False)
@@ -64,19 +63,19 @@ def test_a_log_has_a_line_a_minute_with_loss_and_time_left(capsys):
 
 def test_what_goes_on_where_it_was_tells_its_speed_of_now(capsys):
     now = 0.0
-    with Lines(1000, 900, "student hard", "step", clock=lambda: now) as bar:
+    with LogProgress(1000, 900, "student hard", "step", clock=lambda: now) as bar:
         now = 60.0
         bar.update(60)
     assert "960 of 1,000 steps, 1 steps/s, 00:40 left" in capsys.readouterr().err.splitlines()[0]
 
 
 def test_a_bar_is_for_terminals_and_one_rank_alone(monkeypatch):
-    assert isinstance(progress(3, "x", "step"), Lines)
-    with progress(3, "x", "step", shown=False) as bar:
+    assert isinstance(progress(3, "x", "step"), LogProgress)
+    with progress(3, "x", "step", enabled=False) as bar:
         assert bar.disable
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with progress(3, "x", "step") as bar:
-        assert not isinstance(bar, Lines)
+        assert not isinstance(bar, LogProgress)
 
 
 @pytest.mark.parametrize(("number", "told"), [(signal.SIGINT, "once more ends it at once"), (signal.SIGTERM, "saves")])
@@ -84,4 +83,4 @@ def test_a_signal_is_acknowledged_at_once(capfd, number, told):
     with SignalRecorder() as noted:
         os.kill(os.getpid(), number)
         said = capfd.readouterr().err  # before the step that was going on has ended
-    assert noted.came == number and number.name in said and told in said
+    assert noted.received == number and number.name in said and told in said

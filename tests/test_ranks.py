@@ -197,7 +197,7 @@ def learn_statistics(rank: int, folder: Path, port: int) -> None:
     synchronised = trainer.forward.will_sync_module_buffers()
     trainer.validate(run.model, "")
     torch.save([synchronised, before, list(run.model.buffers())], folder / f"rank-{rank}.pt")
-    Rank.leave()
+    Rank.destroy_process_group()
 
 
 def teacher_run(config: Config) -> Run:
@@ -225,7 +225,7 @@ def test_ranks_exchange_batch_norms_statistics_before_validation_alone(taught): 
 def alone_in_a_group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
-    Rank.leave()
+    Rank.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_a_command_leaves_the_process_group_where_all_ranks_end(alone_in_a_group
 
 @pytest.mark.parametrize(("count", "world"), [(10, 1), (10, 3), (2, 3), (0, 2)])
 def test_shares_are_all_of_it_in_order_and_nearly_equal(count, world):
-    shares = Rank(0, world).shares(count)
+    shares = Rank(0, world).ranges(count)
     assert [number for share in shares for number in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -250,10 +250,10 @@ def test_ranks_on_gpus_tell_one_another_objects_by_way_of_the_cpu(monkeypatch):
     joined = []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: joined.append(backend))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    Rank.start(torch.device("cuda"))
+    Rank.init_process_group(torch.device("cuda"))
     assert joined == ["cpu:gloo,cuda:nccl"]
 
 
 def test_one_rank_gathers_its_own():
     own = torch.arange(6).reshape(3, 2)
-    assert Rank().gather(own, 3, CPU) is own
+    assert Rank().all_gather(own, 3, CPU) is own

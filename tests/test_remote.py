@@ -42,7 +42,7 @@ from pipeline.batches.loader import _start_worker, evaluation_loader
 from pipeline.batches.plan import Unit
 from pipeline.cli import store as store_stage
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.common.lease import LEASE, lease
+from pipeline.common.lease import LEASE_SECONDS, lease
 from pipeline.config.paths import index_path, student_folder, teacher_folder, teacher_logits_folder
 from pipeline.models.weights import read_weights, state_dict_hash
 from pipeline.shards.index import Index
@@ -714,7 +714,7 @@ def test_store_verify_finds_a_shard_that_was_damaged_at_s3(dumped, bucket):
 HOLDER = """
 import sys
 import pipeline.common.lease
-pipeline.common.lease.LEASE = 2.0
+pipeline.common.lease.LEASE_SECONDS = 2.0
 with pipeline.common.lease.lease(sys.argv[1], "work"):
     print("held", flush=True)
     sys.stdin.read()
@@ -732,7 +732,7 @@ def at_once(monkeypatch):
 
 
 def test_lease_at_s3_refuses_a_second_holder_and_names_the_first(bucket, monkeypatch):
-    monkeypatch.setattr("pipeline.common.lease.LEASE", 2.0)
+    monkeypatch.setattr("pipeline.common.lease.LEASE_SECONDS", 2.0)
     with lease(f"{bucket.url}/locks/a.lock", "work"):
         with pytest.raises(UsageError, match=f"process {os.getpid()} on "), lease(
             f"{bucket.url}/locks/a.lock", "work"
@@ -763,7 +763,7 @@ def test_lease_that_another_machine_renews_at_s3_is_respected_and_left(bucket, m
 
 
 def test_lease_at_s3_that_was_not_renewed_is_dead(bucket, at_once):
-    held_elsewhere(bucket, "a.lock", age=LEASE + 1)
+    held_elsewhere(bucket, "a.lock", age=LEASE_SECONDS + 1)
     with lease(f"{bucket.url}/a.lock", "work"):
         assert json.loads(bucket.get("a.lock"))["process"] == os.getpid()
 
@@ -782,7 +782,7 @@ def test_of_two_who_take_a_lease_at_s3_at_once_the_last_has_it(bucket, monkeypat
 
 
 def test_held_lease_at_s3_is_renewed(bucket, at_once, monkeypatch):
-    monkeypatch.setattr("pipeline.common.lease.LEASE", 0.1)
+    monkeypatch.setattr("pipeline.common.lease.LEASE_SECONDS", 0.1)
     with lease(f"{bucket.url}/a.lock", "work"):
         first = json.loads(bucket.get("a.lock"))["renewed"]
         # every look asks the server, so a thousand take far longer than a renewal
@@ -796,7 +796,7 @@ def test_lease_in_a_bucket_that_is_not_there_is_told_plainly(bucket, at_once):
 
 @pytest.mark.parametrize("end", ["leaves", "is-killed"])
 def test_lease_at_s3_of_another_process_is_refused_and_free_when_it(end, bucket, monkeypatch):
-    monkeypatch.setattr("pipeline.common.lease.LEASE", 2.0)
+    monkeypatch.setattr("pipeline.common.lease.LEASE_SECONDS", 2.0)
     url = f"{bucket.url}/a.lock"
     command = [sys.executable, "-c", HOLDER, url]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -847,7 +847,7 @@ def test_missing_credentials_are_told_plainly(client, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_lease_at_s3_is_renewed_after_the_server_was_away(own, at_once, monkeypatch):
-    monkeypatch.setattr("pipeline.common.lease.LEASE", 0.5)
+    monkeypatch.setattr("pipeline.common.lease.LEASE_SECONDS", 0.5)
     server, client = own
     Bucket(client, "bucket")
     with lease("s3://bucket/a.lock", "work"):

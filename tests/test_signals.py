@@ -19,7 +19,7 @@ def test_the_first_signal_is_noted_and_what_comes_with_it_too(numbers):
     with SignalRecorder() as noted:
         for number in numbers:
             os.kill(os.getpid(), number)
-    assert noted.came == numbers[0]
+    assert noted.received == numbers[0]
 
 
 def test_a_later_ctrl_c_is_heeded_at_once(monkeypatch):

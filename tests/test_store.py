@@ -19,7 +19,7 @@ from hypothesis.extra import numpy as hnp
 
 from pipeline.batches.plan import Unit, all_units
 from pipeline.common.errors import PipelineError, Unreadable, UsageError
-from pipeline.common.lease import lease, part_lock
+from pipeline.common.lease import lease, part_lease_path
 from pipeline.config.schema import Recipe
 from pipeline.store import encoding as kinds
 from pipeline.store import layout as store_files
@@ -667,7 +667,7 @@ def test_sweep_removes_what_killed_writers_left_and_nothing_else(copy):
     path = copy("argmax")
     before = tree(path)
     (path / "argmax" / "c" / "0" / "1.0123abc.partial").write_bytes(b"half")
-    Path(f"{part_lock(str(path), 0, 1)}.0123.partial").write_bytes(b"half")
+    Path(f"{part_lease_path(str(path), 0, 1)}.0123.partial").write_bytes(b"half")
     sweep_store(str(path))
     assert tree(path) == before and not list(path.parent.glob("*.partial"))
 
@@ -677,10 +677,10 @@ def test_sweep_leaves_what_another_writer_may_be_writing(part, own, copy):
     path = copy("argmax")
     partial = path / "argmax" / "c" / "0" / "1.0123abc.partial"
     partial.write_bytes(b"half")
-    with lease(part_lock(str(path), *part), "work"):
-        sweep_store(str(path), part_lock(str(path), *own) if own else "")
+    with lease(part_lease_path(str(path), *part), "work"):
+        sweep_store(str(path), part_lease_path(str(path), *own) if own else "")
         assert partial.exists()
-    sweep_store(str(path), part_lock(str(path), *own) if own else "")
+    sweep_store(str(path), part_lease_path(str(path), *own) if own else "")
     assert not partial.exists()
 
 
@@ -689,7 +689,7 @@ def test_sweep_leaves_what_another_machine_may_be_writing(copy):
     partial = path / "argmax" / "c" / "0" / "1.0123abc.partial"
     partial.write_bytes(b"half")
     holder = {"host": "another", "process": 7, "token": "x", "renewed": 0.0}
-    Path(part_lock(str(path), 0, 1)).write_text(json.dumps(holder))
+    Path(part_lease_path(str(path), 0, 1)).write_text(json.dumps(holder))
     sweep_store(str(path))
     assert partial.exists()
 

@@ -17,7 +17,7 @@ from pipeline.cli import prune
 from pipeline.cli import store as stage
 from pipeline.cli.main import main
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.common.lease import lease, part_lock
+from pipeline.common.lease import lease, part_lease_path
 from pipeline.common.lock import kernel_lock
 from pipeline.config.params import dump
 from pipeline.config.paths import DATA_LOCK, RUN_LOCK, index_path, state_folder, student_folder
@@ -156,7 +156,7 @@ def test_a_plain_run_beside_a_part_is_refused_and_both_leave_its_files(taught): 
     next(path for path in the_store().glob("argmax/c/*/*") if path.is_file()).unlink()
     partial = the_store() / "argmax" / "c" / "0" / "1.0123abc.partial"
     partial.write_bytes(b"half")
-    with lease(part_lock(str(the_store()), 0, 4), "a test"):
+    with lease(part_lease_path(str(the_store()), 0, 4), "a test"):
         with pytest.raises(UsageError, match="part-0-of-4.lock: another division"):
             teacher_logits.run(loaded(), CPU)
         assert partial.exists()
@@ -169,7 +169,7 @@ def test_publishing_leaves_the_files_of_who_adds_views(taught):  # noqa: F811
     partial.parent.mkdir()
     partial.write_bytes(b"half")
     store = Store.open(str(the_store()), Index(index_path(taught, "train")), taught.recipe)
-    with lease(part_lock(str(the_store()), 0, 4), "a test"):
+    with lease(part_lease_path(str(the_store()), 0, 4), "a test"):
         teacher_logits.publish(taught, WANTED, store, 8)
     assert partial.exists()
 
@@ -447,7 +447,7 @@ def test_prune_leaves_what_a_process_works_on(taught):  # noqa: F811
     train_student.run(loaded(), CPU, "hard")
     forget("student.lr=0.01", "recipe.seed=5")
     state, store = state_of("student hard"), the_store()
-    with lease(part_lock(str(store), 1, 4), "a test"), kernel_lock(state / RUN_LOCK):
+    with lease(part_lease_path(str(store), 1, 4), "a test"), kernel_lock(state / RUN_LOCK):
         said = call("prune", "--yes")
     assert store.exists() and state.exists() and said.count("in use") == 2
     call("prune", "--yes")
@@ -460,7 +460,7 @@ def test_prune_leaves_what_a_process_takes_up_meanwhile(taught, monkeypatch):  #
     state, store = state_of("student hard"), the_store()
     monkeypatch.setattr(prune, "_perhaps_written", lambda _: "")
     monkeypatch.setattr(prune, "_perhaps_trained", lambda _: "")
-    with lease(part_lock(str(store), 1, 4), "a test"), kernel_lock(state / RUN_LOCK):
+    with lease(part_lease_path(str(store), 1, 4), "a test"), kernel_lock(state / RUN_LOCK):
         call("prune", "--yes")
     assert store.exists() and state.exists()
 
@@ -470,7 +470,7 @@ def test_prune_leaves_what_another_machine_may_work_on(taught):  # noqa: F811
     forget("student.lr=0.01", "recipe.seed=5")
     state, store = state_of("student hard"), the_store()
     (state / RUN_LOCK).write_text("another")
-    lock = Path(part_lock(str(store), 0, 1))
+    lock = Path(part_lease_path(str(store), 0, 1))
     lock.write_text(json.dumps({"host": "another", "process": 7, "token": "x", "renewed": 0.0}))
     Path(f"{lock}.kernel").write_text("another")
     os.utime(lock, (0, 0))
@@ -510,7 +510,7 @@ def test_a_prune_that_was_killed_is_finished_by_the_next(taught):  # noqa: F811
 
 
 def test_prune_removes_the_locks_beside_a_store(taught):  # noqa: F811
-    with lease(part_lock(str(the_store()), 0, 1), "a test"):
+    with lease(part_lease_path(str(the_store()), 0, 1), "a test"):
         pass
     forget("recipe.seed=5")
     assert list(Path("work/stores").glob("*.kernel"))

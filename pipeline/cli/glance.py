@@ -15,9 +15,9 @@ from typing import Any
 import fsspec
 from fsspec import AbstractFileSystem
 
-from pipeline.common.errors import is_io, unreadable
-from pipeline.common.lease import leases_beside, modified
-from pipeline.config.paths import UNNEEDED
+from pipeline.common.errors import is_io_error, unreadable
+from pipeline.common.lease import modified, part_leases
+from pipeline.config.paths import NOT_NEEDED
 from pipeline.training.log import parse_line
 
 LOG_TAIL = 2**18  # bytes of a log that are read: about a thousand lines
@@ -30,7 +30,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) and found != UNNEEDED else {}
+    return found if isinstance(found, dict) and found != NOT_NEEDED else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def list_stores(work: str) -> list[tuple[str, dict[str, Any]]]:
         filesystem.invalidate_cache()  # another machine may have written there since
         paths = sorted(filesystem.ls(root, detail=False)) if filesystem.isdir(root) else []
     except Exception as error:
-        if not is_io(error):
+        if not is_io_error(error):
             raise
         raise unreadable(where, error) from error
     stores = [path.rstrip("/") for path in paths if path.rstrip("/").endswith(".zarr")]
@@ -142,7 +142,7 @@ def _attributes(filesystem: AbstractFileSystem, path: str) -> dict[str, Any]:
     try:
         found = parse_object(filesystem.cat_file(f"{path}/zarr.json")).get("attributes")
     except Exception as error:
-        if not is_io(error):
+        if not is_io_error(error):
             raise
         return {}
     return found if isinstance(found, dict) else {}
@@ -169,5 +169,5 @@ def written_units(path: str, kind: str, blocks: int) -> Units:
         chunks[name] = {place: when for place, when in places.items() if re.fullmatch(r"\d+/\d+", place)}
     complete = chunks["argmax"].keys() & chunks[kind].keys()
     times = [chunks["argmax"][place] for place in complete if int(place.partition("/")[0]) < blocks]
-    writers = sum(leases_beside(path).values())
+    writers = sum(part_leases(path).values())
     return Units(times, max([modified(filesystem.info(f"{root}/zarr.json")), *times]), writers)

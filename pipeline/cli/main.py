@@ -9,7 +9,7 @@ import click
 
 from pipeline.cli.options import IF_NEEDED, WHICH_STORE, config_options, purpose_option, stage_options
 from pipeline.cli.store_commands import prune, store
-from pipeline.common.errors import PipelineError, UsageError, killed_worker
+from pipeline.common.errors import PipelineError, UsageError, killed_worker_error
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ class _Group(click.Group):
         except PipelineError as error:
             told = error
         except RuntimeError as error:
-            told = killed_worker(error)
+            told = killed_worker_error(error)
             if told is None:
                 raise
         click.echo(f"error: {told}", err=True)

@@ -91,12 +91,12 @@ def _leave_cores_to_workers(config: Any, device: Any) -> None:
 def _foreseen(body: Callable, config: Any, device: Any, options: dict[str, Any]) -> None:
     """A dry run: what can be checked is, and what an earlier stage has yet to make is told and no error."""
     from pipeline.cli import dry_run as preview
-    from pipeline.common.errors import NotYet
+    from pipeline.common.errors import NotReady
 
     preview.check(config, str(click.get_current_context().info_name))
     try:
         body(config=config, device=device, **options)
-    except NotYet as error:
+    except NotReady as error:
         click.echo(f"not yet: {error}")
 
 
@@ -125,9 +125,9 @@ def left_together() -> Iterator[None]:
     try:
         yield
     except Interrupted:
-        Rank.leave()
+        Rank.destroy_process_group()
         raise
-    Rank.leave()
+    Rank.destroy_process_group()
 
 
 def purpose_option(text: str):
@@ -147,7 +147,7 @@ def find_device(name: str):
     """
     import torch
 
-    from pipeline.common.arithmetic import settle
+    from pipeline.common.arithmetic import use_ieee_float32
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,5 +163,5 @@ def find_device(name: str):
         ) from None  # fmt: skip
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    settle()
+    use_ieee_float32()
     return device

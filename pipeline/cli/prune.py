@@ -21,8 +21,8 @@ from pipeline.cli.glance import files_below, list_stores, newest, read_json, rea
 from pipeline.cli.progress import is_store_of
 from pipeline.common.errors import UsageError, unwritable
 from pipeline.common.files import is_local
-from pipeline.common.lease import leases_beside, modified, part_lease, perhaps_held
-from pipeline.common.lock import held, kernel_lock
+from pipeline.common.lease import modified, part_lease, part_leases, possibly_held
+from pipeline.common.lock import is_held, kernel_lock
 from pipeline.config.params import load
 from pipeline.config.paths import DATA_LOCK, FINGERPRINT, RUN_LOCK, index_path, local_work
 from pipeline.training.identity import configured_runs, is_run_of
@@ -161,7 +161,7 @@ def _stores(work: str, known: Known) -> Iterator[Found]:
 
 
 def _perhaps_written(store: str) -> str:
-    locks = sorted(perhaps_held(store))
+    locks = sorted(possibly_held(store))
     return f"in use, or another machine's writer died: {locks[0]}" if locks else ""
 
 
@@ -180,7 +180,7 @@ def _states(work: str, known: Known) -> Iterator[Found]:
 
 def _perhaps_trained(state: Path) -> str:
     lock = state / RUN_LOCK
-    known = held(lock)
+    known = is_held(lock)
     if known:
         return "in use"
     return f"another machine may train it: {lock}" if known is None and lock.exists() else ""
@@ -194,7 +194,7 @@ def _data_sets(work: str, known: Known, kept: set[str]) -> Iterator[Found]:
         prints = {str(index["fingerprint"]) for index in indices.values() if "fingerprint" in index}
         moved = max((newest(path) or 0.0 for path in [folder, *folder.iterdir()]), default=0.0)
         stays = ""
-        if held(folder.parent / DATA_LOCK):
+        if is_held(folder.parent / DATA_LOCK):
             stays = "in use: prepare runs"
         elif time.time() - moved < DAY:
             stays = "of the last day: prepare may be writing it"
@@ -251,7 +251,7 @@ def _delete_store(path: str) -> None:
             _delete_folder(Path(root))
         else:
             filesystem.rm(root, recursive=True)
-        locks = leases_beside(path)
+        locks = part_leases(path)
     for file in [file for lock in locks for file in (lock, f"{lock}.kernel")]:
         if filesystem.exists(file):
             filesystem.rm_file(file)

@@ -40,8 +40,8 @@ from pipeline.cli.progress import (
     told_by_log,
     top1_of,
 )
-from pipeline.common.errors import PipelineError, is_io, unreadable
-from pipeline.common.lock import held
+from pipeline.common.errors import PipelineError, is_io_error, unreadable
+from pipeline.common.lock import is_held
 from pipeline.config.paths import (
     DATA_LOCK,
     FINETUNED,
@@ -90,7 +90,7 @@ def survey(config: Config, now: float) -> list[Row]:
     try:
         return [row_of(with_failure(facts, config), now) for facts in gather(Experiment(config))]
     except Exception as error:
-        if not is_io(error):
+        if not is_io_error(error):
             raise
         raise unreadable(getattr(error, "filename", None) or config.work, error) from error
 
@@ -129,7 +129,7 @@ class State:
     @property
     def writers(self) -> int | None:
         """Of a training on this machine; None where it may be another's."""
-        return held(self.folder / RUN_LOCK)
+        return is_held(self.folder / RUN_LOCK)
 
     def log(self) -> list[dict[str, Any]]:
         return read_tail(self.folder / "log.jsonl")
@@ -229,7 +229,7 @@ def prepared(experiment: Experiment) -> Facts:
         times += max(tars, key=lambda found: max(found, default=0.0), default=[])
     return Facts(
         "prepare", "shards", len(times), begun=bool(times), moved=latest(times), rate=rate_of(times),
-        pictures=config.data.shard_samples, writers=held(data / DATA_LOCK),
+        pictures=config.data.shard_samples, writers=is_held(data / DATA_LOCK),
     )  # fmt: skip
 
 

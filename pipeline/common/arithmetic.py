@@ -10,7 +10,7 @@ import torch
 from pipeline.common.errors import PipelineError
 
 
-def settle() -> None:
+def use_ieee_float32() -> None:
     """What this process settles before its first operation on a GPU.
 
     Float32 means IEEE 754's, in matrix products and in convolutions: for these cuDNN takes TF32 unless told otherwise,
@@ -26,7 +26,7 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
     """Inside, only kernels that give the same bits each time, if so `wanted`.
 
     That is what torch offers on one kind of GPU with one version of everything: its own kernels, cuDNN's, the
-    compiler's, and attention without cuDNN's, which has none; cuBLAS too after `settle`.
+    compiler's, and attention without cuDNN's, which has none; cuBLAS too after `use_ieee_float32`.
 
     Raises:
         PipelineError: an operation has no such kernel.

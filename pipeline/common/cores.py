@@ -3,7 +3,7 @@
 import os
 
 
-def cores() -> int:
+def available_cores() -> int:
     """Cores that a process may use: its own share, where torchrun starts several on this machine."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
@@ -16,7 +16,7 @@ def resolve_workers(chosen: int | None, gpu: bool) -> int:
     """
     if chosen is not None:
         return chosen
-    return min(cores() - 1, 16) if gpu else cores() // 2
+    return min(available_cores() - 1, 16) if gpu else available_cores() // 2
 
 
 def limit_threads(workers: int) -> None:
@@ -27,4 +27,4 @@ def limit_threads(workers: int) -> None:
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(cores() - workers, 1))
+        torch.set_num_threads(max(available_cores() - workers, 1))

@@ -1,4 +1,4 @@
-"""The processes of a job that torchrun started, and what they tell one another."""
+"""Collective operations between the processes that torchrun started; without torchrun, of one process alone."""
 
 import itertools
 import os
@@ -16,87 +16,92 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among those that torchrun started; alone otherwise."""
+    """This process among those started by torchrun; rank 0 of 1 without it."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     @classmethod
-    def start(cls, device: torch.device) -> "Rank":
-        """Join the process group where torchrun's environment names one: nccl on GPUs, gloo on CPUs and for objects."""
-        world = world_size()
-        if world > 1 and not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, **_meeting_place())
-        return cls(int(os.environ.get("RANK", "0")), world)
+    def init_process_group(cls, device: torch.device) -> "Rank":
+        """Join the process group that torchrun's environment describes, if there is one.
 
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
+        Tensors on GPUs go through nccl, tensors on CPUs and Python objects through gloo.
+        """
+        size = world_size()
+        if size > 1 and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, **_rendezvous_options())
+        return cls(int(os.environ.get("RANK", "0")), size)
 
     @staticmethod
-    def leave() -> None:
-        """Leave the process group, if this process has joined one; the others must be about to leave it too."""
+    def destroy_process_group() -> None:
+        """Leave the process group, if this process has joined one; the other ranks must be about to leave it too."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in place."""
-        if self.world > 1:
+    def barrier(self) -> None:
+        """Wait until every rank has come this far."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all ranks, in place."""
+        if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def tell(self, value: T) -> T:
-        """Rank 0's value, on every rank, by way of the CPU; the others' are ignored."""
-        if self.world == 1:
-            return value
-        told = [value]
-        dist.broadcast_object_list(told, device=torch.device("cpu"))
-        return told[0]
-
-    def copy_from_first(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Rank 0's values, into all ranks' tensors."""
-        if self.world > 1:
+    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Copy rank 0's values into the tensors of all ranks."""
+        if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
-    def share(self, count: int) -> range:
-        """This rank's part of `count` things: consecutive, sizes that differ by one at most."""
-        return self.shares(count)[self.rank]
+    def broadcast_object(self, value: T) -> T:
+        """Return rank 0's value on every rank, sent through the CPU; other ranks' values are ignored."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
+        return values[0]
 
-    def shares(self, count: int) -> list[range]:
-        ends = [count * rank // self.world for rank in range(self.world + 1)]
+    def local_range(self, count: int) -> range:
+        """This rank's range of `count` items: consecutive; sizes of ranges differ by at most one."""
+        return self.ranges(count)[self.rank]
+
+    def ranges(self, count: int) -> list[range]:
+        """Every rank's range of `count` items, in rank order."""
+        ends = [count * rank // self.world_size for rank in range(self.world_size + 1)]
         return [range(first, last) for first, last in itertools.pairwise(ends)]
 
-    def gather(self, own: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
-        """The rows of all ranks, `share(count)` each, in order; on the CPU, the same on every rank."""
-        if self.world == 1:
+    def all_gather(self, own: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
+        """Concatenate all ranks' rows, `local_range(count)` from each, in rank order; on the CPU, on every rank."""
+        if self.world_size == 1:
             return own
-        sizes = [len(share) for share in self.shares(count)]
+        sizes = [len(items) for items in self.ranges(count)]
         padded = torch.zeros(max(sizes), *own.shape[1:], dtype=own.dtype, device=device)
         padded[: len(own)] = own
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:size].cpu() for part, size in zip(parts, sizes, strict=True)])
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        return torch.cat([rows[:size].cpu() for rows, size in zip(gathered, sizes, strict=True)])
 
 
 def world_size() -> int:
-    """How many processes torchrun started; 1 without it."""
+    """Number of processes started by torchrun; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-_joined = itertools.count()
+_groups = itertools.count()
 
 
-def _meeting_place() -> dict[str, Any]:
-    """Where the ranks of this attempt find one another.
+def _rendezvous_options() -> dict[str, Any]:
+    """Arguments that give the ranks of this attempt a key-value store of their own.
 
-    torchrun keeps one key-value store over its restarts, in which a restarted rank may find the address of one
-    that is dead (pytorch issue 167288). On one node all ranks know which attempt it is; on several they do not.
-    The same holds of a group that this process has left.
+    torchrun keeps one store across restarts, in which a restarted rank may find the address of one that is dead
+    (pytorch issue 167288); so may a rank that joins a second process group. On one node all ranks know the number of
+    the attempt; across several nodes they do not.
     """
     if os.environ.get("GROUP_WORLD_SIZE") != "1":
         return {}
     store, rank, world = next(rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return {"store": PrefixStore(f"attempt-{attempt}-{next(_joined)}", store), "rank": rank, "world_size": world}
+    return {"store": PrefixStore(f"attempt-{attempt}-{next(_groups)}", store), "rank": rank, "world_size": world}

@@ -52,7 +52,7 @@ class Damaged(PipelineError):
     """Bytes that are not those that were written, or are gone."""
 
 
-class NotYet(PipelineError):
+class NotReady(PipelineError):
     """An earlier stage has not made this yet; a dry run goes on without it."""
 
 
@@ -65,7 +65,7 @@ class UsageError(PipelineError):
 CLIENTS = {"adlfs", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "requests", "urllib3"}
 
 
-def is_io(error: BaseException) -> bool:
+def is_io_error(error: BaseException) -> bool:
     """Whether an error tells of a disk, a server or its client; some clients' errors are no OSError."""
     return isinstance(error, IO_ERRORS) or any(kind.__module__.split(".")[0] in CLIENTS for kind in type(error).__mro__)
 
@@ -91,7 +91,7 @@ def unwritable(what: str, error: Exception) -> PipelineError:
     )
 
 
-def killed_worker(error: RuntimeError) -> PipelineError | None:
+def killed_worker_error(error: RuntimeError) -> PipelineError | None:
     """What is told when a process of torch's loader was killed; None of any other error.
 
     torch raises that wherever the main process is at that moment, from the handler of a signal.

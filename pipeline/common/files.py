@@ -34,15 +34,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-Stamp = tuple[int, int, int]
+StatSignature = tuple[int, int, int]
 
 
-def stamp(status: os.stat_result) -> Stamp:
+def stat_signature(status: os.stat_result) -> StatSignature:
     """Size, time of the contents' last change, time of any last change: a file of the same stamp is the same file."""
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def settled(stamped: Stamp, when: float) -> bool:
+def is_conclusive(stamped: StatSignature, when: float) -> bool:
     """Whether a stamp taken at `when` (seconds) tells of every change since: a clock's tick may hide one in the same."""
     return max(stamped[1:]) < (when - 2) * 1e9
 
@@ -52,7 +52,7 @@ def is_local(filesystem: AbstractFileSystem) -> bool:
     return "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,))
 
 
-def sweep(folder: Path) -> None:
+def remove_partial_files(folder: Path) -> None:
     """Remove the temporary files that killed writers left below a folder."""
     for partial in folder.rglob("*.partial"):
         partial.unlink(missing_ok=True)

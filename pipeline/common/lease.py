@@ -2,7 +2,7 @@
 
 The lease is a small JSON file: host, process, a token of this holding, and the time of the last renewal. On one
 machine the kernel's lock decides, which goes with its process however that ends. A holder on another machine, or of
-a store at a URL, is known by its lease alone: it is dead when it has not renewed for LEASE seconds. Until that is
+a store at a URL, is known by its lease alone: it is dead when it has not renewed for LEASE_SECONDS seconds. Until that is
 told, who comes next waits, so that a job that was preempted here goes on elsewhere.
 """
 
@@ -25,12 +25,12 @@ from fsspec import AbstractFileSystem
 
 from pipeline.common.errors import UsageError, unreadable, unwritable
 from pipeline.common.files import is_local
-from pipeline.common.lock import held, kernel_lock
-from pipeline.common.signals import sigterm_raises
+from pipeline.common.lock import is_held, kernel_lock
+from pipeline.common.signals import raise_on_sigterm
 
-LEASE = 300.0  # seconds without renewal after which a holder counts as dead
-RENEWALS = 5  # in that time
-LOOK = 1.0  # seconds between two looks at another's lease, and before one's own counts where no kernel arbitrates
+LEASE_SECONDS = 300.0  # seconds without renewal after which a holder counts as dead
+RENEWALS_PER_LEASE = 5  # in that time
+POLL_SECONDS = 1.0  # seconds between two looks at another's lease, and before one's own counts where no kernel arbitrates
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Holder:
 def lease(path: str, purpose: str, break_lock: bool = False) -> Iterator[None]:
     """Hold the lock at `path`, a file name or URL, until the block ends.
 
-    A lease of another machine is watched until it is renewed, given back, or LEASE seconds old.
+    A lease of another machine is watched until it is renewed, given back, or LEASE_SECONDS seconds old.
 
     Args:
         break_lock: take it although another machine's lease still runs.
@@ -81,7 +81,7 @@ def lease(path: str, purpose: str, break_lock: bool = False) -> Iterator[None]:
         renewing = threading.Thread(target=_renew, args=(filesystem, place, mine, stopped), daemon=True)
         renewing.start()
         try:
-            with sigterm_raises():
+            with raise_on_sigterm():
                 yield
         finally:
             stopped.set()
@@ -102,7 +102,7 @@ def _kernel_lock(place: str, path: str, purpose: str) -> Iterator[bool]:
 
 
 def _may_live(holder: Holder, mine: Holder, locked: bool) -> bool:
-    if holder.age >= LEASE:
+    if holder.age >= LEASE_SECONDS:
         return False
     if holder.host != mine.host:
         return True
@@ -119,7 +119,7 @@ def _runs(process: int) -> bool:
     return True
 
 
-def part_lock(store: str, number: int, parts: int) -> str:
+def part_lease_path(store: str, number: int, parts: int) -> str:
     """Where the lease of a part of a store's units lies."""
     return f"{store}.part-{number}-of-{parts}.lock"
 
@@ -134,19 +134,19 @@ def part_lease(store: str, number: int, parts: int, purpose: str, break_lock: bo
         UsageError: another process holds this part, or one of another number of parts; names host, process and age.
         PipelineError: no file can be written there.
     """
-    with lease(part_lock(store, number, parts), purpose, break_lock):
+    with lease(part_lease_path(store, number, parts), purpose, break_lock):
         filesystem, _ = fsspec.core.url_to_fs(store)
-        for other, is_held in leases_beside(store).items():
-            if is_held and not other.endswith(f"-of-{parts}.lock"):
+        for other, other_is_held in part_leases(store).items():
+            if other_is_held and not other.endswith(f"-of-{parts}.lock"):
                 holder = _read(filesystem, other)
-                if held(f"{other}.kernel"):
+                if is_held(f"{other}.kernel"):
                     raise _refused(other, f"another division than into {parts} parts", holder)
                 if holder and not break_lock:
                     _watch(filesystem, other, holder, other, f"another division than into {parts} parts")
         yield
 
 
-def leases_beside(store: str) -> dict[str, bool]:
+def part_leases(store: str) -> dict[str, bool]:
     """The parts' locks that lie beside a store, by path: whether each is held."""
     filesystem, root = fsspec.core.url_to_fs(store)
     filesystem.invalidate_cache()  # another machine may have come since
@@ -156,17 +156,17 @@ def leases_beside(store: str) -> dict[str, bool]:
     return {lock: _is_held(lock, files.get(lock)) for lock in {name.removesuffix(".kernel") for name in files}}
 
 
-def perhaps_held(store: str) -> set[str]:
+def possibly_held(store: str) -> set[str]:
     """The parts' locks beside a store that are held, or may be: another machine's lease counts whatever its age."""
     filesystem, _ = fsspec.core.url_to_fs(store)
-    told = {lock: held(f"{lock}.kernel") for lock in leases_beside(store)}
+    told = {lock: is_held(f"{lock}.kernel") for lock in part_leases(store)}
     return {lock for lock, known in told.items() if known or (known is None and filesystem.exists(lock))}
 
 
 def _is_held(lock: str, lease: dict[str, Any] | None) -> bool:
-    told = held(f"{lock}.kernel")
+    told = is_held(f"{lock}.kernel")
     if told is None:
-        return lease is not None and time.time() - modified(lease) < LEASE
+        return lease is not None and time.time() - modified(lease) < LEASE_SECONDS
     return told
 
 
@@ -178,11 +178,11 @@ def modified(info: dict[str, Any]) -> float:
 
 def _watch(filesystem: AbstractFileSystem, place: str, holder: Holder, path: str, purpose: str) -> None:
     """Wait until a lease shows life, and refuse then; return when none is to be expected any more."""
-    left = min(LEASE - holder.age, LEASE)
+    left = min(LEASE_SECONDS - holder.age, LEASE_SECONDS)
     print(f"{purpose}: {holder} may be at it; waits {left:.0f} s at most for a sign of its life", flush=True)
     end = time.monotonic() + left
     while time.monotonic() < end:
-        time.sleep(LOOK)
+        time.sleep(POLL_SECONDS)
         found = _read(filesystem, place)
         if found is None:
             return
@@ -192,13 +192,13 @@ def _watch(filesystem: AbstractFileSystem, place: str, holder: Holder, path: str
 
 def _won(filesystem: AbstractFileSystem, place: str, mine: Holder, path: str, purpose: str) -> None:
     """Where no kernel arbitrates, the last of two who wrote at once wins."""
-    time.sleep(LOOK)
+    time.sleep(POLL_SECONDS)
     if _lost(filesystem, place, mine):
         raise _refused(path, purpose, _read(filesystem, place))
 
 
 def _renew(filesystem: AbstractFileSystem, place: str, mine: Holder, stopped: threading.Event) -> None:
-    while not stopped.wait(LEASE / RENEWALS):
+    while not stopped.wait(LEASE_SECONDS / RENEWALS_PER_LEASE):
         with contextlib.suppress(Exception):  # a full disk must not end the work that it may outlast
             if _lost(filesystem, place, mine):
                 return

@@ -57,7 +57,7 @@ def _in_place(file: TextIO, path: str | Path) -> bool:
     return False
 
 
-def held(path: str | Path) -> bool | None:
+def is_held(path: str | Path) -> bool | None:
     """Whether a process holds the lock; None where that is not for this machine's kernel to tell."""
     try:
         with open(path, "rb") as file:

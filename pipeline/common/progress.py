@@ -7,7 +7,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 
-class Lines:
+class LogProgress:
     """Of a log: a line a minute and one at the end, with speed, time left and what else is told."""
 
     EVERY = 60.0  # seconds
@@ -32,7 +32,7 @@ class Lines:
         told = [f"{self.done:,} of {self.total:,} {self.unit}s", f"{rate:,.3g} {self.unit}s/s", f"{left} left", self.note]
         print(f"{self.desc}: " + ", ".join(filter(None, told)), file=sys.stderr, flush=True)
 
-    def __enter__(self) -> "Lines":
+    def __enter__(self) -> "LogProgress":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -40,13 +40,13 @@ class Lines:
             self._print()
 
 
-def progress(total: int, desc: str, unit: str, initial: int = 0, shown: bool = True) -> "Lines | tqdm":
+def progress(total: int, desc: str, unit: str, initial: int = 0, enabled: bool = True) -> "LogProgress | tqdm":
     """A context with `update(count)` and `set_postfix_str(note, refresh=False)`."""
-    if shown and not sys.stderr.isatty():
-        return Lines(total, initial, desc, unit)
-    return tqdm(total=total, initial=initial, desc=desc, unit=unit, unit_scale=True, disable=not shown, mininterval=1)
+    if enabled and not sys.stderr.isatty():
+        return LogProgress(total, initial, desc, unit)
+    return tqdm(total=total, initial=initial, desc=desc, unit=unit, unit_scale=True, disable=not enabled, mininterval=1)
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """A line of its own, beside a bar."""
     tqdm.write(line, file=sys.stderr)

@@ -32,17 +32,17 @@ class SignalRecorder:
     several times, from a scheduler to all processes and from torchrun to its own.
     """
 
-    came: signal.Signals | None = None
+    received: signal.Signals | None = None
 
     def __enter__(self) -> "SignalRecorder":
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _note(self, number: int, _) -> None:
-        if self.came is None:
-            self.came, self._since = signal.Signals(number), time.monotonic()
+        if self.received is None:
+            self.received, self._since = signal.Signals(number), time.monotonic()
             # print may be what it interrupts, and cannot be entered twice
-            os.write(2, f"\n{self.came.name}: saves after this step, then ends{AGAIN[self.came]}\n".encode())
+            os.write(2, f"\n{self.received.name}: saves after this step, then ends{AGAIN[self.received]}\n".encode())
         elif number == signal.SIGINT and time.monotonic() - self._since >= 1:
             raise KeyboardInterrupt
 
@@ -52,7 +52,7 @@ class SignalRecorder:
 
 
 @contextlib.contextmanager
-def sigterm_raises() -> Iterator[None]:
+def raise_on_sigterm() -> Iterator[None]:
     """SIGTERM ends the block as Ctrl-C does, by an exception: SystemExit(143)."""
 
     def end(*_):

@@ -14,7 +14,7 @@ from pipeline.common.errors import UsageError
 from pipeline.common.files import atomic_write
 from pipeline.config.paths import used_params
 from pipeline.config.schema import Config
-from pipeline.config.validation import shown, validate
+from pipeline.config.validation import short_repr, validate
 
 LARGEST = 100_000
 """Bytes of a configuration; params.yaml has some 4,000."""
@@ -45,7 +45,7 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False)
     for key_node, _ in node.value:
         key = (key_node.tag, key_node.value) if isinstance(key_node, yaml.ScalarNode) else id(key_node)
         if key in seen:
-            problem = f"the key {shown(key_node.value)} stands twice"
+            problem = f"the key {short_repr(key_node.value)} stands twice"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         seen.add(key)
     return yaml.SafeLoader.construct_mapping(loader, node, deep)
@@ -114,7 +114,7 @@ def override(values: dict, text: str) -> dict:
     keys = name.split(".")
     if not equals or not all(keys) or len(keys) > DEEPEST:
         raise UsageError(
-            f"override {shown(text)}", expected="section.key=value", do="for example student.lr=1e-3"
+            f"override {short_repr(text)}", expected="section.key=value", do="for example student.lr=1e-3"
         )
     return _placed(values, keys, parse_yaml(written, f"override {name}"))
 

@@ -12,7 +12,7 @@ from pipeline.config.schema import PURPOSES, Config
 FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 """The name of a store (before `.zarr`), of a training's state and of a data set below `work`."""
 TEACHER, FINETUNED = "teacher", "finetuned"
-UNNEEDED = {"needed": False}
+NOT_NEEDED = {"needed": False}
 """What stands in place of a teacher's metrics, a manifest and a summary where no student listens to a teacher."""
 RUN_LOCK = "running"
 """In a training's state folder: the lock of the process that trains it."""

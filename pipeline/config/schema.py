@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline.common.errors import UsageError
 from pipeline.config.policies import parse_policy
-from pipeline.config.validation import Section, shown, validate
+from pipeline.config.validation import Section, short_repr, validate
 
 # 0 switches mixing off; tiny parameters would make the rejection that draws from Beta endless
 Alpha = Annotated[float, Field(ge=0, le=4), AfterValidator(lambda value: _alpha(value))]
@@ -48,13 +48,13 @@ FORBIDDEN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoi
 def _json(value: dict[str, Any]) -> dict[str, Any]:
     """What a fingerprint can name: no dates, sets, bytes, NaN, and no keys but strings."""
     if FORBIDDEN & value.keys():
-        raise Unsuitable(f"no {', '.join(sorted(FORBIDDEN))}: weights are named by the key `weights`", value)
+        raise InvalidValue(f"no {', '.join(sorted(FORBIDDEN))}: weights are named by the key `weights`", value)
     try:
         same = json.loads(json.dumps(value, allow_nan=False)) == value
     except (TypeError, ValueError, RecursionError):
         same = False
     if not same:
-        raise Unsuitable("names of arguments with plain values: numbers, words, booleans, null, lists", value)
+        raise InvalidValue("names of arguments with plain values: numbers, words, booleans, null, lists", value)
     return value
 
 
@@ -62,34 +62,34 @@ def _work(value: str) -> str:
     """A folder, or a URL whose scheme fsspec knows, that means to everyone what it says."""
     value = _home(value)
     if "::" in value or "%" in value:
-        raise Unsuitable("a folder or a URL without :: and %, which parts of URLs are read as", value)
+        raise InvalidValue("a folder or a URL without :: and %, which parts of URLs are read as", value)
     scheme, url, _ = value.partition("://")
     if url:
         from fsspec import available_protocols  # half of what `pipeline --help` takes, and needed for URLs alone
 
         if scheme not in available_protocols():
-            raise Unsuitable("a folder, or a URL of a scheme that fsspec knows, such as s3:// or gs://", value)
+            raise InvalidValue("a folder, or a URL of a scheme that fsspec knows, such as s3:// or gs://", value)
     return value
 
 
 def _model(value: str) -> str:
     if ":" in value or "/" in value:  # hf-hub:NAME would be fetched, again and again
-        raise Unsuitable("the name of one of timm's own models", value)
+        raise InvalidValue("the name of one of timm's own models", value)
     return value
 
 
 def _home(value: str) -> str:
     if not value or not value.isprintable():
-        raise Unsuitable("a path of printable characters", value)
+        raise InvalidValue("a path of printable characters", value)
     return os.path.expanduser(value)
 
 
-class Unsuitable(ValueError):
+class InvalidValue(ValueError):
     """A value that is not what was expected."""
 
     def __init__(self, expected: str, value: Any):
         super().__init__(expected)
-        self.found = shown(value)
+        self.found = short_repr(value)
 
 
 Arguments = Annotated[dict[str, Any], AfterValidator(_json)]
@@ -380,7 +380,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self):
-        for problem in inconsistencies(self):
+        for problem in conflicting_settings(self):
             raise ValueError(problem)
         return self
 
@@ -431,7 +431,7 @@ class Config(Section):
         return self.finetune_recipe().model_copy(update=plain | off)
 
 
-def inconsistencies(config: Config) -> list[str]:
+def conflicting_settings(config: Config) -> list[str]:
     """What no single section can see is wrong; each names its keys in full."""
     found = []
     block, group = config.recipe.block, config.recipe.group_size
@@ -504,7 +504,7 @@ def _balanced(text: str) -> bool:
 
 
 # How a run is computed, not what it computes: these change no result and no fingerprint.
-NOT_RESULT = {
+EXECUTION_ONLY = {
     "workers", "accumulation", "checkpoint_minutes", "checkpoint_steps", "stop_above", "log_steps", "eval_epochs",
     "compile", "channels_last", "deterministic",
 }  # fmt: skip
@@ -512,7 +512,7 @@ NOT_RESULT = {
 
 def result_fields(section: Section) -> dict[str, Any]:
     """A section as JSON values, less the keys that only say how the work is carried out."""
-    return section.model_dump(mode="json", by_alias=True, exclude=NOT_RESULT)
+    return section.model_dump(mode="json", by_alias=True, exclude=EXECUTION_ONLY)
 
 
 def finetune_fields(section: Finetune) -> dict[str, Any]:

@@ -66,12 +66,12 @@ def validate(kind: type[Section], values: Any, source: str = "", section: str = 
     raise UsageError(
         where,
         expected=first["msg"].removeprefix("Input should be "),
-        found=f"{shown(first['input'])} ({type(first['input']).__name__})",
+        found=f"{short_repr(first['input'])} ({type(first['input']).__name__})",
         do="correct the value",
     )
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value as a message shows it: its beginning, where it is long."""
     try:
         text = repr(value)

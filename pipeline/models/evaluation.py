@@ -30,16 +30,16 @@ def predict(
 
     Under torchrun each rank computes its share, and all of them get the whole.
     """
-    rank, training = Rank.start(device), model.training
+    rank, training = Rank.init_process_group(device), model.training
     model.to(device).eval()
     parts = [[torch.zeros(0, len(index.classes))] * 2]  # a rank may have no share of a small set
-    share = rank.share(len(index))
+    share = rank.local_range(len(index))
     for pictures in evaluation_loader(index, share, size, crop, batch, workers, device.type == "cuda"):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             heads = model(pictures.to(device, non_blocking=True).float())
         parts.append([logits.float().cpu() for logits in heads])
     model.train(training)
-    own, taught = (rank.gather(torch.cat(part), len(index), device) for part in zip(*parts, strict=True))
+    own, taught = (rank.all_gather(torch.cat(part), len(index), device) for part in zip(*parts, strict=True))
     return own, taught
 
 

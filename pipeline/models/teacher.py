@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
-from pipeline.common.errors import NotYet, PipelineError, UsageError
-from pipeline.config.paths import UNNEEDED, teacher_folder
+from pipeline.common.errors import NotReady, PipelineError, UsageError
+from pipeline.config.paths import NOT_NEEDED, teacher_folder
 from pipeline.config.schema import Config, Teacher, TeacherLogits
 from pipeline.config.validation import differences
 from pipeline.models.build import NormalizedModel, build_teacher
@@ -130,11 +130,11 @@ def load_teacher(
     path, section = teacher_folder(config, purpose) / "weights.safetensors", config.teacher
     command = "pipeline teacher" + " --for finetune" * (purpose == "finetune")
     if not path.exists():
-        raise NotYet(f"{path}: no teacher", do=f"run: {command}")
+        raise NotReady(f"{path}: no teacher", do=f"run: {command}")
     state, about = read_saved_weights(path)
-    if about == UNNEEDED:
+    if about == NOT_NEEDED:
         found = "a mark of dvc repro: no configured student listens to one"
-        raise NotYet(f"{path}: no teacher", found=found, do=f"run: {command}")
+        raise NotReady(f"{path}: no teacher", found=found, do=f"run: {command}")
     function = teacher_architecture(section)
     others = differences(about, function)
     if others:

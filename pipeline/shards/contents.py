@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.common.errors import PipelineError, reason
-from pipeline.common.files import Stamp, atomic_write, settled
+from pipeline.common.files import StatSignature, atomic_write, is_conclusive
 
 LOT = 64  # files a thread takes at a time
 
@@ -23,7 +23,7 @@ def digest(data: bytes) -> str:
 
 
 def file_digests(
-    root: Path, names: list[str], stamps: list[Stamp], memory: Path, trust: bool, threads: int
+    root: Path, names: list[str], stamps: list[StatSignature], memory: Path, trust: bool, threads: int
 ) -> list[str]:
     """The `digest` of each file below `root`.
 
@@ -45,7 +45,7 @@ def file_digests(
             bar.update(len(lot))
     if missing or len(known) != len(names):
         kept = zip(names, stamps, strict=True)
-        remember(memory, {name: [at, found[name]] for name, at in kept if settled(at, began)})
+        remember(memory, {name: [at, found[name]] for name, at in kept if is_conclusive(at, began)})
     return [found[name] for name in names]
 
 

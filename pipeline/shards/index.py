@@ -20,7 +20,7 @@ import fsspec
 import google_crc32c
 import numpy as np
 
-from pipeline.common.errors import IO_ERRORS, NotYet, PipelineError, reason
+from pipeline.common.errors import IO_ERRORS, NotReady, PipelineError, reason
 from pipeline.config.validation import fingerprint
 from pipeline.shards.images import MAX_PIXELS, Undecodable, decode_trusted
 
@@ -119,7 +119,7 @@ class Index:
             if found := _impossible(described) or ("max_pixels" * (type(self.max_pixels) is not int)):
                 raise ValueError(f"impossible: {found}")
         except FileNotFoundError:
-            raise NotYet(f"{path}: no index", do="run: pipeline prepare") from None
+            raise NotReady(f"{path}: no index", do="run: pipeline prepare") from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise PipelineError(
                 f"{path}: not a whole index of format {FORMAT}",

@@ -17,7 +17,7 @@ from braceexpand import braceexpand
 from PIL import Image, features
 
 from pipeline.common.errors import IO_ERRORS, PipelineError, UsageError, reason
-from pipeline.common.files import Stamp, stamp
+from pipeline.common.files import StatSignature, stat_signature
 from pipeline.config.schema import Data
 from pipeline.shards.contents import digest
 from pipeline.shards.images import FORMATS, Undecodable, opened, rgb
@@ -54,7 +54,7 @@ class Listing:
     names: list[str]
     """Path below the split's folder (folder), or the sample's number (digits)."""
     labels: list[int]
-    stamps: list[Stamp]
+    stamps: list[StatSignature]
     """Of each file; empty for digits."""
     left_out: list[str]
     """Files beside them that are taken for no images, and links to folders."""
@@ -226,7 +226,7 @@ def _list_folder(data: Data, split: str) -> Listing:
     names, labels, stamps = [], [], []
     left_out = [name for name in entries if name not in set(classes)]
     for label, name in enumerate(classes):
-        images: list[tuple[str, Stamp]] = []
+        images: list[tuple[str, StatSignature]] = []
         others: list[str] = []
         _look_below(root, name, images, others)
         images.sort(key=lambda image: image[0].split("/"))
@@ -252,7 +252,7 @@ def _list_folder(data: Data, split: str) -> Listing:
     return Listing(classes, names, labels, stamps, left_out)
 
 
-def _look_below(root: Path, below: str, images: list[tuple[str, Stamp]], others: list[str]) -> None:
+def _look_below(root: Path, below: str, images: list[tuple[str, StatSignature]], others: list[str]) -> None:
     """Add the images below a folder of `root` (path from there, and stamp), and what else is there but hidden files."""
     with os.scandir(root / below) as entries:
         for entry in entries:
@@ -262,7 +262,7 @@ def _look_below(root: Path, below: str, images: list[tuple[str, Stamp]], others:
             if entry.is_dir(follow_symlinks=False):
                 _look_below(root, name, images, others)
             elif extension(entry.name) in EXTENSIONS and entry.is_file():
-                images.append((name, stamp(entry.stat())))
+                images.append((name, stat_signature(entry.stat())))
             else:
                 others.append(name)
 

@@ -11,9 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.batches.plan import Unit
-from pipeline.common.errors import Damaged, NotYet, PipelineError, unreadable
+from pipeline.common.errors import Damaged, NotReady, PipelineError, unreadable
 from pipeline.common.files import atomic_write
-from pipeline.config.paths import FINGERPRINT, UNNEEDED
+from pipeline.config.paths import FINGERPRINT, NOT_NEEDED
 from pipeline.config.validation import fingerprint
 from pipeline.store.encoding import KINDS
 from pipeline.store.layout import FORMAT
@@ -81,8 +81,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """A complete store's manifest. Raises PipelineError where there is none, or it is damaged."""
     try:
         found = json.loads(path.read_bytes())
-        if found == UNNEEDED:
-            raise NotYet(
+        if found == NOT_NEEDED:
+            raise NotReady(
                 f"{path}: no store is complete",
                 found="a mark of dvc repro: no configured student listens to a teacher",
                 do=f"run: {_maker(path)}",
@@ -94,7 +94,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 raise ValueError(f"{key} {str(found[key])[:100]!r}")
         return found
     except FileNotFoundError:
-        raise NotYet(f"{path}: no store is complete", do=f"run: {_maker(path)}") from None
+        raise NotReady(f"{path}: no store is complete", do=f"run: {_maker(path)}") from None
     except OSError as error:
         raise unreadable(str(path), error) from error
     except (ValueError, RecursionError) as error:

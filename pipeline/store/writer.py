@@ -13,8 +13,8 @@ import numpy as np
 import zarr
 
 from pipeline.batches.plan import Unit
-from pipeline.common.errors import Damaged, UsageError, is_io, unwritable
-from pipeline.common.lease import perhaps_held
+from pipeline.common.errors import Damaged, UsageError, is_io_error, unwritable
+from pipeline.common.lease import possibly_held
 from pipeline.shards.index import Index
 from pipeline.store.encoding import KINDS, payload_width
 from pipeline.store.layout import FORMAT, NO_CHECK, library_versions, open_group, store_exists
@@ -164,7 +164,7 @@ def _writing(path: str) -> Iterator[None]:
         with zarr.config.set({"array.write_empty_chunks": True}):
             yield
     except Exception as error:
-        if not is_io(error):
+        if not is_io_error(error):
             raise
         raise unwritable(f"{path}: the store", error) from error
 
@@ -178,7 +178,7 @@ def sweep_store(path: str, own: str = "") -> None:
     place = Path(path)
     # listed before the locks are looked at: who writes one of them held its lease already
     partials = [*place.rglob("*.partial"), *place.parent.glob(f"{place.name}.part-*.partial")]
-    if partials and not {Path(lock).name for lock in perhaps_held(path)} - {Path(own).name}:
+    if partials and not {Path(lock).name for lock in possibly_held(path)} - {Path(own).name}:
         for partial in partials:
             if not (own and partial.name.startswith(f"{Path(own).name}.")):
                 with contextlib.suppress(OSError):  # a disk that is read-only by now

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.common.distributed import Rank, world_size
 from pipeline.common.errors import PipelineError
-from pipeline.common.files import atomic_write, sweep
+from pipeline.common.files import atomic_write, remove_partial_files
 from pipeline.common.lock import kernel_lock
 from pipeline.config.paths import RUN_LOCK
 from pipeline.config.validation import fingerprint
@@ -35,11 +35,11 @@ def complete(run: Run) -> dict[str, Any]:
     Raises:
         PipelineError: as `train`; the final weights are damaged; a rank sees another run than rank 0.
     """
-    final, rank = run.folder / "final.safetensors", Rank.start(run.device)
+    final, rank = run.folder / "final.safetensors", Rank.init_process_group(run.device)
     refuse_another(run, rank)
     # rank 0 tells: on a network file system the others may see it later, and would train alone
-    with contextlib.nullcontext() if rank.tell(final.exists()) else alone(run, rank):
-        if rank.tell(final.exists()):
+    with contextlib.nullcontext() if rank.broadcast_object(final.exists()) else alone(run, rank):
+        if rank.broadcast_object(final.exists()):
             metrics = _load(run, rank)
         else:
             metrics = _train(run, rank)
@@ -52,10 +52,10 @@ def complete(run: Run) -> dict[str, Any]:
 def refuse_another(run: Run, rank: Rank) -> None:
     """Ranks that see different files must not train together."""
     own = fingerprint(run.identity)
-    first = rank.tell(own)
+    first = rank.broadcast_object(own)
     if own != first:
         raise PipelineError(
-            f"{run.name}: rank {rank.rank} of {rank.world}",
+            f"{run.name}: rank {rank.rank} of {rank.world_size}",
             expected=f"rank 0's run, {first}",
             found=f"another, {own}: settings, index, store or teacher differ here",
             do="give all ranks the same files; a network file system may show new ones late: start again then",
@@ -70,7 +70,7 @@ def alone(run: Run, rank: Rank) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         waits = False
-        while not rank.tell(rank.rank != 0 or _locked(run, stack)):
+        while not rank.broadcast_object(rank.rank != 0 or _locked(run, stack)):
             if rank.rank == 0 and not waits:
                 print(f"{run.name}: another process trains this run ({run.folder}); waits until it ends", flush=True)
             waits = True
@@ -88,7 +88,7 @@ def _locked(run: Run, stack: contextlib.ExitStack) -> bool:
 
 def _train(run: Run, rank: Rank) -> dict[str, Any]:
     if rank.rank == 0:
-        sweep(run.folder)
+        remove_partial_files(run.folder)
         with atomic_write(run.folder / "run.json") as temporary:
             told = {"name": run.name, "steps": run.steps} | run_summary(run.identity)
             temporary.write_text(json.dumps(told, indent=1) + "\n")
@@ -109,14 +109,14 @@ def _load(run: Run, rank: Rank) -> dict[str, Any]:
         load_weights(run.model.model, state, str(final))
         metrics = about["metrics"]
     run.model.to(run.device)
-    rank.copy_from_first(run.model.state_dict().values())
-    return rank.tell(metrics)
+    rank.broadcast(run.model.state_dict().values())
+    return rank.broadcast_object(metrics)
 
 
 def finish(training: Run, folder: Path) -> None:
     """Train to the end unless that was done before, and publish the results."""
     metrics = complete(training)
-    if Rank.start(training.device).rank:
+    if Rank.init_process_group(training.device).rank:
         return  # rank 0 publishes
     with atomic_write(folder / "weights.safetensors") as temporary:
         save_weights(temporary, training.model.model, {"run": fingerprint(training.identity)})

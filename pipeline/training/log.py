@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.common.errors import PipelineError, unwritable
 from pipeline.common.files import atomic_write
-from pipeline.config.validation import shown
+from pipeline.config.validation import short_repr
 
 CHECK = "check"  # a line's last key, and a curve's last column
 
@@ -69,7 +69,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             raise PipelineError(
                 f"{path}: line {number} is damaged",
                 expected="a line under its checksum, as it was written",
-                found=shown(text),
+                found=short_repr(text),
                 do="delete that line, or the whole file: curves then lack what it told",
             )
         lines.append(values)

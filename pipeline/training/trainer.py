@@ -24,7 +24,7 @@ from pipeline.common.arithmetic import deterministic_kernels
 from pipeline.common.cores import resolve_workers
 from pipeline.common.distributed import Rank
 from pipeline.common.errors import PipelineError
-from pipeline.common.progress import progress, say
+from pipeline.common.progress import print_line, progress
 from pipeline.common.signals import Interrupted, SignalRecorder
 from pipeline.common.streams import stream_key
 from pipeline.models.build import NormalizedModel
@@ -64,13 +64,13 @@ class Trainer:
 
     def __init__(self, run: Run):
         self.run, settings = run, run.settings
-        self.rank = Rank.start(run.device)
-        self.parts = self.rank.world * settings.accumulation
+        self.rank = Rank.init_process_group(run.device)
+        self.parts = self.rank.world_size * settings.accumulation
         if run.plan.batch_groups % self.parts:
             raise PipelineError(
                 f"{run.name}: the batch of {run.plan.batch_groups} groups",
                 expected="a multiple of ranks x accumulation",
-                found=f"{self.rank.world} x {settings.accumulation}",
+                found=f"{self.rank.world_size} x {settings.accumulation}",
                 do="change batch_size, accumulation or the number of ranks",
             )
         run.model.to(run.device)
@@ -84,7 +84,7 @@ class Trainer:
         self.schedule = build_schedule(self.optimizer, settings)
         self.ema = Average(run.model, settings.ema_decay) if settings.ema_decay else None
         self.forward: nn.Module = run.model
-        if self.rank.world > 1:
+        if self.rank.world_size > 1:
             # without distillation head_dist gets no gradient
             unused = run.model.distilled and not run.distilled
             # no buffers: of batch norm's statistics rank 0's are kept, which no other rank's change
@@ -115,7 +115,7 @@ class Trainer:
     def resume(self) -> None:
         run = self.run
         # rank 0 tells which: on a network file system the others may see an older one as the newest
-        found = self.rank.tell(checkpoint.newest(run.folder) if self.rank.rank == 0 else None)
+        found = self.rank.broadcast_object(checkpoint.newest(run.folder) if self.rank.rank == 0 else None)
         if found is None:
             if self.log:
                 self.log.rewind(0)  # of an attempt that ended before its first checkpoint
@@ -147,7 +147,7 @@ class Trainer:
         steps, pin = range(self.step, run.steps), run.device.type == "cuda"
         loader = step_loader(run.plan, run.train, steps, slices, self.parts, settings.workers, pin)
         batches, saved = on_device(loader, run.device), time.monotonic()
-        with progress(run.steps, run.name, "step", self.step, shown=self.rank.rank == 0) as bar:
+        with progress(run.steps, run.name, "step", self.step, enabled=self.rank.rank == 0) as bar:
             while self.step < run.steps:
                 values = self.train_step(batches)
                 self.settle()
@@ -162,7 +162,7 @@ class Trainer:
                     self.save()
                     saved = time.monotonic()
                 if self.stop and self.step < run.steps:
-                    raise Interrupted(run.name, self.step, self.signals.came)
+                    raise Interrupted(run.name, self.step, self.signals.received)
         return self.metrics
 
     def due(self, seconds: float) -> bool:
@@ -182,11 +182,11 @@ class Trainer:
             with self.gradients_exchanged(number == settings.accumulation - 1):
                 parts = self.loss(batch) / weight
                 # DDP averages gradients over ranks; ours are shares of one sum
-                (parts[0] * self.rank.world).backward()
+                (parts[0] * self.rank.world_size).backward()
             sums += parts.detach()
         # a rank that is told to end tells the others, so that all end at the same step
-        flag = torch.full((1,), float(self.signals.came is not None), device=run.device)
-        sums = self.rank.sum(torch.cat([sums, flag]))
+        flag = torch.full((1,), float(self.signals.received is not None), device=run.device)
+        sums = self.rank.all_reduce(torch.cat([sums, flag]))
         norm = self.gradient_norm()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -212,7 +212,8 @@ class Trainer:
 
     def gradients_exchanged(self, last: bool):
         """DDP exchanges gradients in a step's last slice only: they are sums until then."""
-        return contextlib.nullcontext() if last or self.rank.world == 1 else cast(DistributedDataParallel, self.forward).no_sync()
+        exchanges = last or self.rank.world_size == 1
+        return contextlib.nullcontext() if exchanges else cast(DistributedDataParallel, self.forward).no_sync()
 
     def gradient_norm(self) -> torch.Tensor:
         """Of all gradients, before they are clipped to `clip_grad`."""
@@ -298,7 +299,7 @@ class Trainer:
             self.log.write("epoch", self.step, **metrics, speed=told)
             if is_loader_bound(told) and not self.warned:
                 self.warned = True
-                say(warning_of(told, resolve_workers(settings.workers, run.device.type == "cuda")))
+                print_line(warning_of(told, resolve_workers(settings.workers, run.device.type == "cuda")))
             if "validation" in metrics:
                 self.tell(metrics)
         self.rank.barrier()
@@ -311,18 +312,18 @@ class Trainer:
         run, epoch = self.run, metrics["epoch"]
         values = {key: value for key, value in metrics.items() if isinstance(value, float)}
         told = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-        say(f"{run.name}: epoch {epoch} of {run.settings.epochs}: {told}")
+        print_line(f"{run.name}: epoch {epoch} of {run.settings.epochs}: {told}")
         chance = 1 / len(run.train.classes)
         if 3 * epoch >= run.settings.epochs and metrics["val_top1_class"] <= 1.5 * chance and not self.warned_of_chance:
             self.warned_of_chance = True
-            say(
+            print_line(
                 f"warning: {run.name}: validation is at chance ({chance:.2%}) after a third of the run: look at the"
                 " learning rate, at the views (pipeline views), and whether the classes of train and val are the same"
             )
 
     def validate(self, model: NormalizedModel, prefix: str = "") -> dict[str, float]:
         """Of the model as rank 0 has it: batch norm's statistics are each rank's own until here."""
-        self.rank.copy_from_first(model.buffers())
+        self.rank.broadcast(model.buffers())
         metrics = validate(self.run, model, prefix)
         self.set_modes()
         return metrics
