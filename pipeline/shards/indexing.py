@@ -19,7 +19,7 @@ import numpy as np
 from webdataset.writer import TarWriter
 
 from pipeline.common.errors import IO_ERRORS, PipelineError, reason
-from pipeline.common.files import atomic_write, settled, stamp
+from pipeline.common.files import atomic_write, is_conclusive, stat_signature
 from pipeline.config.validation import fingerprint
 from pipeline.shards.images import MAX_PIXELS, Undecodable, decode
 from pipeline.shards.index import FORMAT, MAX_CLASSES, Index, ShardIndex, row_type
@@ -140,8 +140,8 @@ def shard_stamp(location: str, name: str) -> Any:
     where, now = f"{location}/{name}", time.time()
     try:
         if "://" not in where:
-            found = stamp(os.stat(where))
-            return [*found] if settled(found, now) else None
+            found = stat_signature(os.stat(where))
+            return [*found] if is_conclusive(found, now) else None
         filesystem, path = fsspec.core.url_to_fs(where)
         filesystem.invalidate_cache()
         about = filesystem.info(path)
