@@ -131,7 +131,8 @@ def test_params_yaml_is_the_digits_experiment():
 def test_every_command_teaches_with_an_example():
     from pipeline.cli.main import main
 
-    for name, command in main.commands.items():
+    commands = {**main.commands, **main.commands["store"].commands}
+    for name, command in commands.items():
         assert "Example" in command.help, name
 
 

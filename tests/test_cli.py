@@ -1,6 +1,11 @@
 """The command line: what a mistake is told, its exit code, and that a dry run does nothing."""
 
+import errno
 import json
+import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ from click.testing import CliRunner
 from conftest import picture, write_folders
 
 from pipeline.cli.main import main
+from pipeline.common.errors import unreadable
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("--set", "data.source=folder", "--set", "data.train=train", "--set", "data.val=val")
@@ -213,6 +219,40 @@ def test_killed_loader_worker_is_told_without_a_traceback(project, monkeypatch):
     monkeypatch.setattr(prepare, "run", killed)
     said = call("prepare", code=1)
     assert "out of memory" in said and "smaller `workers`" in said and "pid 7" in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EMFILE, os.strerror(errno.EMFILE), "shard.tar"), unreadable("shard.tar", OSError(errno.EMFILE, "Too many open files")),
+     RuntimeError("Too many open files. Communication with the workers is no longer possible.")],
+    ids=["system", "own", "torch"],
+)  # fmt: skip
+def test_too_many_open_files_are_reported_with_the_limit_that_is_needed(project, monkeypatch, error):
+    from stages import prepare
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(prepare, "run", fail)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
+    said = call("prepare", code=1)
+    assert "ulimit -n 1024" in said and "Too many open files" in said and "disk or server" not in said
+
+
+def limited(arguments: str, limit: str) -> subprocess.CompletedProcess:
+    command = f"ulimit {limit}; exec {sys.executable} -m pipeline {arguments}"
+    return subprocess.run(["bash", "-c", command], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+
+
+def test_loader_workers_that_need_more_open_files_than_are_allowed_are_refused(project):
+    said = limited("teacher --device cpu --dry-run --set teacher.workers=4", "-n 64")
+    assert said.returncode == 2 and "Traceback" not in said.stderr
+    assert "at least 96 open files" in said.stderr and "fewer `workers`" in said.stderr
+
+
+def test_the_limit_of_open_files_is_raised_where_the_system_allows_it(project):
+    said = limited("teacher --device cpu --dry-run --set teacher.workers=4", "-Sn 64")
+    assert said.returncode == 0 and "not yet" in said.stdout, said.stderr
 
 
 STAGES = ("teacher", "teacher-logits", "train-student", "finetune", "evaluate")

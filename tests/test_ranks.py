@@ -20,7 +20,7 @@ from test_training import CPU, loaded, newest_checkpoint, taught, taught_templat
 
 from pipeline.batches.loader import step_loader
 from pipeline.batches.plan import training_plan
-from pipeline.cli.options import left_together
+from pipeline.cli.options import process_group
 from pipeline.common.distributed import Rank
 from pipeline.common.errors import PipelineError
 from pipeline.common.lock import kernel_lock
@@ -232,7 +232,7 @@ def alone_in_a_group():
     ("error", "leaves"), [(None, True), (Interrupted("run", 3, signal.SIGTERM), True), (PipelineError("no"), False)]
 )
 def test_a_command_leaves_the_process_group_where_all_ranks_end(alone_in_a_group, error, leaves):
-    with pytest.raises(type(error)) if error else contextlib.nullcontext(), left_together():
+    with pytest.raises(type(error)) if error else contextlib.nullcontext(), process_group():
         if error:
             raise error
     assert dist.is_initialized() != leaves

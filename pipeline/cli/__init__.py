@@ -1,1 +1,5 @@
-"""The command line. A command imports what it runs inside its body, so `pipeline --help` needs no torch."""
+"""The command line: options, messages, and the commands that are not stages.
+
+The last package: nothing imports it, stages included. It imports a stage inside the command's body, so that
+`pipeline --help` does not load torch.
+"""

@@ -1,6 +1,6 @@
-"""What a dry run checks of a configuration without computing: models and their arguments, weights, what answers are for.
+"""The checks of a dry run, which computes nothing: models and their arguments, and weights.
 
-It needs no data set: where there is no index yet, the number of classes is not known, and not compared.
+No data set is needed: before there is an index, the number of classes is unknown and is not checked.
 """
 
 import torch
@@ -13,10 +13,13 @@ from pipeline.shards.index import Index
 
 
 def check(config: Config, command: str) -> None:
-    """Check what a command would come to use; `command` is its name on the command line.
+    """Check what a command would use.
+
+    Args:
+        command: its name on the command line.
 
     Raises:
-        UsageError, PipelineError: of the first thing that would stop it later.
+        UsageError, PipelineError: for the first thing that would make the command fail.
     """
     path = index_path(config, "train")
     classes = len(Index(path).classes) if path.exists() else None
@@ -33,20 +36,20 @@ def check(config: Config, command: str) -> None:
 
 
 def check_teacher(config: Config, classes: int | None) -> None:
-    """That it can be built, that its weights are there, and that they are this model's and of as many classes."""
+    """Check that it can be built, and that its weights exist and fit the model and the number of classes."""
     section, weights = config.teacher, config.teacher.weights
     local = weights and weights.endswith(SUFFIXES)
     state = read_weights(weights) if weights and local else None
     if weights and not local and ":" not in weights:
         check_timm_tag(weights, classes)
         section = section.model_copy(update={"model": weights})
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # only shapes
         teacher = build_teacher(section, classes or 1000)
     if state is not None and classes:
         load_weights(teacher.model.to_empty(device="cpu"), state, str(weights))
 
 
 def check_student(config: Config, student: Student, classes: int | None, size: int) -> None:
-    """That it can be built."""
+    """Check that it can be built."""
     with torch.device("meta"):
         build_student(student, config.recipe, classes or 1000, size)

@@ -1,4 +1,4 @@
-"""The last failure of each stage, beside its outputs until the stage ends well, so that `pipeline status` tells it."""
+"""The last failure of each stage, kept next to its outputs for `pipeline status` until the stage succeeds."""
 
 import contextlib
 import json
@@ -18,8 +18,8 @@ def failure_path(config: Config, stage: str) -> Path:
 
 
 @contextlib.contextmanager
-def noted(config: Config, stage: str) -> Iterator[None]:
-    """Note a failure of the block, which is a stage by its name in dvc.yaml; forget an earlier one if it ends well."""
+def recorded(config: Config, stage: str) -> Iterator[None]:
+    """Record a failure of the block, which runs a stage of dvc.yaml; forget an earlier one if the block succeeds."""
     path = failure_path(config, stage)
     try:
         yield

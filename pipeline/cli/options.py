@@ -1,4 +1,4 @@
-"""Options that commands share; the device that `--device` means."""
+"""Options that several commands share, and the steps that they imply: configuration, device, dry run."""
 
 import contextlib
 import functools
@@ -10,37 +10,58 @@ import click
 
 from pipeline.common.errors import UsageError
 
+Body = Callable[..., Any]
+"""The function behind a command."""
+
+
+def _parse_part(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    number, slash, parts = value.partition("/")
+    if not slash or not number.isdigit() or not parts.isdigit() or not int(number) < int(parts):
+        raise click.BadParameter("expected I/N with I from 0 to N-1, for example 0/4")
+    return int(number), int(parts)
+
+
+def _purpose_option(text: str) -> Callable[[Body], Body]:
+    purposes = click.Choice(["train-student", "finetune"])
+    return click.option("--for", "purpose", type=purposes, default="train-student", show_default=True, help=text)
+
+
 DEVICE = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]",
-    help="auto takes a GPU where there is one; under torchrun, the one of the local rank.",
+    help="auto: a GPU if there is one; under torchrun, the GPU of the local rank.",
 )  # fmt: skip
-
-
-DRY_RUN = click.option(
-    "--dry-run", is_flag=True, help="Say what would be done, with sizes and counts, and do nothing."
-)
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Only print what would be done, with sizes and counts.")
 IF_NEEDED = click.option(
-    "--if-needed", is_flag=True, help="As dvc repro: leave a mark alone where no configured student listens to a teacher."
+    "--if-needed", is_flag=True, help="Only write a placeholder if no configured student uses a teacher, as dvc repro does."
 )
-
-
-Body = Callable[..., Any]
-"""Of a command."""
+PART = click.option(
+    "--part", callback=_parse_part, metavar="I/N", help="Compute only every N-th missing unit, starting with the I-th."
+)
+TEACHER = click.option(
+    "--teacher", type=click.Choice(["stored", "online"]), default="stored", show_default=True,
+    help="online: run the teacher in the training loop, on the same groups, as a baseline and to check the store.",
+)  # fmt: skip
+WHICH_STORE = _purpose_option("Which store: the one at recipe.size, or the one at finetune.size.")
+WHICH_TEACHER = _purpose_option(
+    "Which teacher: the one at recipe.size, or the one at finetune.size, adapted if teacher_finetune.epochs is not 0."
+)
 
 
 def config_options(body: Body) -> Body:
-    """--config and --set: gives the body `path` and `overrides`."""
+    """Add --config and --set, which the body receives as `path` and `overrides`."""
     body = click.option(
-        "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key of it."
+        "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key of the configuration."
     )(body)
     return click.option(
         "--config", "path", default="params.yaml", show_default=True, type=click.Path(dir_okay=False),
-        help="The experiment's whole configuration.",
+        help="The complete configuration of the experiment.",
     )(body)  # fmt: skip
 
 
 def stage_options(with_device: bool = True, with_dry_run: bool = True) -> Callable[[Body], Body]:
-    """Options that every stage has: gives the body `config`, `device` and `dry_run`."""
+    """Add the options of every stage; the body receives `config`, `device` and `dry_run`."""
 
     def decorate(body: Body) -> Body:
         @config_options
@@ -48,7 +69,7 @@ def stage_options(with_device: bool = True, with_dry_run: bool = True) -> Callab
         def command(
             path: str, overrides: tuple[str, ...], dry_run: bool = False, device: str = "auto", **options: Any
         ) -> Any:
-            from pipeline.cli.failures import noted
+            from pipeline.cli.failures import recorded
             from pipeline.config.params import load, record
 
             config = load(path, overrides)
@@ -57,15 +78,15 @@ def stage_options(with_device: bool = True, with_dry_run: bool = True) -> Callab
                 record(config)
             if with_dry_run:
                 options["dry_run"] = dry_run
-            with noted(config, stage) if stage else contextlib.nullcontext():
+            with recorded(config, stage) if stage else contextlib.nullcontext():
                 if not with_device:
                     return body(config=config, **options)
-                found = find_device(device)
-                _leave_cores_to_workers(config, found)
+                options["device"] = find_device(device)
+                _prepare_workers(config, options["device"])
                 if dry_run:
-                    return _foreseen(body, config, found, options)
-                with left_together():
-                    return body(config=config, device=found, **options)
+                    return _dry_run(body, config, options)
+                with process_group():
+                    return body(config=config, **options)
 
         if with_dry_run:
             command = DRY_RUN(command)
@@ -78,30 +99,33 @@ SECTIONS = {
     "teacher": "teacher", "teacher-logits": "teacher_logits", "train-student": "student", "finetune": "finetune",
     "evaluate": "evaluate",
 }  # fmt: skip
-"""Of each command, the section whose loader workers render for it."""
+"""The configuration section that holds a command's `workers`."""
 
 
-def _leave_cores_to_workers(config: Any, device: Any) -> None:
-    from pipeline.common.cores import limit_threads, resolve_workers
+def _prepare_workers(config: Any, device: Any) -> None:
+    """Leave cores, and enough open files, to the loader workers."""
+    from pipeline.common.cores import allow_open_files, limit_threads, resolve_workers
 
     section = getattr(config, SECTIONS[str(click.get_current_context().info_name)])
-    limit_threads(resolve_workers(section.workers, device.type == "cuda"))
+    workers = resolve_workers(section.workers, device.type == "cuda")
+    limit_threads(workers)
+    allow_open_files(workers)
 
 
-def _foreseen(body: Callable, config: Any, device: Any, options: dict[str, Any]) -> None:
-    """A dry run: what can be checked is, and what an earlier stage has yet to make is told and no error."""
-    from pipeline.cli import dry_run as preview
+def _dry_run(body: Body, config: Any, options: dict[str, Any]) -> None:
+    """Check what can be checked; results that an earlier stage has yet to make are reported, not errors."""
+    from pipeline.cli.dry_run import check
     from pipeline.common.errors import NotReady
 
-    preview.check(config, str(click.get_current_context().info_name))
+    check(config, str(click.get_current_context().info_name))
     try:
-        body(config=config, device=device, **options)
+        body(config=config, **options)
     except NotReady as error:
         click.echo(f"not yet: {error}")
 
 
 def stage_name(command: str, options: dict[str, Any]) -> str | None:
-    """What dvc.yaml calls it; None for what it has no stage of."""
+    """The stage's name in dvc.yaml; None if these options make it something that dvc.yaml does not run."""
     if any(options.get(key) is not None for key in ("distillation", "alpha", "tau", "store", "weights")):
         return None
     if options.get("teacher") == "online":
@@ -113,11 +137,11 @@ def stage_name(command: str, options: dict[str, Any]) -> str | None:
 
 
 @contextlib.contextmanager
-def left_together() -> Iterator[None]:
-    """A job's ranks leave their process group at the end of the block, or when a signal ends all of them.
+def process_group() -> Iterator[None]:
+    """Leave torch's process group at the end of the block, or when a signal ends all ranks.
 
-    After an error of this rank alone the others still wait in it: leaving would wait for them, while torchrun ends them
-    as soon as this process has ended.
+    After an error of this rank alone the others are still waiting in the group: leaving it would wait for them, while
+    torchrun ends them as soon as this process has ended.
     """
     from pipeline.common.distributed import Rank
     from pipeline.common.signals import Interrupted
@@ -130,17 +154,8 @@ def left_together() -> Iterator[None]:
     Rank.destroy_process_group()
 
 
-def purpose_option(text: str):
-    """--for: gives the body `purpose`."""
-    purposes = click.Choice(["train-student", "finetune"])
-    return click.option("--for", "purpose", type=purposes, default="train-student", show_default=True, help=text)
-
-
-WHICH_STORE = purpose_option("Which store: at recipe.size for the students, or at finetune.size.")
-
-
 def find_device(name: str):
-    """The torch.device that `--device` names, made the current one where it is a GPU; float32 is IEEE's there.
+    """The torch.device for `--device`; a GPU becomes the current one, with IEEE float32 arithmetic.
 
     Raises:
         UsageError: this machine has no such device.
@@ -152,14 +167,14 @@ def find_device(name: str):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # set_device takes none without a number
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # set_device requires a number
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
             f"--device {name}", expected="auto, cpu, cuda or cuda:N", found=str(error).splitlines()[0],
-            do="name a device that this machine has",
+            do="choose a device that this machine has",
         ) from None  # fmt: skip
     if device.type == "cuda":
         torch.cuda.set_device(device)

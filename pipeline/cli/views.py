@@ -1,4 +1,4 @@
-"""A contact sheet of views: no stage of `dvc repro`, but a look at what its recipe makes."""
+"""`pipeline views`: draws a contact sheet, to look at what a recipe produces."""
 
 from pathlib import Path
 
@@ -24,7 +24,8 @@ def run(
     """Draw one sample's sheet to `output`, a PNG.
 
     Raises:
-        PipelineError: no index yet. UsageError: no sample of that key.
+        PipelineError: there is no index yet.
+        UsageError: there is no sample with that key.
     """
     index = Index(index_path(config, split))
     if key is None:

@@ -3,6 +3,9 @@
 Every message says what was being read, what was expected, what was found and what to do.
 """
 
+import errno
+import os
+import resource
 
 try:
     from botocore.exceptions import BotoCoreError
@@ -60,6 +63,24 @@ class UsageError(PipelineError):
     """The command or its configuration asks for something impossible."""
 
     exit_code = 2
+
+
+def too_many_open_files(error: BaseException) -> PipelineError | None:
+    """The message when the process ran out of file descriptors; None for any other error.
+
+    torch and `unreadable` replace the system's error by their own and keep its text only.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if os.strerror(errno.EMFILE) in line]
+    if not lines:
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = max(1024, 2 * limit)
+    return PipelineError(
+        "too many open files",
+        expected=f"a limit of {enough:,} open files (ulimit -n), or fewer workers",
+        found=f"a limit of {limit:,}: {lines[0].removeprefix('found:').strip()}",
+        do=f"run: ulimit -n {enough}; then the same command again: it resumes",
+    )
 
 
 CLIENTS = {"adlfs", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "requests", "urllib3"}
