@@ -20,6 +20,6 @@ def run(name: str, overrides: tuple[str, ...], output: Path) -> None:
         raise UsageError(f"configuration {name!r}", expected=f"one of {', '.join(known)}", found=f"no {path}")
     config = load(path, overrides)
     command = " ".join(["pipeline configure", name, *overrides])
-    header = f"# Written by: {command}\n# What the keys mean: pipeline/config/schema.py\n"
+    header = f"# Written by: {command}\n# What the keys mean: sections.py and training_sections.py in pipeline/config/\n"
     output.write_text(header + dump(config))
     print(f"{output}: {config.name}; now run: dvc repro")

@@ -1,4 +1,4 @@
-"""The typed configuration: every key, its validation, and what follows from it (paths, stores wanted, fingerprints).
+"""The typed configuration: every key, its validation, and what follows from it: paths, the stores needed, fingerprints.
 
-Knows nothing of torch, images or stores' contents.
+Must not know torch, images or the contents of any file but configurations.
 """

@@ -1,7 +1,7 @@
-"""params.yaml and configs/*.yaml: read, override, write.
+"""Reading, overriding and writing params.yaml and configs/*.yaml.
 
-`params.yaml` holds a whole configuration; `configs/*.yaml` hold only what differs from the defaults.
-A configuration of a stranger is bounded in size, depth and what its aliases expand to, before anything is made of it.
+`params.yaml` holds a complete configuration; `configs/*.yaml` hold only what differs from the defaults. Before any
+object is built, the size, the depth and the expansion of aliases are checked, since a file may be hostile.
 """
 
 import re
@@ -16,20 +16,20 @@ from pipeline.config.paths import used_params
 from pipeline.config.schema import Config
 from pipeline.config.validation import short_repr, validate
 
-LARGEST = 100_000
-"""Bytes of a configuration; params.yaml has some 4,000."""
-DEEPEST = 20
-"""Levels of mappings and lists within one another."""
-MOST = 20_000
-"""Values of a configuration, those that aliases repeat counted each time."""
+MAX_CHARACTERS = 100_000
+"""Longest configuration; params.yaml has about 4,000 characters."""
+MAX_DEPTH = 20
+"""Levels of nested mappings and lists."""
+MAX_VALUES = 20_000
+"""Values of a configuration, counting each use of an alias."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats (5e-4 is a number) and no duplicate keys."""
+    """Reads YAML 1.2 floats (5e-4 is a number) and refuses duplicate keys."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what the loader would take for a number."""
+    """Quotes strings that the loader would read as numbers."""
 
 
 for _yaml in (_Loader, _Dumper):
@@ -45,7 +45,7 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False)
     for key_node, _ in node.value:
         key = (key_node.tag, key_node.value) if isinstance(key_node, yaml.ScalarNode) else id(key_node)
         if key in seen:
-            problem = f"the key {short_repr(key_node.value)} stands twice"
+            problem = f"duplicate key {short_repr(key_node.value)}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         seen.add(key)
     return yaml.SafeLoader.construct_mapping(loader, node, deep)
@@ -55,101 +55,105 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Raises UsageError, with line and column where there are any, if `text` is no YAML or is beyond the bounds."""
-    if len(text) > LARGEST:
-        raise _unreadable(source, f"more than {LARGEST:,} characters", f"{LARGEST:,} characters at most")
+    """Parse YAML into plain values.
+
+    Raises:
+        UsageError: no YAML, with line and column where they are known; too long, too deep or too many values.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise _unreadable(source, f"more than {MAX_CHARACTERS:,} characters", f"{MAX_CHARACTERS:,} characters at most")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
-        _refuse_bombs(node, source)
+        _check_size(node, source)
         return loader.construct_document(node)
     except RecursionError:
-        raise _unreadable(source, "more levels", f"at most {DEEPEST} levels of mappings and lists") from None
-    # beside YAML's own, what its constructors raise: a date such as 2024-13-45, a list as a key, !!bool x, !!int ""
+        raise _unreadable(source, "deeper nesting", f"at most {MAX_DEPTH} levels of mappings and lists") from None
+    # besides YAMLError, its constructors raise these: a date such as 2024-13-45, a list as a key, !!bool x, !!int ""
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, LookupError, AttributeError) as error:
         raise _unreadable(source, " ".join(str(error).split())) from None
 
 
 def _unreadable(source: str, found: str, expected: str = "") -> UsageError:
-    return UsageError(f"{source}: not readable as YAML", expected=expected, found=found, do="mend it")
+    return UsageError(f"{source}: invalid YAML", expected=expected, found=found, do="correct it")
 
 
-def _refuse_bombs(root: yaml.Node, source: str) -> None:
-    """Count what the nodes expand to before they do: an alias of aliases of aliases is a few bytes, and millions."""
+def _check_size(root: yaml.Node, source: str) -> None:
+    """Count values before aliases are expanded: a few bytes of nested aliases can expand to millions of values."""
     todo, count = [(root, 1)], 0
     while todo:
         node, depth = todo.pop()
         count += 1
-        if depth > DEEPEST:
-            raise _unreadable(source, "more levels", f"at most {DEEPEST} levels of mappings and lists")
-        if count > MOST:
-            raise _unreadable(source, "more, or aliases that expand to more", f"at most {MOST:,} values")
+        if depth > MAX_DEPTH:
+            raise _unreadable(source, "deeper nesting", f"at most {MAX_DEPTH} levels of mappings and lists")
+        if count > MAX_VALUES:
+            raise _unreadable(source, "more values, aliases included", f"at most {MAX_VALUES:,} values")
         if isinstance(node, yaml.MappingNode):
-            todo += [(part, depth + 1) for pair in node.value for part in pair]
+            todo += [(child, depth + 1) for pair in node.value for child in pair]
         elif isinstance(node, yaml.SequenceNode):
-            todo += [(part, depth + 1) for part in node.value]
+            todo += [(child, depth + 1) for child in node.value]
 
 
-WHOLE = ("kwargs", "variants")  # what a file says of these replaces what was there
+REPLACED = ("kwargs", "variants")  # never merged: their value in a file replaces the default
 
 
 def merge(base: dict, over: dict) -> dict:
-    """`base` with `over` laid on it, sections recursively; kwargs and variants are replaced whole."""
+    """`base` updated with `over`, section by section; kwargs and variants are replaced, not merged."""
     result = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merge(result[key], value) if both and key not in WHOLE else value
+        result[key] = merge(result[key], value) if both and key not in REPLACED else value
     return result
 
 
 def override(values: dict, text: str) -> dict:
-    """`values` with one `section.key=value` laid on it; what lies beside the key stays, in kwargs and variants too.
+    """`values` with one `section.key=value` override; all other keys stay, in kwargs and variants too.
 
     Raises:
-        UsageError: no such form, or a value that is no YAML.
+        UsageError: not of that form, or the value is no YAML.
     """
     name, equals, written = text.partition("=")
     keys = name.split(".")
-    if not equals or not all(keys) or len(keys) > DEEPEST:
+    if not equals or not all(keys) or len(keys) > MAX_DEPTH:
         raise UsageError(
             f"override {short_repr(text)}", expected="section.key=value", do="for example student.lr=1e-3"
         )
-    return _placed(values, keys, parse_yaml(written, f"override {name}"))
+    return _set(values, keys, parse_yaml(written, f"override {name}"))
 
 
-def _placed(values: dict, keys: list[str], value: Any) -> dict:
+def _set(values: dict, keys: list[str], value: Any) -> dict:
     first, *rest = keys
     here = values.get(first)
     if rest:
         inner = here if isinstance(here, dict) else {}
-        return {**values, first: _placed(inner, rest, value)}
+        return {**values, first: _set(inner, rest, value)}
     return merge(values, {first: value})
 
 
 def load(path: str | Path = "params.yaml", overrides: tuple[str, ...] = ()) -> Config:
-    """The configuration in a file, `section.key=value` overrides laid on it.
+    """Load a configuration file and apply `section.key=value` overrides.
 
     Raises:
-        UsageError: missing file, no YAML, unknown key, wrong type, impossible combination.
+        UsageError: missing file, no YAML, unknown key, wrong type, conflicting settings.
     """
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            text = file.read(4 * LARGEST + 1).decode()  # a character has four bytes at most; /dev/zero has no end
+            text = file.read(4 * MAX_CHARACTERS + 1).decode()  # at most four bytes per character; /dev/zero never ends
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UsageError(
             f"{path}: the configuration cannot be read",
-            expected="a text file such as params.yaml or one of configs/",
+            expected="a text file such as params.yaml or a file in configs/",
             found=getattr(error, "strerror", None) or str(error),
-            do="name it with --config, or write one: pipeline configure digits",
+            do="choose it with --config, or write one: pipeline configure digits",
         ) from None
     return resolve(parse_yaml(text, str(path)), overrides, str(path))
 
 
 def resolve(values: Any, overrides: tuple[str, ...], source: str) -> Config:
-    """The defaults with `values` and `overrides` laid on them, validated; a refusal says which of them it is about."""
+    """The defaults updated with `values` and `overrides`, validated; errors name the file or the command line."""
     if values is not None and not isinstance(values, dict):
         raise UsageError(source, expected="a mapping of sections", found=type(values).__name__)
     written = merge({"variants": Config().variants}, values or {})
@@ -161,18 +165,18 @@ def resolve(values: Any, overrides: tuple[str, ...], source: str) -> Config:
     except UsageError:
         if not overrides:
             raise
-        validate(Config, written, source)  # then it is the file's own
+        validate(Config, written, source)  # raises if the mistake is in the file
     return validate(Config, final, f"command line ({' '.join(overrides)})")
 
 
 def dump(config: Config) -> str:
-    """The whole configuration as YAML; `resolve(parse_yaml(dump(c)))` is c again."""
+    """The complete configuration as YAML; `resolve(parse_yaml(dump(c)))` equals c."""
     values = config.model_dump(mode="json", by_alias=True)
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
 
 
 def record(config: Config) -> None:
-    """Leave the configuration beside its outputs, so that `pipeline prune` knows it when params.yaml is another's."""
+    """Save the configuration with its outputs, so that `pipeline prune` knows it when params.yaml has changed."""
     path, text = used_params(config), dump(config)
     if not path.exists() or path.read_bytes() != text.encode():
         with atomic_write(path) as temporary:

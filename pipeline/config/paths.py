@@ -1,7 +1,7 @@
-"""Where everything lies, as pure functions of the configuration.
+"""Paths of all files, as pure functions of the configuration.
 
-Outputs that DVC knows lie under `outputs/<name>/`; what resumes lies under `<work>/`, in folders named
-by the fingerprint of all that they depend on.
+DVC's outputs are stored in `outputs/<name>/`. What can be resumed is stored in `<work>/`, in folders named by the
+fingerprint of everything that they depend on.
 """
 
 import re
@@ -10,16 +10,14 @@ from pathlib import Path
 from pipeline.config.schema import PURPOSES, Config
 
 FINGERPRINT = re.compile(r"[0-9a-f]{32}")
-"""The name of a store (before `.zarr`), of a training's state and of a data set below `work`."""
+"""Names of stores (without `.zarr`), state folders and data sets in `work`."""
 TEACHER, FINETUNED = "teacher", "finetuned"
 NOT_NEEDED = {"needed": False}
-"""What stands in place of a teacher's metrics, a manifest and a summary where no student listens to a teacher."""
+"""Contents of a teacher's metrics, a manifest and a summary when no student is distilled."""
 RUN_LOCK = "running"
-"""In a training's state folder: the lock of the process that trains it."""
-
-
+"""Lock file in a state folder, held by the process that trains the run."""
 DATA_LOCK = "preparing"
-"""In `work/data`: the lock of the process that prepares data there."""
+"""Lock file in `work/data`, held by the process that prepares data there."""
 
 
 def outputs(config: Config) -> Path:
@@ -27,12 +25,12 @@ def outputs(config: Config) -> Path:
 
 
 def used_params(config: Config) -> Path:
-    """The configuration that the experiment's last command used, overrides included."""
+    """The configuration of the experiment's last command, overrides included."""
     return outputs(config) / "params.yaml"
 
 
 def needed_path(config: Config) -> Path:
-    """Of what says which teachers and stores are needed."""
+    """States which teachers and stores are needed."""
     return outputs(config) / "needed.json"
 
 
@@ -41,12 +39,12 @@ def index_path(config: Config, split: str) -> Path:
 
 
 def teacher_folder(config: Config, purpose: str = "train-student") -> Path:
-    """Of the teacher that answers for a purpose: train-student or finetune."""
+    """The teacher for a purpose: train-student or finetune."""
     return outputs(config) / ("teacher" if purpose == "train-student" else "teacher-finetune")
 
 
 def teacher_logits_folder(config: Config, purpose: str) -> Path:
-    """Of a store's manifest and summary; purpose is train-student or finetune."""
+    """Manifest and summary of the store for a purpose: train-student or finetune."""
     return outputs(config) / ("teacher-logits" if purpose == "train-student" else "teacher-logits-finetune")
 
 
@@ -55,12 +53,12 @@ def student_folder(config: Config, name: str) -> Path:
 
 
 def finetune_folder(config: Config, name: str) -> Path:
-    """Beside the students, on whose folder `evaluate` depends: there may be none of these."""
+    """A fine-tuned student; kept with the students, on whose folder `evaluate` depends, since there may be none."""
     return student_folder(config, f"{name}-{FINETUNED}")
 
 
 def evaluated_models(config: Config) -> dict[str, Path]:
-    """The models that `pipeline evaluate` names, in the order of its tables, each with its weights' folder."""
+    """Models in the order of the tables of `pipeline evaluate`, with the folders of their weights."""
     models = {}
     if any(map(config.needs_teacher, PURPOSES)):
         models[TEACHER] = teacher_folder(config)
@@ -75,17 +73,17 @@ def evaluation_folder(config: Config) -> Path:
 
 
 def local_work(work: str) -> Path:
-    """Where shards and training state lie: `work`, or the folder `work` where that is a URL, for stores alone."""
+    """The folder of shards and training state: `work`, or the local folder `work` if that is a URL."""
     return Path("work" if "://" in work else work)
 
 
 def digests_folder(config: Config) -> Path:
-    """Of the digests of foreign weights, as they were first read."""
+    """Digests of external weight files, recorded when each was first read."""
     return local_work(config.work) / "weights"
 
 
 def store_path(config: Config, fingerprint: str) -> str:
-    """`work` may be a URL."""
+    """Path or URL of a store, as `work` is."""
     return f"{config.work}/stores/{fingerprint}.zarr"
 
 

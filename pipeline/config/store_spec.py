@@ -1,4 +1,4 @@
-"""What a configuration asks of each of its two stores: the one place where this is told."""
+"""The stores that a configuration needs; the only place that derives this."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from pipeline.config.schema import Config, Recipe
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """One store of teacher answers, as a configuration wants it."""
+    """One store of teacher predictions, as a configuration specifies it."""
 
     purpose: str
     """The stage that reads it: train-student or finetune."""
@@ -17,15 +17,17 @@ class StoreSpec:
     views: int
     """Views per image."""
     kind: str
+    """argmax, topk, dense8 or dense."""
     top_k: int
+    """Classes per view, for topk."""
     precision: str
-    """Of the teacher's forward."""
+    """float32 or bfloat16, of the teacher's forward pass."""
     teacher_size: int
     """Height and width of the teacher's input, in pixels."""
     teacher_folder: Path
-    """Holds the published teacher."""
+    """Folder of the teacher's weights and metrics."""
     folder: Path
-    """Holds the store's manifest and summary."""
+    """Folder of the store's manifest and summary."""
 
     @property
     def blocks(self) -> int:
@@ -33,7 +35,7 @@ class StoreSpec:
 
 
 def store_spec(config: Config, purpose: str) -> StoreSpec:
-    """The store that `purpose`, train-student or finetune, reads."""
+    """The store that train-student or finetune reads."""
     finetune = purpose == "finetune"
     return StoreSpec(
         purpose=purpose,

@@ -1,4 +1,4 @@
-"""Strict, frozen settings: validation that names what is wrong, and fingerprints."""
+"""Strict, immutable settings: their validation, with errors that name the key, and fingerprints."""
 
 import difflib
 import hashlib
@@ -9,10 +9,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.common.errors import UsageError
 
-SHOWN = 120  # characters of a value in a message
+MAX_REPR = 120  # characters of a value in a message
 
 
 class Section(BaseModel):
+    """A group of settings: immutable, without type coercion, unknown keys or infinite numbers."""
+
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
@@ -24,7 +26,7 @@ class Section(BaseModel):
 
 
 def fingerprint(value: Any) -> str:
-    """32 hex digits of BLAKE2b over canonical JSON: sorted keys, no spaces, floats by repr."""
+    """128-bit BLAKE2b, in hex, of the canonical JSON of a value: sorted keys, no spaces, floats by repr."""
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json", by_alias=True)
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -32,7 +34,7 @@ def fingerprint(value: Any) -> str:
 
 
 def differences(was: Any, now: Any, key: str = "") -> list[str]:
-    """`key: was, now` for each leaf in which two JSON values differ; a key that is nowhere has null."""
+    """List `key: was, now` for each leaf in which two JSON values differ; a missing key counts as null."""
     if isinstance(was, dict) and isinstance(now, dict):
         keys = sorted(was.keys() | now.keys())
         return [line for k in keys for line in differences(was.get(k), now.get(k), f"{key}.{k}" if key else k)]
@@ -40,10 +42,14 @@ def differences(was: Any, now: Any, key: str = "") -> list[str]:
 
 
 def validate(kind: type[Section], values: Any, source: str = "", section: str = "") -> Any:
-    """`values` as a `kind`, or a UsageError that names the key in full and the nearest valid one."""
+    """Build a section from plain values.
+
+    Raises:
+        UsageError: invalid values; names the full key and, for an unknown one, the most similar valid key.
+    """
     try:
         return kind.model_validate(values)
-    except UsageError as error:  # of a section that is validated on its own, a variant's
+    except UsageError as error:  # raised by a nested validation, of a variant
         raise UsageError(f"{source}: {error}" if source else str(error)) from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -51,12 +57,12 @@ def validate(kind: type[Section], values: Any, source: str = "", section: str = 
     key = ".".join([section] * bool(section) + location)
     where = ": ".join(part for part in (source, key) if part)
     if first["type"] == "extra_forbidden":
-        valid = _keys_beside(kind, location)
-        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.4)
-        meant = f"did you mean {near[0]}? " if near else ""
+        valid = _valid_keys(kind, location)
+        similar = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.4)
+        hint = f"did you mean {similar[0]}? " if similar else ""
         raise UsageError(
             where,
-            expected=f"{meant}valid keys: {', '.join(sorted(valid))}",
+            expected=f"{hint}valid keys: {', '.join(sorted(valid))}",
             found=f"an unknown key, {location[-1]}",
             do="correct the key or remove it",
         )
@@ -72,15 +78,16 @@ def validate(kind: type[Section], values: Any, source: str = "", section: str = 
 
 
 def short_repr(value: Any) -> str:
-    """A value as a message shows it: its beginning, where it is long."""
+    """A value's repr for a message, truncated if it is long."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # Python prints no integer of more than 4,300 digits
+    except (ValueError, RecursionError):  # Python refuses to print integers of more than 4,300 digits
         return "a value too large to print"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= MAX_REPR else f"{text[:MAX_REPR]}..."
 
 
-def _keys_beside(kind: type[BaseModel], location: list[str]) -> list[str]:
+def _valid_keys(kind: type[BaseModel], location: list[str]) -> list[str]:
+    """The keys of the section that contains `location`."""
     for part in location[:-1]:
         by_name = {(field.alias or name): field for name, field in kind.model_fields.items()}
         kind = cast(type[BaseModel], by_name[part].annotation)

@@ -9,7 +9,8 @@ from timm.layers.weight_init import trunc_normal_
 from torch import nn
 
 from pipeline.common.errors import UsageError
-from pipeline.config.schema import Recipe, Student, Teacher, Triple
+from pipeline.config.schema import Recipe, Student, Teacher
+from pipeline.config.types import Triple
 from pipeline.models.linear import convert_linear
 
 

@@ -1,0 +1,102 @@
+"""Checks across sections of the configuration, which no section can make by itself."""
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pipeline.config.types import NAME
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import Config
+
+
+def conflicting_settings(config: "Config") -> Iterator[str]:
+    """Yield a message for each conflict between settings, with the keys' full names."""
+    yield from _views(config)
+    yield from _batches(config)
+    yield from _names(config)
+    yield from _shards(config)
+    yield from _students(config)
+    yield from _teacher_sizes(config)
+    yield from _finetuned_students(config)
+
+
+def _views(config: "Config") -> Iterator[str]:
+    block = config.recipe.block
+    for section in ("teacher_logits", "finetune"):
+        views = getattr(config, section).views
+        if views % block:
+            yield f"{section}.views must be a multiple of recipe.block: {views} views, block {block}"
+
+
+def _batches(config: "Config") -> Iterator[str]:
+    group = config.recipe.group_size
+    runs = {"teacher": config.teacher, "student": config.student, "finetune": config.finetune}
+    runs |= {f"variants.{name}": config.student_named(name) for name in config.variants}
+    if config.teacher_finetune.epochs:
+        runs["teacher_finetune"] = config.teacher_finetune
+    for key, run in runs.items():
+        groups, rest = divmod(run.batch_size, group)
+        if rest:
+            yield f"{key}.batch_size must be a multiple of recipe.group_size: {run.batch_size}, group_size {group}"
+        elif groups % run.accumulation:
+            yield f"{key}.accumulation must divide the {groups} groups of a batch: {run.accumulation}"
+
+
+def _names(config: "Config") -> Iterator[str]:
+    for name in config.variants:
+        if name in ("truth", "teacher") or name.endswith("finetuned") or not re.fullmatch(NAME, name):
+            yield (
+                f"variants.{name}: a name of letters, digits and ._- that does not begin with . or -, does not end in"
+                " `finetuned`, and is neither truth nor teacher"
+            )
+
+
+def _shards(config: "Config") -> Iterator[str]:
+    if config.data.source != "shards":
+        return
+    for split in ("train", "val"):
+        text = getattr(config.data, split)
+        if not _balanced(text):
+            yield f"data.{split}: balanced braces, as in train-{{0000..1023}}.tar, not {text!r}"
+
+
+def _balanced(text: str) -> bool:
+    depth = 0
+    for character in text:
+        depth += (character == "{") - (character == "}")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def _students(config: "Config") -> Iterator[str]:
+    if len(set(config.students)) != len(config.students):
+        yield f"students must be different names: {config.students}"
+    for name in config.students:
+        if config.student_named(name).distillation == "soft" and config.teacher_logits.kind == "argmax":
+            yield f"teacher_logits.kind must be topk, dense8 or dense: student {name} distils softly; found argmax"
+
+
+def _teacher_sizes(config: "Config") -> Iterator[str]:
+    others = {config.finetune.teacher_size, config.teacher.size} - {None, config.finetune.size}
+    if config.teacher_finetune.epochs and others:
+        yield (
+            "finetune.teacher_size and teacher.size must be null when the teacher is fine-tuned at finetune.size:"
+            f" found {others.pop()}, teacher_finetune.epochs {config.teacher_finetune.epochs}"
+        )
+    if config.teacher.size and not config.teacher.weights:
+        yield (
+            "teacher.size must be null without teacher.weights: the teacher is trained here at recipe.size; found"
+            f" {config.teacher.size}"
+        )
+
+
+def _finetuned_students(config: "Config") -> Iterator[str]:
+    if len(set(config.finetune.students)) != len(config.finetune.students):
+        yield f"finetune.from must be different names: {config.finetune.students}"
+    for name in config.finetune.students:
+        if config.students and not config.finetune.weights and name not in config.students:
+            yield f"finetune.from must be of students {config.students}: found {name!r}"
+        else:
+            config.student_named(name)

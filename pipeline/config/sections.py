@@ -1,0 +1,144 @@
+"""Sections of the configuration that train nothing: data, views, stores and evaluation."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.policies import parse_policy
+from pipeline.config.types import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Alpha,
+    Count,
+    Fraction,
+    NonNegative,
+    Pixels,
+    Positive,
+    PositiveFraction,
+    Range,
+    Seed,
+    Triple,
+    Workers,
+)
+from pipeline.config.validation import Section
+
+
+class Data(Section):
+    """Where images come from and how they are divided into shards."""
+
+    source: Literal["digits", "folder", "shards"] = "folder"
+    """`digits` (bundled with scikit-learn), `folder` (one folder per class) or `shards` (existing WebDataset tars)."""
+    train: str = ""
+    """folder: the root of the training class folders. shards: a path or URL; {0000..1023} and * are expanded, ~ is
+    your home folder."""
+    val: str = ""
+    """The same for validation."""
+    seed: int = 0
+    """Determines the order of samples in the shards."""
+    shard_samples: Positive = 1280
+    """Largest number of samples per shard; samples are spread evenly, so shard sizes differ by at most one. A multiple
+    of recipe.group_size, or slightly less, wastes nothing; see `pipeline prepare --dry-run`."""
+    max_bad: Annotated[int, Field(ge=0)] = 0
+    """Number of undecodable images to tolerate before indexing stops; index.json names each of them."""
+    max_pixels: Annotated[int, Field(ge=1, le=2**30)] = 50_000_000
+    """Larger images are refused before they are decoded; decoding takes 10 (JPEG, PNG) to 22 (WebP) bytes per pixel."""
+    exif_orientation: bool = True
+    """Apply the EXIF orientation (folder only); rotated images are stored as PNG. Turn it off to reproduce published
+    results: torchvision and timm ignore the tag."""
+    max_per_class: Positive | None = None
+    """Use only the first N images of each class (folder only), for quick trials."""
+    workers: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Processes that write and index shards; null: one per core."""
+
+
+class Recipe(Section):
+    """Everything that determines views, groups and mixing. Its fingerprint identifies the views."""
+
+    seed: Seed = 0
+    size: Pixels = 224
+    """Height and width of a view in pixels."""
+    scale: Range = (0.08, 1.0)
+    """Area of the random resized crop, as a fraction of the image area."""
+    ratio: Range = (3 / 4, 4 / 3)
+    """Aspect ratio of the crop, drawn log-uniformly."""
+    hflip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """A timm string: rand-... (RandAugment with the increasing set) or original (AutoAugment); null disables it."""
+    color_jitter: Fraction = 0.3
+    """Brightness, contrast and saturation factors from 1 - x to 1 + x; unused with auto_augment, as in timm."""
+    erase_prob: Fraction = 0.25
+    """Probability of random erasing: pixel noise over 2 % to 33 % of the area."""
+    mean: Triple = IMAGENET_MEAN
+    """Mean of the fill colour and of the erasing noise; independent of any model's normalisation."""
+    std: Triple = IMAGENET_STD
+    """Standard deviation of the erasing noise."""
+    mixup_alpha: Alpha = 0.8
+    """Beta parameter of Mixup; 0 disables it."""
+    cutmix_alpha: Alpha = 1.0
+    """Beta parameter of CutMix; 0 disables it."""
+    mix_prob: Fraction = 1.0
+    """Probability that a group is mixed at all."""
+    switch_prob: Fraction = 0.5
+    """Probability of CutMix rather than Mixup when both are enabled."""
+    group_size: Annotated[int, Field(ge=2, le=1024, multiple_of=2)] = 64
+    """Slots per group: samples that are mixed with one another (in DeiT, the batch of one GPU)."""
+    repeats: Positive = 3
+    """Repeated augmentation: consecutive views of an image in one cycle over the data (DeiT: 3; 1 disables it)."""
+    block: Positive = 30
+    """Consecutive views that share groups and one decode: what the teacher computes at a time."""
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError(f"two numbers, 0 < low <= high, not {value}")
+        return value
+
+    @field_validator("auto_augment")
+    @classmethod
+    def _parses(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_policy(value)
+        return value
+
+    @model_validator(mode="after")
+    def _block_holds_repeats(self):
+        if self.block % self.repeats:
+            raise ValueError(f"block must be a multiple of repeats: block {self.block}, repeats {self.repeats}")
+        return self
+
+
+class TeacherLogits(Section):
+    """The stores of teacher predictions."""
+
+    views: Count = 300
+    """V: the store covers views 0..V-1 of every training image; a multiple of recipe.block."""
+    kind: Literal["argmax", "topk", "dense8", "dense"] = "argmax"
+    """argmax (2 bytes per view) is all that hard distillation needs; topk, dense8 (one byte per class) and dense
+    (float16) also allow soft distillation."""
+    top_k: Annotated[int, Field(ge=1, le=65_535)] = 10
+    """Classes stored per view by kind topk."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """float32 is IEEE 754, never TF32; bfloat16 is autocast, except for the classifier, which stays in float32."""
+    batch_groups: Positive = 8
+    """Groups per forward pass of the teacher; 1 makes offline and online training bit-identical on a CPU."""
+    workers: Workers = None
+    channels_last: bool = False
+    compile: bool = False
+
+
+class Evaluate(Section):
+    """How models are evaluated on the validation set."""
+
+    batch_size: Positive = 256
+    crop: PositiveFraction = 0.875
+    """Centre crop: the short side is resized to int(size / crop) (DeiT: 0.875; timm: 0.9)."""
+    crop_finetuned: PositiveFraction = 0.875
+    """The same for fine-tuned students."""
+    sizes: list[Pixels] = []
+    """Additional image sizes at which every model is evaluated, with resized position embeddings. This is not the
+    paper's Table 10, for which a model is fine-tuned at each size."""
+    workers: Workers = None
+    throughput_seconds: NonNegative = 5.0
+    """How long to measure each model's throughput."""

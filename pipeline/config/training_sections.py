@@ -1,0 +1,164 @@
+"""Sections of the configuration that train a model: teacher, student and their fine-tuning."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from pipeline.config.types import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Arguments,
+    Count,
+    CountOrZero,
+    File,
+    Fraction,
+    FractionBelowOne,
+    Model,
+    NonNegative,
+    Pixels,
+    Positive,
+    PositiveFraction,
+    Seed,
+    Triple,
+    Workers,
+)
+from pipeline.config.validation import Section
+
+
+class Training(Section):
+    """Settings of the training loop, shared by teacher, student and fine-tuning."""
+
+    epochs: Count = 300
+    batch_size: Positive = 1024
+    """Global batch size: over all ranks and accumulation steps, counting repeated copies (DeiT issue 95)."""
+    lr: NonNegative = 5e-4
+    """Learning rate for a batch of 512; the rate in use is lr * batch_size / 512."""
+    min_lr: NonNegative | None = 1e-5
+    """Final rate of the cosine schedule, not scaled by the batch size, as in DeiT; null: constant after warm-up."""
+    warmup_lr: NonNegative = 1e-6
+    """FractionBelowOne at the start of the warm-up."""
+    warmup_epochs: CountOrZero = 5
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: Fraction = 0.9
+    """SGD only."""
+    weight_decay: NonNegative = 0.05
+    smoothing: FractionBelowOne = 0.1
+    """Label smoothing of true labels; never of the teacher's."""
+    dropout: FractionBelowOne = 0.0
+    drop_path: FractionBelowOne = 0.1
+    clip_grad: Annotated[float, Field(gt=0)] | None = None
+    """Largest gradient norm; null: no clipping, as in DeiT."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = 0.99996
+    """Decay of the EMA weights, which are evaluated too; results use the raw weights, as in DeiT. null: no EMA."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """float32 is IEEE 754, never TF32; bfloat16 is autocast of the forward pass."""
+    compile: bool = False
+    channels_last: bool = False
+    deterministic: bool = False
+    """Use only deterministic kernels on a GPU: slower, and torch does not have one for every operation."""
+    accumulation: Positive = 1
+    """Gradient accumulation steps per rank. Changes rounding only, except with batch norm, whose statistics are those
+    of one step's slice."""
+    workers: Workers = None
+    """Rendering processes per rank; null: chosen for the machine."""
+    open_shards: Positive = 16
+    """Number of shards whose groups the training order interleaves."""
+    seed: Seed = 0
+    """Determines initial weights, drop-path and the order of training."""
+    eval_epochs: Positive = 10
+    """Validate every N epochs, and after the last."""
+    checkpoint_minutes: NonNegative = 10.0
+    """Save a checkpoint every N minutes; the last two are kept."""
+    checkpoint_steps: Positive | None = None
+    """Also save one every N steps."""
+    stop_above: Annotated[float, Field(gt=1)] | None = 10.0
+    """Stop when the loss exceeds this multiple of the first step's, or of ln(classes) if that is larger."""
+    log_steps: Positive = 50
+    """Steps between two entries in log.jsonl."""
+
+
+class Teacher(Training):
+    """The teacher: pretrained weights, or a model trained here."""
+
+    model: Model = "regnety_160"
+    """Any timm classifier. Without weights it is trained on the shards."""
+    kwargs: Arguments = {}
+    """Passed to timm.create_model."""
+    weights: File | None = None
+    """A timm tag such as regnety_160.deit_in1k, or a local .safetensors / .pth file."""
+    mean: Triple = IMAGENET_MEAN
+    """Normalisation of its input."""
+    std: Triple = IMAGENET_STD
+    crop: PositiveFraction = 0.875
+    """Centre crop for its evaluation."""
+    size: Pixels | None = None
+    """Input size of a pretrained model that accepts no other, such as a ViT: images are resized to it on the device.
+    null: the size of the images."""
+    min_top1: Fraction = 0.5
+    """A teacher with a lower top-1 accuracy on val is refused: a wrong teacher must not label a million images."""
+
+
+class TeacherFinetune(Training):
+    """Adaptation of the teacher to the fine-tuning resolution, as in FixRes: its classifier and last batch norm.
+
+    Disabled unless `epochs` is set. It trains on plain crops of nearly the full image, without mixing.
+    """
+
+    epochs: CountOrZero = 0
+    """0 leaves the teacher unchanged; the example in FixRes's repository uses 56."""
+    batch_size: Positive = 512
+    lr: NonNegative = 1e-3
+    min_lr: NonNegative | None = 0.0
+    warmup_epochs: CountOrZero = 0
+    optimizer: Literal["adamw", "sgd"] = "sgd"
+    weight_decay: NonNegative = 1e-4
+    smoothing: FractionBelowOne = 0.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    area: PositiveFraction = 0.766
+    """Area of the square crop as a fraction of the image: 0.875 squared, about what a centre crop shows."""
+
+
+class Student(Training):
+    """A student; each entry of `variants` overrides some of these keys."""
+
+    model: Model = "deit_tiny_distilled_patch16_224"
+    """A deit_* model of timm; the `_distilled` ones have a distillation token and head."""
+    kwargs: Arguments = {}
+    """Passed to timm.create_model: patch_size, embed_dim, depth, num_heads, ..."""
+    distillation: Literal["none", "soft", "hard"] = "hard"
+    alpha: Fraction = 0.5
+    """Weight of the distillation loss (lambda in the paper, whose soft runs use 0.1)."""
+    tau: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of soft distillation (3 in the paper)."""
+    soft_reduction: Literal["numel", "batchmean"] = "numel"
+    """numel divides by batch x classes as DeiT's code does, batchmean by the batch."""
+
+
+class Finetune(Training):
+    """Fine-tuning of students at a higher resolution; label and teacher train both heads."""
+
+    epochs: Count = 30
+    batch_size: Positive = 512
+    lr: NonNegative = 5e-6
+    min_lr: NonNegative | None = None
+    """null: constant, as DeiT's command is at a batch of 512; its --min-lr 5e-6 does not scale with the batch size."""
+    weight_decay: NonNegative = 1e-8
+    students: list[str] = Field(default=[], alias="from")
+    """The students to fine-tune, one name or a list, each from `students`. Empty: none."""
+    weights: File | None = None
+    """A .safetensors or .pth file to start from instead, for example for transfer to another data set; `from` then
+    only selects the settings. Heads with another number of classes are initialised from scratch."""
+    size: Pixels = 384
+    """Height and width of the views in pixels."""
+    views: Count = 30
+    """V of the second store."""
+    teacher_size: Pixels | None = None
+    """The teacher's input size; images are resized to it on the device. null: teacher.size or recipe.size, at which it
+    was trained; with teacher_finetune.epochs, `size`."""
+    train_mode: bool = True
+    """false: train without dropout and drop-path, as the first version of DeiT's code did."""
+
+    @field_validator("students", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
