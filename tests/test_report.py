@@ -30,9 +30,12 @@ from pipeline.models.build import build_student, build_teacher, parameter_count
 from pipeline.models.evaluation import classifiers, disagreement, multiply_adds, top_k_accuracy
 from pipeline.models.teacher import save_teacher
 from pipeline.models.weights import read_weights, save_weights
-from pipeline.report.facts import shown_samples
-from pipeline.report.html import Result, format_table, write_report
-from pipeline.report.plots import Sample, SeenView, draw_views, plot_curves, plot_disagreement
+from pipeline.report.entries import list_entries
+from pipeline.report.evaluator import Evaluator
+from pipeline.report.examples import Example, ExampleView, draw_examples, training_examples
+from pipeline.report.html import write_report
+from pipeline.report.plots import plot_curves, plot_disagreement
+from pipeline.report.tables import Result, SizeResult, format_sizes, format_table
 from pipeline.shards.index import Index
 from pipeline.training.log import write_curve
 from stages import evaluate, prepare, teacher_logits
@@ -54,9 +57,9 @@ def pixels(path: Path) -> np.ndarray:
         return np.array(image.convert("RGB"))
 
 
-def seen(number: int, kind: str, size: int, probability: float | None) -> SeenView:
+def example_view(number: int, method: str, size: int, probability: float | None) -> ExampleView:
     picture = np.random.default_rng(number).integers(0, 256, (size, size, 3), np.uint8)
-    return SeenView(number, picture, 255 - picture, kind, 0.63, "a $dog$", "a long-named cat", probability)
+    return ExampleView(number, picture, 255 - picture, method, 0.63, "a $dog$", "a long-named cat", probability)
 
 
 # pictures
@@ -91,11 +94,12 @@ def test_heat_map_darkens_with_disagreement(tmp_path, count):
 
 
 @pytest.mark.parametrize(("size", "probability"), [(8, None), (32, 0.87), (300, 1.0)])
-def test_sheet_of_views_keeps_hard_edges_of_small_pictures(tmp_path, size, probability):
-    kinds = ("mixup", "cutmix", "none")
-    views = [seen(number, kind, size, probability) for number, kind in enumerate(kinds)]
+def test_example_views_keep_hard_edges_of_small_pictures(tmp_path, size, probability):
+    methods = ("mixup", "cutmix", "none")
+    views = [example_view(number, method, size, probability) for number, method in enumerate(methods)]
     original = np.zeros((10, 20, 3), np.uint8)
-    draw_views(tmp_path / "views.png", [Sample("a cat", original, views), Sample("$", original, views[:2])])
+    examples = [Example("a cat", original, views), Example("$", original, views[:2])]
+    draw_examples(tmp_path / "views.png", examples)
     picture = pixels(tmp_path / "views.png")
     assert picture.shape[1] > 1000 and picture.shape[0] > 500
     if size == 8:
@@ -125,7 +129,7 @@ def test_report_is_one_file_that_opens_offline(tmp_path):
     page = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "PICTURE", report(tmp_path))
     assert page.count('src="PICTURE"') == 2
     assert "http" not in page and "<script" not in page and "<link" not in page and "url(" not in page
-    assert "$" not in page.replace("$x$", "")
+    assert "{{" not in page and "{%" not in page
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -146,12 +150,23 @@ def test_ties_are_marked_together_and_a_column_of_equals_not_at_all(tmp_path):
     assert re.findall(r"<strong>(.*?)</strong>", report(tmp_path, twins)) == ["80.00", "80.00"]
 
 
-def test_plain_table_has_a_line_a_classifier_and_aligned_columns():
+def test_plain_table_has_a_line_per_classifier_and_aligned_columns():
     lines = format_table(RESULTS).splitlines()
     assert [line.split()[0] for line in lines] == ["model", "teacher", "token", "mean"]
     top1 = ("top-1 %", "82.00", "73.90", "74.50")
     assert len({line.index(text) + len(text) for line, text in zip(lines, top1, strict=True)}) == 1
     assert lines[1].endswith("83.6   15.9       335") and lines[3].endswith("74.50    97.00")
+
+
+def test_table_of_sizes_shows_the_joint_classifier():
+    heads = (("class", 0.5), ("mean", 0.75))
+    rows = [SizeResult("token", 16, size, name, share, 1.0) for size in (16, 32) for name, share in heads]
+    lines = format_sizes([SizeResult("teacher", 8, 16, "class", 1.0, 1.0), *rows]).splitlines()
+    assert lines == [
+        "top-1 % at       16 px  32 px",
+        "teacher (8 px)  100.00",
+        "token (16 px)    75.00  75.00",
+    ]
 
 
 # numbers
@@ -320,15 +335,15 @@ def test_a_model_tuned_onto_another_data_set_is_evaluated_without_teacher_or_sto
     assert "teacher:" not in page and "elsewhere.safetensors at 24 px" in page
 
 
-def test_shown_samples_are_what_the_store_answers_for(mini):
+def test_examples_come_with_the_predictions_of_the_store(mini):
     config, _ = mini
     index = Index(index_path(config, "train"))
-    samples = shown_samples(config, index, evaluate.open_store(config, index))
-    assert len(samples) == 3  # 12 images in 2 shards of 6: groups of 3
-    assert all([view.number for view in sample.views] == [0, 1] for sample in samples)
-    for view in (view for sample in samples for view in sample.views):
-        assert view.answer in ("cat", "dog") and 0.5 <= view.probability <= 1
-        assert (view.kind == "none") == bool((view.picture == view.mixed).all()) or view.lam > 0.99
+    examples = training_examples(config, index, *evaluate.open_store(config, index))
+    assert len(examples) == 3  # 12 images in 2 shards of 6: groups of 3
+    assert all([view.number for view in example.views] == [0, 1] for example in examples)
+    for view in (view for example in examples for view in example.views):
+        assert view.prediction in ("cat", "dog") and 0.5 <= view.probability <= 1
+        assert (view.method == "none") == bool((view.picture == view.mixed).all()) or view.lam > 0.99
 
 
 def test_a_model_that_was_not_trained_is_named_with_its_command(mini, capsys):
@@ -346,7 +361,7 @@ def test_a_student_cannot_take_the_name_of_another_row():
         resolve({"variants": {"hard": {}, "teacher": {}}}, (), "test")
 
 
-def test_a_missing_store_is_told(mini, tmp_path):
+def test_a_missing_store_is_an_error(mini, tmp_path):
     config, _ = mini
     index = Index(index_path(config, "train"))
     with pytest.raises(PipelineError, match="pipeline teacher-logits"):
@@ -361,13 +376,13 @@ DAMAGE = {"empty": b"", "bytes": b"\xff", "other": b"epoch,loss\n1,x\n", "gone":
     [("teacher-logits/summary.json", damage) for damage in DAMAGE.values()]
     + [("teacher/curve.csv", damage) for damage in DAMAGE.values() if damage is not None],
 )
-def test_what_the_report_tells_is_refused_before_anything_is_evaluated_if_it_is_damaged(mini, monkeypatch, name, damage):
+def test_damaged_summary_or_curve_is_refused_before_anything_is_evaluated(mini, monkeypatch, name, damage):
     config, device = mini
     path = outputs(config) / name
     if name.endswith("curve.csv"):
         write_curve(path)
     kept = path.read_bytes()
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("it computes"))
+    monkeypatch.setattr(Evaluator, "results", lambda *_: pytest.fail("it computes"))
     try:
         path.unlink() if damage is None else path.write_bytes(damage)
         with pytest.raises(PipelineError, match=str(path)):
@@ -389,16 +404,16 @@ def test_weights_from_anywhere_are_evaluated_and_nothing_is_written(mini, tmp_pa
     # heads that were trained are told apart by the file, not by the configuration
     plain = config.model_copy(update={"student": config.student.model_copy(update={"distillation": "none"})})
     evaluate.run_weights(plain, device, str(file), None, 16)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert sorted(Path(".").rglob("*")) == before
-    entry = next(entry for entry in evaluate.list_entries(config) if entry.name == "token")
-    val = Index(index_path(config, "val"))
-    rows, _ = evaluate.evaluate(config, entry, val, torch.from_numpy(val.labels()), device)
-    told = {line.split()[-6]: float(line.split()[-5]) for line in said.splitlines() if " class " in line}
-    told |= {line.split()[0]: float(line.split()[1]) for line in said.splitlines() if line.startswith(" ")}
+    entry = next(entry for entry in list_entries(config) if entry.name == "token")
+    evaluator = Evaluator(config, Index(index_path(config, "val")), device)
+    rows, _ = evaluator.results(entry, evaluator.load(entry))
+    printed = {line.split()[-6]: float(line.split()[-5]) for line in output.splitlines() if " class " in line}
+    printed |= {line.split()[0]: float(line.split()[1]) for line in output.splitlines() if line.startswith(" ")}
     assert {row.classifier for row in rows} == {"class", "distillation", "mean", "softmax"}
     for row in rows:
-        assert told[row.classifier] == pytest.approx(100 * row.top1, abs=0.01)
+        assert printed[row.classifier] == pytest.approx(100 * row.top1, abs=0.01)
 
 
 def test_weights_of_another_model_than_the_named_one_are_refused(mini, tmp_path):
@@ -410,7 +425,7 @@ def test_weights_of_another_model_than_the_named_one_are_refused(mini, tmp_path)
         evaluate.run_weights(config, device, source, "deit_smal_distilled_patch16_224", 16)
 
 
-def test_weights_of_another_run_than_the_metrics_beside_them_are_refused(mini):
+def test_weights_of_another_run_than_the_metrics_next_to_them_are_refused(mini):
     config = mini[0] if isinstance(mini, tuple) else mini
     folder, model = student_folder(config, "plain"), build_student(config.student_named("plain"), config.recipe, 2, 16)
     before = (folder / "weights.safetensors").read_bytes()

@@ -2,11 +2,17 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from pipeline.config.paths import index_path
 from pipeline.config.schema import Config
-from pipeline.report.contact_sheet import draw_sheet, find_sample, group_cells, op_cells, sample_cells
+from pipeline.report.contact_sheet import (
+    MIN_SIDE,
+    find_sample,
+    group_section,
+    op_section,
+    random_sample,
+    sample_section,
+)
+from pipeline.report.grid import draw_grid
 from pipeline.shards.index import Index
 
 
@@ -21,26 +27,19 @@ def run(
     zoom: float,
     output: Path,
 ) -> None:
-    """Draw one sample's sheet to `output`, a PNG.
+    """Draw one sample's sheet to `output`, a PNG; `zoom` is screen pixels per pixel.
 
     Raises:
         PipelineError: there is no index yet.
         UsageError: there is no sample with that key.
     """
-    index = Index(index_path(config, split))
-    if key is None:
-        place = int(np.random.default_rng(seed).integers(len(index)))
-        shard = int(np.searchsorted(index.starts, place, side="right")) - 1
-        position = place - int(index.starts[shard])
-    else:
-        shard, position = find_sample(index, key)
-    name = index.rows(shard)["key"][position].decode()
-    title = f"{name} in {index.names[shard]}, recipe of {config.recipe.size} px"
+    index, recipe = Index(index_path(config, split)), config.recipe
+    shard, position = random_sample(index, seed) if key is None else find_sample(index, key)
     if ops:
-        parts = [(f"{title}: every op", op_cells(index, config.recipe, shard, position))]
+        sections = [op_section(index, recipe, shard, position)]
     else:
-        parts = [(title, sample_cells(index, config.recipe, shard, position, list(views)))]
+        sections = [sample_section(index, recipe, shard, position, views)]
         if members:
-            parts.append(group_cells(index, config.recipe, shard, position, views[0], members))
-    draw_sheet(output, parts, zoom)
-    print(f"{output}: {title}")
+            sections.append(group_section(index, recipe, shard, position, views[0], members))
+    draw_grid(output, sections, max(recipe.size * zoom / 100, MIN_SIDE))
+    print(f"{output}: {sections[0].title}")

@@ -1,4 +1,4 @@
-"""What the paper reports: accuracy of each head and of the joint classifier, agreement, cost."""
+"""Figures that the paper reports: accuracy of each head and of the joint classifier, disagreement, cost."""
 
 import time
 from itertools import product
@@ -26,9 +26,9 @@ def predict(
     device: torch.device,
     precision: str = "float32",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class and distillation head logits of every sample, float32 (samples, classes) on the CPU.
+    """Logits of the class head and of the distillation head for every sample, float32 (samples, classes) on the CPU.
 
-    Under torchrun each rank computes its share, and all of them get the whole.
+    Under torchrun each rank computes its share, and all ranks get all logits.
     """
     rank, training = Rank.init_process_group(device), model.training
     model.to(device).eval()
@@ -39,46 +39,48 @@ def predict(
             heads = model(pictures.to(device, non_blocking=True).float())
         parts.append([logits.float().cpu() for logits in heads])
     model.train(training)
-    own, taught = (rank.all_gather(torch.cat(part), len(index), device) for part in zip(*parts, strict=True))
-    return own, taught
+    class_logits, distillation_logits = (
+        rank.all_gather(torch.cat(part), len(index), device) for part in zip(*parts, strict=True)
+    )
+    return class_logits, distillation_logits
 
 
 def classifiers(heads: tuple[torch.Tensor, torch.Tensor], distilled: bool) -> dict[str, torch.Tensor]:
-    """Scores (N, classes) of every way to decide.
+    """Scores (N, classes) of every classifier that a model's heads make up.
 
-    `class` and `distillation` head; `mean` of logits (DeiT's code) and `softmax` sum (DeiT's paper,
+    They are the `class` and the `distillation` head; `mean` of logits (DeiT's code) and `softmax` sum (DeiT's paper,
     section 4). A model with one head has `class` only.
     """
-    own, taught = heads
+    first, second = heads
     if not distilled:
-        return {"class": own}
+        return {"class": first}
     return {
-        "class": own,
-        "distillation": taught,
-        "mean": (own + taught) / 2,
-        "softmax": softmax(own, 1) + softmax(taught, 1),
+        "class": first,
+        "distillation": second,
+        "mean": (first + second) / 2,
+        "softmax": softmax(first, 1) + softmax(second, 1),
     }
 
 
 def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int) -> float:
-    """Share in 0..1 of samples whose label is among the k best scores."""
+    """Share in 0..1 of samples whose label is among the k highest scores."""
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return (best == labels[:, None]).any(1).double().mean().item()
 
 
-def disagreement(decisions: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Share of samples that two deciders class differently (paper, Table 4); symmetric, 0 diagonal."""
-    table: dict[str, dict[str, float]] = {name: {} for name in decisions}
-    for (a, first), (b, second) in product(decisions.items(), repeat=2):
+def disagreement(predictions: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Share of samples that two classifiers classify differently (paper, Table 4); symmetric, with a zero diagonal."""
+    table: dict[str, dict[str, float]] = {name: {} for name in predictions}
+    for (a, first), (b, second) in product(predictions.items(), repeat=2):
         table[a][b] = float(np.mean(first != second))
     return table
 
 
 def multiply_adds(model: NormalizedModel, size: int) -> int:
-    """MACs of one picture's forward, attention included (timm's convention: 1 MAC = 2 FLOPs)."""
+    """MACs of one image's forward pass, including attention (timm's convention: 1 MAC = 2 FLOPs)."""
     device = next(model.parameters()).device
     model.eval()
-    # as plain matrix products: of the fused attentions torch's counter knows some only (torch 2.11: none of a CPU's)
+    # plain matrix products: torch's counter knows only some fused attention kernels (in torch 2.11 none on a CPU)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(torch.zeros(1, 3, size, size, device=device))
     return counter.get_total_flops() // 2
@@ -86,7 +88,7 @@ def multiply_adds(model: NormalizedModel, size: int) -> int:
 
 @torch.no_grad()
 def throughput(model: NormalizedModel, size: int, batch: int, seconds: float, precision: str = "float32") -> float:
-    """Pictures a second of the forward on the model's device: the median of runs over `seconds`."""
+    """Images per second of the forward pass on the model's device: the median of runs over `seconds`."""
     device = next(model.parameters()).device
     pictures = torch.zeros(batch, 3, size, size, device=device)
     model.eval()

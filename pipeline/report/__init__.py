@@ -1,4 +1,4 @@
-"""Results for people: tables, plots, contact sheets, report.html.
+"""Results for people: which models are compared, tables, plots, contact sheets, report.html.
 
-Reads results; computes none that training depends on.
+Reads weights, stores and curves; nothing that training, a store or a fingerprint depends on is computed here.
 """

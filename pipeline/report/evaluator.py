@@ -1,0 +1,59 @@
+"""Evaluate the compared models: rows of the result tables, and predicted classes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.common.distributed import Rank
+from pipeline.config.paths import TEACHER
+from pipeline.config.schema import Config
+from pipeline.models.build import NormalizedModel, parameter_count
+from pipeline.models.evaluation import classifiers, multiply_adds, predict, throughput, top_k_accuracy
+from pipeline.report.entries import Entry, load_model
+from pipeline.report.tables import Result, SizeResult
+from pipeline.shards.index import Index
+
+
+@dataclass
+class Evaluator:
+    """Evaluates models on the validation set; under torchrun each rank takes its share of the images."""
+
+    config: Config
+    val: Index
+    device: torch.device
+
+    def __post_init__(self):
+        self.labels = torch.from_numpy(self.val.labels())
+
+    def load(self, entry: Entry, size: int | None = None) -> NormalizedModel:
+        return load_model(self.config, entry, len(self.val.classes), self.device, size)
+
+    def results(self, entry: Entry, model: NormalizedModel) -> tuple[list[Result], dict[str, np.ndarray]]:
+        """A row per classifier, and the classes that each predicts, int64 (samples,)."""
+        settings, size = self.config.evaluate, entry.size
+        scores = self._scores(entry, model, size)
+        macs, speed = multiply_adds(model, size), 0.0
+        if Rank.init_process_group(self.device).rank == 0:
+            speed = throughput(model, size, settings.batch_size, settings.throughput_seconds, entry.precision)
+        cost, detail = (parameter_count(model.model), macs, speed), f"{entry.model}, {size} px"
+        rows = [Result(entry.name, detail, name, *self._accuracy(each), *cost) for name, each in scores.items()]
+        return rows, {name: each.argmax(1).numpy() for name, each in scores.items()}
+
+    def size_results(self, entry: Entry) -> list[SizeResult]:
+        """A row per size in `evaluate.sizes` and classifier; position embeddings are resized."""
+        if entry.name == TEACHER and self.config.teacher.size:
+            return []  # it resizes its input to its own size
+        return [
+            SizeResult(entry.name, entry.size, size, name, *self._accuracy(scores))
+            for size in self.config.evaluate.sizes
+            for name, scores in self._scores(entry, self.load(entry, size), size).items()
+        ]
+
+    def _scores(self, entry: Entry, model: NormalizedModel, size: int) -> dict[str, torch.Tensor]:
+        batch, workers = self.config.evaluate.batch_size, self.config.evaluate.workers
+        heads = predict(model, self.val, size, entry.crop, batch, workers, self.device, entry.precision)
+        return classifiers(heads, model.distilled and entry.distilled)
+
+    def _accuracy(self, scores: torch.Tensor) -> tuple[float, float]:
+        return top_k_accuracy(scores, self.labels, 1), top_k_accuracy(scores, self.labels, 5)
