@@ -1,8 +1,8 @@
 """How far each kind of store is from the teacher's own float32 logits, on a trained teacher.
 
-KL(teacher || stored) and total variation at tau 1 and 3, mean over the views of the first groups of the
-training set, mixed as a student sees them; and what the precision of the teacher's forward does. Run it in the
-folder of an experiment whose teacher is there.
+KL(teacher || stored) and total variation at tau 1 and 3, mean over the views of the first groups of the training set,
+mixed as a student sees them; and what the precision of the teacher's forward changes. Run it in the folder of an
+experiment that has its teacher.
 
     python bench/fidelity.py [--config params.yaml] [--groups 40] [--top-k 1,3,5]
 """
@@ -10,6 +10,7 @@ folder of an experiment whose teacher is there.
 import click
 import torch
 from machine import conditions
+from results import head, row
 
 from pipeline.batches.batch import Renderer, mixed
 from pipeline.batches.plan import Item
@@ -22,8 +23,6 @@ from pipeline.store.encoding import decode_logits, encode, row_bytes
 from pipeline.views.draw import group_count
 
 TAUS = (1.0, 3.0)
-
-
 HEAD_TOO = "bfloat16, its head too"
 
 
@@ -32,20 +31,19 @@ def teachers_logits(config: Config, groups: int) -> tuple[dict[str, torch.Tensor
     index, recipe = Index(index_path(config, "train")), config.recipe
     teacher = load_teacher(config, len(index.classes), torch.device("cpu"))
     size = config.teacher_size("train-student")
-    asked = {
-        name: TeacherForward(teacher, TeacherLogits(precision=name, batch_groups=1), size) for name in ("float32", "bfloat16")
-    }
+    settings = [TeacherLogits(precision=name, batch_groups=1) for name in ("float32", "bfloat16")]
+    forwards = {chosen.precision: TeacherForward(teacher, chosen, size) for chosen in settings}
     items = [
         Item(shard, group, 0)
         for shard in range(len(index.names))
         for group in range(group_count(int(index.samples[shard]), recipe.group_size))
     ]
-    renderer, found = Renderer(index, recipe), {name: [] for name in (*asked, HEAD_TOO)}
+    renderer, found = Renderer(index, recipe), {name: [] for name in (*forwards, HEAD_TOO)}
     for item in items[:groups]:
-        rendered = renderer.render([item])
-        pictures, members = mixed(rendered), len(rendered.members[0])
-        for name, way in asked.items():
-            found[name].append(way.logits(pictures, recipe.group_size)[:members])
+        batch = renderer.render([item])
+        pictures, members = mixed(batch), len(batch.members[0])
+        for name, forward in forwards.items():
+            found[name].append(forward.logits(pictures, recipe.group_size)[:members])
         teacher.float32_head = False
         pictures = resize_pictures(pictures, size)
         found[HEAD_TOO].append(teacher_logits(teacher, pictures, recipe.group_size, 1, True)[:members])
@@ -54,7 +52,7 @@ def teachers_logits(config: Config, groups: int) -> tuple[dict[str, torch.Tensor
 
 
 def stored(logits: torch.Tensor, kind: str, top_k: int) -> torch.Tensor:
-    """As a store gives them back."""
+    """The logits as a store returns them."""
     encoded = encode(kind, logits, top_k)[1]
     assert encoded is not None, f"{kind} keeps no logits"
     return decode_logits(kind, encoded, logits.shape[1])
@@ -62,7 +60,7 @@ def stored(logits: torch.Tensor, kind: str, top_k: int) -> torch.Tensor:
 
 def distances(logits: torch.Tensor, others: torch.Tensor, tau: float) -> tuple[float, float]:
     """Mean KL(logits || others) and total variation at a temperature."""
-    true, found = ((of.double() / tau).log_softmax(1) for of in (logits, others))
+    true, found = ((values.double() / tau).log_softmax(1) for values in (logits, others))
     divergence = (true.exp() * (true - found)).sum(1).mean()
     return float(divergence), float(0.5 * (true.exp() - found.exp()).abs().sum(1).mean())
 
@@ -77,21 +75,18 @@ def main(path: str, groups: int, top_k: str):
     logits = by_precision["float32"]
     print(conditions())
     confidence = logits.softmax(1).amax(1).mean()
-    print(f"* {config.teacher.model} on {config.name}: {len(logits):,} views, mean confidence {confidence:.2f}")
-    print("\n| kind | bytes a view | KL, tau 1 | TV, tau 1 | KL, tau 3 | TV, tau 3 |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    kinds = [("dense", 1), ("dense8", 1), *(("topk", int(k)) for k in top_k.split(","))]
-    for kind, k in kinds:
-        name = f"top {k}" if kind == "topk" else kind
+    print(f"* {config.teacher.model} on {config.name}: {len(logits):,} views, mean confidence {confidence:.2f}\n")
+    head("kind", "bytes per view", "KL, tau 1", "TV, tau 1", "KL, tau 3", "TV, tau 3")
+    for kind, k in [("dense", 1), ("dense8", 1), *(("topk", int(k)) for k in top_k.split(","))]:
         numbers = [f"{value:.1e}" for tau in TAUS for value in distances(logits, stored(logits, kind, k), tau)]
-        print(f"| {name} | {row_bytes(kind, classes, k)} | {' | '.join(numbers)} |")
-    print("\n| teacher computed in, stored as dense | KL, tau 1 | KL, tau 3 | other argmax, % | two largest equal, % |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+        row(f"top {k}" if kind == "topk" else kind, f"{row_bytes(kind, classes, k)}", *numbers)
+    print()
+    head("teacher computed in, stored as dense", "KL, tau 1", "KL, tau 3", "argmax that differ, %", "ties for argmax, %")
     for name, others in by_precision.items():
         numbers = [f"{distances(logits, stored(others, 'dense', 1), tau)[0]:.1e}" for tau in TAUS]
         best = others.topk(2).values
         shares = [(logits.argmax(1) != others.argmax(1)), best[:, 0] == best[:, 1]]
-        print(f"| {name} | {' | '.join(numbers + [f'{100 * share.double().mean():.3g}' for share in shares])} |")
+        row(name, *numbers, *(f"{100 * share.double().mean():.3g}" for share in shares))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
 """A training step with the store, with the teacher in the loop, and without distillation, on a CPU.
 
-DeiT-Ti and DeiT-S (distilled, hard, 1,000 classes) beside RegNetY-16GF at 224 px in float32, a group of 8
-a step. The step is Trainer.train_step, fed with groups that were rendered before: drop-path, AdamW and the
-EMA of the weights are in it, rendering is not. The ways take turns and change places; ratios are taken
-within a round, and so is the bound: 1 + the teacher's forward / the step without distillation, each alone.
-The FLOP bound is 1 + T / (3 S), T and S being multiply-adds of a forward. One way more is the step with the
-store whose linear layers are torch's own again: what pipeline/models/linear.py gains.
+DeiT-Ti and DeiT-S (distilled, hard, 1,000 classes) with RegNetY-16GF at 224 px in float32, 8 views per step. The step
+is Trainer.train_step, fed with groups that were rendered before: drop-path, AdamW and the EMA of the weights are in
+it, rendering is not. The ways take turns in changing order; ratios are taken within a round, and so is the bound:
+1 + the teacher's forward / the step without distillation, each alone. The FLOP bound is 1 + T / (3 S), with T and S
+the multiply-adds of a forward. One more way is the step with the store and torch's own linear layers: what
+pipeline/models/linear.py gains.
 
-What the store adds is told twice. The step with it less the step without distillation is small beside the
-noise, and holds the loss of the second head too. `read_predictions` is reading and comparing alone: in a loop,
-and in place, inside the steps with the store. The store keeps one chunk at hand and so reads more often
-than training does. Files come from the page cache.
+`read_predictions`: what reading and comparing take inside the steps with the store. The store caches one chunk and so
+reads more often than training does. Files come from the page cache.
 
     python bench/online.py [--rounds 10] [--students tiny,small]
 """
@@ -22,23 +20,10 @@ from pathlib import Path
 
 import click
 import torch
-from experiment import (
-    TINY_STUDENT,
-    TINY_TEACHER,
-    Clocked,
-    Material,
-    Stepping,
-    flop_bound,
-    in_turns,
-    make_index,
-    make_material,
-    make_trainer,
-    photographs,
-    print_goals,
-    ratios,
-    reading,
-)
-from machine import conditions, spread
+from experiment import TINY_STUDENT, TINY_TEACHER, Material, make_index, make_material, photographs
+from machine import conditions
+from results import head, print_goals, ratios, row, spread
+from steps import Clocked, Stepping, flop_bound, in_turns, make_trainer, ways
 from torch import nn
 
 from pipeline.batches.batch import mixed
@@ -46,48 +31,40 @@ from pipeline.config.schema import Recipe, Student, Teacher, TeacherLogits
 from pipeline.models.build import NormalizedModel, build_student, build_teacher
 from pipeline.models.linear import OneDNNLinear
 from pipeline.models.teacher import TeacherForward
-from pipeline.training.run import NoTeacher
-from pipeline.training.teachers import OnlineTeacher, StoredTeacher
+from pipeline.training.teachers import StoredTeacher
 
 CPU = torch.device("cpu")
 GROUP, STEPS = 8, 12
-ASKED = TeacherLogits(precision="float32", batch_groups=1)
 AT_LEAST = {"tiny": 3.8, "small": 2.0}  # times, online / stored
 
 
-def measure(material: Material, settings: Student, teacher: NormalizedModel, rounds: int) -> dict[str, list[float]]:
-    """Seconds by round of each way, of the teacher's forward, and of read_predictions alone and in place."""
-    clocked = Clocked(StoredTeacher(material.store, "argmax"))
-    undistilled = settings.model_copy(update={"distillation": "none"})
-    ways = {
-        "without": (undistilled, NoTeacher()),
-        "stored": (settings, clocked),
-        "plain linear": (settings, StoredTeacher(material.store, "argmax")),
-        "online": (settings, OnlineTeacher(TeacherForward(teacher, ASKED))),
-    }
+def measure(material: Material, settings: Student, model: NormalizedModel, rounds: int) -> dict[str, list[float]]:
+    """Seconds by round of each way and of the teacher's forward, and of read_predictions in each step."""
+    teacher = TeacherForward(model, TeacherLogits(precision="float32", batch_groups=1))
+    chosen = ways(material, settings, teacher)
+    chosen["plain linear"] = settings, StoredTeacher(material.store, "argmax")
     works = {}
-    for way, (student, answering) in ways.items():
+    for way, (student, answering) in chosen.items():
         trainer = make_trainer(material, student, answering, CPU)
         works[way] = Stepping(trainer, itertools.cycle(material.steps))
         if way == "plain linear":
             for part in trainer.run.model.modules():
-                if type(part) is OneDNNLinear:
-                    part.__class__ = nn.Linear
+                if isinstance(part, OneDNNLinear):
+                    part.forward = lambda x, part=part: nn.Linear.forward(part, x)
     pictures = mixed(material.steps[0])
-    works["forward"] = lambda: TeacherForward(teacher, ASKED).logits(pictures, GROUP)
+    works["forward"] = lambda: teacher.logits(pictures, GROUP)
     in_turns(works, 1, 0, CPU)  # warms up: AdamW makes its state
+    clocked = chosen["stored"][1]
+    assert isinstance(clocked, Clocked)
     clocked.seconds.clear()
-    found = in_turns(works, rounds, 0, CPU)
-    return found | {"in place": clocked.seconds, "alone": [reading(material) for _ in range(rounds)]}
+    return in_turns(works, rounds, 0, CPU) | {"reading": clocked.seconds}
 
 
 def figures(found: dict[str, list[float]], flops: float) -> dict[str, str]:
     """The table's rows: name to a cell."""
-    without, stored, online, forward = (found[name] for name in ("without", "stored", "online", "forward"))
-    bound, reached = [1 + ratio for ratio in ratios(forward, without)], ratios(online, stored)
-    added = [100 * (ratio - 1) for ratio in ratios(stored, without)]
+    bound = [1 + ratio for ratio in ratios(found["forward"], found["without"])]
+    reached = ratios(found["online"], found["stored"])
     ms = {name: spread([1e3 * value for value in values]) for name, values in found.items()}
-    us = {name: spread([1e6 * value for value in found[name]]) for name in ("alone", "in place")}
     return {
         "step without distillation, ms": ms["without"],
         "step with the store, ms": ms["stored"],
@@ -97,24 +74,16 @@ def figures(found: dict[str, list[float]], flops: float) -> dict[str, str]:
         "online / stored": spread(reached),
         "bound: 1 + forward / without": spread(bound),
         "online / stored, of that bound": spread(ratios(reached, bound)),
-        "torch's own linear layers / ours": spread(ratios(found["plain linear"], stored)),
+        "torch's own linear layers / ours": spread(ratios(found["plain linear"], found["stored"])),
         "FLOP bound: 1 + T / (3 S)": f"{flops:.4g}",
-        "stored less without, % of without (the second head's loss and noise are in it)": spread(added),
-        "`read_predictions` alone, us a step": us["alone"],
-        "`read_predictions` in place, us a step": us["in place"],
-        "the mean of these, % of the step without": f"{added_by_store(found):.3g}",
+        "`read_predictions`, us per step": spread([1e6 * value for value in found["reading"]]),
+        "`read_predictions`, mean, % of the step without": f"{reading_share(found):.3g}",
     }
 
 
-def added_by_store(found: dict[str, list[float]]) -> float:
-    """Per cent of the step that read_predictions takes in place, on average."""
-    return 100 * statistics.mean(found["in place"]) / statistics.median(found["without"])
-
-
-def print_table(columns: dict[str, dict[str, str]]) -> None:
-    print(f"\n| | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}")
-    for row in next(iter(columns.values())):
-        print(f"| {row} | {' | '.join(column[row] for column in columns.values())} |")
+def reading_share(found: dict[str, list[float]]) -> float:
+    """The mean time of read_predictions in percent of the step without distillation."""
+    return 100 * statistics.mean(found["reading"]) / statistics.median(found["without"])
 
 
 @click.command(help=__doc__)
@@ -131,23 +100,23 @@ def main(rounds: int, students: str, teacher_name: str, size: int, tiny: bool):
     recipe = Recipe(size=size, group_size=GROUP)
     teacher = build_teacher(Teacher(model=teacher_name), 1000).eval()
     print(conditions())
-    print(f"* {torch.get_num_threads()} threads; {teacher_name}, {size} px, {GROUP} views a step, {rounds} rounds")
+    print(f"* {torch.get_num_threads()} threads; {teacher_name}, {size} px, {GROUP} views per step, {rounds} rounds\n")
     columns, goals = {}, []
     with tempfile.TemporaryDirectory() as root:
         index = make_index(Path(root) / "shards", images, [24, 24] if tiny else [1256, 1256], 1000)
         material = make_material(Path(root), index, recipe, 1, STEPS, 0, False)
         for name in students.split(","):
-            settings = Student(
-                model=f"deit_{name}_distilled_patch16_224", kwargs=kwargs, batch_size=GROUP, precision="float32"
-            )
+            model = f"deit_{name}_distilled_patch16_224"
+            settings = Student(model=model, kwargs=kwargs, batch_size=GROUP, precision="float32")
             found = measure(material, settings, teacher, rounds)
-            student = build_student(settings, recipe, 1000, size)
-            columns[name] = figures(found, flop_bound(teacher, student, size)[0])
+            columns[name] = figures(found, flop_bound(teacher, build_student(settings, recipe, 1000, size), size)[0])
             if name in AT_LEAST:
                 reached = statistics.median(ratios(found["online"], found["stored"]))
                 goals.append((f"{name}: online / stored", "at least", AT_LEAST[name], reached))
-            goals.append((f"{name}: `read_predictions`, % of the step", "at most", 1.0, added_by_store(found)))
-    print_table(columns)
+            goals.append((f"{name}: `read_predictions`, % of the step", "at most", 1.0, reading_share(found)))
+    head("", *columns)
+    for title in next(iter(columns.values())):
+        row(title, *(column[title] for column in columns.values()))
     print_goals(goals)
 
 
