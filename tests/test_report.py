@@ -346,6 +346,16 @@ def test_examples_come_with_the_predictions_of_the_store(mini):
         assert (view.method == "none") == bool((view.picture == view.mixed).all()) or view.lam > 0.99
 
 
+def test_examples_from_a_store_of_classes_alone_show_no_probability(mini):
+    config, _ = mini
+    index = Index(index_path(config, "train"))
+    store, manifest = evaluate.open_store(config, index)
+    full, classes = (training_examples(config, index, store, manifest | {"kind": kind}) for kind in ("topk", "argmax"))
+    predictions = [[view.prediction for example in each for view in example.views] for each in (full, classes)]
+    assert predictions[0] == predictions[1]
+    assert all(view.probability is None for example in classes for view in example.views)
+
+
 def test_a_model_that_was_not_trained_is_named_with_its_command(mini, capsys):
     config, device = mini
     variants = config.variants | {"late": {"distillation": "none"}}

@@ -106,8 +106,8 @@ def compared_predictions(
 ) -> dict[str, np.ndarray]:
     """Select the rows of the paper's Table 4.
 
-    These are the labels, the teacher, a student trained without distillation, each classifier of the student that is
-    fine-tuned or else of the first distilled one, and the joint classifier of each fine-tuned student.
+    These are the labels, the teacher, a student trained without distillation, both heads and their mean for the student that
+    is fine-tuned or else for the first distilled one, and the joint classifier of each fine-tuned student.
 
     Args:
         predictions: for each model, the predicted classes of each of its classifiers.
@@ -115,9 +115,9 @@ def compared_predictions(
     selected = {TRUTH: labels}
     if TEACHER in predictions:
         selected[TEACHER] = predictions[TEACHER]["class"]
-    distilled = {name: config.student_named(name).distillation != "none" for name in config.students}
-    plain = [name for name in distilled if not distilled[name]]
-    source = [*config.finetune.students, *(name for name in distilled if distilled[name]), *plain, ""][0]
+    distilled = [name for name in config.students if config.student_named(name).distillation != "none"]
+    plain = [name for name in config.students if name not in distilled]
+    source = [*config.finetune.students, *distilled, *plain, ""][0]
     if plain and plain[0] != source:
         selected[f"{plain[0]} class"] = predictions[plain[0]]["class"]
     for name in ("class", "distillation", "mean"):
