@@ -367,7 +367,7 @@ def test_a_model_that_was_not_trained_is_named_with_its_command(mini, capsys):
 
 
 def test_a_student_cannot_take_the_name_of_another_row():
-    with pytest.raises(UsageError, match="other than truth and teacher"):
+    with pytest.raises(UsageError, match="neither truth nor teacher"):
         resolve({"variants": {"hard": {}, "teacher": {}}}, (), "test")
 
 
