@@ -117,5 +117,5 @@ def filled_store(path: Path, index: Index, recipe: Recipe, steps: list[Batch]) -
             if item.shard == unit.shard:
                 checks[item.view, item.group] = check
         store.write_unit(unit, {"argmax": argmax}, checks)
-    store.keep = 1
+    store.cache_size = 1
     return store

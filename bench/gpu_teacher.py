@@ -13,7 +13,7 @@ from steps import synchronize, timed
 from pipeline.batches.batch import Batch
 from pipeline.batches.loader import unit_loader
 from pipeline.batches.plan import Unit
-from pipeline.config.schema import Config, Finetune
+from pipeline.models.teacher import TeacherForward
 from pipeline.store import labelling
 from pipeline.store.reader import StoreIdentity
 from pipeline.store.writer import StoreWriter
@@ -33,8 +33,7 @@ def label(
 ) -> float:  # fmt: skip
     """Seconds of UnitWorker.compute from the arrival of its first batch on; `loader` replaces unit_loader."""
     settings = lab.teacher_logits.model_copy(update={"kind": kind, "workers": workers})
-    config = Config(recipe=lab.recipe, teacher_logits=settings, finetune=Finetune(views=BLOCK))
-    started = []
+    started, teacher = [], TeacherForward(lab.teacher, settings, lab.recipe.size)
 
     def noting(*arguments: Any, **named: Any) -> Iterable[Batch]:
         for number, batch in enumerate(loader(*arguments, **named), 1):
@@ -45,7 +44,7 @@ def label(
     real, labelling.unit_loader = labelling.unit_loader, noting
     try:
         commit = commit or store.write_unit
-        labelling.UnitWorker(config, store, lab.teacher, lab.recipe.size, lab.device, commit).compute([unit])
+        labelling.UnitWorker(settings, store, teacher, lab.device, commit).compute([unit])
     finally:
         labelling.unit_loader = real
     synchronize(lab.device)

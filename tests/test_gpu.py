@@ -24,9 +24,11 @@ from pipeline.common.signals import Interrupted
 from pipeline.config.params import dump, load
 from pipeline.config.paths import index_path, store_path, teacher_logits_folder
 from pipeline.config.schema import Config
+from pipeline.config.store_spec import store_spec
 from pipeline.models.build import build_student
-from pipeline.models.teacher import load_teacher
+from pipeline.models.teacher import TeacherForward, load_teacher
 from pipeline.shards.index import Index
+from pipeline.store.labelling import UnitWorker, recompute
 from pipeline.store.manifest import read_manifest
 from pipeline.store.reader import Store
 from pipeline.training.log import read_log
@@ -220,17 +222,16 @@ def test_a_step_waits_for_nothing(own, gpu, name):
 
 def test_asking_the_teacher_waits_for_nothing(own, gpu):
     config, committed = loaded(), []
-    worker = teacher_logits.UnitWorker(
-        config, stored(config), load_teacher(config, 3, gpu), 16, gpu, lambda *unit: committed.append(unit)
-    )
+    forward = TeacherForward(load_teacher(config, 3, gpu), config.teacher_logits, 16)
+    worker = UnitWorker(config.teacher_logits, stored(config), forward, gpu, lambda *unit: committed.append(unit))
     worker.compute([Unit(0, 0)])  # the first makes cuDNN choose
-    ask = worker.ask
+    forward = worker.forward
 
     def asked(batches: list[Batch]) -> tuple[list[Batch], DeviceToHostCopy]:
         with nobody_waits():
-            return ask(batches)
+            return forward(batches)
 
-    worker.ask = asked
+    worker.forward = asked
     worker.compute([Unit(0, 1)])
     assert [unit for unit, *_ in committed] == [Unit(0, 0), Unit(0, 1)]
 
@@ -275,9 +276,9 @@ def test_offline_is_online_in_float32(own, gpu, name, tolerance):
     torch.testing.assert_close(*found, rtol=tolerance, atol=tolerance)
 
 
-def test_a_unit_computed_again_has_the_same_answers(own, gpu):
+def test_a_unit_computed_again_has_the_same_predictions(own, gpu):
     config = loaded()
-    found = teacher_logits.recompute_unit(config, "train-student", stored(config), Unit(0, 0), "dense", gpu)
+    [(_, found)] = recompute(config, store_spec(config, "train-student"), stored(config), [Unit(0, 0)], gpu)
     assert (found.flips, found.checks, found.largest) == (0, 0, 0)
 
 

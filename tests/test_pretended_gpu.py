@@ -175,7 +175,7 @@ def test_a_batch_is_copied_on_a_stream_of_its_own_and_computing_waits_for_it(in_
     ("kind", "precision"),
     [("argmax", "float32"), *((kind, "bfloat16") for kind in ("argmax", "topk", "dense8", "dense"))],
 )
-def test_asking_about_units_waits_for_answers_alone(in_tmp, small_set, diary, monkeypatch, kind, precision):
+def test_labelling_units_waits_for_predictions_alone(in_tmp, small_set, diary, monkeypatch, kind, precision):
     config, index = small_set
     settings = TeacherLogits(
         views=8, kind=kind, top_k=2, precision=precision, batch_groups=2, workers=0, channels_last=True
@@ -186,26 +186,26 @@ def test_asking_about_units_waits_for_answers_alone(in_tmp, small_set, diary, mo
         batches = list(unit_loader(units, index, config.recipe, 0, False))
     monkeypatch.setattr(labelling, "unit_loader", lambda *_: (pin_memory(batch) for batch in batches))
     store, asked, kept = SimpleNamespace(recipe=config.recipe, index=index), [], []
-    worker = labelling.UnitWorker(config, store, teacher_on_device(), 16, GPU, None)
-    ask = worker.ask
+    worker = labelling.UnitWorker(settings, store, TeacherForward(teacher_on_device(), settings, 16), GPU, None)
+    forward = worker.forward
 
     def noting(given: list[Batch]):
         diary.notes.clear()
-        answers = ask(given)
+        predictions = forward(given)
         assert_nothing_waits(diary)
         asked.append(len(given))
-        return answers
+        return predictions
 
-    def keep(given: list[Batch], answers: DeviceToHostCopy) -> int:
+    def collect(given: list[Batch], predictions: DeviceToHostCopy) -> int:
         diary.notes.clear()
-        found = answers.get()
+        found = predictions.get()
         assert diary.notes == [("host waits", "event, asleep")]
         assert [len(x) for x in found] == [4 * len(given)] * (2 if kind == "argmax" else 3)
         kept.append((len(given), len(asked)))
         return 0
 
-    worker.ask, worker.keep = noting, keep
+    worker.forward, worker.collect = noting, collect
     worker.compute(units)
     assert sum(asked) == len(batches) and [count for count, _ in kept] == asked
-    # the answers to a forward are waited for when the next one was asked for
+    # the predictions of a forward pass are waited for once the next one is queued
     assert [after for _, after in kept] == [*range(2, len(asked) + 1), len(asked)]

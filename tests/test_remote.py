@@ -40,13 +40,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.batches.loader import _start_worker, evaluation_loader
 from pipeline.batches.plan import Unit
-from pipeline.cli import store as store_stage
+from pipeline.cli.find_store import find_store
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.lease import LEASE_SECONDS, lease
 from pipeline.config.paths import index_path, student_folder, teacher_folder, teacher_logits_folder
+from pipeline.config.schema import Config
+from pipeline.config.store_spec import store_spec
 from pipeline.models.weights import read_weights, state_dict_hash
 from pipeline.shards.index import Index
 from pipeline.shards.indexing import index_shard
+from pipeline.store import maintenance
+from pipeline.store.maintenance import remove_damaged
 from pipeline.store.manifest import build_manifest, damaged_units, read_manifest, store_bytes
 from stages import prepare, teacher_logits, train_student
 
@@ -689,24 +693,34 @@ def test_student_of_shards_and_store_at_s3_has_the_weights_of_a_local_one(name, 
     assert state_dict_hash(local) == state_dict_hash(remote)
 
 
-def test_store_verify_says_that_a_store_at_s3_is_whole(dumped, capsys):
-    store_stage.verify(loaded(*dumped), "train-student", None, 1, CPU)
-    assert "whole" in capsys.readouterr().out
+def verify(config: Config, recomputed: int = 0) -> None:
+    spec = store_spec(config, "train-student")
+    maintenance.verify(config, spec, find_store(config, spec), spec.folder / "manifest.json", recomputed, CPU)
+
+
+def repair(config: Config) -> None:
+    spec = store_spec(config, "train-student")
+    maintenance.repair(find_store(config, spec), spec)
+
+
+def test_store_verify_says_that_a_store_at_s3_is_valid(dumped, capsys):
+    verify(loaded(*dumped), 1)
+    assert "valid" in capsys.readouterr().out
 
 
 def test_store_verify_finds_what_was_damaged_at_s3_and_repair_drops_it(dumped, bucket, capsys):
     key = next(key for key in bucket.keys("work/") if key.endswith("/dense/c/1/2/0"))
     bucket.flip(key)
     config = loaded(*dumped)
-    refusal(store_stage.verify, config, "train-student", None, 0, CPU)
-    store_stage.repair(config, "train-student", None)
-    assert capsys.readouterr().out.count("dropped 000002.tar block 1") == 1
+    refusal(verify, config)
+    repair(config)
+    assert capsys.readouterr().out.count("removed a damaged unit") == 1
     assert [key for key in bucket.keys("work/") if key.endswith("/argmax/c/1/2")] == []
 
 
 def test_store_verify_finds_a_shard_that_was_damaged_at_s3(dumped, bucket):
     bucket.flip("train/000001.tar")
-    refusal(store_stage.verify, loaded(*dumped), "train-student", None, 0, CPU)
+    refusal(verify, loaded(*dumped))
 
 
 # leases
@@ -865,14 +879,14 @@ def test_unit_that_s3_is_too_busy_to_give_is_not_removed_as_damaged(name, stored
     store.check_unit(Unit(0, 0), "dense")
     before = bucket.keys()
     with server.busy(f"/{name}/c/1/1"), contextlib.suppress(PipelineError):
-        teacher_logits.remove_damaged(store, "dense", store.units(VIEWS))
+        remove_damaged(store, "dense", store.units(VIEWS))
     assert bucket.keys() == before
 
 
 def test_unit_that_s3_is_too_busy_to_give_is_not_dropped_by_repair(dumped, bucket, server):
     before = bucket.keys("work/")
     with server.busy("/dense/c/1/2"), contextlib.suppress(PipelineError):
-        store_stage.repair(loaded(*dumped), "train-student", None)
+        repair(loaded(*dumped))
     assert bucket.keys("work/") == before
 
 
@@ -881,7 +895,7 @@ def test_no_unit_of_an_array_that_s3_is_too_busy_to_describe_is_removed(name, st
     store = opened(stored("dense"))  # which describes an array to itself when it first reads it
     before = bucket.keys()
     with server.busy(f"/{name}/zarr.json"), contextlib.suppress(PipelineError):
-        teacher_logits.remove_damaged(store, "dense", store.units(VIEWS))
+        remove_damaged(store, "dense", store.units(VIEWS))
     assert bucket.keys() == before
 
 

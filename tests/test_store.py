@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,13 @@ from hypothesis.extra import numpy as hnp
 from pipeline.batches.plan import Unit, all_units
 from pipeline.common.errors import PipelineError, Unreadable, UsageError
 from pipeline.common.lease import lease, part_lease_path
-from pipeline.config.schema import Recipe
+from pipeline.config.schema import Config, Recipe
+from pipeline.config.store_spec import store_spec
 from pipeline.store import encoding as kinds
 from pipeline.store import layout as store_files
 from pipeline.store import writer as store_writer
 from pipeline.store.encoding import DTYPES, KINDS, payload_width, to_numpy
+from pipeline.store.estimate import equal_shards, estimate
 from pipeline.store.manifest import build_manifest, damaged_units, read_manifest, store_bytes, write_manifest
 from pipeline.store.reader import Store, StoreIdentity
 from pipeline.store.writer import StoreWriter, sweep_store
@@ -697,6 +700,29 @@ def test_sweep_leaves_what_another_machine_may_be_writing(copy):
 def test_bytes_of_a_store_are_those_on_disk(filled):
     path = filled("dense")
     assert store_bytes(str(path)) == sum(len(data) for data in tree(path).values())
+
+
+@every_kind
+@pytest.mark.parametrize("samples", [SAMPLES, (6, 0, 3)], ids=["all", "one without samples"])
+def test_an_estimate_has_the_bytes_and_files_of_the_chunks(kind, samples, tmp_path):
+    store, rng = create(tmp_path / "s.zarr", kind, index=Rows(samples)), np.random.default_rng(0)
+    for unit in store.units(VIEWS):
+        count = samples[unit.shard]
+        buffers = {"argmax": np.zeros((BLOCK, count), np.uint16)}
+        if kind != "argmax":
+            buffers[kind] = rng.integers(0, 99, (BLOCK, count, payload_width(kind, CLASSES, TOP_K))).astype(DTYPES[kind])
+        store.write_unit(unit, buffers, np.zeros((BLOCK, group_count(count, 4)), np.uint64))
+    spec = store_spec(Config(), "train-student")
+    spec = replace(spec, recipe=RECIPE, views=VIEWS, kind=kind, top_k=TOP_K)
+    found, files = estimate(spec, samples, CLASSES), chunks(tmp_path / "s.zarr")
+    assert (found.files, found.bytes) == (len(files), sum(file.stat().st_size for file in files))
+    assert found.rows == sum(samples)
+
+
+@given(st.integers(1, 9999), st.integers(1, 300))
+def test_equal_shards_hold_every_image_and_differ_by_one_at_most(images, capacity):
+    shards = equal_shards(images, capacity)
+    assert sum(shards) == images and max(shards) <= capacity and max(shards) - min(shards) <= 1
 
 
 # the manifest

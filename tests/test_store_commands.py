@@ -1,4 +1,4 @@
-"""`pipeline store` and `pipeline prune`: what they find, mend, tell and leave alone."""
+"""`pipeline store` and `pipeline prune`: what they find, repair, print and leave alone."""
 
 import json
 import os
@@ -14,15 +14,19 @@ from conftest import tree
 from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (fixtures)
 
 from pipeline.cli import prune
-from pipeline.cli import store as stage
+from pipeline.cli.find_store import find_store
 from pipeline.cli.main import main
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.lease import lease, part_lease_path
 from pipeline.common.lock import kernel_lock
 from pipeline.config.params import dump
 from pipeline.config.paths import DATA_LOCK, RUN_LOCK, index_path, state_folder, student_folder
+from pipeline.config.schema import Config
+from pipeline.config.store_spec import store_spec
 from pipeline.models.teacher import TeacherForward
 from pipeline.shards.index import Index
+from pipeline.store import maintenance
+from pipeline.store.manifest import publish
 from pipeline.store.reader import Store
 from pipeline.store.writer import StoreWriter
 from stages import teacher_logits, train_student
@@ -59,20 +63,25 @@ def delete(path: Path, _: random.Random) -> None:
 # verify
 
 
-def test_a_whole_store_is_verified(taught):  # noqa: F811
+def test_a_complete_store_is_verified(taught):  # noqa: F811
     assert "every checksum as recorded" in call("store", "verify")
 
 
 def test_units_computed_again_are_the_same(taught):  # noqa: F811
     said = call("store", "verify", "--teacher", "2", "--device", "cpu")
-    assert said.count(" 0 of ") == 2 and said.count("answers differ, 0 checks, logits differ by 0 at most") == 2
+    assert said.count(" 0 of ") == 2 and said.count("predictions differ, 0 checks, logits by at most 0") == 2
 
 
-def test_another_teacher_s_answers_are_found(taught, monkeypatch):  # noqa: F811
+def test_another_teacher_s_predictions_are_found(taught, monkeypatch):  # noqa: F811
     right = TeacherForward.logits
     monkeypatch.setattr(TeacherForward, "logits", lambda *arguments: -right(*arguments))
     said = call("store", "verify", "--teacher", "1", "--device", "cpu", code=1)
     assert "another teacher?" in said
+
+
+def verify(config: Config) -> None:
+    spec = store_spec(config, WANTED)
+    maintenance.verify(config, spec, find_store(config, spec), spec.folder / "manifest.json", 0, CPU)
 
 
 FILES = ("store", "shard", "table", "index", "val", "manifest")
@@ -100,7 +109,7 @@ def damaged_and_verified(kind: str, damage, count: int, chance: random.Random) -
         damage(path, chance)
         try:
             if not path.exists() or path.read_bytes() != whole:
-                stage.verify(loaded(), WANTED, None, 0, CPU)
+                verify(loaded())
                 unfound.append(f"{damage.__name__} of {path}")
         except PipelineError:
             pass
@@ -170,7 +179,7 @@ def test_publishing_leaves_the_files_of_who_adds_views(taught):  # noqa: F811
     partial.write_bytes(b"half")
     store = Store.open(str(the_store()), Index(index_path(taught, "train")), taught.recipe)
     with lease(part_lease_path(str(the_store()), 0, 4), "a test"):
-        teacher_logits.publish(taught, WANTED, store, 8)
+        publish(store_spec(taught, WANTED), store)
     assert partial.exists()
 
 
@@ -185,7 +194,7 @@ def test_a_store_is_published_only_when_all_of_it_is_read_back_as_written(taught
     flip(chunk, random.Random(1))
     store = Store.open(str(the_store()), Index(index_path(taught, "train")), taught.recipe)
     with pytest.raises(PipelineError, match="1 units are damaged"):
-        teacher_logits.publish(taught, WANTED, store, 8)
+        publish(store_spec(taught, WANTED), store)
     assert not manifest.exists()
     teacher_logits.run(taught, CPU)
     assert manifest.exists() and tree(the_store()) == whole
@@ -215,19 +224,19 @@ def test_a_complete_store_needs_no_lock(taught, monkeypatch):  # noqa: F811
 
 def test_fewer_classes_than_top_k_are_told_and_stored(taught):  # noqa: F811
     arguments = ("teacher-logits", "--device", "cpu", "--set", "teacher_logits.kind=topk")
-    assert "top_k 10: there are 3 classes, and all are kept" in call(*arguments, "--dry-run")
+    assert "top_k 10: there are 3 classes, and all are stored" in call(*arguments, "--dry-run")
     assert "store complete" in call(*arguments)
 
 
 # repair
 
 
-def test_repair_drops_what_is_damaged_and_teacher_logits_mends_it(taught):  # noqa: F811
+def test_repair_drops_what_is_damaged_and_teacher_logits_computes_it_again(taught):  # noqa: F811
     whole = tree(the_store())
     chunk = next(path for path in sorted(the_store().glob("dense/c/*/*/*")) if path.is_file())
     flip(chunk, random.Random(1))
     said = call("store", "repair")
-    assert "dropped" in said and "1 units are missing" in said
+    assert "removed a damaged unit" in said and "1 units are missing" in said
     teacher_logits.run(loaded(), CPU)
     assert tree(the_store()) == whole
 
@@ -290,7 +299,7 @@ def test_no_store_says_what_to_run(taught):  # noqa: F811
 def test_estimate_counts_the_bytes_of_a_view(taught):  # noqa: F811
     said = call("store", "estimate")
     # the argmax, and three classes in float16
-    assert "20 images x 8 views as dense" in said and " 8 a view" in said
+    assert "20 images x 8 views as dense" in said and ": 8 bytes per view" in said
 
 
 def test_estimate_of_imagenet_needs_no_data(taught):  # noqa: F811

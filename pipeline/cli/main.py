@@ -17,7 +17,7 @@ from pipeline.cli.options import (
     config_options,
     stage_options,
 )  # fmt: skip
-from pipeline.cli.store_commands import prune, store
+from pipeline.cli.store import prune, store
 from pipeline.common.errors import UsageError
 
 if TYPE_CHECKING:

@@ -40,7 +40,9 @@ def load_resized_weights(model: NormalizedModel, state: dict[str, torch.Tensor],
     load_weights(model.model, state, source)
 
 
-def replace_mismatched_heads(model: NormalizedModel, state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+def replace_mismatched_heads(
+    model: NormalizedModel, state: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Weights for another number of classes: heads of another shape are the model's own, freshly drawn.
 
     Returns the state, and the names of the heads that begin anew.

@@ -119,9 +119,7 @@ def save_teacher(path: Path, section: Teacher, teacher: NormalizedModel) -> None
     save_weights(path, teacher.model, teacher_architecture(section))
 
 
-def load_teacher(
-    config: Config, classes: int, device: torch.device, purpose: str = "train-student"
-) -> NormalizedModel:
+def load_teacher(config: Config, classes: int, device: torch.device, purpose: str = "train-student") -> NormalizedModel:
     """The published teacher that answers for a purpose, in eval mode on the device.
 
     Raises:

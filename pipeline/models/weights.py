@@ -154,8 +154,10 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     for key in ("model", "state_dict"):
         state = state.get(key, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not state or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items())
     ):
         raise ValueError("not a mapping of names to tensors")
     parallel = all(name.startswith("module.") for name in state)

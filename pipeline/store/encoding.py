@@ -1,13 +1,13 @@
-"""What a teacher said about a group: encoding for the store, and back to log-probabilities.
+"""Encoding of the teacher's logits for the store, and decoding.
 
-Kinds, with the numbers that a row of a kind's own array holds:
+The kinds, and what a row of a kind's own array holds (its payload):
 
-* `argmax`: uint16, all that hard distillation needs;
-* `topk`: uint16 of 2k + 2: k classes, k float16 logits' bits, the float32 log-sum-exp of the others;
-* `dense8`: uint8 of classes + 8: each logit between the row's least and greatest, and these two as float32;
-* `dense`: float16, every class.
+* `argmax`: nothing further; enough for hard distillation;
+* `topk`: 2k + 2 uint16: k classes, the bits of their float16 logits, and of the float32 log-sum-exp of the others;
+* `dense8`: classes + 8 uint8: each logit in 256 steps between the row's minimum and maximum, and these two as float32;
+* `dense`: a float16 logit per class.
 
-The argmax comes from the unrounded logits and is stored with every kind.
+The argmax, uint16, is that of the unrounded logits and is stored with every kind.
 """
 
 import math
@@ -16,25 +16,26 @@ import numpy as np
 import torch
 
 KINDS = ("argmax", "topk", "dense", "dense8")
-SHARDED = ("dense", "dense8")  # read a few views at a time; the others a block at once
+SHARDED = ("dense", "dense8")  # read a few views at a time; the other kinds a block at a time
 DTYPES = {"argmax": np.uint16, "topk": np.uint16, "dense": np.float16, "dense8": np.uint8}
-FILL = 65535  # no class has this number, and no answer these bits
+FILL = 65535  # the number of no class
 
 
 def payload_width(kind: str, classes: int, top_k: int) -> int:
-    """Numbers a row of a kind's own array; 0 for argmax, which needs none. Of fewer classes than top_k all are kept."""
+    """Numbers per row of a kind's own array, 0 for argmax; with fewer classes than top_k all of them are stored."""
     return {"argmax": 0, "topk": 2 * min(top_k, classes) + 2, "dense": classes, "dense8": classes + 8}[kind]
 
 
 def row_bytes(kind: str, classes: int, top_k: int) -> int:
-    """Bytes of a row in one view: its argmax, and what its kind keeps beside."""
+    """Bytes per row and view: the argmax and the payload."""
     return 2 + payload_width(kind, classes, top_k) * np.dtype(DTYPES[kind]).itemsize
 
 
 def encode(kind: str, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Float32 logits (rows, classes) as (argmax (rows,), payload (rows, payload_width) or None), on their device.
+    """Encode logits, float32 (rows, classes), as argmax (rows,) and payload (rows, payload_width) or None.
 
-    uint16 numbers are int16 with the same bits, as few of torch's operations know uint16: see `to_numpy`.
+    On the device of the logits. uint16 numbers are int16 with the same bits, since few of torch's operations support
+    uint16: see `to_numpy`.
     """
     argmax = _uint16(logits.argmax(1))
     if kind == "argmax":
@@ -50,12 +51,12 @@ def encode(kind: str, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, t
 
 
 def to_numpy(kind: str, encoded: torch.Tensor) -> np.ndarray:
-    """What `encode` gave, on the CPU, with the store's type of the kind's own array."""
+    """A result of `encode`, moved to the CPU, as an array of the type that the store holds for `kind`."""
     return encoded.numpy().view(DTYPES[kind])
 
 
 def _uint16(numbers: torch.Tensor) -> torch.Tensor:
-    """Integers in 0..65535 as int16 of the same bits."""
+    """Integers in 0..65535 as int16 with the same bits."""
     return (numbers - 65536 * (numbers > 32767)).to(torch.int16)
 
 
@@ -67,16 +68,16 @@ def _levels(logits: torch.Tensor) -> torch.Tensor:
 
 
 def decode_logits(kind: str, payload: torch.Tensor, classes: int) -> torch.Tensor:
-    """A payload (rows, width) as float32 logits (rows, classes) on its device, up to what the kind rounds away.
+    """Decode a payload (rows, payload_width) into logits, float32 (rows, classes), on its device.
 
-    Classes outside the top k share their log-sum-exp evenly, so the tail's mass is exact at tau 1
-    and evenly spread at any other. The same bits on every device.
+    Classes outside the top k get equal logits with the stored log-sum-exp, so the mass of the tail is exact at tau 1.
+    The result has the same bits on every device.
     """
     if kind == "dense":
         return payload.float()
     if kind == "dense8":
         least, greatest = _as_floats(payload[:, classes:]).split(1, dim=1)
-        # by a tensor: a GPU would multiply by the reciprocal of a plain number, which rounds otherwise
+        # a GPU would replace division by a Python number with multiplication by its reciprocal, which rounds differently
         step = (greatest - least) / torch.full_like(least, 255)
         return least + payload[:, :classes] * step
     top_k, packed = (payload.shape[1] - 2) // 2, payload.view(torch.int16)
@@ -87,5 +88,5 @@ def decode_logits(kind: str, payload: torch.Tensor, classes: int) -> torch.Tenso
 
 
 def _as_floats(numbers: torch.Tensor) -> torch.Tensor:
-    """The bytes of rows as float32; copied, since a row may begin anywhere in memory."""
+    """Reinterpret the bytes of rows as float32; copies, since a row may not be aligned."""
     return numbers.clone(memory_format=torch.contiguous_format).view(torch.float32)

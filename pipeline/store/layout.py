@@ -1,18 +1,21 @@
-"""How the zarr store of the teacher's answers is laid out: its arrays, their chunks, and which are there.
+"""The layout of a store: its arrays and chunks, which units it holds, and its metadata.
 
-Rows are laid out shard by shard with equal capacity, in tar order. Arrays: `argmax` (view, row),
-a kind's own (view, row, ...), and `check` (view, shard, slot): 64 bits a group (see
-recipe.group_check), then a checksum of what each kind holds of that view of that shard.
+The rows of a shard follow one another in tar order, and every shard takes up `capacity` rows. Arrays: `argmax`
+(view, row); a kind's own (view, row, ...); and `check` (view, shard, slot): 64 bits per group (batch.group_check),
+then for each kind a checksum of what it holds for that view of that shard.
 
-A unit's argmax is written last, so what exists is complete (pipeline.store.writer). `argmax`, `check` and
-`topk` have one chunk a unit; the dense kinds are zarr shards of one unit, with inner chunks of the views
-that one visit wants (recipe.repeats).
+A unit's argmax is written last, so a unit that has one is complete (pipeline.store.writer). `argmax`, `check` and
+`topk` have one chunk per unit. For the dense kinds a unit is a zarr shard whose inner chunks hold the views that
+training reads together (recipe.repeats).
 """
 
 import contextlib
 import importlib.metadata
 import json
-from typing import Any, Literal, cast
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Self, cast
 
 import fsspec
 import numpy as np
@@ -32,17 +35,64 @@ from pipeline.views.draw import group_count
 FORMAT = 2
 NO_CHECK = 2**64 - 1
 VERSIONS = ("numpy", "opencv-python-headless", "pillow", "timm", "torch", "torchvision", "zarr")
-"""Of what draws, renders and answers: a store names those that wrote it."""
+"""Libraries that views, predictions and the store's bytes may depend on."""
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What the shapes of a store's arrays follow from."""
+
+    recipe: Recipe
+    shards: int
+    capacity: int
+    """Rows per shard."""
+    groups: int
+    """Groups per shard, at most."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, samples: Iterable[int]) -> Self:
+        """The dimensions for shards with these numbers of samples."""
+        counts = [int(count) for count in samples]
+        return cls(recipe, len(counts), max(counts), max(group_count(count, recipe.group_size) for count in counts))
+
+    def array(self, name: str, views: int, width: int) -> dict[str, Any]:
+        """Arguments of zarr.create_array: shape, chunks, codecs, dimension names."""
+        block, rows, slots = self.recipe.block, self.shards * self.capacity, self.groups + len(KINDS)
+        # zarr's default codecs do not detect flipped bits
+        settings: dict[str, Any] = {"compressors": [Crc32cCodec()], "dtype": np.uint64, "fill_value": NO_CHECK}
+        if name == "check":
+            shape, chunks, names = (views, self.shards, slots), (block, 1, slots), ["view", "shard", "slot"]
+        elif name == "argmax":
+            shape, chunks, names = (views, rows), (block, self.capacity), ["view", "row"]
+        else:
+            shape, chunks = (views, rows, width), (block, self.capacity, width)
+            names = ["view", "row", "packed" if name == "topk" else "class"]
+        if name != "check":
+            fill = np.nan if name == "dense" else 255 if name == "dense8" else FILL
+            settings |= {"dtype": DTYPES[name], "fill_value": fill}
+        if name in SHARDED:
+            settings["shards"], chunks = chunks, (self.recipe.repeats, *chunks[1:])
+        return settings | {"shape": shape, "chunks": chunks, "dimension_names": names}
+
+    def file_bytes(self, name: str, width: int) -> int:
+        """Bytes of the file that holds a unit of an array."""
+        settings = self.array(name, self.recipe.block, width)
+        chunk = math.prod(settings["chunks"]) * np.dtype(settings["dtype"]).itemsize + 4  # with its CRC-32C
+        if name not in SHARDED:
+            return chunk
+        count = self.recipe.block // self.recipe.repeats
+        return count * (chunk + 16) + 4  # an index of 2 x uint64 per inner chunk, with its CRC-32C, ends a zarr shard
 
 
 class StoreLayout:
-    """Where everything of an open store lies; pipeline.store.reader.Store reads it."""
+    """The arrays, files and metadata of an open store; pipeline.store.reader.Store reads the chunks."""
 
     def __init__(self, path: str, group: zarr.Group, index: Index, recipe: Recipe):
         self.path, self.group, self.index, self.recipe = path, group, index, recipe
         self.attributes = cast(dict[str, Any], group.attrs.asdict())
-        self.capacity, self.classes = int(self.attributes["capacity"]), int(self.attributes["classes"])
-        self.slots = max(group_count(int(samples), recipe.group_size) for samples in index.samples)
+        self.dimensions = Dimensions.of(recipe, index.samples)
+        self.capacity, self.groups = self.dimensions.capacity, self.dimensions.groups
+        self.classes = int(self.attributes["classes"])
         self._filesystem, self._root = fsspec.core.url_to_fs(path)
         self._local = is_local(self._filesystem)
 
@@ -50,8 +100,9 @@ class StoreLayout:
     def fingerprint(self) -> str:
         return self.attributes["fingerprint"]
 
-    def _refuse_other(self, described: dict[str, Any]) -> None:
-        for key, value in {"format": FORMAT, **described}.items():
+    def _check_attributes(self, expected: dict[str, Any]) -> None:
+        """Raises UsageError where attributes differ from the expected ones, PipelineError where they are invalid."""
+        for key, value in {"format": FORMAT, **expected}.items():
             found = self.attributes.get(key)
             if found != value:
                 raise UsageError(
@@ -60,77 +111,54 @@ class StoreLayout:
                     found="\n            ".join([json.dumps(found), *self._differences(key, value)]),
                     do="it belongs to another experiment: name the right store, or none",
                 )
-
-    def _refuse_unsound(self) -> None:
-        """Raises PipelineError where the store's figures are not those of its own index."""
-        capacity = int(self.index.samples.max())
-        if self.capacity != capacity or not 0 < self.classes < FILL:
-            found = ValueError(f"capacity {self.capacity}, classes {self.classes}")
-            raise _not_described(self.path, found)
+        capacity = int(self.attributes["capacity"])
+        if capacity != self.capacity or not 0 < self.classes < FILL:
+            error = ValueError(f"capacity {capacity}, classes {self.classes}")
+            raise _damaged_metadata(self.path, error)
 
     def _differences(self, key: str, value: Any) -> list[str]:
-        """What differs, in words: `setting: the store's, the one that is asked for`."""
+        """How an attribute differs, in words: `setting: the store's, the expected one`."""
         attributes = self.attributes
         if key == "recipe":
-            told = differences(attributes["recipe_settings"], self.recipe.model_dump(mode="json"), "recipe")
-            return told or ["the settings are the same: it is of another version of the views"]
+            found = differences(attributes["recipe_settings"], self.recipe.model_dump(mode="json"), "recipe")
+            return found or ["the settings are the same, but not the version of the views"]
         if key == "index":
             both = (attributes["shards"], self.index.shards)
             was, now = ({shard["name"]: shard["samples"] for shard in shards} for shards in both)
-            told = differences(was, now, "samples in shard")
-            return told[:5] or ["as many samples in shards of the same names: images or labels are others"]
+            found = differences(was, now, "samples in shard")
+            return found[:5] or ["shards have the same names and numbers of samples, but other images or labels"]
         return differences(attributes.get(key), value, key)
 
     def arrays(self) -> list[str]:
-        """`argmax`, `check` and the kinds that the store holds."""
+        """The arrays that exist: `argmax`, `check` and further kinds."""
         names = ("check", *KINDS)
         try:
             return sorted(name for name in names if self._filesystem.exists(f"{self._root}/{name}/zarr.json"))
         except Exception as error:  # servers' clients raise nearly anything
             raise self._unreadable("", error) from error
 
-    def _settings(self, name: str, views: int, width: int) -> dict[str, Any]:
-        """What an array is made with: shape, chunks, codecs, names of dimensions."""
-        block, shards, slots = self.recipe.block, len(self.index.names), self.slots + len(KINDS)
-        rows = shards * self.capacity
-        # zarr's default codecs let bit flips through
-        settings: dict[str, Any] = {"compressors": [Crc32cCodec()], "dtype": np.uint64, "fill_value": NO_CHECK}
-        if name == "check":
-            shape, chunks, dimensions = (views, shards, slots), (block, 1, slots), ["view", "shard", "slot"]
-        elif name == "argmax":
-            shape, chunks, dimensions = (views, rows), (block, self.capacity), ["view", "row"]
-        else:
-            shape, chunks = (views, rows, width), (block, self.capacity, width)
-            dimensions = ["view", "row", "packed" if name == "topk" else "class"]
-        if name != "check":
-            fill = np.nan if name == "dense" else 255 if name == "dense8" else FILL
-            settings |= {"dtype": DTYPES[name], "fill_value": fill}
-        if name in SHARDED:
-            settings["shards"], chunks = chunks, (self.recipe.repeats, *chunks[1:])
-        return settings | {"shape": shape, "chunks": chunks, "dimension_names": dimensions}
-
-    def _refuse_other_layout(self, name: str) -> None:
-        """An array must be laid out as it is read: chunks are found by their place and length.
+    def _check_array(self, name: str) -> None:
+        """Check that an array has the layout that the reader assumes, which finds chunks by place and length.
 
         Raises:
-            PipelineError: it is not, or its description is damaged.
+            PipelineError: it has another, or its metadata is damaged.
         """
-        described = self.array_metadata(name)
+        metadata = self.array_metadata(name)
         try:
-            views, *rest = described["shape"]
-            if any(type(number) is not int or number < 0 for number in described["shape"]):
-                raise ValueError(f"shape {described['shape']}")
-            settings = self._settings(name, views, rest[-1])
-            chunk = described["chunk_grid"]["configuration"]["chunk_shape"]
-            if tuple(described["shape"]) != settings["shape"] or views % self.recipe.block:
-                raise ValueError(f"shape {described['shape']}")
+            views, *rest = metadata["shape"]
+            if any(type(number) is not int or number < 0 for number in metadata["shape"]):
+                raise ValueError(f"shape {metadata['shape']}")
+            settings = self.dimensions.array(name, views, rest[-1])
+            chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+            if tuple(metadata["shape"]) != settings["shape"] or views % self.recipe.block:
+                raise ValueError(f"shape {metadata['shape']}")
             if tuple(chunk) != settings.get("shards", settings["chunks"]):
                 raise ValueError(f"chunks of {chunk}")
         except Exception as error:
-            raise _not_described(f"{self.path}/{name}", error) from error
+            raise _damaged_metadata(f"{self.path}/{name}", error) from error
 
     def array_metadata(self, name: str) -> dict[str, Any]:
-        """An array's zarr.json.
+        """An array's parsed zarr.json.
 
         Raises:
             PipelineError: it is damaged or cannot be read.
@@ -138,11 +166,11 @@ class StoreLayout:
         try:
             return read_metadata(self._filesystem, f"{self._root}/{name}")
         except Exception as error:
-            raise _not_described(f"{self.path}/{name}", error) from error
+            raise _damaged_metadata(f"{self.path}/{name}", error) from error
 
     @property
     def views(self) -> int:
-        """Views that the store has room for; which of their units are written is another question."""
+        """Views that the store has room for, whether or not their units are written."""
         return self.array_metadata("argmax")["shape"][0] if "argmax" in self.arrays() else 0
 
     def missing(self, views: int, kind: str) -> list[Unit]:
@@ -156,7 +184,7 @@ class StoreLayout:
         return [u for u in all_units(len(self.index.names), views, self.recipe) if self.index.samples[u.shard]]
 
     def _written(self, name: str) -> set[tuple[int, int]]:
-        """(block, shard) of a kind's chunks, from one listing."""
+        """(block, shard) of an array's chunks, from one listing."""
         folder = f"{self._root}/{name}/c"
         try:
             paths = self._filesystem.find(folder) if self._filesystem.exists(folder) else []
@@ -173,30 +201,30 @@ class StoreLayout:
 
 
 def open_group(path: str, mode: Literal["r", "r+"]) -> zarr.Group:
-    """A store's group.
+    """Open a store's zarr group.
 
     Raises:
         PipelineError: it is damaged or cannot be read.
     """
     try:
         filesystem, root = fsspec.core.url_to_fs(path)
-        described = json.loads(filesystem.cat_file(f"{root}/zarr.json"))
-        if described["attributes"]["format"] == FORMAT:  # another one is refused later, with its number
+        metadata = json.loads(filesystem.cat_file(f"{root}/zarr.json"))
+        if metadata["attributes"]["format"] == FORMAT:  # another format is refused later, with its number
             _check_types(read_metadata(filesystem, root)["attributes"])
         return zarr.open_group(path, mode=mode)
     except Exception as error:
-        raise _not_described(path, error) from error
+        raise _damaged_metadata(path, error) from error
 
 
-TYPES = {
+ATTRIBUTE_TYPES = {
     "fingerprint": str, "index": str, "recipe": str, "recipe_settings": dict, "teacher": dict, "precision": str,
     "classes": int, "capacity": int, "shards": list, "versions": dict,
 }  # fmt: skip
 
 
 def _check_types(attributes: dict[str, Any]) -> None:
-    """Raises ValueError where a store's attributes are not of the types that they are written with."""
-    for key, kind in TYPES.items():
+    """Raises ValueError where a store's attributes have other types than those written."""
+    for key, kind in ATTRIBUTE_TYPES.items():
         if type(attributes.get(key)) is not kind:
             raise ValueError(f"{key}: {str(attributes.get(key))[:100]}")
     for shard in attributes["shards"]:
@@ -205,29 +233,29 @@ def _check_types(attributes: dict[str, Any]) -> None:
 
 
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, FileNotFoundError)
-"""What reading something damaged raises; all else tells of the machine or the server."""
+"""Raised by reading something damaged; any other error comes from the machine or the server."""
 
 
-def _not_described(where: str, error: Exception) -> PipelineError:
+def _damaged_metadata(where: str, error: Exception) -> PipelineError:
     if not isinstance(error, DAMAGE):
         return unreadable(where, error)
     return PipelineError(
         f"{where}: damaged metadata",
-        expected="a store of answers",
+        expected="a store of teacher predictions",
         found=f"{type(error).__name__}: {error}",
         do="move it away and compute it again: dvc repro -f teacher-logits",
     )
 
 
 def store_exists(path: str) -> bool:
-    """Whether a store is at a path or URL.
+    """Whether there is a store at a path or URL.
 
     Raises:
-        Unreadable: a server does not answer, or the library of a URL's scheme is not installed.
+        Unreadable: a server does not answer, or the library for a URL's scheme is not installed.
     """
     try:
         filesystem, root = fsspec.core.url_to_fs(path)
-        filesystem.cat_file(f"{root}/zarr.json")  # to ask for its existence takes any error for an absence
+        filesystem.cat_file(f"{root}/zarr.json")  # `exists` would take any error for absence
     except (FileNotFoundError, NotADirectoryError):
         return False
     except Exception as error:
@@ -236,7 +264,7 @@ def store_exists(path: str) -> bool:
 
 
 def library_versions() -> dict[str, str]:
-    """Of what draws, renders and answers."""
+    """Installed versions of VERSIONS."""
     found = {}
     for name in VERSIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

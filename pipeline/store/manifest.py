@@ -1,8 +1,9 @@
-"""Whole stores: what is damaged, the manifest that stands for a complete one, bytes on disk."""
+"""Complete stores: their manifest and summary, damaged units, bytes on disk."""
 
 import hashlib
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,19 @@ from pipeline.batches.plan import Unit
 from pipeline.common.errors import Damaged, NotReady, PipelineError, unreadable
 from pipeline.common.files import atomic_write
 from pipeline.config.paths import FINGERPRINT, NOT_NEEDED
+from pipeline.config.store_spec import StoreSpec
 from pipeline.config.validation import fingerprint
 from pipeline.store.encoding import KINDS
 from pipeline.store.layout import FORMAT
 from pipeline.store.reader import Store
-
-MANIFEST = {"format", "fingerprint", "kind", "views", "rows", "units"}
+from pipeline.store.writer import sweep_store
 
 
 def damaged_units(store: Store, units: list[Unit], kind: str) -> list[tuple[Unit, str]]:
-    """Read units whole; those that are missing or damaged, each with what was found.
+    """Read all of the units; returns those that are missing or damaged, each with what was found.
 
     Raises:
-        Unreadable: disk or server do not answer, or memory is short, which is no damage.
+        Unreadable: a disk or server did not answer, or memory ran out, which is no damage.
     """
     found = []
     for unit in tqdm(units, desc="reading the store", unit="unit", mininterval=1, leave=False, disable=not units):
@@ -38,9 +39,12 @@ def damaged_units(store: Store, units: list[Unit], kind: str) -> list[tuple[Unit
 
 
 def build_manifest(store: Store, views: int, kind: str) -> dict[str, Any]:
-    """A small JSON that stands for a complete store: what it is, and a digest of every unit.
+    """Build the JSON that stands for a complete store: its identity, and a hash of every unit's checksums.
 
-    Deterministic: no times, no paths. Raises PipelineError naming the missing units.
+    Deterministic: neither times nor paths.
+
+    Raises:
+        PipelineError: units are missing; Damaged: the checksums of one are damaged.
     """
     missing = store.missing(views, kind)
     if missing:
@@ -48,49 +52,55 @@ def build_manifest(store: Store, views: int, kind: str) -> dict[str, Any]:
             f"{store.path}: incomplete",
             expected=f"{views} views of {len(store.index.names)} shards as {kind}",
             found=f"{len(missing)} units missing, the first: shard {missing[0].shard}, block {missing[0].block}",
-            do="run teacher-logits again: it goes on where it was",
+            do="run teacher-logits again: it resumes",
         )
-    # the groups' checks and what this kind consists of: another kind beside it changes nothing
-    chosen = [*range(store.slots), *(store.slots + KINDS.index(name) for name in sorted({"argmax", kind}))]
-    digests: dict[str, list[str]] = {name: [] for name in store.index.names}
+    # group checks and checksums of this kind alone, so that adding another kind changes nothing
+    chosen = [*range(store.groups), *(store.groups + KINDS.index(name) for name in sorted({"argmax", kind}))]
+    hashes: dict[str, list[str]] = {name: [] for name in store.index.names}
     for unit in store.units(views):
-        slots = np.ascontiguousarray(store.read_check(unit)[:, chosen])
-        digests[store.index.names[unit.shard]].append(hashlib.blake2b(slots.data, digest_size=8).hexdigest())
+        checks = np.ascontiguousarray(store.read_check(unit)[:, chosen])
+        hashes[store.index.names[unit.shard]].append(hashlib.blake2b(checks.data, digest_size=8).hexdigest())
     return {
         "format": FORMAT,
         "fingerprint": store.fingerprint,
         "kind": kind,
         "views": views,
         "rows": len(store.index),
-        "units": digests,
+        "units": hashes,
     }
 
 
 def store_bytes(path: str) -> int:
-    """Bytes on disk of everything below a store."""
+    """Bytes of all files of a store."""
     filesystem, root = fsspec.core.url_to_fs(path)
     return sum(info["size"] for info in filesystem.find(root, detail=True).values())
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest; equal manifests have equal bytes."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(manifest, sort_keys=True, indent=1) + "\n")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A complete store's manifest. Raises PipelineError where there is none, or it is damaged."""
+    """Read a manifest.
+
+    Raises:
+        NotReady: there is none.
+        PipelineError: it is damaged.
+    """
     try:
         found = json.loads(path.read_bytes())
         if found == NOT_NEEDED:
             raise NotReady(
                 f"{path}: no store is complete",
-                found="a mark of dvc repro: no configured student listens to a teacher",
+                found="a placeholder of dvc repro: no configured student is distilled",
                 do=f"run: {_maker(path)}",
             )
-        if not isinstance(found, dict) or MANIFEST - found.keys():
+        if not isinstance(found, dict) or MANIFEST.keys() - found.keys():
             raise ValueError(f"not an object with {', '.join(sorted(MANIFEST))}")
-        for key, told in MANIFEST_TYPES.items():
-            if not told(found[key]):
+        for key, valid in MANIFEST.items():
+            if not valid(found[key]):
                 raise ValueError(f"{key} {str(found[key])[:100]!r}")
         return found
     except FileNotFoundError:
@@ -105,7 +115,8 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-MANIFEST_TYPES: dict[str, Callable[[Any], bool]] = {
+MANIFEST: dict[str, Callable[[Any], bool]] = {
+    "format": lambda value: True,  # the store has its own, which is compared
     "fingerprint": lambda value: isinstance(value, str) and FINGERPRINT.fullmatch(value) is not None,
     "kind": lambda value: value in KINDS,
     "views": _is_count,
@@ -115,27 +126,66 @@ MANIFEST_TYPES: dict[str, Callable[[Any], bool]] = {
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
-    """Figures of a complete store for people, under a digest."""
+    """Write figures about a complete store, for people, with a checksum."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(summary | {"digest": fingerprint(summary)}, indent=1) + "\n")
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """What `write_summary` wrote. Raises PipelineError where there is nothing, or it is damaged."""
+    """Read what `write_summary` wrote.
+
+    Raises:
+        PipelineError: it is missing or damaged.
+    """
     try:
         found = json.loads(path.read_bytes())
         if found.pop("digest") != fingerprint(found):
-            raise ValueError("it is not what its digest says")
+            raise ValueError("it does not match its checksum")
         return found
     except FileNotFoundError:
         raise PipelineError(f"{path}: missing", do=f"run: {_maker(path)}") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise PipelineError(
-            f"{path}: damaged", expected="figures of a store under a digest", found=str(error),
+            f"{path}: damaged", expected="figures of a store with their checksum", found=str(error),
             do=f"run: {_maker(path)}",
         ) from error  # fmt: skip
 
 
+def publish(spec: StoreSpec, store: Store, verified: Collection[Unit] = ()) -> None:
+    """Read a complete store back, then write its manifest and summary into the outputs.
+
+    Args:
+        verified: units that have been read already.
+
+    Raises:
+        PipelineError: a unit is damaged, so the disk does not return what was written.
+    """
+    start, rows = time.monotonic(), len(store.index)
+    if bad := damaged_units(store, [unit for unit in store.units(spec.views) if unit not in verified], spec.kind):
+        raise PipelineError(
+            f"{store.path}: {len(bad)} units are damaged, so the store is not published",
+            found=bad[0][1].splitlines()[0],
+            do="run teacher-logits again: it computes them again",
+        )
+    sweep_store(store.path)
+    write_manifest(spec.folder / "manifest.json", build_manifest(store, spec.views, spec.kind))
+    size, agreement = store_bytes(store.path), _agreement(store, spec.views)
+    summary = {"rows": rows, "views": spec.views, "kind": spec.kind, "bytes": size, "agreement_with_labels": agreement}
+    write_summary(spec.folder / "summary.json", summary)
+    print(
+        f"store complete: {rows:,} rows x {spec.views} views, {size / 1e6:,.1f} MB; the teacher agrees with the label"
+        f" on {agreement:.1%} of the (mixed) views; verified in {time.monotonic() - start:.1f} s"
+    )
+
+
+def _agreement(store: Store, views: int) -> float:
+    """Share of views whose own label is the teacher's argmax; reads every unit, comparing checksums."""
+    agree = 0
+    for unit in store.units(views):
+        agree += int((store.read_unit(unit) == store.index.rows(unit.shard)["label"]).sum())
+    return agree / (len(store.index) * views)
+
+
 def _maker(path: Path) -> str:
-    """The command that writes a manifest or a summary."""
+    """The command that writes the manifest or summary at `path`."""
     return "pipeline teacher-logits" + " --for finetune" * path.parent.name.endswith("finetune")

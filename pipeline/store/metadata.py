@@ -1,7 +1,7 @@
-"""zarr's descriptions (zarr.json) under a digest, so that a damaged one is told from a sound one.
+"""zarr metadata (zarr.json) with a checksum, so that damage is detected.
 
-zarr reads a description with a flipped bit as best it can: another shape, another fill value, a codec
-less. Each of ours holds, among its attributes, a digest of all else in it but the shape, which grows.
+zarr reads metadata with a flipped bit as best it can: another shape, another fill value, a codec less. So the
+attributes of every group and array hold a checksum of everything else in its metadata but the shape, which grows.
 """
 
 import contextlib
@@ -15,40 +15,41 @@ from pipeline.config.validation import fingerprint
 
 
 def create_group(path: str, attributes: dict[str, Any]) -> None:
-    """Make a group; one that another process made meanwhile stays as it is."""
-    made: dict[str, Any] = {}
-    zarr.create_group(made, attributes=attributes)
+    """Create a group; one that another process created meanwhile is left as it is."""
+    memory: dict[str, Any] = {}
+    zarr.create_group(memory, attributes=attributes)
     with contextlib.suppress(ContainsGroupError):
-        zarr.create_group(path, attributes=attributes | {"digest": _digest(_parsed(made))})
+        zarr.create_group(path, attributes=attributes | {"digest": _checksum(_parse(memory))})
 
 
 def create_array(group: zarr.Group, name: str, settings: dict[str, Any]) -> None:
-    """Make an array; one that another process made meanwhile stays as it is."""
-    made: dict[str, Any] = {}
-    zarr.create_array(made, **settings)
+    """Create an array; one that another process created meanwhile is left as it is."""
+    memory: dict[str, Any] = {}
+    zarr.create_array(memory, **settings)
     with contextlib.suppress(ContainsArrayError):
-        group.create_array(name, **settings, attributes={"digest": _digest(_parsed(made))})
+        group.create_array(name, **settings, attributes={"digest": _checksum(_parse(memory))})
 
 
 def read_metadata(filesystem: Any, folder: str) -> dict[str, Any]:
-    """The parsed zarr.json of a group or array.
+    """Read and parse the zarr.json of a group or array.
 
     Raises:
-        ValueError: it is not what was written, twice. What the file system raises: it cannot be read.
+        ValueError: twice, it did not match its checksum.
+        Exception: whatever the file system raises where it cannot be read.
     """
     for _ in range(2):
         data = filesystem.cat_file(f"{folder}/zarr.json")
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            described = json.loads(data)
-            if described["attributes"]["digest"] == _digest(described):
-                return described
-    raise ValueError("it is not what was written")
+            metadata = json.loads(data)
+            if metadata["attributes"]["digest"] == _checksum(metadata):
+                return metadata
+    raise ValueError("it does not match its checksum")
 
 
-def _digest(described: dict[str, Any]) -> str:
-    attributes = {key: value for key, value in described["attributes"].items() if key != "digest"}
-    return fingerprint({**described, "attributes": attributes, "shape": None})
+def _checksum(metadata: dict[str, Any]) -> str:
+    attributes = {key: value for key, value in metadata["attributes"].items() if key != "digest"}
+    return fingerprint({**metadata, "attributes": attributes, "shape": None})
 
 
-def _parsed(made: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(made["zarr.json"].to_bytes())
+def _parse(memory: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(memory["zarr.json"].to_bytes())

@@ -1,7 +1,7 @@
-"""Reading the store of the teacher's answers: a view of a shard, or a whole unit, checked.
+"""Reading a store: a view of a shard, or a complete unit, with every checksum compared.
 
-Chunks are their bytes followed by their CRC-32C; they are read without zarr, which costs ten times as much, takes a
-missing chunk for the fill value, and tells damage from a lack of memory by no means.
+A chunk is its bytes followed by their CRC-32C. Chunks are read without zarr, which is ten times slower, reads a
+missing chunk as the fill value, and cannot tell damage from a lack of memory.
 """
 
 import math
@@ -26,13 +26,13 @@ from pipeline.views.draw import group_count, recipe_fingerprint
 
 @dataclass(frozen=True)
 class StoreIdentity:
-    """All that an answer depends on beside row and view."""
+    """Everything that a prediction depends on, except its row and view."""
 
     index: str
-    """Fingerprint of the training index."""
+    """The training index's fingerprint."""
     recipe: Recipe
     teacher: dict[str, Any]
-    """Name, weights' hash, normalisation, input size."""
+    """See pipeline.models.teacher.describe_teacher."""
 
     @property
     def fingerprint(self) -> str:
@@ -44,37 +44,37 @@ class StoreIdentity:
 
 @dataclass(frozen=True)
 class StoredPredictions:
-    """One view of one shard.
-
-    argmax uint16 (samples,); payload (samples, width) or None; check uint64 (groups,).
-    """
+    """The stored predictions for one view of one shard: N samples in tar order, G groups."""
 
     argmax: np.ndarray
+    """uint16 (N,)"""
     payload: np.ndarray | None
+    """(N, payload_width); None for the kind argmax."""
     check: np.ndarray
+    """uint64 (G,)"""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Of an array: what is read at once."""
+class Chunk:
+    """Shape and type of what is read at once from an array."""
 
-    chunks: tuple[int, ...]
+    shape: tuple[int, ...]
     dtype: np.dtype
 
     @property
     def size(self) -> int:
-        """Bytes of it, without its checksum."""
-        return math.prod(self.chunks) * self.dtype.itemsize
+        """Bytes without the CRC-32C."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Store(StoreLayout):
-    """An open store: `Store.open`."""
+    """An open store; create it with `Store.open`."""
 
     def __init__(self, path: str, group: zarr.Group, index: Index, recipe: Recipe):
         super().__init__(path, group, index, recipe)
-        self.keep = 32  # chunks of each array at hand; a little more than the order's open shards
+        self.cache_size = 32  # chunks per array; a little more than the shards that the plan keeps open
         self._cache: dict[str, OrderedDict] = defaultdict(OrderedDict)
-        self._layouts: dict[str, Layout] = {}
+        self._chunks: dict[str, Chunk] = {}
 
     @classmethod
     def open(cls, path: str, index: Index, recipe: Recipe) -> Self:
@@ -82,24 +82,23 @@ class Store(StoreLayout):
 
         Raises:
             PipelineError: no store at `path`.
-            UsageError: it is of another format, index or recipe.
+            UsageError: it has another format, index or recipe.
         """
         if not store_exists(path):
             raise PipelineError(
                 f"{path}: no store",
-                expected="the teacher's answers for this recipe, index and teacher",
+                expected="the teacher's predictions for this recipe, index and teacher",
                 found="nothing",
                 do="compute it: dvc repro -f teacher-logits (or pipeline teacher-logits)",
             )
         store = cls(path, open_group(path, "r"), index, recipe)
-        store._refuse_other({"index": index.fingerprint, "recipe": recipe_fingerprint(recipe)})
-        store._refuse_unsound()
+        store._check_attributes({"index": index.fingerprint, "recipe": recipe_fingerprint(recipe)})
         for name in store.arrays():
-            store._refuse_other_layout(name)
+            store._check_array(name)
         return store
 
     def read(self, shard: int, view: int, kind: str = "argmax") -> StoredPredictions:
-        """A view of a shard. The returned arrays are a cache's: don't write into them.
+        """Read a view of a shard. The arrays belong to a cache: do not write into them.
 
         Raises:
             Damaged: the unit is missing or damaged.
@@ -115,7 +114,7 @@ class Store(StoreLayout):
         return StoredPredictions(argmax[place], payload, check[place, :groups])
 
     def read_unit(self, unit: Unit) -> np.ndarray:
-        """A whole unit's argmax, uint16 (block, samples).
+        """Read a unit's argmax, uint16 (block, samples).
 
         Raises:
             Damaged: the unit is missing or damaged.
@@ -123,7 +122,7 @@ class Store(StoreLayout):
         return self._read_argmax(unit.shard, unit.block * self.recipe.block)[0]
 
     def read_check(self, unit: Unit) -> np.ndarray:
-        """A unit's check, uint64 (block, slots).
+        """Read a unit's check, uint64 (block, groups + kinds).
 
         Raises:
             Damaged: it is missing or damaged.
@@ -131,7 +130,7 @@ class Store(StoreLayout):
         return self._read_chunk("check", unit.shard, unit.block * self.recipe.block)[:, 0]
 
     def check_unit(self, unit: Unit, kind: str) -> None:
-        """Read a unit whole, past the cache.
+        """Read all of a unit, bypassing the cache.
 
         Raises:
             Damaged: it is missing or damaged.
@@ -145,61 +144,62 @@ class Store(StoreLayout):
             self._read_payload(kind, unit.shard, first, check)
 
     def _cached(self, name: str, shard: int, first: int, read: Callable[[int, int], Any]) -> Any:
-        kept = self._cache[name]
-        if (shard, first) not in kept:
-            kept[shard, first] = read(shard, first)
-            if len(kept) > self.keep:
-                kept.popitem(last=False)
-        kept.move_to_end((shard, first))
-        return kept[shard, first]
+        cache = self._cache[name]
+        if (shard, first) not in cache:
+            cache[shard, first] = read(shard, first)
+            if len(cache) > self.cache_size:
+                cache.popitem(last=False)
+        cache.move_to_end((shard, first))
+        return cache[shard, first]
 
     def _read_argmax(self, shard: int, first: int) -> tuple[np.ndarray, np.ndarray]:
-        """A unit's argmax (block, samples) and check (block, slots), from its first view on."""
+        """Read argmax (block, samples) and check (block, groups + kinds) of the unit whose first view is `first`."""
         check = self._read_chunk("check", shard, first)[:, 0]
         argmax = self._read_chunk("argmax", shard, first)[:, : int(self.index.samples[shard])]
         if (argmax == FILL).any():
-            raise self._damage("argmax", shard, first, "the fill value, which no answer has")
+            raise self._damage("argmax", shard, first, "the fill value, which no prediction has")
         self._compare("argmax", shard, first, argmax, check)
         return argmax, check
 
     def _read_payload(self, kind: str, shard: int, first: int, check: np.ndarray | None = None) -> np.ndarray:
-        """A kind's (views, samples, width), the views being those of a chunk, from its first on."""
+        """Read a chunk of a kind's own array, (views, samples, width), whose first view is `first`."""
         block, samples = self.recipe.block, int(self.index.samples[shard])
-        all_views = self._cached("argmax", shard, first // block * block, self._read_argmax)[1] if check is None else check
+        unit = first // block * block
+        recorded = self._cached("argmax", shard, unit, self._read_argmax)[1] if check is None else check
         payload = (self._read_inner if kind in SHARDED else self._read_chunk)(kind, shard, first)[:, :samples]
-        self._compare(kind, shard, first, payload, all_views[first % block : first % block + len(payload)])
+        self._compare(kind, shard, first, payload, recorded[first % block : first % block + len(payload)])
         return payload
 
     def _compare(self, name: str, shard: int, first: int, values: np.ndarray, check: np.ndarray) -> None:
-        for place, number in enumerate(check[:, self.slots + KINDS.index(name)]):
+        for place, number in enumerate(check[:, self.groups + KINDS.index(name)]):
             if checksum(values[place]) != number:
-                raise self._damage(name, shard, first + place, "a checksum that is not the recorded one")
+                raise self._damage(name, shard, first + place, "another checksum than the one recorded")
 
     def _read_chunk(self, name: str, shard: int, view: int) -> np.ndarray:
-        """The chunk of a plain array that holds a view of a shard: its bytes, then their CRC-32C."""
-        layout = self._layout(name)
-        data = self._read(name, shard, view, 0, None, layout.size)
-        return np.frombuffer(data, layout.dtype).reshape(layout.chunks)
+        """Read the chunk of an unsharded array that holds a view of a shard."""
+        chunk = self._chunk(name)
+        data = self._read(name, shard, view, 0, None, chunk.size)
+        return np.frombuffer(data, chunk.dtype).reshape(chunk.shape)
 
     def _read_inner(self, name: str, shard: int, view: int) -> np.ndarray:
-        """The inner chunk of a zarr shard that begins with a view.
+        """Read the inner chunk of a zarr shard that begins with a view.
 
-        A zarr shard is its inner chunks, then an index of (offset, bytes) of each, 2 x uint64; each of these is
-        followed by its CRC-32C.
+        A zarr shard is its inner chunks, then an index of 2 x uint64 per chunk (offset, bytes); chunks and index are
+        each followed by their CRC-32C.
         """
-        layout, views = self._layout(name), self.recipe.repeats
+        chunk, views = self._chunk(name), self.recipe.repeats
         count = self.recipe.block // views
-        index = self._read(name, shard, view, count * (layout.size + 4), None, count * 16)
+        index = self._read(name, shard, view, count * (chunk.size + 4), None, count * 16)
         offset, size = np.frombuffer(index, "<u8").reshape(count, 2)[view % self.recipe.block // views].tolist()
-        if size != layout.size + 4 or offset % size or offset >= count * size:
+        if size != chunk.size + 4 or offset % size or offset >= count * size:
             raise self._damage(name, shard, view, f"an index of {size} bytes at {offset}")
-        data = self._read(name, shard, view, offset, offset + size, layout.size)
-        return np.frombuffer(data, layout.dtype).reshape(layout.chunks)
+        data = self._read(name, shard, view, offset, offset + size, chunk.size)
+        return np.frombuffer(data, chunk.dtype).reshape(chunk.shape)
 
     def _read(self, name: str, shard: int, view: int, start: int, end: int | None, size: int) -> memoryview:
-        """So many bytes of a unit's file, which their CRC-32C follows.
+        """Read `size` bytes of a unit's file and compare the CRC-32C after them.
 
-        What is missing or damaged is read once more before it is called so: units are computed anew for that.
+        A missing or damaged unit is computed again, so the bytes are read twice before they are called that.
         """
         path, found = self._chunk_path(name, shard, view // self.recipe.block), ""
         for _ in range(2):
@@ -208,7 +208,7 @@ class Store(StoreLayout):
             except FileNotFoundError:
                 found = "missing: the unit was never written or was removed"
                 continue
-            except Exception as error:  # nearly anything is raised by servers' clients, and where memory is short
+            except Exception as error:  # servers' clients and a lack of memory raise nearly anything
                 raise self._unreadable(name, error) from error
             if len(data) != size + 4:
                 found = f"{len(data)} bytes instead of {size + 4}"
@@ -225,8 +225,8 @@ class Store(StoreLayout):
             file.seek(start)
             return file.read(-1 if end is None else end - start)
 
-    def _layout(self, name: str) -> Layout:
-        if name not in self._layouts:
+    def _chunk(self, name: str) -> Chunk:
+        if name not in self._chunks:
             if name not in self.arrays():
                 raise UsageError(
                     f"{self.path}: no {name} in the store",
@@ -235,20 +235,20 @@ class Store(StoreLayout):
                     do=f"set teacher_logits.kind to {name} and run teacher-logits again",
                 )
             shape = self.array_metadata(name)["shape"]
-            settings = self._settings(name, shape[0], shape[-1])
-            self._layouts[name] = Layout(settings["chunks"], np.dtype(settings["dtype"]).newbyteorder("<"))
-        return self._layouts[name]
+            settings = self.dimensions.array(name, shape[0], shape[-1])
+            self._chunks[name] = Chunk(settings["chunks"], np.dtype(settings["dtype"]).newbyteorder("<"))
+        return self._chunks[name]
 
     def _damage(self, name: str, shard: int, view: int, found: str) -> Damaged:
         block = view // self.recipe.block
         return Damaged(
             f"{self.path}/{name}: block {block} of shard {self.index.names[shard]}, view {view}",
-            expected="what the teacher wrote",
+            expected="the bytes as written",
             found=found,
             do="compute it again: dvc repro -f teacher-logits (or pipeline teacher-logits)",
         )
 
 
 def checksum(values: np.ndarray) -> int:
-    """CRC-32C of what a kind holds of one view of a shard."""
+    """CRC-32C of one view of a shard, in one kind."""
     return google_crc32c.value(np.ascontiguousarray(values).tobytes())

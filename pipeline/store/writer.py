@@ -1,6 +1,6 @@
-"""Writing the store of the teacher's answers: create it, commit a unit, take one back.
+"""Writing a store: create it, commit units, remove units.
 
-One process writes a unit, by rename, argmax last, so what exists is complete.
+One process writes a unit, by rename and argmax last, so a unit that has an argmax is complete.
 """
 
 import contextlib
@@ -23,16 +23,17 @@ from pipeline.store.reader import Store, StoreIdentity, checksum
 
 
 class StoreWriter(Store):
-    """A store that can be written: `StoreWriter.create`."""
+    """A store open for writing; create it with `StoreWriter.create`."""
 
     @classmethod
     def create(
         cls, path: str, identity: StoreIdentity, index: Index, views: int, kind: str, top_k: int, precision: str
     ) -> Self:
-        """Open for writing; make the group, a kind's array or room for more views where they lack.
+        """Open for writing; create the group, the arrays of a kind and room for more views where they are missing.
 
         Raises:
-            UsageError: the store at `path` is of another identity, precision or k.
+            UsageError: the store at `path` has another identity, precision or k.
+            PipelineError: it is damaged or cannot be written.
         """
         capacity, classes = int(index.samples.max()), len(index.classes)
         if not store_exists(path):
@@ -51,63 +52,62 @@ class StoreWriter(Store):
                 create_group(path, attributes)
         group = open_group(path, "r+")
         store = cls(path, group, index, identity.recipe)
-        store._refuse_other(identity.as_dict())
-        store._refuse_unsound()
+        store._check_attributes(identity.as_dict())
         if group.attrs["precision"] != precision:
             raise UsageError(
                 f"{path}: the store's precision",
                 expected=str(group.attrs["precision"]),
                 found=f"teacher_logits.precision {precision}",
-                do="keep one precision a store: set the key back, or remove the store",
+                do="a store has one precision: set the key back, or remove the store",
             )
         with _writing(path):
-            store._make_arrays(views, kind, top_k)
+            store._create_arrays(views, kind, top_k)
         return store
 
     @classmethod
     def open_complete(
         cls, path: str, identity: StoreIdentity, index: Index, views: int, kind: str, top_k: int, precision: str
     ) -> Store | None:
-        """The store that `create` would open, to read, if it lacks nothing; so it may lie on a read-only disk."""
+        """Open the store that `create` would open, but for reading (its disk may be read-only); None if it is incomplete."""
         if not store_exists(path):
             return None
         store = Store.open(path, index, identity.recipe)
-        store._refuse_other(identity.as_dict())
+        store._check_attributes(identity.as_dict())
         width = payload_width(kind, store.classes, top_k)
         same = store.attributes["precision"] == precision and kind in store.arrays()
         same = same and (kind == "argmax" or store.array_metadata(kind)["shape"][-1] == width)
         return store if same and not store.missing(views, kind) else None
 
-    def _make_arrays(self, views: int, kind: str, top_k: int) -> None:
+    def _create_arrays(self, views: int, kind: str, top_k: int) -> None:
         for name in {"argmax": 0, "check": 0, kind: 0}:
-            settings = self._settings(name, views, payload_width(kind, self.classes, top_k))
+            settings = self.dimensions.array(name, views, payload_width(kind, self.classes, top_k))
             if name not in self.arrays():
                 create_array(self.group, name, settings)
-            self._refuse_other_layout(name)
-            array, shape = self._opened(name), settings["shape"]
-            if array.shape[2:] != shape[2:] and not self._written(name):  # a width that was never used
+            self._check_array(name)
+            array, shape = self._array(name), settings["shape"]
+            if array.shape[2:] != shape[2:] and not self._written(name):  # created for another width, never written
                 self._filesystem.rm_file(f"{self._root}/{name}/zarr.json")
                 create_array(self.group, name, settings)
-                array = self._opened(name)
+                array = self._array(name)
             if array.shape[2:] != shape[2:]:
                 raise UsageError(
                     f"{self.path}/{name}",
                     expected=f"width {array.shape[2]} as stored",
-                    found=f"{shape[2]} asked for",
+                    found=f"width {shape[2]} as configured",
                     do="set teacher_logits.top_k back",
                 )
             if array.shape[0] < shape[0]:
                 array.resize(shape)
 
-    def _opened(self, name: str) -> zarr.Array:
+    def _array(self, name: str) -> zarr.Array:
         return cast(zarr.Array, self.group[name])
 
     def write_unit(self, unit: Unit, buffers: dict[str, np.ndarray], checks: np.ndarray) -> None:
-        """Commit what the teacher said about a unit; argmax last.
+        """Commit the predictions for a unit, argmax last.
 
         Args:
-            buffers: `argmax` uint16 (block, samples) and a kind's payload (block, samples, width).
-            checks: uint64 (block, groups).
+            buffers: `argmax`, uint16 (block, samples), and the payload of a kind, (block, samples, width).
+            checks: group checks, uint64 (block, groups).
 
         Raises:
             PipelineError: the disk is full or the store cannot be written.
@@ -116,22 +116,22 @@ class StoreWriter(Store):
         views = slice(unit.block * block, (unit.block + 1) * block)
         rows = slice(unit.shard * self.capacity, (unit.shard + 1) * self.capacity)
         with _writing(self.path):
-            slots = self._other_slots(unit)
+            check = self._current_check(unit)
             self.remove_unit(unit, ("argmax", *buffers))
-            slots[:, : checks.shape[1]] = checks
+            check[:, : checks.shape[1]] = checks
             for name in sorted(buffers, key=lambda name: name == "argmax"):
-                array = self._opened(name)
-                whole = np.full((block, self.capacity, *array.shape[2:]), array.fill_value, array.dtype)
-                whole[:, :samples] = buffers[name]
-                slots[:, self.slots + KINDS.index(name)] = [checksum(view) for view in whole[:, :samples]]
+                array = self._array(name)
+                padded = np.full((block, self.capacity, *array.shape[2:]), array.fill_value, array.dtype)
+                padded[:, :samples] = buffers[name]
+                check[:, self.groups + KINDS.index(name)] = [checksum(view) for view in padded[:, :samples]]
                 if name == "argmax":
-                    self._opened("check")[views, unit.shard] = slots
+                    self._array("check")[views, unit.shard] = check
                     self._sync(unit, *(set(buffers) - {"argmax"}), "check")
-                array[views, rows] = whole
+                array[views, rows] = padded
             self._sync(unit, "argmax")
 
     def _sync(self, unit: Unit, *names: str) -> None:
-        """Chunks and their folders onto the disk, so that after a power cut, too, argmax says complete."""
+        """Flush chunks and their folders to disk, so that an argmax means a complete unit even after a power cut."""
         if self._local:
             for name in names:
                 chunk = Path(self._chunk_path(name, unit.shard, unit.block))
@@ -140,26 +140,26 @@ class StoreWriter(Store):
                     os.fsync(descriptor)
                     os.close(descriptor)
 
-    def _other_slots(self, unit: Unit) -> np.ndarray:
-        """The unit's check as it is, for the checksums of kinds that are not written now."""
+    def _current_check(self, unit: Unit) -> np.ndarray:
+        """The unit's check as stored, whose checksums of other kinds stay."""
         try:
             return np.array(self.read_check(unit))
         except Damaged:
-            # never written, or damaged: without their checksums the other kinds' answers are lost too
+            # never written, or damaged: without its checksum another kind cannot be verified any more
             self.remove_unit(unit, tuple(name for name in KINDS if name in self.arrays()))
-            return np.full((self.recipe.block, self.slots + len(KINDS)), NO_CHECK, np.uint64)
+            return np.full((self.recipe.block, self.groups + len(KINDS)), NO_CHECK, np.uint64)
 
     def remove_unit(self, unit: Unit, names: tuple[str, ...] = ("argmax",)) -> None:
-        """Take a unit back: delete chunks of it, its argmax first, which says that it is complete."""
+        """Delete chunks of a unit; argmax first, whose presence means that the unit is complete."""
         for name in names:
-            with contextlib.suppress(FileNotFoundError):  # asked anew: a listing may be an old one
+            with contextlib.suppress(FileNotFoundError):  # a listing may be out of date, so none is consulted
                 self._filesystem.rm_file(self._chunk_path(name, unit.shard, unit.block))
         self._cache.clear()
 
 
 @contextlib.contextmanager
 def _writing(path: str) -> Iterator[None]:
-    """Write chunks even where they equal the fill value; tell a full disk plainly."""
+    """Write chunks even where they equal the fill value; turn I/O errors into a PipelineError."""
     try:
         with zarr.config.set({"array.write_empty_chunks": True}):
             yield
@@ -170,16 +170,16 @@ def _writing(path: str) -> Iterator[None]:
 
 
 def sweep_store(path: str, own: str = "") -> None:
-    """Remove the temporary files that killed writers left in a store and beside it, unless somebody may be writing.
+    """Remove the temporary files that killed writers left in and next to a store, unless another writer may be active.
 
     Args:
-        own: the lock that the caller holds itself.
+        own: the lock that the caller itself holds.
     """
     place = Path(path)
-    # listed before the locks are looked at: who writes one of them held its lease already
+    # listed before the locks are checked: a writer holds its lease before its first file
     partials = [*place.rglob("*.partial"), *place.parent.glob(f"{place.name}.part-*.partial")]
     if partials and not {Path(lock).name for lock in possibly_held(path)} - {Path(own).name}:
         for partial in partials:
             if not (own and partial.name.startswith(f"{Path(own).name}.")):
-                with contextlib.suppress(OSError):  # a disk that is read-only by now
+                with contextlib.suppress(OSError):  # the disk may have become read-only
                     partial.unlink(missing_ok=True)

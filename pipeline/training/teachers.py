@@ -114,7 +114,7 @@ def make_teacher(
             found="others: the store was computed anew since",
             do="run teacher-logits again, so that its manifest is of this store",
         )
-    store.keep = settings.open_shards + 4
+    store.cache_size = settings.open_shards + 4
     return StoredTeacher(store, kind), {"store": store.fingerprint, "kind": kind, "units": whole["units"]}
 
 

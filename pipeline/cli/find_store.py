@@ -1,0 +1,36 @@
+"""Which store a command means."""
+
+from pipeline.cli.glance import list_stores
+from pipeline.cli.progress import is_store_of
+from pipeline.common.errors import PipelineError, UsageError
+from pipeline.config.paths import index_path, store_path
+from pipeline.config.schema import Config
+from pipeline.config.store_spec import StoreSpec
+from pipeline.shards.index import Index
+from pipeline.store.manifest import read_manifest
+from pipeline.store.reader import Store
+
+
+def find_store(config: Config, spec: StoreSpec, named: str | None = None) -> Store:
+    """Open a configuration's store: the one named by hand, that of its manifest, or the one of its index and recipe.
+
+    Raises:
+        PipelineError: there is none, or it is damaged.
+        UsageError: there are several.
+    """
+    index, published = Index(index_path(config, "train")), spec.folder / "manifest.json"
+    if named:
+        return Store.open(named, index, spec.recipe)
+    if published.exists():
+        return Store.open(store_path(config, read_manifest(published)["fingerprint"]), index, spec.recipe)
+    found = [path for path, held in list_stores(config.work) if is_store_of(spec.recipe, index.fingerprint, held)]
+    if len(found) > 1:
+        raise UsageError(
+            "which store?", expected="--store PATH", found=", ".join(found),
+            do="name one: their teachers differ",
+        )  # fmt: skip
+    if not found:
+        raise PipelineError(
+            f"{config.work}/stores: no store of this index and recipe", do="run: pipeline teacher-logits"
+        )
+    return Store.open(found[0], index, spec.recipe)

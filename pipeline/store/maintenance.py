@@ -1,0 +1,160 @@
+"""Maintenance of a store: describe it, verify it, remove what is damaged.
+
+Everything works on a partial store and says what is missing.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import fsspec
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pipeline.batches.plan import Unit
+from pipeline.common.errors import IO_ERRORS, PipelineError
+from pipeline.config.paths import index_path
+from pipeline.config.schema import Config
+from pipeline.config.store_spec import StoreSpec
+from pipeline.shards.index import Index
+from pipeline.store.labelling import recompute
+from pipeline.store.manifest import build_manifest, damaged_units, read_manifest, store_bytes
+from pipeline.store.reader import Store
+from pipeline.store.writer import StoreWriter
+
+
+def describe_store(store: Store, spec: StoreSpec) -> str:
+    """Index, recipe, teacher and versions of a store, and how complete it is, as text."""
+    attributes = store.attributes
+    lines = [
+        f"{store.path}: {store_bytes(store.path) / 1e6:,.1f} MB",
+        f"  images  {len(store.index):,} in {len(store.index.names)} shards, {store.classes} classes",
+        f"  recipe  {attributes['recipe']}, {spec.recipe.size} px, blocks of {spec.recipe.block} views",
+        f"  teacher {json.dumps(attributes['teacher'])}, {attributes['precision']}",
+        f"  with    {', '.join(f'{name} {version}' for name, version in attributes['versions'].items())}",
+    ]
+    for kind in store.arrays():
+        if kind != "check":
+            units, missing = len(store.units(store.views)), len(store.missing(store.views, kind))
+            lines.append(f"  {kind}: {units - missing:,} of {units:,} units of {store.views} views")
+    return "\n".join([*lines, describe_missing(store, spec)])
+
+
+def describe_missing(store: Store, spec: StoreSpec) -> str:
+    """Which of the configured units are missing, as text."""
+    wanted, missing = f"{spec.views} views as {spec.kind}", store.missing(spec.views, spec.kind)
+    if not missing:
+        return f"complete: {wanted}"
+    named = ", ".join(_name(store, unit) for unit in missing[:5])
+    more = "" if len(missing) <= 5 else f" and {len(missing) - 5:,} more"
+    return f"incomplete: of {wanted} {len(missing):,} units are missing: {named}{more}; run: pipeline teacher-logits"
+
+
+def verify(
+    config: Config, spec: StoreSpec, store: Store, published: Path | None, count: int, device: torch.device
+) -> None:
+    """Read everything (shards and indices, manifest, every chunk), and compute `count` units again.
+
+    Args:
+        published: the store's manifest, compared if there is such a file.
+
+    Raises:
+        PipelineError: something is damaged or missing; each problem is printed before.
+    """
+    val = Index(index_path(config, "val"))
+    problems = [*_damaged_data(store.index), *_damaged_data(val), *_damaged_store(store, spec)]
+    if published and published.exists() and not problems:
+        problems += _other_manifest(store, published)
+    if count and not problems:
+        problems += _other_predictions(config, spec, store, count, device)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise PipelineError(
+            f"{store.path}: {len(problems)} problems, named above",
+            do="pipeline store repair, then pipeline teacher-logits; for shards and index: pipeline prepare",
+        )
+    units = len(store.units(spec.views))
+    print(f"{store.path}: valid: {units:,} units, {len(store.index.names)} shards, every checksum as recorded")
+
+
+def _damaged_data(index: Index) -> list[str]:
+    """Shards whose bytes, and tables whose rows, do not match the index."""
+    found = []
+    for number, shard in enumerate(tqdm(index.shards, desc="shards", unit="shard", leave=False)):
+        where = f"{index.location}/{shard['name']}"
+        try:
+            index.rows(number)
+            with fsspec.open(where, "rb") as file:
+                same = hashlib.file_digest(cast(Any, file), "sha256").hexdigest() == shard["sha256"]
+            if not same:
+                found.append(f"{where}: its SHA-256 is not that of the index: damaged or replaced")
+        except (PipelineError, *IO_ERRORS) as error:
+            found.append(f"{where}: {error}")
+    return found
+
+
+def _damaged_store(store: Store, spec: StoreSpec) -> list[str]:
+    """Damaged units, and missing ones, also of views beyond those configured."""
+    problems = [found for _, found in damaged_units(store, _written(store, spec), spec.kind)]
+    if store.missing(spec.views, spec.kind):
+        problems.append(describe_missing(store, spec))
+    arrays = {"argmax", "check", spec.kind} & set(store.arrays())
+    room = max((store.array_metadata(name)["shape"][0] for name in arrays), default=0)
+    if room > spec.views and (further := store.missing(room, spec.kind)):
+        problems.append(f"{store.path}: room for {room} views, of which {len(further):,} units are missing")
+    return problems
+
+
+def _written(store: Store, spec: StoreSpec) -> list[Unit]:
+    missing = set(store.missing(spec.views, spec.kind))
+    return [unit for unit in store.units(spec.views) if unit not in missing]
+
+
+def _other_manifest(store: Store, path: Path) -> list[str]:
+    """How a published manifest differs from the store."""
+    published = read_manifest(path)
+    try:
+        same = build_manifest(store, published["views"], published["kind"]) == published
+    except (PipelineError, KeyError, TypeError) as error:
+        return [f"{path}: {error}"]
+    return [] if same else [f"{path}: it does not match {store.path}: damaged, or the store was computed again"]
+
+
+def _other_predictions(config: Config, spec: StoreSpec, store: Store, count: int, device: torch.device) -> list[str]:
+    """Compute random units again and print the differences.
+
+    A few flips of the argmax are rounding: the store may have been written on another device.
+    """
+    problems, units = [], store.units(spec.views)
+    chosen = np.random.default_rng().choice(len(units), min(count, len(units)), replace=False)
+    for unit, difference in recompute(config, spec, store, [units[number] for number in chosen], device):
+        name = _name(store, unit)
+        print(f"{name}: computed again on {device.type}: {difference}")
+        if difference.checks:
+            problems.append(f"{name}: {difference.checks} groups have other pictures than the teacher saw")
+        if difference.flips > 0.01 * difference.predictions:
+            problems.append(
+                f"{name}: {difference.flips} of {difference.predictions} predictions differ: another teacher?"
+            )
+    return problems
+
+
+def _name(store: Store, unit: Unit) -> str:
+    return f"{store.index.names[unit.shard]} block {unit.block}"
+
+
+def remove_damaged(store: StoreWriter, kind: str, units: list[Unit]) -> None:
+    """Read all of the units and remove those that are damaged, so that they are computed again."""
+    for unit, found in damaged_units(store, units, kind):
+        print(f"removed a damaged unit: {found}")
+        store.remove_unit(unit)
+
+
+def repair(store: Store, spec: StoreSpec) -> None:
+    """Remove damaged units, so that teacher-logits computes them again; print what is missing."""
+    writer = StoreWriter.open(store.path, store.index, spec.recipe)
+    remove_damaged(writer, spec.kind, _written(writer, spec))
+    print(describe_missing(writer, spec))
