@@ -195,9 +195,9 @@ def test_a_mark_is_no_teacher_and_no_store(project):
     for command in ("teacher", "teacher-logits"):
         call(command, "--if-needed", "--device", "cpu", *ALONE)
     said = call("teacher-logits", "--device", "cpu", code=1)
-    assert "no configured student listens" in said and "run: pipeline teacher" in said
+    assert "no configured student is distilled" in said and "run: pipeline teacher" in said
     said = call("train-student", "--student", "hard", "--device", "cpu", code=1)
-    assert "no configured student listens" in said and "run: pipeline teacher-logits" in said
+    assert "no configured student is distilled" in said and "run: pipeline teacher-logits" in said
 
 
 def test_status_names_no_teacher_that_is_not_needed_and_takes_no_mark_for_one(project):

@@ -131,7 +131,7 @@ def load_teacher(config: Config, classes: int, device: torch.device, purpose: st
         raise NotReady(f"{path}: no teacher", do=f"run: {command}")
     state, about = read_saved_weights(path)
     if about == NOT_NEEDED:
-        found = "a mark of dvc repro: no configured student listens to one"
+        found = "a placeholder of dvc repro: no configured student is distilled"
         raise NotReady(f"{path}: no teacher", found=found, do=f"run: {command}")
     function = teacher_architecture(section)
     others = differences(about, function)
