@@ -143,7 +143,7 @@ def sizes(folder: Path) -> tuple[int, int]:
 
 def report(root: Path, case: Case, found: dict[Callable, Seconds]) -> None:
     print(f"\n## {case.kind}, units of {SAMPLES:,} rows x {case.views} views: {case.rows / 1e6:.2f} million rows\n")
-    head("", *LAYOUTS, "memmap / ours")
+    head("", *LAYOUTS, "times as fast as memmap")
     for operation, spent in found.items():
         cells = [spread(figures(operation, spent[name], case)) for name in LAYOUTS]
         row(FIGURES[operation][0], *cells, spread(ratios(spent["memmap"], spent["ours"])))
