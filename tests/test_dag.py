@@ -169,3 +169,18 @@ def test_students_that_listen_to_nobody_pay_for_no_teacher(tmp_path):
     assert sorted(name.split()[0] for name in runs) == ["finetune", "student"]
     assert not (root / "work/stores").exists()
     assert ran(call(root, "dvc", "repro")) == ["prepare"]
+
+
+def test_compiled_bytecode_in_a_package_runs_no_stage(tmp_path):
+    call(tmp_path, "git", "init", "-q")
+    call(tmp_path, "dvc", "init", "-q")
+    shutil.copy(ROOT / ".dvcignore", tmp_path)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/module.py").touch()
+    (tmp_path / "dvc.yaml").write_text("stages: {stage: {cmd: 'true', deps: [package]}}")
+    call(tmp_path, "dvc", "repro")
+    (tmp_path / "package/__pycache__").mkdir()
+    (tmp_path / "package/__pycache__/module.cpython-311.pyc").write_bytes(b"bytecode")
+    assert would_run(tmp_path) == []
+    (tmp_path / "package/module.py").write_text("changed = True")
+    assert would_run(tmp_path) == ["stage"]
