@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_training import CPU, loaded, taught_template  # noqa: F401  (a fixture)
 
 from pipeline.cli import prune, status
-from pipeline.cli.progress import table
+from pipeline.cli.status_table import as_json, table
 from pipeline.common.errors import PipelineError
 from pipeline.config.paths import index_path
 from pipeline.shards.index import Index
@@ -117,7 +117,7 @@ def survives(data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(read_files()))
     with holding(path, hostile(path, data)):
         rows = status.survey(loaded(), 2e9)
-    assert table(rows) and json.loads(status.as_lines(rows))
+    assert table(rows) and json.loads(as_json(rows))
 
 
 def deletes_nothing(data: st.DataObject) -> None:

@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from conftest import tree
 from test_training import CPU, Stop, loaded, taught, taught_template  # noqa: F401  (fixtures)
 
-from pipeline.cli import glance, status
+from pipeline.cli import scan, status
 from pipeline.cli.main import main
-from pipeline.cli.progress import RECENT, Facts, duration, rate_of, row_of, short, table, told_by_log
+from pipeline.cli.status_table import RECENT, Facts, duration, log_summary, row_of, short, table, write_rate
 from pipeline.common.lease import lease
 from pipeline.common.lock import kernel_lock
 from pipeline.config.params import dump
@@ -54,48 +54,48 @@ def test_what_another_configuration_published_is_told_as_such():
 
 
 def test_work_under_way_counts_before_what_was_published_earlier():
-    assert row(done=3, total=100, begun=True, published=True, moved=NOW - 5).state == "running"
+    assert row(done=3, total=100, begun=True, published=True, modified=NOW - 5).state == "running"
 
 
 def test_a_training_that_moved_lately_runs_and_later_counts_as_stopped():
     facts = {"done": 3, "total": 100, "begun": True}
-    assert row(**facts, moved=NOW - RECENT + 1).state == "running"
-    assert row(**facts, moved=NOW - RECENT - 1).state == "stopped"
+    assert row(**facts, modified=NOW - RECENT + 1).state == "running"
+    assert row(**facts, modified=NOW - RECENT - 1).state == "stopped"
 
 
 def test_a_store_runs_while_a_lease_is_held_however_long_ago_it_moved():
     facts = {"done": 3, "total": 100, "begun": True}
-    assert row(**facts, moved=NOW - 3600, writers=1).state == "running"
-    assert row(**facts, moved=NOW - 1, writers=0).state == "stopped"
+    assert row(**facts, modified=NOW - 3600, writers=1).state == "running"
+    assert row(**facts, modified=NOW - 1, writers=0).state == "stopped"
 
 
 def test_a_stopped_training_has_done_what_its_checkpoint_holds():
-    assert row(done=80, kept=60, total=100, begun=True, moved=0.0).done == 60
-    assert row(done=80, kept=60, total=100, begun=True, moved=NOW).done == 80
+    assert row(done=80, kept=60, total=100, begun=True, modified=0.0).done == 60
+    assert row(done=80, kept=60, total=100, begun=True, modified=NOW).done == 80
 
 
 def test_what_is_complete_but_not_published_says_so():
-    assert "not published" in table([row(done=100, total=100, begun=True, moved=0.0)])
+    assert "not published" in table([row(done=100, total=100, begun=True, modified=0.0)])
 
 
 def test_the_time_left_is_what_is_missing_at_the_rate_of_late():
-    told = row(done=40, total=100, begun=True, moved=NOW, rate=2.0, pictures=8.0)
+    told = row(done=40, total=100, begun=True, modified=NOW, rate=2.0, images_per_unit=8.0)
     assert (told.percent, told.seconds_left, told.images_per_second) == (40.0, 30.0, 16.0)
 
 
 def test_all_but_one_of_many_is_not_yet_a_hundred_percent():
-    told = row(done=375_299, total=375_300, begun=True, moved=NOW)
+    told = row(done=375_299, total=375_300, begun=True, modified=NOW)
     assert told.percent < 100 and " 99 " in table([told])
 
 
 def test_a_clock_that_runs_behind_gives_no_negative_age():
-    assert row(done=1, total=2, begun=True, moved=NOW + 30).moved_seconds_ago == 0
+    assert row(done=1, total=2, begun=True, modified=NOW + 30).moved_seconds_ago == 0
 
 
 def test_a_rate_is_of_the_last_minutes_so_a_pause_before_them_does_not_count():
     before, since = [0.0, 10.0], [5000.0, 5010.0, 5020.0]
-    assert rate_of(before + since) == pytest.approx(0.1)
-    assert rate_of([]) is rate_of([5.0]) is None
+    assert write_rate(before + since) == pytest.approx(0.1)
+    assert write_rate([]) is write_rate([5.0]) is None
 
 
 def test_the_log_tells_step_loss_top1_and_the_mean_speed_of_late():
@@ -104,19 +104,19 @@ def test_the_log_tells_step_loss_top1_and_the_mean_speed_of_late():
         for number, speed, seconds in ((0, 100, 1), (50, 400, 3))
     ]
     epoch = {"kind": "epoch", "step": 50, "loss": 3.0, "val_top1_class": 0.5, "val_top1_mean": 0.6}
-    assert told_by_log([steps[0], epoch, steps[1]]) == {"done": 51, "loss": 2.0, "top1": 0.6, "samples": 325}
+    assert log_summary([steps[0], epoch, steps[1]]) == {"done": 51, "loss": 2.0, "top1": 0.6, "samples": 325}
 
 
 def test_a_log_of_an_earlier_version_has_no_speed():
-    assert told_by_log([{"kind": "step", "step": 0, "loss": 2.0}])["samples"] is None
+    assert log_summary([{"kind": "step", "step": 0, "loss": 2.0}])["samples"] is None
 
 
 def test_an_experiment_of_imagenets_size_fits_into_100_columns():
-    late = {"begun": True, "moved": NOW - 55}
+    late = {"begun": True, "modified": NOW - 55}
     facts = [
-        Facts("prepare", "shards", 1065, 1065, published=True, moved=0.0, note="50k images"),
-        Facts("teacher-logits-finetune", "units", 5119, 10240, **late, writers=8, rate=0.13, pictures=37530),
-        Facts("train-student@hard", "steps", 123456, 375300, **late, rate=1.1, pictures=1024, loss=3.456, top1=0.6543),
+        Facts("prepare", "shards", 1065, 1065, published=True, modified=0.0, note="50k images"),
+        Facts("teacher-logits-finetune", "units", 5119, 10240, **late, writers=8, rate=0.13, images_per_unit=37530),
+        Facts("train-student@hard", "steps", 123456, 375300, **late, rate=1.1, images_per_unit=1024, loss=3.456, top1=0.6543),
         Facts("train-student@none", "steps", 0, 375300),
     ]
     assert max(len(line) for line in table([row_of(fact, NOW) for fact in facts]).splitlines()) <= 100
@@ -362,7 +362,7 @@ def test_a_folder_that_cannot_be_read_is_named(taught, monkeypatch):  # noqa: F8
     def forbidden(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(glance.os, "scandir", forbidden)
+    monkeypatch.setattr(scan.os, "scandir", forbidden)
     said = CliRunner().invoke(main, ["status"])
     assert said.exit_code == 1 and "Permission denied" in said.output and "work/" in said.output
 

@@ -349,7 +349,7 @@ def test_prune_lists_what_nothing_needs_and_deletes_it_only_when_told(taught):  
     described["attributes"]["recipe"] = "1" * 32
     (stray / "zarr.json").write_text(json.dumps(described))
     said = call("prune")
-    assert "1 stores, 0 states, 0 data sets" in said and "answers of regnety_002 at 16 px" in said and stray.exists()
+    assert "1 stores, 0 states, 0 data sets" in said and "predictions of regnety_002 at 16 px" in said and stray.exists()
     assert "deleted" in call("prune", "--yes")
     assert tree(Path("work")) == before
 
@@ -467,8 +467,8 @@ def test_prune_leaves_what_a_process_takes_up_meanwhile(taught, monkeypatch):  #
     train_student.run(loaded(), CPU, "hard")
     forget("student.lr=0.01", "recipe.seed=5")
     state, store = state_of("student hard"), the_store()
-    monkeypatch.setattr(prune, "_perhaps_written", lambda _: "")
-    monkeypatch.setattr(prune, "_perhaps_trained", lambda _: "")
+    monkeypatch.setattr(prune, "_writer_of", lambda _: "")
+    monkeypatch.setattr(prune, "_trainer_of", lambda _: "")
     with lease(part_lease_path(str(store), 1, 4), "a test"), kernel_lock(state / RUN_LOCK):
         call("prune", "--yes")
     assert store.exists() and state.exists()
@@ -492,7 +492,7 @@ def test_prune_knows_data(taught):  # noqa: F811
     new = copied(data, "1")
     for path in new.glob("*/index.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "3" * 32}))
-    assert "of the last day" in call("prune", "--yes") and new.exists()
+    assert "in the last day" in call("prune", "--yes") and new.exists()
     age(Path("work/data"))
     with kernel_lock(Path("work/data") / DATA_LOCK):
         assert "prepare runs" in call("prune", "--yes") and new.exists()

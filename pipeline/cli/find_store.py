@@ -1,7 +1,6 @@
 """Which store a command means."""
 
-from pipeline.cli.glance import list_stores
-from pipeline.cli.progress import is_store_of
+from pipeline.cli.scan import is_store_of, list_stores
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.paths import index_path, store_path
 from pipeline.config.schema import Config

@@ -1,8 +1,8 @@
-"""Stores, training state and data that nothing needs any more: list them, or delete them.
+"""`pipeline prune`: lists, or deletes, stores, state folders and data sets that nothing refers to any more.
 
-What is needed: what a configuration names, what a file under outputs/ refers to by its fingerprint, what a process
-works on or may work on, and the data of all that. What nothing tells whose it is stays too, and so does what lies
-elsewhere and is only linked to.
+Kept is what a configuration can use, what a file under outputs/ names by its fingerprint (a manifest its store,
+metrics their run, params.yaml the settings of the last command), what a process is or may be working on, and the data
+of all these. Kept too is what cannot be attributed to anything, and what is stored elsewhere and only linked to.
 """
 
 import os
@@ -17,20 +17,22 @@ from typing import Any
 
 import fsspec
 
-from pipeline.cli.glance import files_below, list_stores, newest, read_json, read_tail
-from pipeline.cli.progress import is_store_of
+from pipeline.cli.scan import files_below, is_store_of, list_stores, newest, read_json
 from pipeline.common.errors import UsageError, unwritable
 from pipeline.common.files import is_local
-from pipeline.common.lease import modified, part_lease, part_leases, possibly_held
+from pipeline.common.lease import modified as modification_time
+from pipeline.common.lease import part_lease, part_leases, possibly_held
 from pipeline.common.lock import is_held, kernel_lock
 from pipeline.config.params import load
 from pipeline.config.paths import DATA_LOCK, FINGERPRINT, RUN_LOCK, index_path, local_work
+from pipeline.config.schema import PURPOSES, Config
+from pipeline.config.store_spec import store_spec
 from pipeline.training.identity import configured_runs, is_run_of
 
-DAY = 86400.0  # seconds: data that moved so lately may be what `prepare` writes
+DAY = 86400.0  # seconds: `prepare` may still be writing data that changed within them
 TEXTS = {".json", ".jsonl", ".yaml", ".csv", ".txt", ".html"}
-DELETED = ".deleted-"  # before the name of what is being deleted
-OPTIONS = ("distillation", "alpha", "tau")  # of a student, that train-student may be given
+DELETED = ".deleted-"  # prefix of what is being deleted
+OPTIONS = ("distillation", "alpha", "tau")  # settings of a student that train-student also takes as options
 
 
 @dataclass(frozen=True)
@@ -41,50 +43,51 @@ class Found:
     """`stores`, `states` or `data sets`."""
     path: str
     what: str
-    """In words."""
+    """A description."""
     size: int
-    moved: float
+    """Bytes."""
+    modified: float
+    """In seconds since 1970."""
     indices: set[str] = field(default_factory=set)
-    """Fingerprints of the data that it is of, or is."""
+    """Fingerprints of the data sets that it uses, or is."""
     needed: bool = False
-    """By a configuration or by a file under outputs/."""
-    stays: str = ""
-    """Why it is kept though nothing names it."""
+    """A configuration or a file under outputs/ refers to it."""
+    kept: str = ""
+    """Why it is kept although nothing refers to it."""
 
 
-class Known:
-    """What configurations and outputs tell."""
+class References:
+    """The runs, stores and data sets that configurations and outputs refer to."""
 
     def __init__(self, files: list[Path]):
         self.configs = [load(str(path), ()) for path in files]
-        self.own = [(config, _fingerprint(index_path(config, "train"))) for config in self.configs]
-        texts = [path.read_text(errors="replace") for path in [*files, *_texts()]]
-        self.words = {word for text in texts for word in re.findall(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])", text)}
-        self.curves = [path.read_text(errors="replace") for path in _texts() if path.name == "curve.csv"]
+        self.prepared = [(config, _fingerprint(index_path(config, "train"))) for config in self.configs]
         self.indices = {_fingerprint(path) for path in Path("outputs").glob("*/data/train/index.json")}
+        texts = [path.read_text(errors="replace") for path in [*files, *_texts()]]
+        named = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
+        self.fingerprints = {fingerprint for text in texts for fingerprint in named.findall(text)}
 
-    def names_store(self, attributes: dict[str, Any]) -> bool:
-        """Whether a configuration has this recipe, and its data may be the store's."""
-        found = attributes.get("index")
+    def include_store(self, attributes: dict[str, Any]) -> bool:
+        """Whether a configuration has the store's recipe, and may have its data."""
+        index = attributes["index"]
         return any(
-            is_store_of(recipe, found, attributes) and (own is None or found in self.indices)
-            for config, own in self.own
-            for recipe in (config.recipe, config.finetune_recipe())
+            is_store_of(store_spec(config, purpose).recipe, index, attributes)
+            for config in self._configs_of(index)
+            for purpose in PURPOSES
         )
 
-    def names_run(self, described: dict[str, Any]) -> bool:
-        """Whether a configuration has these settings, and its data may be the run's."""
-        found = described.get("index")
+    def include_run(self, described: dict[str, Any]) -> bool:
+        """Whether a configuration has the run's settings, and may have its data."""
+        index = described["index"]
         return any(
-            is_run_of(_without_options(run), _without_options(described)) and (own is None or found in self.indices)
-            for config, own in self.own
-            for run in configured_runs(config, found).values()
+            is_run_of(_without_options(configured), _without_options(described))
+            for config in self._configs_of(index)
+            for configured in configured_runs(config, index).values()
         )
 
-    def published(self, state: Path) -> bool:
-        """Whether a curve under outputs/ ends with this state's last loss, which no two trainings share."""
-        losses = [line.get("loss") for line in read_tail(state / "log.jsonl") if line.get("kind") == "epoch"]
-        return bool(losses) and any(repr(losses[-1]) in curve for curve in self.curves)
+    def _configs_of(self, index: str) -> list[Config]:
+        """The configurations that may use a data set: which one it is, is unknown until `prepare` has published its index."""
+        return [config for config, own in self.prepared if own is None or index in self.indices]
 
 
 def _texts() -> list[Path]:
@@ -104,35 +107,36 @@ def _without_options(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(config_files: list[Path], work: str, delete: bool) -> None:
-    """List, or delete, stores, training state and data below `work` that nothing needs.
+    """List, or delete, the stores, state folders and data sets below `work` that nothing refers to.
 
     Raises:
-        UsageError: there is no configuration to go by, or one cannot be read.
+        UsageError: there is no configuration, or one cannot be read.
         PipelineError: a folder cannot be read or deleted.
     """
     if not config_files:
         raise UsageError(
-            "prune: no configuration here", expected="params.yaml or configs/*.yaml, which name what is needed",
-            found="neither", do="run it in the folder of the experiments",
+            "prune: no configuration here", expected="params.yaml or configs/*.yaml, which say what is needed",
+            found="neither", do="run it in the project's folder",
         )  # fmt: skip
-    known = Known(config_files)
-    found = [*_stores(work, known), *_states(work, known)]
-    kept: set[str] = set().union(*(each.indices for each in found if each.needed or each.stays))
-    found += _data_sets(work, known, kept)
+    references = References(config_files)
+    found = [*_stores(work, references), *_states(work, references)]
+    used: set[str] = set().union(*(each.indices for each in found if each.needed or each.kept))
+    found += _data_sets(work, references, used)
     counts, total = Counter(), 0
     for each in found:
         if not each.needed:
-            stays = each.stays or (_delete(each) if delete else "")
-            counts[each.kind] += not stays
-            total += 0 if stays else each.size
-            did = "kept" if stays else "deleted" if delete else "unneeded"
-            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.moved))
-            print(f"{did:<9}{when}{each.size / 1e6:10,.1f} MB  {each.path}: {each.what}" + (f"; {stays}" * bool(stays)))
+            kept = each.kept or (_delete(each) if delete else "")
+            counts[each.kind] += not kept
+            total += 0 if kept else each.size
+            action = "kept" if kept else "deleted" if delete else "unneeded"
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.modified))
+            size, reason = f"{each.size / 1e6:10,.1f} MB", f"; {kept}" if kept else ""
+            print(f"{action:<9}{when}{size}  {each.path}: {each.what}{reason}")  # at once: a deletion may fail
     if delete:
         _sweep(work)
-    told = ", ".join(f"{counts[kind]} {kind}" for kind in ("stores", "states", "data sets"))
+    summary = ", ".join(f"{counts[kind]} {kind}" for kind in ("stores", "states", "data sets"))
     print(
-        f"{told} that nothing needs, by {len(known.configs)} configurations and outputs/: {total / 1e6:,.1f} MB"
+        f"{summary} that nothing refers to, of {len(references.configs)} configurations and outputs/: {total / 1e6:,.1f} MB"
         + ("" if delete or not total else "; delete them with --yes")
     )
 
@@ -140,81 +144,81 @@ def run(config_files: list[Path], work: str, delete: bool) -> None:
 # what there is
 
 
-def _stores(work: str, known: Known) -> Iterator[Found]:
+def _stores(work: str, references: References) -> Iterator[Found]:
     filesystem, _ = fsspec.core.url_to_fs(work)
     for path, attributes in list_stores(work):
         name = path.rpartition("/")[2].removesuffix(".zarr")
-        if not FINGERPRINT.fullmatch(name) or (is_local(filesystem) and not _lies_here(Path(path), work)):
+        if not FINGERPRINT.fullmatch(name) or (is_local(filesystem) and not _is_stored_in(Path(path), work)):
             continue
         model, recipe = (attributes.get(key) or {} for key in ("teacher", "recipe_settings"))
-        told = all(isinstance(attributes.get(key), str) for key in ("index", "recipe", "fingerprint"))
-        told = told and isinstance(model, dict) and isinstance(recipe, dict)
-        what = f"answers of {model.get('model')} at {recipe.get('size')} px" if told else "a store"
+        valid = all(isinstance(attributes.get(key), str) for key in ("index", "recipe", "fingerprint"))
+        valid = valid and isinstance(model, dict) and isinstance(recipe, dict)
+        what = f"predictions of {model.get('model')} at {recipe.get('size')} px" if valid else "a store"
         _, root = fsspec.core.url_to_fs(path)
         details = filesystem.find(root, detail=True).values()
         yield Found(
-            "stores", path, what, sum(info["size"] for info in details), max(map(modified, details), default=0.0),
-            indices={attributes["index"]} if told else set(),
-            needed=name in known.words or (told and known.names_store(attributes)),
-            stays=_perhaps_written(path) if told else "its description is damaged",
+            "stores", path, what, sum(info["size"] for info in details), max(map(modification_time, details), default=0.0),
+            indices={attributes["index"]} if valid else set(),
+            needed=name in references.fingerprints or (valid and references.include_store(attributes)),
+            kept=_writer_of(path) if valid else "its metadata is damaged",
         )  # fmt: skip
 
 
-def _perhaps_written(store: str) -> str:
+def _writer_of(store: str) -> str:
     locks = sorted(possibly_held(store))
-    return f"in use, or another machine's writer died: {locks[0]}" if locks else ""
+    return f"in use, or its writer on another machine died: {locks[0]}" if locks else ""
 
 
-def _states(work: str, known: Known) -> Iterator[Found]:
+def _states(work: str, references: References) -> Iterator[Found]:
     for folder in _folders(work, "state"):
         described = read_json(folder / "run.json")
-        told = isinstance(described.get("index"), str) and isinstance(described.get("recipe"), str)
-        what = f"{described.get('name')}, {described.get('steps')} steps" if told else "a training"
+        valid = isinstance(described.get("index"), str) and isinstance(described.get("recipe"), str)
+        what = f"{described.get('name')}, {described.get('steps')} steps" if valid else "a run"
         yield Found(
             "states", str(folder), what, _bytes(folder), newest(folder) or 0.0,
-            indices={described["index"]} if told else set(),
-            needed=folder.name in known.words or known.published(folder) or (told and known.names_run(described)),
-            stays=_perhaps_trained(folder) if told else "its run.json is missing or damaged",
+            indices={described["index"]} if valid else set(),
+            needed=folder.name in references.fingerprints or (valid and references.include_run(described)),
+            kept=_trainer_of(folder) if valid else "its run.json is missing or damaged",
         )  # fmt: skip
 
 
-def _perhaps_trained(state: Path) -> str:
+def _trainer_of(state: Path) -> str:
     lock = state / RUN_LOCK
-    known = is_held(lock)
-    if known:
+    running = is_held(lock)
+    if running:
         return "in use"
-    return f"another machine may train it: {lock}" if known is None and lock.exists() else ""
+    return f"another machine may be training it: {lock}" if running is None and lock.exists() else ""
 
 
-def _data_sets(work: str, known: Known, kept: set[str]) -> Iterator[Found]:
-    unprepared = bool(known.own) and known.own[0][1] is None
+def _data_sets(work: str, references: References, used: set[str]) -> Iterator[Found]:
+    unprepared = bool(references.prepared) and references.prepared[0][1] is None
     for folder in _folders(work, "data"):
         indices = {split: read_json(folder / split / "index.json") for split in ("train", "val")}
         images = [f"{split} {index.get('samples')}" for split, index in indices.items() if index]
-        prints = {str(index["fingerprint"]) for index in indices.values() if "fingerprint" in index}
-        moved = max((newest(path) or 0.0 for path in [folder, *folder.iterdir()]), default=0.0)
-        stays = ""
+        fingerprints = {str(index["fingerprint"]) for index in indices.values() if "fingerprint" in index}
+        modified = max((newest(path) or 0.0 for path in [folder, *folder.iterdir()]), default=0.0)
+        kept = ""
         if is_held(folder.parent / DATA_LOCK):
-            stays = "in use: prepare runs"
-        elif time.time() - moved < DAY:
-            stays = "of the last day: prepare may be writing it"
+            kept = "in use: prepare runs"
+        elif time.time() - modified < DAY:
+            kept = "modified in the last day: prepare may be writing it"
         elif unprepared:
-            stays = f"{known.configs[0].name} has no index under outputs/: it may be its"
+            kept = f"{references.configs[0].name} has no index under outputs/ yet and may use it"
         yield Found(
-            "data sets", str(folder), f"images: {', '.join(images) or 'not complete'}", _bytes(folder), moved,
-            indices=prints,
-            needed=folder.name in known.words or bool(prints & (kept | known.indices)),
-            stays=stays,
+            "data sets", str(folder), f"images: {', '.join(images) or 'incomplete'}", _bytes(folder), modified,
+            indices=fingerprints,
+            needed=folder.name in references.fingerprints or bool(fingerprints & (used | references.indices)),
+            kept=kept,
         )  # fmt: skip
 
 
 def _folders(work: str, name: str) -> list[Path]:
     found = sorted((local_work(work) / name).glob("*"))
-    return [path for path in found if FINGERPRINT.fullmatch(path.name) and _lies_here(path, work)]
+    return [path for path in found if FINGERPRINT.fullmatch(path.name) and _is_stored_in(path, work)]
 
 
-def _lies_here(path: Path, work: str) -> bool:
-    """Whether it is a folder below `work` itself, not one that a link leads to."""
+def _is_stored_in(path: Path, work: str) -> bool:
+    """Whether it is a folder below `work` itself, not one behind a link."""
     return path.is_dir() and path.resolve() == local_work(work).resolve() / path.parent.name / path.name
 
 
@@ -226,7 +230,7 @@ def _bytes(folder: Path) -> int:
 
 
 def _delete(found: Found) -> str:
-    """Delete it under its lock. Returns why it stays, where somebody has it by now."""
+    """Delete it under its lock. Returns why it is kept, if another process has taken it meanwhile."""
     try:
         if found.kind == "stores":
             _delete_store(found.path)
@@ -244,7 +248,7 @@ def _delete(found: Found) -> str:
 
 
 def _delete_store(path: str) -> None:
-    """With the locks that its parts' writers left beside it."""
+    """Delete a store, and the locks that its writers left next to it."""
     filesystem, root = fsspec.core.url_to_fs(path)
     with part_lease(path, 0, 1, "prune"):
         if is_local(filesystem):
@@ -258,15 +262,15 @@ def _delete_store(path: str) -> None:
 
 
 def _delete_folder(folder: Path) -> None:
-    """By another name first: what is deleted in part must not look whole."""
-    going = folder.with_name(DELETED + folder.name)
-    os.rename(folder, going)
-    shutil.rmtree(going)
+    """Rename it first: what is partly deleted must not look complete."""
+    doomed = folder.with_name(DELETED + folder.name)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 def _sweep(work: str) -> None:
-    """What an earlier prune was killed over."""
+    """Delete what an earlier prune was killed while deleting."""
     for name in ("stores", "state", "data"):
         for path in sorted((local_work(work) / name).glob(f"{DELETED}*")):
-            if FINGERPRINT.fullmatch(path.name.removeprefix(DELETED).removesuffix(".zarr")) and _lies_here(path, work):
+            if FINGERPRINT.fullmatch(path.name.removeprefix(DELETED).removesuffix(".zarr")) and _is_stored_in(path, work):
                 shutil.rmtree(path)

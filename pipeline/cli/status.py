@@ -1,16 +1,18 @@
-"""How far every stage of an experiment is, from its files alone: nothing is written, no process is asked.
+"""`pipeline status`: how far every stage of an experiment has got, from its files and locks alone; nothing is written.
 
-Trainings and writers of stores hold locks, of which this machine's kernel knows. Of one on another machine, or of a
-store at a URL, the files tell: a store runs while a lease beside it is renewed, so a writer that is killed counts for
-five minutes more; a training, and `prepare` anywhere, while its newest file is of the last ten minutes. `evaluate`
-writes at its end only.
+What is published under outputs/ names its run or store by fingerprint, and run.json and the store's attributes say
+which configuration that belongs to.
+
+Processes on this machine hold locks that the kernel knows. For another machine, or a store at a URL, only files
+tell: a store counts as running while a lease next to it is renewed (so for five minutes after its writer was killed);
+a training run, and `prepare`, while its newest file is less than ten minutes old. `evaluate` writes at its end only.
 """
 
 import contextlib
-import json
 import re
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +20,20 @@ import click
 
 from pipeline.batches.plan import training_plan
 from pipeline.cli.failures import failure_path
-from pipeline.cli.glance import (
+from pipeline.cli.scan import (
+    is_store_of,
     latest,
     list_stores,
+    modification_times,
     newest,
     number,
     read_index,
     read_json,
-    read_tail,
-    written,
+    read_log_tail,
     written_units,
 )
-from pipeline.cli.progress import (
-    Facts,
-    Row,
-    is_store_of,
-    rate_of,
-    row_of,
-    short,
-    table,
-    told_by_log,
-    top1_of,
-)
-from pipeline.common.errors import PipelineError, is_io_error, unreadable
+from pipeline.cli.status_table import Facts, Row, as_json, headline_top1, log_summary, row_of, short, table, write_rate
+from pipeline.common.errors import is_io_error, unreadable
 from pipeline.common.lock import is_held
 from pipeline.config.paths import (
     DATA_LOCK,
@@ -55,16 +48,14 @@ from pipeline.config.paths import (
     local_work,
     student_folder,
     teacher_folder,
-    teacher_logits_folder,
 )
 from pipeline.config.schema import PURPOSES, Config, Training
 from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.training.identity import configured_runs, is_run_of
-from pipeline.training.log import read_curve
 
 
-def run(config: Config, as_json: bool = False, watch: float | None = None) -> None:
-    """Print a row a stage; with `watch`, anew every so many seconds until it is interrupted.
+def run(config: Config, json: bool = False, watch: float | None = None) -> None:
+    """Print one row per stage; with `watch`, again after that many seconds, until interrupted.
 
     Raises:
         Unreadable: a folder or a server cannot be read.
@@ -72,43 +63,39 @@ def run(config: Config, as_json: bool = False, watch: float | None = None) -> No
     with contextlib.suppress(KeyboardInterrupt) if watch else contextlib.nullcontext():
         while True:
             rows = survey(config, time.time())
-            if watch and not as_json:
+            if watch and not json:
                 click.clear()
-            print(as_lines(rows) if as_json else f"{config.name}\n\n{table(rows)}", flush=True)
+            print(as_json(rows) if json else f"{config.name}\n\n{table(rows)}", flush=True)
             if not watch:
                 break
             time.sleep(watch)
 
 
-def as_lines(rows: list[Row]) -> str:
-    """A JSON array, one object a line."""
-    return "[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]"
-
-
 def survey(config: Config, now: float) -> list[Row]:
-    """Every stage's row, in the order of `dvc repro`."""
+    """The rows of all stages, in the order of `dvc repro`."""
     try:
-        return [row_of(with_failure(facts, config), now) for facts in gather(Experiment(config))]
+        return [row_of(_with_failure(facts, config), now) for facts in gather(Experiment(config))]
     except Exception as error:
         if not is_io_error(error):
             raise
         raise unreadable(getattr(error, "filename", None) or config.work, error) from error
 
 
-def with_failure(facts: Facts, config: Config) -> Facts:
-    """What its last command failed over, unless something was written since."""
-    told = [read_json(failure_path(config, name)) for name in {facts.stage, facts.stage.partition("@")[0]}]
-    times = {number(failure.get("time")) or 0.0: str(failure.get("what")) for failure in told}
-    last = max(times)
-    return replace(facts, failure=times[last]) if last > max(facts.moved or 0.0, 1.0) - 1.0 else facts
+def _with_failure(facts: Facts, config: Config) -> Facts:
+    """Add the error of the stage's last command, unless something was written after it."""
+    failures = [read_json(failure_path(config, name)) for name in {facts.stage, facts.stage.partition("@")[0]}]
+    errors = {number(failure.get("time")) or 0.0: str(failure.get("what")) for failure in failures}
+    last = max(errors)
+    return replace(facts, failure=errors[last]) if last > max(facts.modified or 0.0, 1.0) - 1.0 else facts
 
 
-@dataclass
+@dataclass(frozen=True)
 class State:
-    """A training's folder below `work`."""
+    """The state folder of a run."""
 
     folder: Path
     described: dict[str, Any]
+    """Its run.json."""
     files: dict[str, float]
     """When each was written."""
 
@@ -117,30 +104,13 @@ class State:
         return "final.safetensors" in self.files
 
     @property
-    def moved(self) -> float:
+    def modified(self) -> float:
         return max(self.files.values(), default=0.0)
 
     @property
     def checkpoint(self) -> int:
-        """The step that the newest one goes on from; 0 without any."""
-        names = [name for name in self.files if re.fullmatch(r"step-\d{9}\.ckpt", name)]
-        return max((int(name[5:14]) for name in names), default=0)
-
-    @property
-    def writers(self) -> int | None:
-        """Of a training on this machine; None where it may be another's."""
-        return is_held(self.folder / RUN_LOCK)
-
-    def log(self) -> list[dict[str, Any]]:
-        return read_tail(self.folder / "log.jsonl")
-
-
-@dataclass(frozen=True)
-class Counted:
-    """Shards, each with its number of samples."""
-
-    names: list[str]
-    samples: list[int]
+        """The step of the newest checkpoint; 0 without one."""
+        return max((int(name[5:14]) for name in self.files if re.fullmatch(r"step-\d{9}\.ckpt", name)), default=0)
 
 
 class Experiment:
@@ -153,187 +123,157 @@ class Experiment:
         self.names = [shard["name"] for shard in self.indices["train"].get("shards", [])]
         self.samples = [shard["samples"] for shard in self.indices["train"].get("shards", [])]
         self.stores, self.runs = list_stores(config.work), configured_runs(config, self.index)
-        # a folder without run.json is of an earlier version: nothing tells what it is of
+        # a folder without run.json may belong to any configuration
         found = [path for path in (local_work(config.work) / "state").glob("*") if FINGERPRINT.fullmatch(path.name)]
         folders = [(folder, read_json(folder / "run.json")) for folder in found]
-        self.states = [State(folder, described, written(folder)) for folder, described in folders if described]
+        self.states = [State(folder, described, modification_times(folder)) for folder, described in folders if described]
 
     def states_of(self, stage: str) -> list[State]:
-        """Those of the configuration's settings, and of the store that is published."""
-        run, student = self.runs[stage], stage.partition("@")[2]
-        if stage.startswith("finetune@"):
-            run = run | {"name": f"finetune {student} at {self.config.finetune.size}"}
+        """The states with the configuration's settings that use the published store, or none."""
+        configured, (kind, _, student) = self.runs[stage], stage.partition("@")
+        if kind == "finetune":
+            configured = configured | {"name": f"finetune {student} at {self.config.finetune.size}"}
         elif student:  # with --teacher online the settings are the same, the name is not
-            run = run | {"name": f"student {student}"}
-        purpose = "finetune" if stage.startswith("finetune@") else "train-student"
-        published = read_json(teacher_logits_folder(self.config, purpose) / "manifest.json").get("fingerprint")
-        return [
-            state
-            for state in self.states
-            if is_run_of(run, state.described)
-            and (None in (published, told := state.described.get("store")) or told == published)
-        ]
+            configured = configured | {"name": f"student {student}"}
+        spec = store_spec(self.config, "finetune" if kind == "finetune" else "train-student")
+        stores = (None, read_json(spec.folder / "manifest.json").get("fingerprint"))
+        own = [state for state in self.states if is_run_of(configured, state.described)]
+        return [state for state in own if stores[1] is None or state.described.get("store") in stores]
 
     def steps(self, settings: Training) -> tuple[int | None, float | None]:
-        """Steps of a whole training, and the samples of one; None before there is an index."""
+        """The steps of a complete run, and the samples per step; None before there is an index."""
         if not any(self.samples):
             return None, None
-        recipe = self.config.recipe
-        plan = training_plan(Counted(self.names, self.samples), recipe, settings, recipe.block)
+        plan = training_plan(self, self.config.recipe, settings, self.config.recipe.block)
         return settings.epochs * plan.steps_per_epoch, plan.batch_groups * sum(self.samples) / plan.groups
 
 
 def gather(experiment: Experiment) -> list[Facts]:
-    """Of every stage that is needed, in the order of `dvc repro`."""
+    """The facts of every stage that is needed, in the order of `dvc repro`."""
     config = experiment.config
     teacher, tuned, adapted = config.teacher, config.finetune, config.teacher_finetune
-    facts = [prepared(experiment)]
+    facts = [_prepare(experiment)]
     if any(map(config.needs_teacher, PURPOSES)):
-        facts.append(trained(experiment, "teacher", None if teacher.weights else teacher, teacher_folder(config)))
+        facts.append(_training(experiment, "teacher", None if teacher.weights else teacher, teacher_folder(config)))
     if config.needs_teacher("train-student"):
-        facts.append(stored(experiment, "teacher-logits", store_spec(config, "train-student")))
+        facts.append(_store(experiment, "teacher-logits", store_spec(config, "train-student")))
     for name in config.students:
         settings, folder = config.student_named(name), student_folder(config, name)
-        facts.append(trained(experiment, f"train-student@{name}", settings, folder))
+        facts.append(_training(experiment, f"train-student@{name}", settings, folder))
     if config.needs_teacher("finetune"):
         folder = teacher_folder(config, "finetune")
-        facts += [
-            trained(experiment, "teacher-finetune", adapted if adapted.epochs else None, folder),
-            stored(experiment, "teacher-logits-finetune", store_spec(config, "finetune")),
-        ]
+        facts.append(_training(experiment, "teacher-finetune", adapted if adapted.epochs else None, folder))
+        facts.append(_store(experiment, "teacher-logits-finetune", store_spec(config, "finetune")))
     if config.students or tuned.weights:
         for name in tuned.students:
-            facts.append(trained(experiment, f"finetune@{name}", tuned, finetune_folder(config, name)))
-    return [*facts, evaluated(experiment)]
+            facts.append(_training(experiment, f"finetune@{name}", tuned, finetune_folder(config, name)))
+    return [*facts, _evaluate(experiment)]
 
 
-def prepared(experiment: Experiment) -> Facts:
-    """Shards; how many there will be is told by the listing of the images, which would take too long here."""
+def _prepare(experiment: Experiment) -> Facts:
+    """The shards; how many there will be is known only from a listing of the images, which would take too long here."""
     config, indices = experiment.config, experiment.indices
     if all(indices.values()):
         count = sum(len(index["shards"]) for index in indices.values())
         images = " + ".join(short(index["samples"]) for index in indices.values())
-        moved = latest(newest(index_path(config, split).parent) for split in indices)
-        return Facts("prepare", "shards", count, count, published=True, moved=moved, note=f"{images} images")
-    # whose a folder is nothing tells before its index is there: of each split the one that moved last
-    times: list[float] = []
-    data = local_work(config.work) / "data"
+        modified = latest(newest(index_path(config, split).parent) for split in indices)
+        return Facts("prepare", "shards", count, count, published=True, modified=modified, note=f"{images} images")
+    # before its index is there, nothing says whose a folder is: per split, take the last modified of nobody else
+    data, times = local_work(config.work) / "data", []
     others = [path for path in Path("outputs").glob("*/data/*/index.json") if path.parents[2].name != config.name]
     theirs = {Path(str(read_json(path).get("location"))).parent.name for path in others}
     for split in indices:
-        tars = [
-            [when for name, when in written(folder).items() if name.endswith(".tar")]
-            for folder in data.glob(f"*/{split}")
-            if folder.parent.name not in theirs
-        ]
+        folders = [modification_times(path) for path in data.glob(f"*/{split}") if path.parent.name not in theirs]
+        tars = [[when for name, when in files.items() if name.endswith(".tar")] for files in folders]
         times += max(tars, key=lambda found: max(found, default=0.0), default=[])
     return Facts(
-        "prepare", "shards", len(times), begun=bool(times), moved=latest(times), rate=rate_of(times),
-        pictures=config.data.shard_samples, writers=is_held(data / DATA_LOCK),
+        "prepare", "shards", len(times), begun=bool(times), modified=latest(times), rate=write_rate(times),
+        images_per_unit=config.data.shard_samples, writers=is_held(data / DATA_LOCK),
     )  # fmt: skip
 
 
-def trained(experiment: Experiment, stage: str, settings: Training | None, folder: Path) -> Facts:
-    """A training that publishes into `folder`; without settings its weights come from elsewhere."""
+def _training(experiment: Experiment, stage: str, settings: Training | None, folder: Path) -> Facts:
+    """A run that publishes into `folder`; without settings, the weights come from elsewhere."""
     metrics = read_json(folder / "metrics.json") if (folder / "weights.safetensors").exists() else {}
     own = experiment.states_of(stage) if settings else []
-    foreign = bool(metrics) and is_foreign(folder / "curve.csv", bool(settings), own, experiment.states)
-    total, pictures = experiment.steps(settings) if settings else (None, None)
-    state = max(own, key=lambda state: state.moved, default=None)
-    told: dict[str, Any] = {"top1": number(top1_of(metrics))}
+    published, own_runs = metrics.get("run"), [state.folder.name for state in own]
+    foreign = bool(metrics) and isinstance(published, str) != bool(settings)  # trained here, or weights from elsewhere
+    foreign |= isinstance(published, str) and _is_foreign(published, own_runs, {x.folder.name for x in experiment.states})
+    total, images = experiment.steps(settings) if settings else (None, None)
+    state = max(own, key=lambda state: state.modified, default=None)
+    log: dict[str, Any] = {"top1": number(headline_top1(metrics))}
     if state and not (state.complete and metrics):
-        told = told_by_log(state.log())
+        log = log_summary(read_log_tail(state.folder / "log.jsonl"))
     kept = state.checkpoint if state else 0
     if state.complete if state else metrics and not foreign:
         kept = total or 0
     return Facts(
-        stage, "steps", max(told.get("done", 0), kept), total, kept,
+        stage, "steps", max(log.get("done", 0), kept), total, kept,
         begun=state is not None,
         published=bool(metrics),
         foreign=foreign,
-        writers=state and state.writers,
-        moved=latest([newest(folder), state and state.moved]),
-        rate=told["samples"] / pictures if told.get("samples") and pictures else None,
-        pictures=pictures,
-        loss=told.get("loss"),
-        top1=told["top1"],
+        writers=state and is_held(state.folder / RUN_LOCK),
+        modified=latest([newest(folder), state and state.modified]),
+        rate=log["samples"] / images if log.get("samples") and images else None,
+        images_per_unit=images,
+        loss=log.get("loss"),
+        top1=log["top1"],
     )  # fmt: skip
 
 
-def is_foreign(curve: Path, learned: bool, own: list[State], states: list[State]) -> bool:
-    """Whether what is published beside a curve is surely another configuration's.
-
-    It is known by its last epoch's loss, which no two trainings share. What no state is left of counts as
-    the configuration's own.
+def _is_foreign(published: object, own: Collection[str], known: set[str]) -> bool:
+    """Whether a published fingerprint belongs to another configuration, or is not what this one has computed since.
 
     Args:
-        learned: the configuration trains here, so that there are epochs.
-        own: its states, of all.
+        own: the fingerprints below `work` that are this configuration's, out of all that are `known`.
     """
-    if not curve.exists():
-        return False
-    try:
-        epochs = read_curve(curve)
-    except PipelineError:  # damaged: nothing tells
-        return False
-    if not (learned and epochs):
-        return learned or bool(epochs)
-    sources = [state for state in states if _last_loss(state) == epochs[-1].get("loss")]
-    told = bool(sources) or any(state.complete for state in own)
-    return told and not any(state in own for state in sources)
+    return published not in own and (bool(own) or published in known)
 
 
-def _last_loss(state: State) -> str | None:
-    """As the curve has it."""
-    losses = [str(line["loss"]) for line in state.log() if line["kind"] == "epoch"]
-    return losses[-1] if losses else None
-
-
-def stored(experiment: Experiment, stage: str, spec: StoreSpec) -> Facts:
-    """A store of the published teacher's answers, and its manifest."""
-    config, samples = experiment.config, [samples for samples in experiment.samples if samples]
-    folder, blocks = teacher_logits_folder(config, spec.purpose), spec.views // spec.recipe.block
-    manifest, summary = (read_json(folder / f"{name}.json") for name in ("manifest", "summary"))
+def _store(experiment: Experiment, stage: str, spec: StoreSpec) -> Facts:
+    """A store, and its published manifest."""
+    samples = [samples for samples in experiment.samples if samples]
+    manifest, summary = (read_json(spec.folder / f"{name}.json") for name in ("manifest", "summary"))
     published, fingerprint = bool(manifest and summary), str(manifest.get("fingerprint"))
     own = {
-        str(attributes.get("fingerprint")): written_units(path, spec.kind, blocks)
+        str(attributes.get("fingerprint")): written_units(path, spec.kind, spec.blocks)
         for path, attributes in experiment.stores
-        if is_store_of(spec.recipe, experiment.index, attributes) and _same_teacher(config, spec, attributes)
+        if is_store_of(spec.recipe, experiment.index, attributes)
+        and _same_teacher(experiment.config, spec, attributes.get("teacher"))
     }
-    others = {str(attributes.get("fingerprint")) for _, attributes in experiment.stores} - own.keys()
+    known = {str(attributes.get("fingerprint")) for _, attributes in experiment.stores}
     same = (manifest.get("views"), manifest.get("kind")) == (spec.views, spec.kind)
-    foreign = published and not (same and (fingerprint in own or (not own and fingerprint not in others)))
-    units = max(own.values(), key=lambda units: units.moved, default=None)
-    total = blocks * len(samples) if samples else None
+    foreign = published and (not same or _is_foreign(fingerprint, own, known))
+    units = max(own.values(), key=lambda units: units.modified, default=None)
+    total = spec.blocks * len(samples) if samples else None
     note = f"{units.writers} writers" if units and units.writers > 1 else ""
     agreement = number(summary.get("agreement_with_labels"))
     if published and not foreign and agreement is not None:
-        note = f"as labelled: {agreement:.1%}".replace("%", " %")
+        note = f"as labelled: {100 * agreement:.1f} %"
     return Facts(
         stage, "units", len(units.times) if units else (total or 0) * (published and not foreign), total,
         begun=units is not None,
         published=published,
         foreign=foreign,
         writers=units.writers if units else 0,
-        moved=latest([newest(folder), units and units.moved]),
-        rate=rate_of(units.times) if units else None,
-        pictures=spec.recipe.block * sum(samples) / len(samples) if samples else None,
+        modified=latest([newest(spec.folder), units and units.modified]),
+        rate=write_rate(units.times) if units else None,
+        images_per_unit=spec.recipe.block * sum(samples) / len(samples) if samples else None,
         note=note,
     )  # fmt: skip
 
 
-def _same_teacher(config: Config, spec: StoreSpec, attributes: dict[str, Any]) -> bool:
-    """Whether a store is of the teacher that is published; of any, where none is."""
-    weights = read_json(teacher_folder(config, spec.purpose) / "metrics.json").get("weights")
-    found = attributes.get("teacher")
-    if not isinstance(found, dict) or found.get("size") != config.teacher_size(spec.purpose):
+def _same_teacher(config: Config, spec: StoreSpec, teacher: object) -> bool:
+    """Whether a store's teacher is the published one; before one is published, whether it can be."""
+    if not isinstance(teacher, dict) or teacher.get("size") != spec.teacher_size:
         return False
-    named = found.get("model") in (config.teacher.model, config.teacher.weights)
-    return named and weights in (None, found.get("weights"))
+    weights = read_json(spec.teacher_folder / "metrics.json").get("weights")
+    configured = teacher.get("model") in (config.teacher.model, config.teacher.weights)
+    return configured and weights in (None, teacher.get("weights"))
 
 
-def evaluated(experiment: Experiment) -> Facts:
-    """All models at once, written at the end; the top-1 is the last model's."""
+def _evaluate(experiment: Experiment) -> Facts:
+    """All models at once, written at the end; the top-1 accuracy is the last model's."""
     config, folder = experiment.config, evaluation_folder(experiment.config)
     models = evaluated_models(config)
     metrics = read_json(folder / "metrics.json") if (folder / "table.txt").exists() else {}
@@ -342,12 +282,11 @@ def evaluated(experiment: Experiment) -> Facts:
     untrained = [name for name, where in models.items() if not (where / "weights.safetensors").exists()]
     last = metrics.get(next(reversed(models), ""))
     heads = [last.get(head) for head in ("mean", "class")] if isinstance(last, dict) else []
-    top1 = next((number(head.get("top1")) for head in heads if isinstance(head, dict)), None)
     return Facts(
         "evaluate", "models", len(models) if metrics and not foreign else 0, len(models),
         published=bool(metrics),
         foreign=foreign,
-        moved=newest(folder) if metrics else None,
-        top1=top1,
+        modified=newest(folder) if metrics else None,
+        top1=next((number(head.get("top1")) for head in heads if isinstance(head, dict)), None),
         note=f"waits for {', '.join(untrained)}" if untrained else "",
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""A look at files that other processes write, or that are damaged: what they tell, and nothing where they do not.
+"""Reads files that other processes are writing, or that are damaged: what cannot be read counts as absent.
 
-Nothing is written, and nothing is raised about a file's contents.
+Nothing is written, and a file's contents never raise an error.
 """
 
 import contextlib
@@ -18,14 +18,16 @@ from fsspec import AbstractFileSystem
 from pipeline.common.errors import is_io_error, unreadable
 from pipeline.common.lease import modified, part_leases
 from pipeline.config.paths import NOT_NEEDED
+from pipeline.config.schema import Recipe
 from pipeline.training.log import parse_line
+from pipeline.views.draw import recipe_fingerprint
 
-LOG_TAIL = 2**18  # bytes of a log that are read: about a thousand lines
-JSON_LIMIT = 2**28  # bytes of a JSON file; beyond it is none of ours
+LOG_TAIL = 2**18  # bytes read from the end of a log: about a thousand lines
+JSON_LIMIT = 2**28  # bytes; no JSON file of ours is larger
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object; {} where it is none, or the mark of a teacher that is not needed."""
+    """A JSON object; {} for anything else, and for the placeholder of a teacher that is not needed."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -34,7 +36,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a file holds; {} where there is none, or no object."""
+    """The JSON object in a file; {} if there is none."""
     try:
         return parse_object(path.read_bytes()) if path.stat().st_size < JSON_LIMIT else {}
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -53,31 +55,31 @@ def is_count(value: Any) -> bool:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """An index, as `read_json`; {} too where its fingerprint, samples and shards are not what an index has."""
+    """An index.json; {} also if its fingerprint, samples or shards are not those of an index."""
     found = read_json(path)
     shards = found.get("shards")
     if not (isinstance(found.get("fingerprint"), str) and is_count(found.get("samples")) and isinstance(shards, list)):
         return {}
-    sound = (isinstance(x, dict) and isinstance(x.get("name"), str) and is_count(x.get("samples")) for x in shards)
-    return found if all(sound) else {}
+    valid = (isinstance(x, dict) and isinstance(x.get("name"), str) and is_count(x.get("samples")) for x in shards)
+    return found if all(valid) else {}
 
 
-POSITIVE = ("seconds", "samples_per_s", "val_top1_mean", "val_top1_class", "top1")
+NOT_NEGATIVE = ("seconds", "samples_per_s", "val_top1_mean", "val_top1_class", "top1")
 
 
-def read_tail(path: Path) -> list[dict[str, Any]]:
-    """The last lines of a training's log; those that are damaged or cut short are left out."""
+def read_log_tail(path: Path) -> list[dict[str, Any]]:
+    """The last lines of a run's log, without those that are damaged or cut short."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - LOG_TAIL))
             texts = file.read().split(b"\n")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return []
-    return [line for line in map(parse_line, texts) if line and _is_told(line)]
+    return [line for line in map(parse_line, texts) if line and _is_log_line(line)]
 
 
-def _is_told(line: dict[str, Any]) -> bool:
-    numbers = [number(line[key]) for key in POSITIVE if key in line]
+def _is_log_line(line: dict[str, Any]) -> bool:
+    numbers = [number(line[key]) for key in NOT_NEGATIVE if key in line]
     return (
         line.get("kind") in ("step", "epoch")
         and is_count(line.get("step"))
@@ -86,8 +88,8 @@ def _is_told(line: dict[str, Any]) -> bool:
     )
 
 
-def written(folder: Path) -> dict[str, float]:
-    """When each file of a folder was written; what goes while it is looked at is left out."""
+def modification_times(folder: Path) -> dict[str, float]:
+    """When each file of a folder was written; files that are deleted meanwhile are left out."""
     found = {}
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for entry in entries:
@@ -97,7 +99,7 @@ def written(folder: Path) -> dict[str, float]:
 
 
 def newest(folder: Path) -> float | None:
-    return latest(written(folder).values())
+    return latest(modification_times(folder).values())
 
 
 def latest(times: Iterable[float | None]) -> float | None:
@@ -105,11 +107,11 @@ def latest(times: Iterable[float | None]) -> float | None:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, those of linked folders too."""
+    """Every file below a folder, including those in linked folders."""
     seen: set[str] = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
-        if real in seen:  # a link to a folder above
+        if real in seen:  # reached before, through a link
             folders.clear()
             continue
         seen.add(real)
@@ -119,11 +121,16 @@ def files_below(folder: Path) -> Iterator[Path]:
 # stores
 
 
+def is_store_of(recipe: Recipe, index: str | None, attributes: dict[str, Any]) -> bool:
+    """Whether a store with these attributes holds views of a recipe and an index."""
+    return attributes.get("index") == index and attributes.get("recipe") == recipe_fingerprint(recipe)
+
+
 def list_stores(work: str) -> list[tuple[str, dict[str, Any]]]:
-    """Every store below `work`, with its attributes ({} where they are damaged).
+    """Every store below `work`, with its attributes ({} if they are damaged).
 
     Raises:
-        Unreadable: a server does not answer, or the library of a URL's scheme is not installed.
+        Unreadable: a server does not answer, or the library for a URL's scheme is not installed.
     """
     where = f"{work}/stores"
     try:
@@ -150,15 +157,18 @@ def _attributes(filesystem: AbstractFileSystem, path: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Units:
-    """Of a store: when each complete unit of the blocks asked for was written, when anything was, leases held."""
+    """What a store holds of the first blocks."""
 
     times: list[float]
-    moved: float
+    """When each complete unit was written."""
+    modified: float
+    """When anything was."""
     writers: int
+    """Leases held."""
 
 
 def written_units(path: str, kind: str, blocks: int) -> Units:
-    """What a store holds. A unit's argmax is written last, so its age is the unit's (see pipeline.store.reader)."""
+    """The units of a store's first blocks. A unit's argmax is written last, so it dates the unit (see pipeline.store.writer)."""
     filesystem, root = fsspec.core.url_to_fs(path)
     chunks = {}
     for name in {"argmax", kind}:
