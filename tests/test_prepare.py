@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.params import dump, load
 from pipeline.config.paths import index_path
-from pipeline.shards import contents, indexing
+from pipeline.shards import advice, build, contents, indexing, splits
 from pipeline.shards.index import Index
 from pipeline.shards.indexing import write_shard
 from pipeline.shards.sources import sample_keys
@@ -287,7 +287,7 @@ def test_quick_run_reads_no_image_and_no_shard_and_leaves_the_published_index(in
     prepare.run(config)
     prepare.run(config, quick=True)  # the shards were new
     before = times(in_tmp)
-    for module, name in ((contents, "_file_digest"), (prepare, "file_sha256"), (prepare, "index_shard")):
+    for module, name in ((contents, "_file_digest"), (build, "file_sha256"), (splits, "index_shard")):
         monkeypatch.setattr(module, name, reading_anything)
     prepare.run(config, quick=True)
     assert times(in_tmp) == before
@@ -322,14 +322,14 @@ def test_damaged_memory_of_images_only_makes_them_read_again(in_tmp, later, dama
 
 def test_image_that_changes_while_shards_are_written_is_named(in_tmp, monkeypatch):
     config = written(in_tmp)
-    path, listed = in_tmp / "train" / "cat" / "000.png", prepare.file_digests
+    path, listed = in_tmp / "train" / "cat" / "000.png", splits.file_digests
 
     def read_then_change(*arguments):
         held = listed(*arguments)
         path.write_bytes(picture(99))
         return held
 
-    monkeypatch.setattr(prepare, "file_digests", read_then_change)
+    monkeypatch.setattr(splits, "file_digests", read_then_change)
     assert f"{path}: the image" in refusal(config)
 
 
@@ -403,8 +403,8 @@ def test_partial_files_of_a_killed_run_are_swept_when_shards_are_written_again(i
 
 
 def test_killed_worker_is_told_in_one_message():
-    with pytest.raises(PipelineError, match="out of memory") as caught, prepare._executor(2) as map_jobs:
-        list(map_jobs(os._exit, [9]))
+    with pytest.raises(PipelineError, match="out of memory") as caught, build.process_map(2) as map_tasks:
+        list(map_tasks(os._exit, [9]))
     assert "data.workers" in str(caught.value)
 
 
@@ -412,10 +412,10 @@ def test_killed_worker_is_told_in_one_message():
 def test_workers_end_with_a_killed_parent(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
-        "from stages.prepare import _executor; from test_prepare import pid_slowly\n"
+        "from pipeline.shards.build import process_map; from test_prepare import pid_slowly\n"
         "if __name__ == '__main__':\n"
-        "    with _executor(2) as map_jobs:\n"
-        "        [print(pid, flush=True) for pid in map_jobs(pid_slowly, range(99))]"
+        "    with process_map(2) as map_tasks:\n"
+        "        [print(pid, flush=True) for pid in map_tasks(pid_slowly, range(99))]"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     parent = subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True)
@@ -586,6 +586,32 @@ def test_image_of_more_pixels_than_allowed_is_refused_before_it_is_decoded(in_tm
     assert "big.png (21 x 20 pixels: more than 400 (data.max_pixels))" in message
 
 
+SIXTEEN_BITS = Image.fromarray(np.arange(100, dtype=np.uint16).reshape(10, 10))
+REFUSED = {
+    "more pixels than allowed.bmp": (encoded(Image.new("RGB", (21, 20)), "BMP"), "21 x 20 pixels: more than 400"),
+    "16 bits.tif": (encoded(SIXTEEN_BITS, "TIFF"), "mode I;16: more than 8 bits"),
+    "truncated.bmp": (encoded(Image.new("RGB", (19, 20)), "BMP")[:600], "truncated"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_image_that_cannot_be_converted_to_a_png_is_refused_with_the_true_reason(in_tmp, name):
+    config = written(in_tmp, {"cat": 1}, {"cat": 1}, data__max_pixels=400)
+    data, told = REFUSED[name]
+    (in_tmp / "train/cat" / name).write_bytes(data)
+    message = refusal(config)
+    assert f"{name} ({told}" in message or f"{name} (image file is {told}" in message
+
+
+def test_progress_is_logged_in_lines_where_the_output_is_kept(in_tmp, capsys):
+    config = written(in_tmp)
+    prepare.run(config)
+    prepare.run(config)
+    said = capsys.readouterr().err
+    assert "train shards: 3 of 3 shards" in said and "17 of 17 files" in said and "/train: 3 of 3 shards" in said
+    assert "\r" not in said and "%|" not in said
+
+
 # padding and order
 
 
@@ -601,13 +627,13 @@ def test_padding_is_told_and_warned_of_with_the_size_to_choose(in_tmp, capsys):
     [(1281167, 1001, 64, 0.0001), (1281167, 1024, 64, 0.0225), (65 * 7, 7, 64, 0.4922), (128, 2, 64, 0.0)],
 )
 def test_padding_is_the_share_of_slots_without_a_sample(total, shards, group, share):
-    assert prepare.padding(total, shards, group) == pytest.approx(share, abs=1e-4)
+    assert advice.padding(total, shards, group) == pytest.approx(share, abs=1e-4)
 
 
 @pytest.mark.parametrize(("config", "images"), [("cifar10", 50_000), ("imagenet-deit-base", 1_281_167)])
 def test_shards_of_a_configuration_waste_little(config, images):
     loaded = load(ROOT / f"configs/{config}.yaml")
-    assert prepare.padding(images, -(-images // loaded.data.shard_samples), loaded.recipe.group_size) < 0.005
+    assert advice.padding(images, -(-images // loaded.data.shard_samples), loaded.recipe.group_size) < 0.005
 
 
 @pytest.mark.parametrize("by_class", [True, False])
@@ -670,7 +696,7 @@ def test_folder_without_classes_is_named(in_tmp):
     (in_tmp / "flat").mkdir()
     (in_tmp / "flat" / "001.png").write_bytes(picture(1))
     message = refusal(config)
-    assert f"{in_tmp}/flat: no classes" in message and "one folder of images a class" in message
+    assert f"{in_tmp}/flat: no classes" in message and "one folder of images per class" in message
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -730,14 +756,14 @@ def test_one_bad_image_more_than_tolerated_stops_preparation(in_tmp):
 
 def test_image_that_vanishes_while_shards_are_written_is_named(in_tmp, monkeypatch):
     config = written(in_tmp)
-    listed = prepare.list_split
+    listed = splits.list_split
 
     def list_then_lose(data, split):
         listing = listed(data, split)
         (in_tmp / "train" / "cat" / "000.png").unlink(missing_ok=True)
         return listing
 
-    monkeypatch.setattr(prepare, "list_split", list_then_lose)
+    monkeypatch.setattr(splits, "list_split", list_then_lose)
     assert str(in_tmp / "train" / "cat" / "000.png") in refusal(config)
     assert not list(in_tmp.rglob("*.partial"))
 
@@ -860,7 +886,7 @@ def test_keys_that_shards_share_become_unique_by_the_shard_s_name(in_tmp, capsys
     prepare.run(config)
     keys = [key for key, *_ in samples(index_of(config))]
     assert keys == [f"train-{number:04d}.tar/{i:06d}" for number in range(3) for i in range(3)]
-    assert "train: the key '000000' in train-0000.tar and in train-0001.tar" in capsys.readouterr().out
+    assert "train: duplicate key '000000' in train-0000.tar and in train-0001.tar" in capsys.readouterr().out
     assert [key for key, *_ in samples(index_of(config, "val"))] == ["000000", "000001", "000002"]
 
 
@@ -911,8 +937,8 @@ def test_quick_run_reads_only_the_shard_that_changed(in_tmp, later, monkeypatch)
     prepare.run(config, quick=True)
     path = in_tmp / "in" / "train-0001.tar"
     write_shard(path, [("new", "png", picture(55), 1)])
-    read, index = [], prepare.index_shard
-    monkeypatch.setattr(prepare, "index_shard", lambda *where: read.append(where[1]) or index(*where))
+    read, index = [], splits.index_shard
+    monkeypatch.setattr(splits, "index_shard", lambda *where: read.append(where[1]) or index(*where))
     prepare.run(config, quick=True)
     assert read == ["train-0001.tar"]
     assert [key for key, *_ in samples(index_of(config))][4] == "new"

@@ -49,6 +49,7 @@ from pipeline.config.store_spec import store_spec
 from pipeline.models.weights import read_weights, state_dict_hash
 from pipeline.shards.index import Index
 from pipeline.shards.indexing import index_shard
+from pipeline.shards.splits import SPLITS
 from pipeline.store import maintenance
 from pipeline.store.maintenance import remove_damaged
 from pipeline.store.manifest import build_manifest, damaged_units, read_manifest, store_bytes
@@ -274,7 +275,7 @@ def test_indices_of_shards_at_s3_are_those_of_local_ones_but_for_their_location(
     for location, name in (("in", "local"), (f"{bucket.url}/in", "remote")):
         config = config_of(location, name, workers=workers)
         prepare.run(config)
-        read = [Index(index_path(config, split)) for split in prepare.SPLITS]
+        read = [Index(index_path(config, split)) for split in SPLITS]
         assert {index.location for index in read} == {location if "://" in location else str(Path(location).absolute())}
         tables.append([Path(index.table).read_bytes() for index in read])
         described.append([(index.fingerprint, index.shards) for index in read])
@@ -610,7 +611,7 @@ def test_store_in_a_bucket_that_is_not_there_is_told_plainly(bucket):
 def remote(taught, bucket) -> tuple[str, ...]:  # noqa: F811
     """Overrides that make of the taught experiment one over shards at S3, prepared; of the same teacher."""
     overrides = ["name=remote", "data.source=shards"]
-    for split in prepare.SPLITS:
+    for split in SPLITS:
         index = Index(index_path(taught, split))
         bucket.upload(Path(index.location), split)
         overrides.append(f"data.{split}={bucket.url}/{split}/{{000000..{len(index.names) - 1:06d}}}.tar")

@@ -28,7 +28,8 @@ from pipeline.common.files import atomic_write
 from pipeline.config.validation import fingerprint
 from pipeline.shards.images import Undecodable, decode, decode_trusted
 from pipeline.shards.index import MAX_CLASSES, Index
-from pipeline.shards.indexing import index_shard, write_index, write_shard
+from pipeline.shards.indexing import index_shard, shard_signature, write_index, write_shard
+from pipeline.shards.sources import expand
 from pipeline.shards.tar import Tar
 
 property_settings = settings(
@@ -273,7 +274,7 @@ def test_pickle_in_a_shard_is_never_opened(tmp_path):
         ([("a.png", FEW[0][2]), ("a.cls", str(MAX_CLASSES).encode())], "None"),
         ([("a.png", FEW[0][2]), ("a.cls", b"9" * 5000)], "None"),
         ([("a.png", FEW[0][2]), ("a.jpg", FEW[1][2]), ("a.cls", b"1")], "'jpg', 'png'"),
-        ([(f"{key}.{t}", d) for key in "aba" for t, d in (("png", FEW[0][2]), ("cls", b"1"))], "twice"),
+        ([(f"{key}.{t}", d) for key in "aba" for t, d in (("png", FEW[0][2]), ("cls", b"1"))], "duplicate key"),
         ([(f"{key}.{t}", d) for key in "aa" for t, d in (("png", FEW[0][2]), ("cls", b"1"))], "'a'"),
         ([("a.png", FEW[0][2]), ("a.cls", b"1"), ("a.png", FEW[0][2])], "'a'"),
     ],
@@ -427,6 +428,33 @@ def test_shard_that_was_cut_after_indexing_is_named_when_it_is_read(tmp_path):
     index = indexed(tmp_path)
     os.truncate(tmp_path / "000000.tar", 600)
     assert f"{tmp_path}/000000.tar" in refusal(index.read, 0, 0)
+
+
+class ClientError(Exception):
+    """As some clients of servers raise: not an OSError."""
+
+    __module__ = "gcsfs.retry"
+
+
+@pytest.mark.parametrize(("method", "call"), [
+    ("_open", lambda index: index_shard("memory://shards", "000000.tar")),
+    ("info", lambda index: shard_signature("memory://shards", "000000.tar")),
+    ("cat_file", lambda index: index.read(0, 0)),
+    ("glob", lambda index: expand("data.train", "memory://shards/*.tar")),
+], ids=["index", "signature", "read", "list"])  # fmt: skip
+def test_error_of_a_server_s_client_is_told_plainly(tmp_path, monkeypatch, method, call):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    shard = indexed(tmp_path).shard(0)
+    MemoryFileSystem().pipe_file("/shards/000000.tar", (tmp_path / "000000.tar").read_bytes())
+    write_index(tmp_path / "at-url.json", "memory://shards", ["0", "1", "2"], [shard])
+    index = Index(tmp_path / "at-url.json")
+
+    def busy(*_, **__):
+        raise ClientError("429: too many requests")
+
+    monkeypatch.setattr(MemoryFileSystem, method, busy)
+    assert "memory://shards" in (message := refusal(call, index)) and "429: too many requests" in message
 
 
 def test_missing_index_says_what_to_run(tmp_path):
@@ -621,9 +649,9 @@ def pax(*records: tuple[bytes, bytes]) -> bytes:
 END, BODY = bytes(1024), b"abc".ljust(512, b"\0")
 ODD_TARS = {
     "negative size": (header(size=b"\xff" * 11 + b"\xfd") + BODY + END, "no number"),
-    "negative pax size": (pax((b"size", b"-512")) + header() + BODY + END, "a pax size"),
-    "size beyond the file": (header(size=b"77777777777") + BODY + END, "cut: the member"),
-    "binary size beyond the file": (header(size=b"\x80" + b"\x7f" * 11) + BODY + END, "cut: the member"),
+    "negative pax size": (pax((b"size", b"-512")) + header() + BODY + END, "an invalid pax size"),
+    "size beyond the file": (header(size=b"77777777777") + BODY + END, "truncated: the member"),
+    "binary size beyond the file": (header(size=b"\x80" + b"\x7f" * 11) + BODY + END, "truncated: the member"),
     "sparse": (header(kind=b"S") + BODY + END, "sparse"),
     "sparse by pax": (pax((b"GNU.sparse.major", b"1")) + header() + BODY + END, "GNU.sparse"),
     "5,000 pax headers": (pax((b"comment", b"x")) * 5000 + header() + BODY + END, "9 in a row"),

@@ -1,4 +1,4 @@
-"""What files hold, as digests; files whose sizes and times are those of the last time need not be read again."""
+"""Digests of files' contents, cached: files whose size and times have not changed need not be read again."""
 
 import hashlib
 import json
@@ -9,51 +9,50 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from pipeline.common.errors import PipelineError, reason
 from pipeline.common.files import StatSignature, atomic_write, is_conclusive
+from pipeline.common.progress import progress
 
-LOT = 64  # files a thread takes at a time
+CHUNK = 64  # files per task of a thread
 
 
 def digest(data: bytes) -> str:
-    """32 hex digits of BLAKE2b."""
+    """BLAKE2b in 32 hex digits."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def file_digests(
-    root: Path, names: list[str], stamps: list[StatSignature], memory: Path, trust: bool, threads: int
+    root: Path, names: list[str], signatures: list[StatSignature], cache: Path, trust: bool, threads: int
 ) -> list[str]:
     """The `digest` of each file below `root`.
 
     Args:
-        stamps: taken before this call.
-        memory: a file that remembers digests by name and stamp.
-        trust: take its word for files of an equal stamp; otherwise everything is read.
+        signatures: taken before this call.
+        cache: a file that keeps digests by name and signature.
+        trust: use the cached digest of a file whose signature is unchanged; otherwise everything is read.
 
     Raises:
         PipelineError: a file cannot be read.
     """
-    began = time.time()
-    known = (recall(memory) or {}) if trust else {}
-    found = {name: known[name][1] for name, at in zip(names, stamps, strict=True) if known.get(name, [0])[0] == [*at]}
+    start = time.time()
+    known = (load_cache(cache) or {}) if trust else {}
+    entries = list(zip(names, signatures, strict=True))
+    found = {name: known[name][1] for name, signature in entries if known.get(name, [0])[0] == [*signature]}
     missing = [name for name in names if name not in found]
-    with tqdm(total=len(missing), desc=f"read {root}", unit="file", leave=False, disable=not missing) as bar:
-        for lot in _read(root, missing, threads):
-            found |= lot
-            bar.update(len(lot))
+    with progress(len(missing), f"read {root}", "file", enabled=bool(missing)) as bar:
+        for chunk in _read(root, missing, threads):
+            found |= chunk
+            bar.update(len(chunk))
     if missing or len(known) != len(names):
-        kept = zip(names, stamps, strict=True)
-        remember(memory, {name: [at, found[name]] for name, at in kept if is_conclusive(at, began)})
+        save_cache(cache, {name: [at, found[name]] for name, at in entries if is_conclusive(at, start)})
     return [found[name] for name in names]
 
 
 def _read(root: Path, names: list[str], threads: int) -> Iterator[dict[str, str]]:
-    lots = [names[first : first + LOT] for first in range(0, len(names), LOT)]
+    chunks = [names[first : first + CHUNK] for first in range(0, len(names), CHUNK)]
     with ThreadPoolExecutor(threads) as pool:
         try:
-            yield from pool.map(lambda lot: {name: _file_digest(root / name) for name in lot}, lots)
+            yield from pool.map(lambda chunk: {name: _file_digest(root / name) for name in chunk}, chunks)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -63,15 +62,19 @@ def _file_digest(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     except OSError as error:
-        raise PipelineError(
-            f"{path}: the image cannot be read",
-            found=reason(error),
-            do="restore it or correct its permissions, then run prepare again",
-        ) from error
+        raise unreadable_image(path, error) from error
 
 
-def recall(path: Path) -> Any:
-    """What `remember` wrote there; None where the file is missing or damaged."""
+def unreadable_image(path: Path, error: OSError) -> PipelineError:
+    return PipelineError(
+        f"{path}: the image cannot be read",
+        found=reason(error),
+        do="restore it or correct its permissions, then run prepare again",
+    )
+
+
+def load_cache(path: Path) -> Any:
+    """The value that `save_cache` wrote; None if the file is missing or damaged."""
     try:
         head, _, body = path.read_text().partition("\n")
         return json.loads(body) if head == digest(body.encode()) else None
@@ -79,8 +82,8 @@ def recall(path: Path) -> Any:
         return None
 
 
-def remember(path: Path, value: Any) -> None:
-    """Write a JSON value for `recall`, if it is another; a full or read-only disk only costs time later."""
+def save_cache(path: Path, value: Any) -> None:
+    """Write a JSON value for `load_cache` if it changed; a full or read-only disk only costs time later."""
     body = json.dumps(value)
     text = f"{digest(body.encode())}\n{body}"
     with suppress(OSError, ValueError):

@@ -10,37 +10,34 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # of images in shards
+MAX_PIXELS = 50_000_000  # decoding that many takes 0.5 to 1.1 GB
 
-
-MAX_PIXELS = 50_000_000  # which take 0.5 to 1.1 GB while they are decoded
-
-
-Image.MAX_IMAGE_PIXELS = None  # the limit is an argument here, and `opened` keeps it
+Image.MAX_IMAGE_PIXELS = None  # the limit is an argument here; `open_image` enforces it
 
 
 class Undecodable(ValueError):
-    """The bytes are no whole image; the message says why."""
+    """The bytes are not a complete image; the message says why."""
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS) -> np.ndarray:
-    """An encoded image as uint8 (height, width, 3) RGB; strict.
+    """Decode an image strictly, to uint8 (height, width, 3) RGB.
 
-    Whatever Pillow's convert("RGB") makes of grey, palette, CMYK and alpha, as torchvision and timm
-    do; EXIF orientation is ignored, as they do. More than 8 bits a channel, which that clips, are refused.
+    Grey, palette, CMYK and alpha become what Pillow's convert("RGB") makes of them, as in torchvision and timm; EXIF
+    orientation is ignored, as there. More than 8 bits per channel, which that would clip, are refused.
 
     Raises:
-        Undecodable: empty, truncated, no image, of another format, or of more than `max_pixels`.
+        Undecodable: empty, truncated, not an image, of another format, or of more than `max_pixels`.
     """
-    with opened(data, max_pixels, formats) as image:
-        return rgb(image)
+    with open_image(data, max_pixels, formats) as image:
+        return to_rgb(image)
 
 
 @contextlib.contextmanager
-def opened(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> Iterator[Image.Image]:
-    """An image of which only the header has been read.
+def open_image(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    """Yield an image of which only the header has been read.
 
     Raises:
-        Undecodable: see `decode`; whatever fails in the block counts as that too.
+        Undecodable: see `decode`; any error in the block counts as that too.
     """
     if not data:
         raise Undecodable("empty file")
@@ -54,21 +51,21 @@ def opened(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> Iterator[I
             yield image
     except (MemoryError, Undecodable):
         raise
-    except UnidentifiedImageError:  # which names an address in memory
+    except UnidentifiedImageError:  # its message contains a memory address
         raise Undecodable(f"no image of the formats {', '.join(formats)}") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
         raise Undecodable(str(error) or type(error).__name__) from error
 
 
-def rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image) -> np.ndarray:
     """The pixels of an image, uint8 (height, width, 3)."""
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # what Pillow asks for, else it warns
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # convert would copy it all the same
+        image = image.convert("RGBA")  # Pillow warns otherwise
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # convert would copy even RGB
 
 
 def decode_trusted(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """What `decode` gives, sooner, for bytes that it has accepted before, as indexing does.
+    """Decode, faster but to the same bits, an image that `decode` has accepted before (indexing does that).
 
     OpenCV decodes plain JPEGs to the same bits with less copying, but does not refuse damaged ones.
     """
@@ -82,18 +79,18 @@ def decode_trusted(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def jpeg_frame(data: bytes) -> tuple[int, int, int]:
-    """Height, width and colour components of a baseline or progressive JPEG, zeros for anything else."""
+    """Height, width and colour components of a baseline or progressive JPEG; zeros for anything else."""
     if data[:2] != b"\xff\xd8":
         return 0, 0, 0
-    place = 2
-    while place + 10 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
+    offset = 2
+    while offset + 10 <= len(data) and data[offset] == 0xFF:
+        marker = data[offset + 1]
         if marker in (0xC0, 0xC1, 0xC2):
-            return struct.unpack_from(">HHB", data, place + 5)
-        if marker == 0xFF:  # a filling byte
-            place += 1
+            return struct.unpack_from(">HHB", data, offset + 5)
+        if marker == 0xFF:  # a fill byte
+            offset += 1
         elif marker in (0x01, 0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xDB)):
             return 0, 0, 0
         else:
-            place += 2 + struct.unpack_from(">H", data, place + 2)[0]
+            offset += 2 + struct.unpack_from(">H", data, offset + 2)[0]
     return 0, 0, 0

@@ -1,12 +1,11 @@
-"""Write, index and read WebDataset shards.
+"""Read a data set by its index.
 
-A shard is a tar of `KEY.jpg` (png, webp) and `KEY.cls`. Its index is `index.json` (shards, classes,
-refused images, one fingerprint of it all) and a table of rows, a `.npy` of records that is memory
-mapped, so 1.28 million samples never become Python objects. The index may lie elsewhere than the
-shards, which may be read-only, at a URL, and written by anyone.
+The index is `index.json` (shards, classes, refused images, one fingerprint of it all) and a table of rows, a `.npy` of
+records that is memory-mapped, so 1.28 million samples never become Python objects. It may be stored elsewhere than
+the shards, which may be read-only, at a URL, and written by anyone.
 
-Refused: a damaged or missing shard, a member whose checksum is not the indexed one. Nothing is ever
-substituted or skipped.
+Refused: a damaged or missing shard, a member whose checksum differs from the indexed one. Nothing is ever substituted
+or skipped.
 """
 
 import contextlib
@@ -20,18 +19,18 @@ import fsspec
 import google_crc32c
 import numpy as np
 
-from pipeline.common.errors import IO_ERRORS, NotReady, PipelineError, reason
+from pipeline.common.errors import NotReady, PipelineError, is_io_error, reason
 from pipeline.config.validation import fingerprint
 from pipeline.shards.images import MAX_PIXELS, Undecodable, decode_trusted
 
 MAX_CLASSES = 65535  # class numbers are uint16 in the store, whose fill value is 65535
 FORMAT = 1
-PLACES = ("location", "table")  # what index.json says of where things lie
-OPEN = 64  # shards whose rows and files stay at hand: a few times Training.open_shards
+PATHS = ("location", "table")  # the keys of index.json that hold paths
+OPEN = 64  # shards whose rows and files are kept: a few times Training.open_shards
 
 
 def row_type(key_length: int) -> np.dtype:
-    """A row of the table: where a sample's image lies in its shard, and what it must be."""
+    """A row of the table: where a sample's image is in its shard, its label and its checksum."""
     return np.dtype(
         [("key", f"S{key_length}"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32c", "<u4")]
     )
@@ -39,19 +38,19 @@ def row_type(key_length: int) -> np.dtype:
 
 @dataclass
 class ShardIndex:
-    """What one reading of one shard found."""
+    """What indexing one shard yields."""
 
     name: str
     rows: np.ndarray
     bytes: int
     sha256: str
     refused: list[dict[str, str]] = field(default_factory=list)
-    """Images that do not decode: key and reason. They have no row."""
+    """Shard, key and reason of each image that does not decode. These have no row."""
 
 
-def _impossible(described: dict[str, Any]) -> str:
-    """What an index says that none written here says, whatever its fingerprint; empty if there is nothing."""
-    shards = described["shards"]
+def _invalid(content: dict[str, Any]) -> str:
+    """A value that no index written here has, even if the fingerprint matches; empty if there is none."""
+    shards = content["shards"]
     numbers = {"bytes": 2**63, "samples": 2**31, "rows_crc32c": 2**32}
 
     def number(value: Any, limit: int) -> bool:
@@ -69,36 +68,36 @@ def _impossible(described: dict[str, Any]) -> str:
         if not isinstance(shard["sha256"], str):
             return f"shards[{place}].sha256: {shard['sha256']!r}"
     if len({shard["name"] for shard in shards}) < len(shards):
-        return "a shard stands twice"
-    if described["samples"] != sum(shard["samples"] for shard in shards) or not 0 < described["samples"] < 2**31:
-        return f"samples: {described['samples']!r}"
-    if not 0 < len(described["classes"]) <= MAX_CLASSES or not all(isinstance(c, str) for c in described["classes"]):
+        return "a duplicate shard"
+    if content["samples"] != sum(shard["samples"] for shard in shards) or not 0 < content["samples"] < 2**31:
+        return f"samples: {content['samples']!r}"
+    if not 0 < len(content["classes"]) <= MAX_CLASSES or not all(isinstance(c, str) for c in content["classes"]):
         return "classes"
-    if not all(isinstance(bad[key], str) for bad in described["refused"] for key in ("shard", "key", "reason")):
+    if not all(isinstance(bad[key], str) for bad in content["refused"] for key in ("shard", "key", "reason")):
         return "refused"
     return ""
 
 
-def _found(place: str, index: str | Path) -> str:
-    """The path or URL that an index means by a place. Lexically, as it was written: links are not followed."""
-    return place if "://" in place else os.path.abspath(os.path.join(os.path.dirname(index), place))
+def _resolve(path: str, index: str | Path) -> str:
+    """A path or URL from an index, made absolute without following links, as it was written."""
+    return path if "://" in path else os.path.abspath(os.path.join(os.path.dirname(index), path))
 
 
-def _opened(where: str, expected: int) -> int:
-    """A descriptor of a shard.
+def _open_shard(where: str, expected: int) -> int:
+    """Open a shard; returns a file descriptor.
 
     Raises:
-        OSError: it is not there, or not of the size that it had when it was indexed.
+        OSError: it is missing, or its size is not the indexed one.
     """
     descriptor = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
     if (found := os.fstat(descriptor).st_size) != expected:
         os.close(descriptor)
-        raise OSError(f"{found:,} bytes instead of {expected:,}: cut or replaced")
+        raise OSError(f"{found:,} bytes instead of {expected:,}: truncated or replaced")
     return descriptor
 
 
 class Index:
-    """A data set's index; reads samples by (shard, position) and checks every byte it hands out.
+    """A data set's index; reads samples by (shard, position) and verifies every byte it returns.
 
     Cheap to pickle: a worker opens table and shards itself.
     """
@@ -106,31 +105,32 @@ class Index:
     def __init__(self, path: str | Path):
         """
         Raises:
-            PipelineError: `path` is missing, of another format, or was altered.
+            NotReady: `path` is missing.
+            PipelineError: it is of another format, or was altered.
         """
         self.path = str(path)
         try:
-            described = json.loads(Path(path).read_text())
-            claimed = described.pop("fingerprint")
-            self.location, self.table = (_found(described.pop(place), path) for place in PLACES)
-            self.max_pixels: int = described.pop("max_pixels", MAX_PIXELS)
-            if described["format"] != FORMAT or fingerprint(described) != claimed:
-                raise ValueError("its fingerprint is not that of its contents")
-            if found := _impossible(described) or ("max_pixels" * (type(self.max_pixels) is not int)):
-                raise ValueError(f"impossible: {found}")
+            content = json.loads(Path(path).read_text())
+            claimed = content.pop("fingerprint")
+            self.location, self.table = (_resolve(content.pop(key), path) for key in PATHS)
+            self.max_pixels: int = content.pop("max_pixels", MAX_PIXELS)
+            if content["format"] != FORMAT or fingerprint(content) != claimed:
+                raise ValueError("the fingerprint does not match the contents")
+            if invalid := _invalid(content) or ("max_pixels" * (type(self.max_pixels) is not int)):
+                raise ValueError(f"invalid: {invalid}")
         except FileNotFoundError:
             raise NotReady(f"{path}: no index", do="run: pipeline prepare") from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise PipelineError(
-                f"{path}: not a whole index of format {FORMAT}",
+                f"{path}: not a complete index of format {FORMAT}",
                 found=reason(error) if isinstance(error, OSError) else str(error)[:500],
                 do="run: pipeline prepare",
             ) from error
         self.fingerprint: str = claimed
-        self.classes: list[str] = described["classes"]
-        self.keyed_by_shard: bool = "keys" in described
-        self.refused: list[dict[str, str]] = described["refused"]
-        self.shards: list[dict] = described["shards"]
+        self.classes: list[str] = content["classes"]
+        self.keyed_by_shard: bool = "keys" in content
+        self.refused: list[dict[str, str]] = content["refused"]
+        self.shards: list[dict] = content["shards"]
         self.names = [shard["name"] for shard in self.shards]
         self.samples = np.array([shard["samples"] for shard in self.shards], np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.samples)])
@@ -149,16 +149,16 @@ class Index:
                 os.close(descriptor)
 
     def _read_rows(self, shard: int) -> np.ndarray:
-        """A shard's rows out of the table, which is mapped only for so long: it counts as no one's memory."""
+        """Copy a shard's rows from the table, which is mapped only meanwhile: it never counts as resident memory."""
         try:
-            # not np.load, which opens archives and pickles too
+            # not np.load, which would open archives and pickles too
             table = np.lib.format.open_memmap(self.table, mode="r")
             if table.shape != (len(self),) or table.dtype != row_type(table.dtype["key"].itemsize):
                 raise ValueError(f"{table.shape} rows of {table.dtype}")
             return np.array(table[self.starts[shard] : self.starts[shard + 1]])
         except MemoryError:
             raise
-        except Exception as error:  # a damaged header makes numpy raise nearly anything
+        except Exception as error:  # a damaged header makes numpy raise almost anything
             raise PipelineError(
                 f"{self.table}: the table of {self.path} cannot be read",
                 expected=f"{len(self)} rows",
@@ -177,11 +177,11 @@ class Index:
             if google_crc32c.value(rows.tobytes()) != self.shards[shard]["rows_crc32c"]:
                 raise PipelineError(
                     f"{self.table}: the rows of {self.names[shard]}",
-                    expected="the checksum that index.json names",
+                    expected="the checksum in index.json",
                     found="another: the table was damaged or replaced",
                     do="run: pipeline prepare",
                 )
-            if found := self._misplaced(shard, rows):
+            if found := self._invalid_row(shard, rows):
                 raise PipelineError(
                     f"{self.table}: the rows of {self.names[shard]}",
                     expected=f"samples one after another in {self.shards[shard]['bytes']:,} bytes,"
@@ -194,46 +194,48 @@ class Index:
             self._rows[shard] = rows
         return self._rows[shard]
 
-    def _misplaced(self, shard: int, rows: np.ndarray) -> str:
-        """What rows say that no whole shard bears out; empty if there is nothing."""
+    def _invalid_row(self, shard: int, rows: np.ndarray) -> str:
+        """A value in the rows that no shard can have; empty if there is none."""
         ends = rows["offset"] + rows["size"]
-        sound = {
+        valid = {
             "label": (rows["label"] >= 0) & (rows["label"] < len(self.classes)),
             "size": rows["size"] > 0,
             "offset": (rows["offset"] >= np.concatenate([[0], ends[:-1]])) & (ends <= self.shards[shard]["bytes"]),
             "key": rows["key"] != b"",
         }
-        for field_name, right in sound.items():
-            if not right.all():
-                row = rows[right.argmin()]
+        for field_name, passed in valid.items():
+            if not passed.all():
+                row = rows[passed.argmin()]
                 return f"{field_name} {row[field_name]} of sample {row['key']!r}"
         return ""
 
     def shard(self, number: int) -> ShardIndex:
-        """A shard as it was when it was indexed.
+        """What indexing a shard yielded.
 
         Raises:
             PipelineError: the table is missing or damaged.
         """
-        about = self.shards[number]
-        refused = [bad for bad in self.refused if bad["shard"] == about["name"]]
-        return ShardIndex(about["name"], self.rows(number), about["bytes"], about["sha256"], refused)
+        entry = self.shards[number]
+        refused = [bad for bad in self.refused if bad["shard"] == entry["name"]]
+        return ShardIndex(entry["name"], self.rows(number), entry["bytes"], entry["sha256"], refused)
 
     def labels(self) -> np.ndarray:
-        """int64 (samples,), over all shards."""
+        """All samples' labels in index order, int64 (samples,)."""
         return np.concatenate([self.rows(shard)["label"] for shard in range(len(self.names))]).astype(np.int64)
 
     def read(self, shard: int, position: int) -> bytes:
-        """A sample's encoded image.
+        """Read a sample's encoded image.
 
         Raises:
-            PipelineError: the shard is missing or cut, or the bytes are not those that were indexed.
+            PipelineError: the shard is missing or truncated, or the bytes are not those that were indexed.
         """
         row = self.rows(shard)[position]
         offset, size = int(row["offset"]), int(row["size"])
         try:
             data = self._pread(shard, offset, size)
-        except IO_ERRORS as error:
+        except Exception as error:
+            if not is_io_error(error):
+                raise
             raise PipelineError(
                 f"{self.location}/{self.names[shard]}: the shard cannot be read",
                 expected="the shard that was indexed",
@@ -257,14 +259,14 @@ class Index:
         if shard not in self._files:
             if len(self._files) >= OPEN:
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = _opened(where, self.shards[shard]["bytes"])
+            self._files[shard] = _open_shard(where, self.shards[shard]["bytes"])
         return os.pread(self._files[shard], size, offset)
 
     def image(self, shard: int, position: int) -> np.ndarray:
-        """A sample's decoded image, uint8 (height, width, 3).
+        """Read and decode a sample's image, uint8 (height, width, 3).
 
         Raises:
-            PipelineError: see `read`; or the bytes are as indexed, but no image: prepare never indexes such.
+            PipelineError: see `read`; or the bytes are as indexed, but not an image, which prepare never indexes.
         """
         data = self.read(shard, position)
         try:
@@ -274,5 +276,5 @@ class Index:
                 f"{self.location}/{self.names[shard]}: sample {self.rows(shard)[position]['key'].decode()!r}",
                 expected=f"an image of at most {self.max_pixels:,} pixels",
                 found=str(error),
-                do="run prepare again (dvc repro -f prepare): the index is not of its making",
+                do="run prepare again (dvc repro -f prepare): it did not write this index",
             ) from error

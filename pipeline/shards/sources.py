@@ -1,4 +1,4 @@
-"""Where images come from: what samples there are, and one sample's bytes."""
+"""Where images come from: list a split's samples, load one sample, expand patterns of shards."""
 
 import glob
 import hashlib
@@ -16,16 +16,16 @@ import numpy as np
 from braceexpand import braceexpand
 from PIL import Image, features
 
-from pipeline.common.errors import IO_ERRORS, PipelineError, UsageError, reason
+from pipeline.common.errors import PipelineError, UsageError, is_io_error, reason
 from pipeline.common.files import StatSignature, stat_signature
 from pipeline.config.schema import Data
-from pipeline.shards.contents import digest
-from pipeline.shards.images import FORMATS, Undecodable, opened, rgb
+from pipeline.shards.contents import digest, unreadable_image
+from pipeline.shards.images import FORMATS, Undecodable, open_image, to_rgb
 
 STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-"""Formats, by Pillow's names, that shards hold as they are, and their extension there."""
+"""Pillow's formats that shards store unchanged, and their extension there."""
 FOLDER_FORMATS = (*FORMATS, "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", *(["AVIF"] if features.check("avif") else []))
-"""Those that a folder's images may have; no others are tried, whatever a file is called."""
+"""Pillow's formats that a folder's images may have; no others are tried, whatever a file is called."""
 NATIVE = dict.fromkeys(("jpg", "jpeg", "jpe", "jfif"), "jpg") | {"png": "png", "webp": "webp"}
 EXTENSIONS = {*NATIVE, "bmp", "dib", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2", "j2k"} | (
     {"avif"} if "AVIF" in FOLDER_FORMATS else set()
@@ -40,31 +40,31 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture upright, by its EXIF orientation."""
+"""The transposition that turns an image upright, by its EXIF orientation."""
 MAX_SHARDS = 1_000_000
-DIGITS_SIZE = 32  # pixels a side that the 8 x 8 digits are stored at
-DIGITS_VAL = 5  # every fifth of a shuffled class is for validation
+DIGITS_SIZE = 32  # pixels per side that the 8 x 8 digits are stored at
+DIGITS_VAL = 5  # every fifth image of a class is for validation
 
 
 @dataclass(frozen=True)
 class Listing:
-    """A split's samples, in an order that depends on their names alone."""
+    """A split's samples, in an order that depends only on their names."""
 
     classes: list[str]
     names: list[str]
     """Path below the split's folder (folder), or the sample's number (digits)."""
     labels: list[int]
-    stamps: list[StatSignature]
+    signatures: list[StatSignature]
     """Of each file; empty for digits."""
-    left_out: list[str]
-    """Files beside them that are taken for no images, and links to folders."""
+    ignored: list[str]
+    """Other files, which are not taken for images, and links to folders."""
 
 
 def list_split(data: Data, split: str) -> Listing:
-    """What a split (train or val) holds.
+    """List the samples of a split (train or val).
 
     Raises:
-        UsageError: the folder is not named or not there.
+        UsageError: the folder is not configured or missing.
         PipelineError: no classes, no images, or an empty file.
     """
     return _list_digits(split) if data.source == "digits" else _list_folder(data, split)
@@ -74,11 +74,11 @@ def split_folder(data: Data, split: str) -> Path:
     return Path(getattr(data, split)).expanduser()
 
 
-def load_sample(data: Data, split: str, name: str, held: str) -> tuple[str, bytes]:
-    """A sample's image type (jpg, png, webp) and encoded bytes.
+def load_sample(data: Data, split: str, name: str, expected: str) -> tuple[str, bytes]:
+    """A sample's image type (jpg, png, webp) and encoded bytes, as shards store them.
 
     Args:
-        held: the digest that its file had; empty for digits.
+        expected: digest of its file; empty for digits.
 
     Raises:
         PipelineError: the file is gone or changed.
@@ -89,36 +89,32 @@ def load_sample(data: Data, split: str, name: str, held: str) -> tuple[str, byte
     try:
         image = path.read_bytes()
     except OSError as error:
-        raise PipelineError(
-            f"{path}: the image cannot be read",
-            found=reason(error),
-            do="restore it or correct its permissions, then run prepare again",
-        ) from error
-    if digest(image) != held:
+        raise unreadable_image(path, error) from error
+    if digest(image) != expected:
         raise PipelineError(
             f"{path}: the image",
-            expected="what it was when prepare began",
-            found="it changed meanwhile, or it was replaced with its times kept",
+            expected="the bytes that it had when prepare started",
+            found="others: it changed meanwhile, or it was replaced keeping its times",
             do="run: pipeline prepare",
         )
     return _stored(image, data) or (NATIVE.get(path.suffix[1:].lower(), "png"), image)
 
 
 def _stored(image: bytes, data: Data) -> tuple[str, bytes] | None:
-    """Type and bytes as shards hold an image: as it is if every reader of shards knows its format, else as a PNG.
+    """Type and bytes of an image in a shard: unchanged if every reader of shards knows its format, else as a PNG.
 
-    None if it does not decode; indexing then says so.
+    None if it does not decode; indexing will report that.
     """
     try:
-        with opened(image, data.max_pixels, FOLDER_FORMATS) as picture:
+        with open_image(image, data.max_pixels, FOLDER_FORMATS) as picture:
             if picture.format not in STORED:
-                picture.load()  # which turns a TIFF upright, and takes its mark away
-            # Pillow decodes a PNG in full to look for a mark that few have
-            marked = data.exif_orientation and (picture.format != "PNG" or b"eXIf" in image)
-            turn = TURNS.get(picture.getexif().get(ORIENTATION, 1)) if marked else None
+                picture.load()  # turns a TIFF upright and drops its orientation tag
+            # Pillow decodes a PNG completely to look for a tag that few have
+            tagged = data.exif_orientation and (picture.format != "PNG" or b"eXIf" in image)
+            turn = TURNS.get(picture.getexif().get(ORIENTATION, 1)) if tagged else None
             if picture.format in STORED and turn is None:
                 return STORED[picture.format], image
-            pixels = Image.fromarray(rgb(picture))
+            pixels = Image.fromarray(to_rgb(picture))
     except Undecodable:
         return None
     buffer = io.BytesIO()
@@ -127,10 +123,13 @@ def _stored(image: bytes, data: Data) -> tuple[str, bytes] | None:
 
 
 def expand(key: str, pattern: str) -> list[str]:
-    """The shards that a key names: braces {0000..1023} and wildcards *, ?, [] expanded, `~` too; sorted by wildcard.
+    """Expand braces {0000..1023}, wildcards *, ?, [] (their matches sorted) and `~` in a pattern of shards.
+
+    Args:
+        key: the configuration key of the pattern, for messages.
 
     Raises:
-        UsageError: nothing matches, or the braces are not balanced or mean too many.
+        UsageError: nothing matches, or the braces are unbalanced or expand to too many.
     """
     ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
     try:
@@ -159,15 +158,17 @@ def _matching(pattern: str) -> list[str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(pattern)
         return sorted(filesystem.unstrip_protocol(found) for found in filesystem.glob(path))
-    except IO_ERRORS as error:
+    except Exception as error:
+        if not is_io_error(error):
+            raise
         raise PipelineError(f"{pattern}: cannot be listed", found=reason(error), do="name the shards") from error
 
 
 def sample_keys(names: list[str]) -> list[str]:
     """A key for each name: its path without extension, in [A-Za-z0-9_/-], unique.
 
-    A dot would end a WebDataset key, so other characters become `_`; where two names then agree,
-    each gets a hash of its name, so a key depends on its own name and the set, not on the order.
+    A dot would end a WebDataset key, so other characters become `_`. Names that would then get the same key each get a
+    hash of the name appended: a key depends on its own name and the set of names, not on their order.
     """
     keys = [re.sub(r"[^A-Za-z0-9_/-]", "_", name.rpartition(".")[0] or name) for name in names]
     counts: dict[str, int] = {}
@@ -191,15 +192,15 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 def _list_digits(split: str) -> Listing:
     _, target = _digits()
-    # positions within each class, so both splits hold every class alike
+    # positions within each class: both splits have the same shares of classes
     within = np.array([(target[:i] == label).sum() for i, label in enumerate(target)])
     chosen = np.flatnonzero((within % DIGITS_VAL == 0) == (split == "val"))
     return Listing(
         classes=[str(digit) for digit in range(10)],
         names=[f"{i:04d}" for i in chosen],
         labels=[int(target[i]) for i in chosen],
-        stamps=[],
-        left_out=[],
+        signatures=[],
+        ignored=[],
     )
 
 
@@ -216,51 +217,51 @@ def _list_folder(data: Data, split: str) -> Listing:
     if not getattr(data, split) or not root.is_dir():
         raise UsageError(
             f"data.{split}: {str(root)!r}" if getattr(data, split) else f"data.{split}",
-            expected="a folder that holds one folder of images a class",
+            expected="a folder with one folder of images per class",
             found="no such folder" if getattr(data, split) else "nothing: the key is empty",
-            do=f"set data.{split} in params.yaml, or --set data.{split}=FOLDER; to go on with what was prepared of"
-            " images that are gone: dvc freeze prepare",
+            do=f"set data.{split} in params.yaml, or --set data.{split}=FOLDER; to continue with shards prepared"
+            " from images that are gone: dvc freeze prepare",
         )
     entries = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
     classes = [name for name in entries if (root / name).is_dir()]
-    names, labels, stamps = [], [], []
-    left_out = [name for name in entries if name not in set(classes)]
+    names, labels, signatures = [], [], []
+    ignored = [name for name in entries if name not in set(classes)]
     for label, name in enumerate(classes):
         images: list[tuple[str, StatSignature]] = []
         others: list[str] = []
-        _look_below(root, name, images, others)
+        _scan(root, name, images, others)
         images.sort(key=lambda image: image[0].split("/"))
-        left_out += sorted(others)
+        ignored += sorted(others)
         if not images:
             raise PipelineError(
                 f"{root / name}: a class without images",
                 expected=f"at least one file of {', '.join(sorted(EXTENSIONS))}",
-                found=kinds(others) or "none",
+                found=count_by_extension(others) or "none",
                 do="add images, or convert what is there, or remove the folder",
             )
-        for image, stamped in images[: data.max_per_class]:
+        for image, signature in images[: data.max_per_class]:
             names.append(image)
             labels.append(label)
-            stamps.append(stamped)
+            signatures.append(signature)
     if not classes:
         raise PipelineError(
             f"{root}: no classes",
-            expected="one folder of images a class, for example cat/001.jpg",
+            expected="one folder of images per class, for example cat/001.jpg",
             found="no folder in it",
             do=f"point data.{split} at the folder that holds the class folders",
         )
-    return Listing(classes, names, labels, stamps, left_out)
+    return Listing(classes, names, labels, signatures, ignored)
 
 
-def _look_below(root: Path, below: str, images: list[tuple[str, StatSignature]], others: list[str]) -> None:
-    """Add the images below a folder of `root` (path from there, and stamp), and what else is there but hidden files."""
+def _scan(root: Path, below: str, images: list[tuple[str, StatSignature]], others: list[str]) -> None:
+    """Add what is below a folder of `root` to `images` (path, signature) and `others` (path); skip hidden files."""
     with os.scandir(root / below) as entries:
         for entry in entries:
             name = f"{below}/{entry.name}"
             if entry.name.startswith("."):
                 continue  # .DS_Store, ._001.jpg
             if entry.is_dir(follow_symlinks=False):
-                _look_below(root, name, images, others)
+                _scan(root, name, images, others)
             elif extension(entry.name) in EXTENSIONS and entry.is_file():
                 images.append((name, stat_signature(entry.stat())))
             else:
@@ -268,17 +269,17 @@ def _look_below(root: Path, below: str, images: list[tuple[str, StatSignature]],
 
 
 def extension(name: str) -> str:
-    """Lower case, without its dot; empty if there is none."""
+    """A name's extension in lower case, without the dot; empty if there is none."""
     return name.rpartition("/")[2].rpartition(".")[2].lower() if "." in name else ""
 
 
-def kinds(names: list[str]) -> str:
-    """How many files of each extension there are, and an example: `12 .heic (cat/IMG_1.heic), 1 .txt (cat/a.txt)`."""
+def count_by_extension(names: list[str]) -> str:
+    """Count files per extension, with an example each: `12 .heic (cat/IMG_1.heic), 1 .txt (cat/a.txt)`."""
     examples: dict[str, str] = {}
     counts: dict[str, int] = {}
     for name in names:
-        kind = f".{extension(name)}" if extension(name) else "without an extension"
-        counts[kind] = counts.get(kind, 0) + 1
-        examples.setdefault(kind, name)
-    commonest = sorted(counts, key=lambda kind: -counts[kind])
-    return ", ".join(f"{counts[kind]:,} {kind} ({examples[kind]})" for kind in commonest)
+        label = f".{extension(name)}" if extension(name) else "without an extension"
+        counts[label] = counts.get(label, 0) + 1
+        examples.setdefault(label, name)
+    commonest = sorted(counts, key=lambda label: -counts[label])
+    return ", ".join(f"{counts[label]:,} {label} ({examples[label]})" for label in commonest)

@@ -1,7 +1,7 @@
-"""A tar's members in their order, read once, in little memory, whoever wrote it.
+"""Read the members of an untrusted tar in order, in one pass and in little memory.
 
-Formats: POSIX (ustar, pax) and GNU, uncompressed, as `tar` and Python's tarfile write them. What an honest writer
-of images never makes is refused rather than interpreted: sparse files, negative sizes, endless headers.
+Formats: POSIX (ustar, pax) and GNU, uncompressed, as `tar` and Python's tarfile write them. What no honest writer
+of images produces is refused rather than interpreted: sparse files, negative sizes, endless headers.
 """
 
 import hashlib
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 BLOCK = 512
-CHUNK = 1 << 20  # bytes of a member that nobody wants, at a time
+CHUNK = 1 << 20  # bytes read at a time of a member that is skipped
 MAX_HEADER = 1 << 16  # bytes of a long name or of pax records
-MAX_HEADERS = 8  # of those before one member
+MAX_HEADERS = 8  # of those per member
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 FILES, WITHOUT_DATA = b"\x000\x37", b"123456"
 
 
-class Damaged(ValueError):
-    """No whole tar of the kind that is read; the message says where and why."""
+class InvalidTar(ValueError):
+    """Not a complete tar of a supported format; the message says where and why."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,17 @@ class Member:
     """A regular file in a tar."""
 
     name: str
-    """Bytes that are no UTF-8 as \\xNN."""
+    """Bytes that are not UTF-8 appear as \\xNN."""
     offset: int
     size: int
 
 
 class Tar:
-    """Iterates over the regular files; each may be `read` before the next is asked for.
+    """Iterates over the regular files; each may be `read` until the next one is requested.
 
     Attributes:
-        bytes: the file's size. sha256: of all that was read so far: of the whole file at the end.
+        bytes: the file's size.
+        sha256: of what has been read so far; of the complete file after the iteration.
     """
 
     def __init__(self, file: BinaryIO):
@@ -47,86 +48,86 @@ class Tar:
         file.seek(0)
         for magic, name in COMPRESSED.items():
             if start.startswith(magic):
-                raise Damaged(f"a tar compressed with {name}; only uncompressed ones can be read from any place")
-        self._place = 0
+                raise InvalidTar(f"a tar compressed with {name}; only uncompressed ones allow random access")
+        self._position = 0
         self._end_of_member = 0
         self.sha256 = hashlib.sha256()
 
     def __iter__(self) -> Iterator[Member]:
         """
         Raises:
-            Damaged: a header that is damaged or not of the kinds above; the file is cut; data after its end.
+            InvalidTar: a damaged or unsupported header; the file is truncated; data after its end.
         """
         name, size, headers = b"", None, 0
         while True:
             self._skip(self._end_of_member)
-            at, header = self._place, self._take(BLOCK)
+            at, header = self._position, self._take(BLOCK)
             if not any(header):
                 return self._end(at)
-            kind, length = header[156:157], _checked(header, at)
+            kind, length = header[156:157], _size(header, at)
             if kind in b"xgLK" and headers < MAX_HEADERS and length <= MAX_HEADER:
                 headers += 1
                 text = self._take(length)
-                self._skip(self._place + -length % BLOCK)
-                self._end_of_member = self._place
+                self._skip(self._position + -length % BLOCK)
+                self._end_of_member = self._position
                 if kind == b"L":
                     name = text.partition(b"\0")[0]
                 elif kind in b"xg":
                     name, size = _pax(text, kind, at, name, size)
                 continue
             if kind in b"xgLK":
-                raise Damaged(f"headers at byte {at}: {headers + 1} in a row, {length} bytes")
+                raise InvalidTar(f"headers at byte {at}: {headers + 1} in a row, {length} bytes")
             if kind == b"S":
-                raise Damaged(f"a sparse file at byte {at}")
+                raise InvalidTar(f"a sparse file at byte {at}")
             name = name or _name(header)
             if b"\0" in name:
-                raise Damaged(f"a name with a NUL at byte {at}: {name!r}")
+                raise InvalidTar(f"a name with a NUL at byte {at}: {name!r}")
             if kind == b"\0" and name.endswith(b"/"):
-                kind = b"5"  # a folder, before there was a type for them
+                kind = b"5"  # a folder, in formats older than its type
             length = 0 if kind in WITHOUT_DATA else length if size is None else size
-            if length > self.bytes - self._place:
-                raise Damaged(f"cut: the member at byte {at} has {length} bytes, the file {self.bytes}")
-            self._end_of_member = self._place + length + -length % BLOCK
+            if length > self.bytes - self._position:
+                raise InvalidTar(f"truncated: the member at byte {at} has {length} bytes, the file {self.bytes}")
+            self._end_of_member = self._position + length + -length % BLOCK
             if kind in FILES:
-                yield Member(name.decode("utf-8", "backslashreplace"), self._place, length)
+                yield Member(name.decode("utf-8", "backslashreplace"), self._position, length)
             name, size, headers = b"", None, 0
 
     def read(self, size: int) -> bytes:
-        """The first `size` bytes of the member that was handed out last."""
+        """The first `size` bytes of the current member."""
         return self._take(size)
 
     def _take(self, count: int) -> bytes:
-        if count > self.bytes - self._place:
-            raise Damaged(f"cut after byte {self.bytes}: a tar ends with 1,024 zero bytes")
+        if count > self.bytes - self._position:
+            raise InvalidTar(f"truncated after byte {self.bytes}: a tar ends with 1,024 zero bytes")
         data = self._file.read(count)
         if len(data) != count:
-            raise Damaged(f"cut after byte {self._place + len(data)}")
-        self._place += count
+            raise InvalidTar(f"truncated after byte {self._position + len(data)}")
+        self._position += count
         self.sha256.update(data)
         return data
 
-    def _skip(self, place: int) -> None:
-        while self._place < place:
-            self._take(min(CHUNK, place - self._place))
+    def _skip(self, position: int) -> None:
+        while self._position < position:
+            self._take(min(CHUNK, position - self._position))
 
     def _end(self, at: int) -> None:
-        """A tar ends with two blocks of zeros, and more of them up to a multiple of the writer's record."""
+        """Check the end: two blocks of zeros, then more of them up to a multiple of the writer's record size."""
         if self.bytes - at < 2 * BLOCK:
-            raise Damaged(f"cut after byte {self.bytes}: a tar ends with 1,024 zero bytes")
-        while self._place < self.bytes:
-            if any(self._take(min(CHUNK, self.bytes - self._place))):
-                raise Damaged(f"damaged after byte {at}: a tar ends with zero bytes alone")
+            raise InvalidTar(f"truncated after byte {self.bytes}: a tar ends with 1,024 zero bytes")
+        while self._position < self.bytes:
+            if any(self._take(min(CHUNK, self.bytes - self._position))):
+                raise InvalidTar(f"damaged after byte {at}: a tar ends with zero bytes only")
 
 
-def _checked(header: bytes, at: int) -> int:
-    """The size that a header tells, once its checksum is right."""
-    # some old writers added up signed bytes
+def _size(header: bytes, at: int) -> int:
+    """The size in a header, after verifying the header's checksum."""
+    # some old writers summed signed bytes
     blank = header[:148] + b" " * 8 + header[156:]
-    told = _octal(header[148:156], at)
-    if told not in (sum(blank), sum(byte - 256 * (byte > 127) for byte in blank)):
-        raise Damaged(f"no header, or a damaged one, at byte {at}")
+    checksum = _octal(header[148:156], at)
+    if checksum not in (sum(blank), sum(byte - 256 * (byte > 127) for byte in blank)):
+        raise InvalidTar(f"missing or damaged header at byte {at}")
     field = header[124:136]
-    if field[0] == 0x80:  # GNU's binary number; 0xff begins a negative one
+    if field[0] == 0x80:  # GNU's binary number; 0xff starts a negative one
         return int.from_bytes(field[1:], "big")
     return _octal(field, at)
 
@@ -134,7 +135,7 @@ def _checked(header: bytes, at: int) -> int:
 def _octal(field: bytes, at: int) -> int:
     digits = re.fullmatch(rb"[ ]*([0-7]*)[ \0]*(?:\0.*)?", field, re.DOTALL)
     if digits is None:
-        raise Damaged(f"no number in the header at byte {at}: {field!r}")
+        raise InvalidTar(f"no number in the header at byte {at}: {field!r}")
     return int(digits[1] or b"0", 8)
 
 
@@ -145,19 +146,19 @@ def _name(header: bytes) -> bytes:
 
 
 def _pax(text: bytes, kind: bytes, at: int, name: bytes, size: int | None) -> tuple[bytes, int | None]:
-    """Name and size as pax records (`LENGTH KEY=VALUE\\n`) give them, or as they were."""
+    """Name and size updated from pax records (`LENGTH KEY=VALUE\\n`)."""
     while text.strip(b"\0"):
         head = re.match(rb"([0-9]{1,6}) ([^=]+)=", text)
         length = int(head[1]) if head else 0
         if head is None or not head.end() < length <= len(text) or text[length - 1 : length] != b"\n":
-            raise Damaged(f"damaged pax records at byte {at}")
+            raise InvalidTar(f"damaged pax records at byte {at}")
         key, value, text = head[2], text[head.end() : length - 1], text[length:]
         if key.startswith(b"GNU.sparse") or (kind == b"g" and key in (b"path", b"size")):
-            raise Damaged(f"pax record {key.decode(errors='replace')!r} at byte {at}: not supported")
+            raise InvalidTar(f"pax record {key.decode(errors='replace')!r} at byte {at}: not supported")
         if key == b"path":
             name = value
         elif key == b"size":
             if not re.fullmatch(rb"[0-9]{1,18}", value):
-                raise Damaged(f"a pax size at byte {at}: {value!r}")
+                raise InvalidTar(f"an invalid pax size at byte {at}: {value!r}")
             size = int(value)
     return name, size

@@ -1,0 +1,160 @@
+"""Bring a split's shards and their index up to date: verify what exists, make the rest in parallel processes."""
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from pipeline.common.cores import available_cores
+from pipeline.common.errors import PipelineError
+from pipeline.common.files import file_sha256, remove_partial_files
+from pipeline.common.lock import kernel_lock
+from pipeline.common.progress import progress
+from pipeline.common.signals import exit_with_parent
+from pipeline.config.paths import DATA_LOCK, local_work
+from pipeline.config.schema import Config
+from pipeline.shards.contents import load_cache, save_cache
+from pipeline.shards.index import Index, ShardIndex
+from pipeline.shards.indexing import shard_signature, write_index
+from pipeline.shards.splits import ShardSet, Task, cache_file
+
+REQUESTS = 8  # files that are checked at a time
+
+
+def build(config: Config, shards: ShardSet, classes: list[str], quick: bool) -> Index:
+    """Write the missing shards of a split and index them.
+
+    Args:
+        classes: those that the index must have; empty if labels decide.
+        quick: trust shards whose size and times have not changed; otherwise shards written here are read and compared.
+
+    Raises:
+        PipelineError: a shard or image cannot be read, too many images do not decode, a worker was killed.
+    """
+    path = shards.root / "index.json"
+    cache = cache_file(config, shards.root)
+    signatures = _signatures(shards)
+    index = _existing_index(shards, path)
+    unchanged = _unchanged(shards, index, signatures, (load_cache(cache) or {}) if quick else {}) if index else set()
+    if index is None or len(unchanged) < len(shards.names) or classes not in ([], index.classes):
+        lock = local_work(config.work) / "data" / DATA_LOCK
+        with kernel_lock(lock, f"{shards.split}: waiting for another process, which prepares data there") as locked:
+            if locked:
+                remove_partial_files(shards.root)
+            _make(shards, path, classes, index, unchanged)
+        index = Index(path)
+    if known := {name: at for name, at in signatures.items() if at is not None}:
+        save_cache(cache, known)
+    _check_refused(shards, index.refused)
+    return index
+
+
+def _existing_index(shards: ShardSet, path: Path) -> Index | None:
+    try:
+        index = Index(path)
+        index.labels()
+    except PipelineError:
+        return None
+    # an index must not redirect to other folders
+    location = shards.location if "://" in shards.location else os.path.abspath(shards.location)
+    in_place = (index.location, index.table) == (location, os.path.abspath(path.with_suffix(".npy")))
+    return index if in_place and index.names == shards.names else None
+
+
+def _signatures(shards: ShardSet) -> dict[str, Any]:
+    """The signatures of the shards that exist; shards that are not written here must all exist."""
+
+    def one(name: str) -> tuple[str, Any]:
+        return name, shard_signature(shards.location, name)
+
+    names = [name for name in shards.names if not shards.written_here or (shards.root / name).exists()]
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        return dict(pool.map(one, names))
+
+
+def _unchanged(shards: ShardSet, index: Index, signatures: dict[str, Any], known: dict[str, Any]) -> set[str]:
+    """The shards that match the index: by a known signature or, if written here, by their SHA-256."""
+
+    def matches(shard: dict[str, Any]) -> bool:
+        name = shard["name"]
+        if signatures.get(name) is not None and known.get(name) == signatures[name]:
+            return True
+        return shards.written_here and name in signatures and file_sha256(shards.root / name) == shard["sha256"]
+
+    unchanged = set()
+    with ThreadPoolExecutor(REQUESTS) as pool, progress(len(index.shards), f"check {shards.root}", "shard") as bar:
+        for shard, equal in zip(index.shards, pool.map(matches, index.shards), strict=True):
+            bar.update()
+            if equal:
+                unchanged.add(shard["name"])
+    return unchanged
+
+
+def _make(shards: ShardSet, path: Path, classes: list[str], index: Index | None, unchanged: set[str]) -> None:
+    """Write and index the shards that are not `unchanged` since `index`, and write the new index."""
+    if index is None or index.keyed_by_shard:  # whose keys are no longer those in the shards
+        found: dict[str, ShardIndex] = {}
+    else:
+        found = {name: index.shard(number) for number, name in enumerate(index.names) if name in unchanged}
+    # overwrite those that an index lists but that do not match it: they are damaged
+    wanted = {name: index is not None and name not in unchanged for name in shards.names if name not in found}
+    workers = min(shards.data.workers or available_cores(), len(wanted))
+    with process_map(workers) as map_tasks, progress(
+        len(wanted), f"{shards.split} shards", "shard", enabled=bool(wanted)
+    ) as bar:
+        for shard in map_tasks(_run, shards.tasks(wanted)):
+            found[shard.name] = shard
+            _check_refused(shards, [image for done in found.values() for image in done.refused])
+            bar.update()
+    indexed = [found[name] for name in shards.names]
+    classes = classes or [str(n) for n in range(1 + max(shard.rows["label"].max(initial=-1) for shard in indexed))]
+    if duplicate := write_index(path, shards.location, classes, indexed, shards.data.max_pixels):
+        print(f"{shards.split}: duplicate key {duplicate}: every sample is named SHARD/KEY")
+
+
+def _run(task: Task) -> ShardIndex:
+    return task()
+
+
+def _check_refused(shards: ShardSet, refused: list[dict[str, str]]) -> None:
+    allowed = shards.data.max_bad
+    if len(refused) > allowed:
+        raise PipelineError(
+            f"{shards.split}: images that do not decode",
+            expected=f"at most {allowed} (data.max_bad)",
+            found=f"{len(refused)}: {'; '.join(shards.describe(image) for image in refused[:5])}",
+            do="remove or repair them, or raise data.max_bad: they are then listed in index.json and left out",
+        )
+
+
+@contextlib.contextmanager
+def process_map(workers: int) -> Iterator[Callable[..., Any]]:
+    """Yield a `map`, in order, over that many processes, or in this one if one is enough.
+
+    Raises:
+        PipelineError: a worker was killed.
+    """
+    if workers <= 1:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")  # fork is unsafe once torch has threads
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=exit_with_parent)
+    try:
+        yield pool.map
+    except BrokenProcessPool:
+        raise PipelineError(
+            "prepare: a worker process was killed",
+            found="most likely the system was out of memory",
+            do=f"set data.workers to fewer than {workers}, then run: pipeline prepare; it continues where it stopped",
+        ) from None
+    except BaseException:
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,238 @@
+"""Plan the shards of train and val: their names, where they are stored and what they consist of.
+
+Samples are shuffled by a seed, so every shard is a fair sample of its split, and spread evenly over the shards.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+from pipeline.common.cores import available_cores
+from pipeline.common.errors import PipelineError, UsageError
+from pipeline.common.streams import permutation, stream_key
+from pipeline.config.paths import local_work
+from pipeline.config.schema import Config, Data
+from pipeline.config.validation import fingerprint
+from pipeline.shards.advice import report_padding
+from pipeline.shards.contents import digest, file_digests
+from pipeline.shards.index import ShardIndex
+from pipeline.shards.indexing import index_shard, write_shard
+from pipeline.shards.sources import (
+    FOLDER_FORMATS,
+    Listing,
+    count_by_extension,
+    expand,
+    list_split,
+    load_sample,
+    sample_keys,
+    split_folder,
+)
+
+SPLITS = ("train", "val")
+SHARD_SETTINGS = {"source", "seed", "shard_samples", "max_pixels", "exif_orientation"}
+"""The fields of `Data` that the contents of written shards depend on."""
+
+Task = Callable[[], ShardIndex]
+
+
+@dataclass(frozen=True)
+class ShardSet(ABC):
+    """A split's shards, and where their index is stored."""
+
+    data: Data
+    split: str
+    root: Path
+    """Folder of the index in the work folder; of the shards too if they are written here."""
+    location: str
+    """Folder or URL of the shards."""
+    names: list[str]
+    classes: list[str]
+    """Class names; empty if only the labels tell how many classes there are."""
+
+    @property
+    def written_here(self) -> bool:
+        return self.location == str(self.root)
+
+    @abstractmethod
+    def tasks(self, wanted: dict[str, bool]) -> list[Task]:
+        """What makes and indexes the wanted shards, by name; true: overwrite one that exists."""
+
+    def source_file(self, key: str) -> str:
+        """The file that a sample was made from; empty if only its shard is known."""
+        return ""
+
+    def describe(self, refused: dict[str, str]) -> str:
+        """Where a refused image is, and the reason."""
+        where = self.source_file(refused["key"]) or f"{self.location}/{refused['shard']}: sample {refused['key']!r}"
+        return f"{where} ({refused['reason']})"
+
+
+@dataclass(frozen=True)
+class WrittenShards(ShardSet):
+    """Shards that are written here, from a folder of images or the digits."""
+
+    listing: Listing
+    digests: list[str]
+
+    def tasks(self, wanted: dict[str, bool]) -> list[Task]:
+        listing, count = self.listing, len(self.names)
+        keys = sample_keys(listing.names)
+        samples = [
+            (keys[i], listing.names[i], self.digests[i], listing.labels[i])
+            for i in permutation(stream_key(self.data.seed, "shards", self.split), len(listing.names))
+        ]
+        return [
+            partial(_write_and_index, self.data, self.split, self.root / name, samples[number::count], wanted[name])
+            for number, name in enumerate(self.names)
+            if name in wanted
+        ]
+
+    @cached_property
+    def _names_by_key(self) -> dict[str, str]:
+        return dict(zip(sample_keys(self.listing.names), self.listing.names, strict=True))
+
+    def source_file(self, key: str) -> str:
+        return str(split_folder(self.data, self.split) / self._names_by_key[key]) if self.listing.signatures else ""
+
+
+def _write_and_index(data: Data, split: str, path: Path, samples: list[tuple], overwrite: bool) -> ShardIndex:
+    if overwrite or not path.exists():
+        images = ((key, *load_sample(data, split, name, expected), label) for key, name, expected, label in samples)
+        write_shard(path, images)
+    return index_shard(str(path.parent), path.name, data.max_pixels, FOLDER_FORMATS)
+
+
+@dataclass(frozen=True)
+class ExistingShards(ShardSet):
+    """Shards that someone else wrote; they may be read-only and at a URL."""
+
+    def tasks(self, wanted: dict[str, bool]) -> list[Task]:
+        return [partial(index_shard, self.location, name, self.data.max_pixels) for name in wanted]
+
+
+def plan_splits(config: Config, dry_run: bool, quick: bool) -> Iterator[ShardSet]:
+    """Yield the shards of train, then of val, and report about them; a dry run reads no image.
+
+    Args:
+        quick: trust the cached digests of images whose size and times have not changed.
+
+    Raises:
+        UsageError, PipelineError: no data, classes that differ, a split used twice; see also pipeline.shards.sources.
+    """
+    return _existing_shards(config) if config.data.source == "shards" else _written_shards(config, dry_run, quick)
+
+
+def _written_shards(config: Config, dry_run: bool, quick: bool) -> Iterator[ShardSet]:
+    data = config.data
+    listings = {split: list_split(data, split) for split in SPLITS}
+    _check_classes(data, listings)
+    if data.source == "folder" and len({split_folder(data, split).resolve() for split in SPLITS}) == 1:
+        raise _same_split(data, str(split_folder(data, "val")))
+    digests: dict[str, list[str]] = {}
+    for split, listing in listings.items():
+        count = -(-len(listing.names) // data.shard_samples)
+        size = f", {sum(at[0] for at in listing.signatures) / 1e6:,.1f} MB" if listing.signatures else ""
+        summary = f"{split}: {len(listing.names):,} images of {len(listing.classes)} classes in {count} shards{size}"
+        if listing.ignored:
+            print(f"{split}: left out, not read as images: {count_by_extension(listing.ignored)}")
+        if split == "train":
+            report_padding(len(listing.names), count, config.recipe.group_size)
+        if dry_run:
+            print(summary)
+            continue
+        digests[split] = _digests(config, split, listing, quick)
+        if split == "val":
+            _warn_of_copies(listing.names, digests)
+        # of this split alone, and of nothing that shards do not depend on
+        identity = data.model_dump(include=SHARD_SETTINGS)
+        content = [identity, split, listing.names, listing.labels, digest("".join(digests[split]).encode())]
+        root = local_work(config.work) / "data" / fingerprint(content) / split
+        print(f"{summary}: {root}")
+        names = [f"{number:06d}.tar" for number in range(count)]
+        yield WrittenShards(data, split, root, str(root), names, listing.classes, listing, digests[split])
+
+
+def cache_file(config: Config, folder: Path) -> Path:
+    """What is known of a folder's files, for `quick`; may be deleted at any time."""
+    return local_work(config.work) / "data" / "seen" / f"{fingerprint(str(folder.absolute()))}.json"
+
+
+def _digests(config: Config, split: str, listing: Listing, quick: bool) -> list[str]:
+    """The digest of every image; empty ones for the digits, which never change."""
+    if not listing.signatures:
+        return [""] * len(listing.names)
+    folder, threads = split_folder(config.data, split), config.data.workers or available_cores()
+    return file_digests(folder, listing.names, listing.signatures, cache_file(config, folder), quick, threads)
+
+
+def _warn_of_copies(names: list[str], digests: dict[str, list[str]]) -> None:
+    if copies := set(digests["val"]) & set(digests["train"]) - {""}:
+        example = next(name for name, held in zip(names, digests["val"], strict=True) if held in copies)
+        print(f"val: warning: {len(copies):,} of its images are training images too, byte for byte ({example})")
+
+
+def _check_classes(data: Data, listings: dict[str, Listing]) -> None:
+    train, val = (listings[split].classes for split in SPLITS)
+    extra = sorted(set(val) - set(train))
+    if extra or train != val:
+        missing = sorted(set(train) - set(val))
+        raise PipelineError(
+            f"{data.val}: classes of validation",
+            expected=f"the {len(train)} classes of {data.train}",
+            found=f"not in training: {extra[:5]}" if extra else f"missing: {missing[:5]}",
+            do="give both folders the same class folders",
+        )
+
+
+def _same_split(data: Data, found: str) -> UsageError:
+    return UsageError(
+        f"data.val: {data.val}",
+        expected="images other than those of data.train: accuracy on training images says nothing about a model",
+        found=f"{found} in both",
+        do="name a separate folder or separate shards for validation",
+    )
+
+
+def _existing_shards(config: Config) -> Iterator[ShardSet]:
+    train_paths: set[str] = set()
+    for split in SPLITS:
+        paths = _shard_paths(config.data, split)
+        if split == "train":
+            train_paths = set(paths)
+        elif both := sorted(train_paths & set(paths)):
+            raise _same_split(config.data, ", ".join(both[:5]))
+        location = paths[0].rpartition("/")[0] or "."
+        print(f"{split}: {len(paths)} shards at {location}")
+        root = local_work(config.work) / "data" / fingerprint([paths, config.data.max_pixels]) / split
+        yield ExistingShards(config.data, split, root, location, [path.rpartition("/")[2] for path in paths], [])
+
+
+def _shard_paths(data: Data, split: str) -> list[str]:
+    """The shards of a split: all in one folder, each once."""
+    pattern = getattr(data, split)
+    if not pattern:
+        raise UsageError(
+            f"data.{split}: empty",
+            expected="a path or URL of tars, for example shards/train-{0000..0127}.tar",
+            do=f"set data.{split} in params.yaml",
+        )
+    paths = expand(f"data.{split}", pattern)
+    folders = {path.rpartition("/")[0] or "." for path in paths}
+    if len(folders) > 1:
+        raise UsageError(
+            f"data.{split}: {pattern}",
+            expected="shards of one folder",
+            found=", ".join(sorted(folders)),
+            do="move or link them into one folder",
+        )
+    names = [path.rpartition("/")[2] for path in paths]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(
+            f"data.{split}: {pattern}",
+            expected="every shard once",
+            found=f"twice: {', '.join(twice[:5])}",
+            do="name each once",
+        )
+    return paths
