@@ -63,6 +63,18 @@ def test_an_unknown_experiment_is_told_the_known_ones(project):
     assert "digits" in call("configure", "digit", code=2)
 
 
+def test_every_shipped_experiment_is_listed_with_a_sentence(project):
+    lines = call("configure", "--list").splitlines()
+    assert [line.split()[0] for line in lines] == EXPERIMENTS
+    for line in lines:
+        sentence = line.split(maxsplit=1)[1]
+        assert sentence.endswith(".") and "#" not in sentence, line
+
+
+def test_configure_without_a_name_points_to_the_list(project):
+    assert "pipeline configure --list" in call("configure", code=2)
+
+
 def test_a_typo_in_a_key_is_told_the_full_name_and_the_nearest_key(project):
     said = call("prepare", "--set", "student.lrr=1", code=2)
     assert "student.lrr" in said and "did you mean lr?" in said

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+from tabulate import tabulate
+
 from pipeline.common.errors import UsageError
 from pipeline.config.params import dump, load
 
 CONFIGS = Path("configs")
+KEYS = "# What the keys mean: docs/configuration.md\n"
 
 
 def run(name: str, overrides: tuple[str, ...], output: Path) -> None:
@@ -16,10 +19,20 @@ def run(name: str, overrides: tuple[str, ...], output: Path) -> None:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
     if not path.exists():
-        known = sorted(str(file.relative_to(CONFIGS).with_suffix("")) for file in CONFIGS.rglob("*.yaml"))
-        raise UsageError(f"configuration {name!r}", expected=f"one of {', '.join(known)}", found=f"no {path}")
+        known = ", ".join(sorted(experiments()))
+        raise UsageError(f"configuration {name!r}", expected=f"one of {known}", found=f"no {path}")
     config = load(path, overrides)
     command = " ".join(["pipeline configure", name, *overrides])
-    header = f"# Written by: {command}\n# What the keys mean: sections.py and training_sections.py in pipeline/config/\n"
-    output.write_text(header + dump(config))
+    output.write_text(f"# Written by: {command}\n{KEYS}" + dump(config))
     print(f"{output}: {config.name}; now run: dvc repro")
+
+
+def experiments() -> dict[str, Path]:
+    """The files in configs/ by name."""
+    return {str(path.relative_to(CONFIGS).with_suffix("")): path for path in sorted(CONFIGS.rglob("*.yaml"))}
+
+
+def list_experiments() -> None:
+    """Print each experiment's name and the first line of its file, a comment that says what it is."""
+    rows = [(name, path.read_text().partition("\n")[0].removeprefix("# ")) for name, path in experiments().items()]
+    print(tabulate(rows, tablefmt="plain"))

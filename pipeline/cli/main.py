@@ -17,6 +17,7 @@ from pipeline.cli.options import (
     config_options,
     stage_options,
 )  # fmt: skip
+from pipeline.cli.start import configure
 from pipeline.cli.store import prune, store
 from pipeline.common.errors import UsageError
 
@@ -283,22 +284,6 @@ def status(path: str, overrides: tuple[str, ...], watch: float | None, as_json: 
     status.run(load(path, overrides), as_json, watch)
 
 
-@main.command()
-@click.argument("name")
-@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
-@click.option("--output", default="params.yaml", show_default=True, type=click.Path(dir_okay=False, path_type=Path))
-def configure(name: str, overrides: tuple[str, ...], output: Path) -> None:
-    """Write params.yaml: the defaults, with the changes of an experiment in configs/, then yours.
-
-    \b
-    Examples:
-      pipeline configure cifar10
-      pipeline configure imagenet-deit-tiny data.train=/data/train data.val=/data/val
-    """
-    from pipeline.cli import configure
-
-    configure.run(name, overrides, output)
-
-
+main.add_command(configure)
 main.add_command(store)
 main.add_command(prune)

@@ -55,6 +55,7 @@ class Recipe(Section):
     """Everything that determines views, groups and mixing. Its fingerprint identifies the views."""
 
     seed: Seed = 0
+    """Determines all random draws of views, groups and mixing."""
     size: Pixels = 224
     """Height and width of a view in pixels."""
     scale: Range = (0.08, 1.0)
@@ -124,14 +125,18 @@ class TeacherLogits(Section):
     batch_groups: Positive = 8
     """Groups per forward pass of the teacher; 1 makes offline and online training bit-identical on a CPU."""
     workers: Workers = None
+    """Rendering processes; null: chosen for the machine."""
     channels_last: bool = False
+    """Use the channels_last memory format."""
     compile: bool = False
+    """Use torch.compile."""
 
 
 class Evaluate(Section):
     """How models are evaluated on the validation set."""
 
     batch_size: Positive = 256
+    """Images per forward pass."""
     crop: PositiveFraction = 0.875
     """Centre crop: the short side is resized to int(size / crop) (DeiT: 0.875; timm: 0.9)."""
     crop_finetuned: PositiveFraction = 0.875
@@ -140,5 +145,6 @@ class Evaluate(Section):
     """Additional image sizes at which every model is evaluated, with resized position embeddings. This is not the
     paper's Table 10, for which a model is fine-tuned at each size."""
     workers: Workers = None
+    """Loading processes; null: chosen for the machine."""
     throughput_seconds: NonNegative = 5.0
     """How long to measure each model's throughput."""

@@ -29,6 +29,7 @@ class Training(Section):
     """Settings of the training loop, shared by teacher, student and fine-tuning."""
 
     epochs: Count = 300
+    """Passes over the data; an image contributes one view per epoch on average."""
     batch_size: Positive = 1024
     """Global batch size: over all ranks and accumulation steps, counting repeated copies (DeiT issue 95)."""
     lr: NonNegative = 5e-4
@@ -36,16 +37,21 @@ class Training(Section):
     min_lr: NonNegative | None = 1e-5
     """Final rate of the cosine schedule, not scaled by the batch size, as in DeiT; null: constant after warm-up."""
     warmup_lr: NonNegative = 1e-6
-    """FractionBelowOne at the start of the warm-up."""
+    """Learning rate at the start of the warm-up."""
     warmup_epochs: CountOrZero = 5
+    """Epochs in which the learning rate rises linearly."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """sgd is with Nesterov momentum, as in timm."""
     momentum: Fraction = 0.9
     """SGD only."""
     weight_decay: NonNegative = 0.05
+    """Not applied to biases, norms, position embeddings and the class token."""
     smoothing: FractionBelowOne = 0.1
     """Label smoothing of true labels; never of the teacher's."""
     dropout: FractionBelowOne = 0.0
+    """Dropout rate."""
     drop_path: FractionBelowOne = 0.1
+    """Stochastic depth: the rate of the last layer, from which it falls linearly to 0 in the first."""
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     """Largest gradient norm; null: no clipping, as in DeiT."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = 0.99996
@@ -53,7 +59,9 @@ class Training(Section):
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """float32 is IEEE 754, never TF32; bfloat16 is autocast of the forward pass."""
     compile: bool = False
+    """Use torch.compile."""
     channels_last: bool = False
+    """Use the channels_last memory format."""
     deterministic: bool = False
     """Use only deterministic kernels on a GPU: slower, and torch does not have one for every operation."""
     accumulation: Positive = 1
@@ -89,6 +97,7 @@ class Teacher(Training):
     mean: Triple = IMAGENET_MEAN
     """Normalisation of its input."""
     std: Triple = IMAGENET_STD
+    """Standard deviation of the same."""
     crop: PositiveFraction = 0.875
     """Centre crop for its evaluation."""
     size: Pixels | None = None
@@ -126,6 +135,7 @@ class Student(Training):
     kwargs: Arguments = {}
     """Passed to timm.create_model: patch_size, embed_dim, depth, num_heads, ..."""
     distillation: Literal["none", "soft", "hard"] = "hard"
+    """What the student learns from: labels only (none), also the teacher's probabilities (soft) or its argmax (hard)."""
     alpha: Fraction = 0.5
     """Weight of the distillation loss (lambda in the paper, whose soft runs use 0.1)."""
     tau: Annotated[float, Field(gt=0)] = 1.0
