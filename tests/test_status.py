@@ -292,6 +292,14 @@ def test_a_student_of_other_settings_is_of_another_configuration_until_it_is_tra
     assert told()["train-student@hard"].state == "done, of another configuration"
 
 
+def test_what_is_published_is_known_by_its_run_alone(taught):  # noqa: F811
+    train_student.run(taught, CPU, "hard")
+    (student_folder(taught, "hard") / "curve.csv").unlink()
+    (state_of("hard") / "log.jsonl").unlink()
+    assert told()["train-student@hard"].state == "done"
+    assert told("student.lr=0.01")["train-student@hard"].state == "done, of another configuration"
+
+
 def test_online_training_is_not_taken_for_the_stored_ones(taught):  # noqa: F811
     train_student.run(taught, CPU, "hard-online", taught.student_named("hard"), "online")
     assert told()["train-student@hard"].state == "not begun"

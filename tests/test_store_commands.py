@@ -374,6 +374,19 @@ def test_prune_keeps_what_outputs_refer_to_whatever_is_configured(taught):  # no
     assert any(name.startswith(student) for name in kept)
 
 
+def test_prune_keeps_the_run_that_published_metrics_name(taught):  # noqa: F811
+    train_student.run(loaded(), CPU, "hard")
+    state, metrics = state_of("student hard"), Path("outputs/small/students/hard/metrics.json")
+    assert json.loads(metrics.read_text())["run"] == state.name
+    (state / "log.jsonl").unlink()
+    change("student.lr=0.01")
+    call("prune", "--yes")
+    assert state.exists()
+    metrics.unlink()
+    call("prune", "--yes")
+    assert not state.exists()
+
+
 def test_prune_knows_an_interrupted_experiment_by_its_last_command(taught):  # noqa: F811
     """Its overrides are in no file of configs/, and its params.yaml was written over."""
     call("teacher-logits", "--set", "name=other", "--set", "recipe.seed=5", "--dry-run")

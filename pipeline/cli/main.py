@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.cli.group import Group
-from pipeline.cli.options import (
-    IF_NEEDED,
-    PART,
-    TEACHER,
-    WHICH_STORE,
-    WHICH_TEACHER,
-    config_options,
-    stage_options,
-)  # fmt: skip
+from pipeline.cli.options import IF_NEEDED, PART, TEACHER, WHICH_STORE, WHICH_TEACHER, config_options, stage_options
 from pipeline.cli.start import configure
 from pipeline.cli.store import prune, store
 from pipeline.common.errors import UsageError
