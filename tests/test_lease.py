@@ -167,7 +167,7 @@ def test_a_fresh_lease_of_a_dead_machine_is_waited_for(tmp_path, monkeypatch, ca
     monkeypatch.setattr(pipeline.common.lease, "LEASE_SECONDS", 1.0)
     with another_machine(tmp_path / "a.lock", renews=False), lease(str(tmp_path / "a.lock"), "work"):
         assert json.loads((tmp_path / "a.lock").read_text())["process"] == os.getpid()
-    assert "work: process 7 on another may be at it; waits 1 s at most" in capsys.readouterr().out
+    assert "work: process 7 on another may still be running; waiting at most 1 s" in capsys.readouterr().out
 
 
 def test_a_lease_that_another_machine_gives_back_meanwhile_is_taken(tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def test_a_bar_is_for_terminals_and_one_rank_alone(monkeypatch):
         assert not isinstance(bar, LogProgress)
 
 
-@pytest.mark.parametrize(("number", "told"), [(signal.SIGINT, "once more ends it at once"), (signal.SIGTERM, "saves")])
+@pytest.mark.parametrize(("number", "told"), [(signal.SIGINT, "again to end now"), (signal.SIGTERM, "saving")])
 def test_a_signal_is_acknowledged_at_once(capfd, number, told):
     with SignalRecorder() as noted:
         os.kill(os.getpid(), number)

@@ -19,8 +19,7 @@ import fsspec
 
 from pipeline.cli.scan import files_below, is_store_of, list_stores, newest, read_json
 from pipeline.common.errors import UsageError, unwritable
-from pipeline.common.files import is_local
-from pipeline.common.lease import modified as modification_time
+from pipeline.common.files import is_local, modification_time
 from pipeline.common.lease import part_lease, part_leases, possibly_held
 from pipeline.common.lock import is_held, kernel_lock
 from pipeline.config.params import load

@@ -16,7 +16,8 @@ import fsspec
 from fsspec import AbstractFileSystem
 
 from pipeline.common.errors import is_io_error, unreadable
-from pipeline.common.lease import modified, part_leases
+from pipeline.common.files import modification_time
+from pipeline.common.lease import part_leases
 from pipeline.config.paths import NOT_NEEDED
 from pipeline.config.schema import Recipe
 from pipeline.training.log import parse_line
@@ -175,9 +176,9 @@ def written_units(path: str, kind: str, blocks: int) -> Units:
         folder = f"{root}/{name}/c"
         # as deep as (block, shard), below which some arrays have one folder more
         found = filesystem.find(folder, maxdepth=2, withdirs=True, detail=True) if filesystem.exists(folder) else {}
-        places = {where[len(folder) + 1 :]: modified(info) for where, info in found.items()}
+        places = {where[len(folder) + 1 :]: modification_time(info) for where, info in found.items()}
         chunks[name] = {place: when for place, when in places.items() if re.fullmatch(r"\d+/\d+", place)}
     complete = chunks["argmax"].keys() & chunks[kind].keys()
     times = [chunks["argmax"][place] for place in complete if int(place.partition("/")[0]) < blocks]
     writers = sum(part_leases(path).values())
-    return Units(times, max([modified(filesystem.info(f"{root}/zarr.json")), *times]), writers)
+    return Units(times, max([modification_time(filesystem.info(f"{root}/zarr.json")), *times]), writers)

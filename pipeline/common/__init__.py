@@ -1,4 +1,4 @@
 """What every package may use: errors, files, locks, signals, ranks and random streams.
 
-Knows nothing of configurations, images or models.
+Must not know configurations, images or models.
 """

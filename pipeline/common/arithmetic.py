@@ -1,4 +1,4 @@
-"""How a GPU computes: float32 as it is defined, and the same bits each time where that is asked for."""
+"""GPU arithmetic: float32 without TF32, and deterministic kernels on request."""
 
 import contextlib
 import os
@@ -11,10 +11,10 @@ from pipeline.common.errors import PipelineError
 
 
 def use_ieee_float32() -> None:
-    """What this process settles before its first operation on a GPU.
+    """Configure this process before its first GPU operation.
 
-    Float32 means IEEE 754's, in matrix products and in convolutions: for these cuDNN takes TF32 unless told otherwise,
-    which keeps 10 of the 23 bits of a factor. And cuBLAS gets a workspace with which it repeats its bits, 32 MiB.
+    Matrix products and convolutions of float32 follow IEEE 754: cuDNN's default for convolutions is TF32, which keeps
+    10 of the 23 mantissa bits. cuBLAS gets the 32 MiB workspace with which its results are reproducible.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.fp32_precision = "ieee"
@@ -23,13 +23,13 @@ def use_ieee_float32() -> None:
 
 @contextlib.contextmanager
 def deterministic_kernels(wanted: bool) -> Iterator[None]:
-    """Inside, only kernels that give the same bits each time, if so `wanted`.
+    """Use only deterministic kernels inside the block, if `wanted`.
 
-    That is what torch offers on one kind of GPU with one version of everything: its own kernels, cuDNN's, the
-    compiler's, and attention without cuDNN's, which has none; cuBLAS too after `use_ieee_float32`.
+    This covers torch's own kernels, cuDNN's, the compiler's and, after `use_ieee_float32`, cuBLAS's; attention avoids
+    cuDNN, which has no deterministic kernel for it. Bits are the same for one GPU model and fixed library versions.
 
     Raises:
-        PipelineError: an operation has no such kernel.
+        PipelineError: an operation has no deterministic kernel.
     """
     if not wanted:
         yield
@@ -39,17 +39,17 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
     filled = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
-    memory.fill_uninitialized_memory = False  # nothing here reads what it did not write
+    memory.fill_uninitialized_memory = False  # nothing here reads uninitialized memory
     try:
         yield
     except RuntimeError as error:
         if "torch.use_deterministic_algorithms" not in str(error):
             raise
         raise PipelineError(
-            "an operation of this training, with `deterministic` set",
-            expected="kernels that give the same bits each time",
+            "training with `deterministic: true`",
+            expected="a deterministic kernel for each operation",
             found=str(error).split(", but")[0],
-            do="set deterministic to false, or take a model without it",
+            do="set deterministic to false, or choose a model without this operation",
         ) from error
     finally:
         torch.use_deterministic_algorithms(before[0])

@@ -1,4 +1,4 @@
-"""How this machine's cores are shared out: to loader workers, and to torch's threads; and how many files they open."""
+"""How a machine's cores are divided between loader workers and torch's threads, and how many files they may open."""
 
 import os
 import resource
@@ -6,19 +6,19 @@ import resource
 from pipeline.common.errors import UsageError
 
 OPEN_FILES, OPEN_FILES_PER_WORKER = 32, 16
-"""What a process with loader workers opens at most; 8 workers were seen to take 116."""
+"""Upper bounds for a process with loader workers; 8 workers were observed to need 116."""
 
 
 def available_cores() -> int:
-    """Cores that a process may use: its own share, where torchrun starts several on this machine."""
+    """Cores available to this process: an equal share if torchrun started several on this machine."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
 def resolve_workers(chosen: int | None, gpu: bool) -> int:
-    """Loader workers: as many as are chosen, or what suits the machine.
+    """Number of loader workers: `chosen`, or a default for the machine.
 
-    Beside a GPU all cores but one, 16 at most; where the cores compute too, half of them.
+    The default is all cores but one, at most 16, with a GPU, and half the cores where they also train.
     """
     if chosen is not None:
         return chosen
@@ -26,9 +26,9 @@ def resolve_workers(chosen: int | None, gpu: bool) -> int:
 
 
 def limit_threads(workers: int) -> None:
-    """Leave the workers a core each: torch takes all of them for its threads, and each step waits for the slowest.
+    """Reserve a core for each worker: torch uses all cores by default, and each step waits for its slowest thread.
 
-    OMP_NUM_THREADS, which torchrun sets, is somebody's choice and stays.
+    OMP_NUM_THREADS, which torchrun sets, takes precedence.
     """
     import torch
 
@@ -37,7 +37,7 @@ def limit_threads(workers: int) -> None:
 
 
 def allow_open_files(workers: int) -> None:
-    """Raise this process's limit of open files to what its loader workers need.
+    """Raise this process's limit of open files as far as its loader workers need.
 
     Without it a worker that cannot open a file leaves the others waiting.
 

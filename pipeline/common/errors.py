@@ -1,6 +1,6 @@
-"""What a user is told without a traceback.
+"""Errors that are shown to the user without a traceback.
 
-Every message says what was being read, what was expected, what was found and what to do.
+Each message says what was being read or done, what was expected, what was found and what to do.
 """
 
 import errno
@@ -13,27 +13,27 @@ try:
     IO_ERRORS: tuple[type[Exception], ...] = (OSError, ImportError, BotoCoreError)
 except ImportError:
     IO_ERRORS = (OSError, ImportError)
-"""What reading and writing files and URLs raises: S3's client has errors of its own, and a URL whose library
-is not installed gives an ImportError that names it."""
+"""Errors of reading and writing files and URLs: S3's client raises its own, and a URL whose library is not installed
+an ImportError that names it."""
 
 
 def reason(error: Exception) -> str:
-    """What an IO error says, without its number and path."""
+    """The message of an I/O error, without its number and path."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-LONGEST = 2000
-"""Characters of a message's part: a value out of a stranger's file may have millions."""
+MAX_PART_LENGTH = 2000
+"""Characters per part of a message: a value from an untrusted file may have millions."""
 
 
 class PipelineError(Exception):
-    """The work failed for a reason outside the program: data, files, disk, another version.
+    """The work failed for a reason outside the program: data, files, the disk, a library version.
 
     Args:
-        what: what was being read or done, with the file's name.
-        expected: what should have been there.
-        found: what was there.
-        do: what the user can do about it.
+        what: what was being read or done, with the name of the file.
+        expected: what would have been valid.
+        found: what was found instead.
+        do: what the user can do.
     """
 
     exit_code = 1
@@ -44,19 +44,23 @@ class PipelineError(Exception):
         for label, text in (("expected", expected), ("found", found), ("do", do)):
             if text:
                 parts.append(f"  {label + ':':<10}{text}")
-        super().__init__("\n".join(part if len(part) <= LONGEST else f"{part[:LONGEST]}..." for part in parts))
+        super().__init__("\n".join(map(_truncated, parts)))
+
+
+def _truncated(text: str) -> str:
+    return text if len(text) <= MAX_PART_LENGTH else f"{text[:MAX_PART_LENGTH]}..."
 
 
 class Unreadable(PipelineError):
-    """Something could not be read now: a busy server, a lost connection. It says nothing about its contents."""
+    """Something cannot be read now, as with a busy server or a lost connection; its contents may be intact."""
 
 
 class Damaged(PipelineError):
-    """Bytes that are not those that were written, or are gone."""
+    """Data is missing or is not what was written."""
 
 
 class NotReady(PipelineError):
-    """An earlier stage has not made this yet; a dry run goes on without it."""
+    """The output of an earlier stage does not exist yet; a dry run continues without it."""
 
 
 class UsageError(PipelineError):
@@ -68,7 +72,7 @@ class UsageError(PipelineError):
 def too_many_open_files(error: BaseException) -> PipelineError | None:
     """The message when the process ran out of file descriptors; None for any other error.
 
-    torch and `unreadable` replace the system's error by their own and keep its text only.
+    torch and `unreadable` replace the system's error with their own, of which only the text is the same.
     """
     lines = [line.strip() for line in str(error).splitlines() if os.strerror(errno.EMFILE) in line]
     if not lines:
@@ -87,13 +91,13 @@ CLIENTS = {"adlfs", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google",
 
 
 def is_io_error(error: BaseException) -> bool:
-    """Whether an error tells of a disk, a server or its client; some clients' errors are no OSError."""
+    """Whether an error comes from a disk, a server or its client, whose errors are not always OSErrors."""
     return isinstance(error, IO_ERRORS) or any(kind.__module__.split(".")[0] in CLIENTS for kind in type(error).__mro__)
 
 
 def unreadable(what: str, error: Exception) -> Unreadable:
-    """What is told when a disk or server gives nothing now, whatever it was that failed."""
-    do = "try again when the disk or server answers"
+    """The error for something that cannot be read now, whatever the cause."""
+    do = "try again when the disk or server is available"
     if isinstance(error, ImportError):
         do = "install it"
     elif isinstance(error, MemoryError | RuntimeError):
@@ -102,26 +106,26 @@ def unreadable(what: str, error: Exception) -> Unreadable:
 
 
 def unwritable(what: str, error: Exception) -> PipelineError:
-    """What is told when a disk is full, read-only or forbidden, or a library is missing."""
+    """The error for a disk that is full or read-only, for denied access, and for a missing library."""
     if isinstance(error, ImportError):
-        return PipelineError(f"{what} needs a library that is not there", found=reason(error), do="install it")
+        return PipelineError(f"{what} needs a library that is not installed", found=reason(error), do="install it")
     return PipelineError(
         f"{what} cannot be written",
         found=reason(error),
-        do="make room or correct the permissions, then run the same command again: it goes on",
+        do="make room or correct the permissions, then run the same command again to resume",
     )
 
 
 def killed_worker_error(error: RuntimeError) -> PipelineError | None:
-    """What is told when a process of torch's loader was killed; None of any other error.
+    """The error for a killed worker of torch's DataLoader; None for any other error.
 
-    torch raises that wherever the main process is at that moment, from the handler of a signal.
+    torch raises it from a signal handler, so anywhere in the main process.
     """
     text = " ".join(str(error).split())
     if "DataLoader worker" not in text:
         return None
     return PipelineError(
-        "a process that renders views was ended from outside",
-        found=f"{text}; most likely the system was out of memory",
-        do="choose a smaller `workers` of this stage, then run the same command again: it goes on",
+        "a loader worker was killed",
+        found=f"{text}; most likely the system ran out of memory",
+        do="set a smaller `workers` for this stage, then run the same command again to resume",
     )

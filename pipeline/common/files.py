@@ -1,11 +1,13 @@
-"""Files that are whole or absent, and what killed writers left."""
+"""Files that are complete or absent, and what file systems say about files."""
 
 import contextlib
+import datetime
 import hashlib
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fsspec import AbstractFileSystem
 
@@ -14,10 +16,10 @@ from pipeline.common.errors import unwritable
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, on disk, when the block ends well.
+    """Yield a temporary path that replaces `path`, synced to disk, if the block succeeds.
 
     Raises:
-        PipelineError: the disk is full, read-only or forbidden; `path` is as it was before.
+        PipelineError: the disk is full or read-only, or access is denied; `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -34,28 +36,34 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def remove_partial_files(folder: Path) -> None:
+    """Delete the temporary files that killed writers left in a folder and its subfolders."""
+    for partial in folder.rglob("*.partial"):
+        partial.unlink(missing_ok=True)
+
+
 StatSignature = tuple[int, int, int]
+"""Size, mtime and ctime in ns: a file whose signature is unchanged is taken to be unchanged."""
 
 
 def stat_signature(status: os.stat_result) -> StatSignature:
-    """Size, time of the contents' last change, time of any last change: a file of the same stamp is the same file."""
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def is_conclusive(stamped: StatSignature, when: float) -> bool:
-    """Whether a stamp taken at `when` (seconds) tells of every change since: a clock's tick may hide one in the same."""
-    return max(stamped[1:]) < (when - 2) * 1e9
+def is_conclusive(signature: StatSignature, taken_at: float) -> bool:
+    """Whether any change after `taken_at` (seconds) alters the signature: changes within one clock tick may not."""
+    return max(signature[1:]) < (taken_at - 2) * 1e9
 
 
 def is_local(filesystem: AbstractFileSystem) -> bool:
-    """Whether an fsspec file system is this machine's own, mounted ones among it."""
+    """Whether an fsspec file system is the operating system's, network mounts included."""
     return "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,))
 
 
-def remove_partial_files(folder: Path) -> None:
-    """Remove the temporary files that killed writers left below a folder."""
-    for partial in folder.rglob("*.partial"):
-        partial.unlink(missing_ok=True)
+def modification_time(info: dict[str, Any]) -> float:
+    """Seconds since the epoch from an fsspec listing: `mtime` for local files, `LastModified` for S3."""
+    when = info.get("mtime") or info.get("LastModified") or 0.0
+    return when.timestamp() if isinstance(when, datetime.datetime) else float(when)
 
 
 def file_sha256(path: Path) -> str:

@@ -1,13 +1,14 @@
-"""One writer at a time, across machines: a kernel lock where there is one, and a renewed lease.
+"""Leases: one writer at a time, across machines and at URLs.
 
-The lease is a small JSON file: host, process, a token of this holding, and the time of the last renewal. On one
-machine the kernel's lock decides, which goes with its process however that ends. A holder on another machine, or of
-a store at a URL, is known by its lease alone: it is dead when it has not renewed for LEASE_SECONDS seconds. Until that is
-told, who comes next waits, so that a job that was preempted here goes on elsewhere.
+A lease is a small JSON file with the holder's host and process, a random token and the time of its last renewal. On one
+machine a kernel lock decides (pipeline.common.lock), which ends with its process. A holder on another machine, or of a
+store at a URL, is known by its lease alone and counts as dead LEASE_SECONDS after the last renewal. Until then a
+newcomer waits, so that a job that was preempted on one machine resumes on another.
+
+filelock.SoftFileLease is no replacement: it needs a local path, and `work: s3://...` has leases at URLs.
 """
 
 import contextlib
-import datetime
 import json
 import os
 import re
@@ -24,25 +25,25 @@ import fsspec
 from fsspec import AbstractFileSystem
 
 from pipeline.common.errors import UsageError, unreadable, unwritable
-from pipeline.common.files import is_local
+from pipeline.common.files import is_local, modification_time
 from pipeline.common.lock import is_held, kernel_lock
 from pipeline.common.signals import raise_on_sigterm
 
-LEASE_SECONDS = 300.0  # seconds without renewal after which a holder counts as dead
-RENEWALS_PER_LEASE = 5  # in that time
-POLL_SECONDS = 1.0  # seconds between two looks at another's lease, and before one's own counts where no kernel arbitrates
+LEASE_SECONDS = 300.0  # without renewal, until a holder counts as dead
+RENEWALS_PER_LEASE = 5
+POLL_SECONDS = 1.0  # between two reads of another's lease, and before one's own counts where there is no kernel lock
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease."""
+    """The process that holds a lease."""
 
     host: str
     process: int
     token: str
-    """Of this one holding: a container's next process may have its host's name and its number."""
+    """Random: a container's successor may have the same host name and process number."""
     renewed: float = 0.0
-    """Seconds since the epoch, by its own clock."""
+    """Seconds since the epoch, by the holder's clock."""
 
     @property
     def age(self) -> float:
@@ -52,64 +53,151 @@ class Holder:
         return f"process {self.process} on {self.host}"
 
 
+@dataclass(frozen=True)
+class _LeaseFile:
+    """The file of a lease, on a disk or at a URL."""
+
+    path: str
+    """As shown to the user."""
+    filesystem: AbstractFileSystem
+    place: str
+    """Path within the file system."""
+
+    def read(self) -> Holder | None:
+        """The holder; None if the file is missing, because it was given back, or incomplete.
+
+        Raises:
+            Unreadable: it cannot be read now, so the holder is unknown.
+        """
+        try:
+            data = self.filesystem.cat_file(self.place)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # clients of servers raise almost anything
+            raise unreadable(self.place, error) from error
+        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            found: dict[str, Any] = json.loads(data)
+            return Holder(str(found["host"]), int(found["process"]), str(found["token"]), float(found["renewed"]))
+        return None
+
+    def write(self, mine: Holder) -> None:
+        """Renew the lease atomically: an incomplete file would look like a lease that was given back."""
+        data = json.dumps(asdict(mine) | {"renewed": time.time()}).encode()
+        if not is_local(self.filesystem):
+            self.filesystem.pipe_file(self.place, data)
+            return
+        temporary = Path(f"{self.place}.{mine.token}.partial")
+        temporary.write_bytes(data)
+        temporary.replace(self.place)
+
+    def lost(self, mine: Holder) -> bool:
+        """Whether another process has broken this lease and taken it."""
+        holder = self.read()
+        return holder is not None and holder.token != mine.token
+
+    def confirm(self, mine: Holder, purpose: str) -> None:
+        """Without a kernel lock, the last of two processes that write at once wins; refuse the other one."""
+        time.sleep(POLL_SECONDS)
+        if self.lost(mine):
+            raise self.refusal(purpose, self.read())
+
+    def keep_renewing(self, mine: Holder, stopped: threading.Event) -> None:
+        while not stopped.wait(LEASE_SECONDS / RENEWALS_PER_LEASE):
+            with contextlib.suppress(Exception):  # the work may outlast a disk that is full for a while
+                if self.lost(mine):
+                    return
+                self.write(mine)
+
+    def wait_until_dead(self, holder: Holder, purpose: str) -> None:
+        """Return when the lease is given back or expires; refuse when it is renewed."""
+        left = min(LEASE_SECONDS - holder.age, LEASE_SECONDS)
+        print(f"{purpose}: {holder} may still be running; waiting at most {left:.0f} s to find out", flush=True)
+        end = time.monotonic() + left
+        while time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+            found = self.read()
+            if found is None:
+                return
+            if found != holder:
+                raise self.refusal(purpose, found)
+
+    def refusal(self, purpose: str, holder: Holder | None) -> UsageError:
+        found = "another process holds the lock"
+        if holder:
+            found = f"{holder} holds it, renewed {holder.age:.0f} s ago"
+        return UsageError(
+            f"{self.path}: {purpose} is already running",
+            expected="one writer per part",
+            found=found,
+            do="wait for it or end it",
+        )
+
+
 @contextlib.contextmanager
 def lease(path: str, purpose: str, break_lock: bool = False) -> Iterator[None]:
-    """Hold the lock at `path`, a file name or URL, until the block ends.
+    """Hold the lease at `path`, a file name or URL, for the duration of the block.
 
-    A lease of another machine is watched until it is renewed, given back, or LEASE_SECONDS seconds old.
+    If another machine has it, wait until it is renewed, given back, or LEASE_SECONDS old.
 
     Args:
-        break_lock: take it although another machine's lease still runs.
+        break_lock: take it even if another machine's lease has not expired.
 
     Raises:
-        UsageError: another process holds it; names host, process and age.
-        PipelineError: no file can be written there.
+        UsageError: another process holds it; names its host, process and age.
+        PipelineError: the file cannot be written.
     """
-    filesystem, place = fsspec.core.url_to_fs(path)
+    file = _LeaseFile(path, *fsspec.core.url_to_fs(path))
     mine = Holder(socket.gethostname(), os.getpid(), secrets.token_hex(8))
-    with _kernel_lock(place, path, purpose) if is_local(filesystem) else contextlib.nullcontext(False) as locked:
-        holder = _read(filesystem, place)
-        if holder and not break_lock and _may_live(holder, mine, locked):
-            _watch(filesystem, place, holder, path, purpose)
+    with _kernel_lock(file, purpose) as locked:
+        holder = file.read()
+        if holder and not break_lock and _may_be_alive(holder, mine, locked):
+            file.wait_until_dead(holder, purpose)
         try:
-            _write(filesystem, place, mine)
-        except Exception as error:  # servers' clients raise nearly anything
+            file.write(mine)
+        except Exception as error:  # clients of servers raise almost anything
             raise unwritable(f"{path}:", error) from error
         if not locked:
-            _won(filesystem, place, mine, path, purpose)
+            file.confirm(mine, purpose)
         stopped = threading.Event()
-        renewing = threading.Thread(target=_renew, args=(filesystem, place, mine, stopped), daemon=True)
-        renewing.start()
+        renewal = threading.Thread(target=file.keep_renewing, args=(mine, stopped), daemon=True)
+        renewal.start()
         try:
             with raise_on_sigterm():
                 yield
         finally:
             stopped.set()
-            renewing.join()
+            renewal.join()
             with contextlib.suppress(Exception):
-                if not _lost(filesystem, place, mine):
-                    filesystem.rm_file(place)
+                if not file.lost(mine):
+                    file.filesystem.rm_file(file.place)
 
 
 @contextlib.contextmanager
-def _kernel_lock(place: str, path: str, purpose: str) -> Iterator[bool]:
+def _kernel_lock(file: _LeaseFile, purpose: str) -> Iterator[bool]:
+    """Yields whether the kernel's lock is held: not at URLs, nor on file systems without locks."""
     with contextlib.ExitStack() as stack:
-        try:
-            locked = stack.enter_context(kernel_lock(f"{place}.kernel"))
-        except BlockingIOError:
-            raise _refused(path, purpose, _read(fsspec.filesystem("file"), place)) from None
+        locked = False
+        if is_local(file.filesystem):
+            try:
+                locked = stack.enter_context(kernel_lock(_kernel_lock_path(file.place)))
+            except BlockingIOError:
+                raise file.refusal(purpose, file.read()) from None
         yield locked
 
 
-def _may_live(holder: Holder, mine: Holder, locked: bool) -> bool:
+def _kernel_lock_path(place: str) -> str:
+    return f"{place}.kernel"
+
+
+def _may_be_alive(holder: Holder, mine: Holder, locked: bool) -> bool:
     if holder.age >= LEASE_SECONDS:
         return False
     if holder.host != mine.host:
         return True
-    return not locked and _runs(holder.process)  # where it can, this machine's kernel has told already
+    return not locked and _exists(holder.process)  # a kernel lock that could be taken has no living holder here
 
 
-def _runs(process: int) -> bool:
+def _exists(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -120,133 +208,52 @@ def _runs(process: int) -> bool:
 
 
 def part_lease_path(store: str, number: int, parts: int) -> str:
-    """Where the lease of a part of a store's units lies."""
+    """Path or URL of the lease of part number/parts of a store."""
     return f"{store}.part-{number}-of-{parts}.lock"
 
 
 @contextlib.contextmanager
 def part_lease(store: str, number: int, parts: int, purpose: str, break_lock: bool = False) -> Iterator[None]:
-    """Hold the lease of a part of a store's units until the block ends.
+    """Hold the lease of part number/parts of a store for the duration of the block.
 
-    Who divides the store into another number of parts has units of this part among its own, so it must not run.
+    A division into another number of parts would overlap with this one, so its writers must not be running.
 
     Raises:
-        UsageError: another process holds this part, or one of another number of parts; names host, process and age.
-        PipelineError: no file can be written there.
+        UsageError: another process holds this part, or one of another division; names its host, process and age.
+        PipelineError: the file cannot be written.
     """
     with lease(part_lease_path(store, number, parts), purpose, break_lock):
         filesystem, _ = fsspec.core.url_to_fs(store)
-        for other, other_is_held in part_leases(store).items():
-            if other_is_held and not other.endswith(f"-of-{parts}.lock"):
-                holder = _read(filesystem, other)
-                if is_held(f"{other}.kernel"):
-                    raise _refused(other, f"another division than into {parts} parts", holder)
+        for place, active in part_leases(store).items():
+            if active and not place.endswith(f"-of-{parts}.lock"):
+                other, division = _LeaseFile(place, filesystem, place), f"another division than into {parts} parts"
+                holder = other.read()
+                if is_held(_kernel_lock_path(place)):
+                    raise other.refusal(division, holder)
                 if holder and not break_lock:
-                    _watch(filesystem, other, holder, other, f"another division than into {parts} parts")
+                    other.wait_until_dead(holder, division)
         yield
 
 
 def part_leases(store: str) -> dict[str, bool]:
-    """The parts' locks that lie beside a store, by path: whether each is held."""
+    """The leases of a store's parts by path within the file system: whether each is active."""
     filesystem, root = fsspec.core.url_to_fs(store)
-    filesystem.invalidate_cache()  # another machine may have come since
-    ours = re.compile(re.escape(root) + r"\.part-\d+-of-\d+\.lock(\.kernel)?")
-    beside = filesystem.ls(root.rpartition("/")[0], detail=True)
-    files = {info["name"]: info for info in beside if ours.fullmatch(info["name"])}
-    return {lock: _is_held(lock, files.get(lock)) for lock in {name.removesuffix(".kernel") for name in files}}
+    filesystem.invalidate_cache()  # another machine may have added one
+    pattern = re.compile(re.escape(root) + r"\.part-\d+-of-\d+\.lock(\.kernel)?")
+    listed = filesystem.ls(root.rpartition("/")[0], detail=True)
+    files = {info["name"]: info for info in listed if pattern.fullmatch(info["name"])}
+    return {place: _is_active(place, files.get(place)) for place in {name.removesuffix(".kernel") for name in files}}
+
+
+def _is_active(place: str, info: dict[str, Any] | None) -> bool:
+    known = is_held(_kernel_lock_path(place))
+    if known is None:
+        return info is not None and time.time() - modification_time(info) < LEASE_SECONDS
+    return known
 
 
 def possibly_held(store: str) -> set[str]:
-    """The parts' locks beside a store that are held, or may be: another machine's lease counts whatever its age."""
+    """The leases of a store's parts that may be held: those of other machines count whatever their age."""
     filesystem, _ = fsspec.core.url_to_fs(store)
-    told = {lock: is_held(f"{lock}.kernel") for lock in part_leases(store)}
-    return {lock for lock, known in told.items() if known or (known is None and filesystem.exists(lock))}
-
-
-def _is_held(lock: str, lease: dict[str, Any] | None) -> bool:
-    told = is_held(f"{lock}.kernel")
-    if told is None:
-        return lease is not None and time.time() - modified(lease) < LEASE_SECONDS
-    return told
-
-
-def modified(info: dict[str, Any]) -> float:
-    """When a file was written, by what its file system tells: a local one's has `mtime`, S3's `LastModified`."""
-    when = info.get("mtime") or info.get("LastModified") or 0.0
-    return when.timestamp() if isinstance(when, datetime.datetime) else float(when)
-
-
-def _watch(filesystem: AbstractFileSystem, place: str, holder: Holder, path: str, purpose: str) -> None:
-    """Wait until a lease shows life, and refuse then; return when none is to be expected any more."""
-    left = min(LEASE_SECONDS - holder.age, LEASE_SECONDS)
-    print(f"{purpose}: {holder} may be at it; waits {left:.0f} s at most for a sign of its life", flush=True)
-    end = time.monotonic() + left
-    while time.monotonic() < end:
-        time.sleep(POLL_SECONDS)
-        found = _read(filesystem, place)
-        if found is None:
-            return
-        if found != holder:
-            raise _refused(path, purpose, found)
-
-
-def _won(filesystem: AbstractFileSystem, place: str, mine: Holder, path: str, purpose: str) -> None:
-    """Where no kernel arbitrates, the last of two who wrote at once wins."""
-    time.sleep(POLL_SECONDS)
-    if _lost(filesystem, place, mine):
-        raise _refused(path, purpose, _read(filesystem, place))
-
-
-def _renew(filesystem: AbstractFileSystem, place: str, mine: Holder, stopped: threading.Event) -> None:
-    while not stopped.wait(LEASE_SECONDS / RENEWALS_PER_LEASE):
-        with contextlib.suppress(Exception):  # a full disk must not end the work that it may outlast
-            if _lost(filesystem, place, mine):
-                return
-            _write(filesystem, place, mine)
-
-
-def _lost(filesystem: AbstractFileSystem, place: str, mine: Holder) -> bool:
-    """Whether another has taken the lease over, having broken it."""
-    holder = _read(filesystem, place)
-    return holder is not None and holder.token != mine.token
-
-
-def _write(filesystem: AbstractFileSystem, place: str, mine: Holder) -> None:
-    """Whole or not at all: who reads it torn would take the lease for given back."""
-    data = json.dumps(asdict(mine) | {"renewed": time.time()}).encode()
-    if not is_local(filesystem):
-        filesystem.pipe_file(place, data)
-        return
-    temporary = Path(f"{place}.{mine.token}.partial")
-    temporary.write_bytes(data)
-    temporary.replace(place)
-
-
-def _read(filesystem: AbstractFileSystem, place: str) -> Holder | None:
-    """The lease, or None: there is none, it was given back, or it is torn.
-
-    Raises:
-        Unreadable: it cannot be read now, so nobody knows who holds it.
-    """
-    try:
-        data = filesystem.cat_file(place)
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # as above
-        raise unreadable(place, error) from error
-    with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        found: dict[str, Any] = json.loads(data)
-        return Holder(str(found["host"]), int(found["process"]), str(found["token"]), float(found["renewed"]))
-    return None
-
-
-def _refused(path: str, purpose: str, holder: Holder | None) -> UsageError:
-    found = "another process holds the lock"
-    if holder:
-        found = f"{holder} holds it, renewed {holder.age:.0f} s ago"
-    return UsageError(
-        f"{path}: {purpose} is under way already",
-        expected="one writer of a part",
-        found=found,
-        do="wait for it or end it",
-    )
+    known = {place: is_held(_kernel_lock_path(place)) for place in part_leases(store)}
+    return {place for place, held in known.items() if held or (held is None and filesystem.exists(place))}

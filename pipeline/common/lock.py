@@ -1,4 +1,8 @@
-"""The kernel's lock on a file: it goes with its process, however that ends."""
+"""Exclusive kernel locks (flock) on files; a lock ends with its process, however that ends.
+
+filelock cannot tell whether a lock is held without taking it, fails a waiter whose lock file is deleted with its folder
+(as `pipeline prune` does), and treats most file systems without flock as an error.
+"""
 
 import contextlib
 import errno
@@ -12,35 +16,49 @@ from typing import TextIO
 
 from pipeline.common.errors import unwritable
 
-NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # said by network file systems without them
+UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # from network file systems without flock
 
-_mine: set[TextIO] = set()
+_held_here: set[TextIO] = set()
 
 
 @contextlib.contextmanager
 def kernel_lock(path: str | Path, waiting: str = "") -> Iterator[bool]:
-    """Hold the lock at a local path until the block ends; yields False where the file system knows no locks.
+    """Hold the lock on a local file for the duration of the block; yields False if its file system has no locks.
 
     Args:
-        waiting: printed where another process holds it, before waiting for that one to end.
+        waiting: if another process holds the lock, print this and wait for it.
 
     Raises:
-        BlockingIOError: another process holds it, and `waiting` is empty.
-        PipelineError: no file can be written there.
+        BlockingIOError: another process holds the lock, and `waiting` is empty.
+        PipelineError: the file cannot be written.
     """
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(_open(path))
-        while (locked := _lock(file, waiting)) and not _in_place(file, path):
-            file = stack.enter_context(_open(path))  # who had it has deleted it, with its folder
+        while (locked := _lock(file, waiting)) and not _is_current(file, path):
+            file = stack.enter_context(_open(path))  # the previous holder has deleted it, with its folder
         if locked:
-            _mine.add(file)
-            with contextlib.suppress(OSError):  # a full disk: nobody is told who holds it
+            _held_here.add(file)
+            with contextlib.suppress(OSError):  # a full disk: then `is_held` does not know the host
                 os.ftruncate(file.fileno(), 0)
                 os.write(file.fileno(), socket.gethostname().encode())
         try:
             yield locked
         finally:
-            _mine.discard(file)
+            _held_here.discard(file)
+
+
+def is_held(path: str | Path) -> bool | None:
+    """Whether a process holds the lock; None if this machine cannot tell, because another machine took it last."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(1000) != socket.gethostname().encode():  # bytes: the file may be damaged
+                return None
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
 
 
 def _open(path: str | Path) -> TextIO:
@@ -51,54 +69,40 @@ def _open(path: str | Path) -> TextIO:
         raise unwritable(f"{path}:", error) from error
 
 
-def _in_place(file: TextIO, path: str | Path) -> bool:
+def _is_current(file: TextIO, path: str | Path) -> bool:
     with contextlib.suppress(OSError):
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     return False
 
 
-def is_held(path: str | Path) -> bool | None:
-    """Whether a process holds the lock; None where that is not for this machine's kernel to tell."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(1000) != socket.gethostname().encode():  # or damaged: whatever bytes those are
-                return None
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return None
-
-
 def _lock(file: TextIO, waiting: str) -> bool:
     try:
         try:
-            _try(file)
+            _lock_now(file)
         except BlockingIOError:
             if not waiting:
                 raise
             print(waiting, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in UNSUPPORTED:
             raise
         return False
     return True
 
 
-def _try(file: TextIO) -> None:
+def _lock_now(file: TextIO) -> None:
     with contextlib.suppress(BlockingIOError):
         return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    time.sleep(0.1)  # somebody may have been looking: see `held`
+    time.sleep(0.1)  # `is_held` in another process holds a shared lock for a moment
     return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _let_go() -> None:
-    """In a forked child: a loader's workers, which outlive a killed parent by seconds, must not hold its lock."""
-    for file in _mine:
+def _close_in_child() -> None:
+    """Close inherited files: a loader's workers outlive a killed parent by seconds and must not keep its locks."""
+    for file in _held_here:
         file.close()
-    _mine.clear()
+    _held_here.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_in_child)

@@ -1,4 +1,4 @@
-"""How far a long loop is: a bar on a terminal, a line a minute where the output is kept."""
+"""Progress of long loops: a bar on a terminal, one line per minute elsewhere."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 class LogProgress:
-    """Of a log: a line a minute and one at the end, with speed, time left and what else is told."""
+    """Progress for a log: a line per minute and one at the end, with speed, time left and a note."""
 
     EVERY = 60.0  # seconds
 
@@ -22,15 +22,15 @@ class LogProgress:
             self._print()
 
     def set_postfix_str(self, note: str, refresh: bool = True) -> None:
-        """What else the next line tells; `refresh` is for tqdm."""
+        """Set the note of the next line; `refresh` is tqdm's and ignored."""
         self.note = note
 
     def _print(self) -> None:
         self.printed = self.clock()
         rate = (self.done - self.first) / max(self.printed - self.start, 1e-9)
         left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
-        told = [f"{self.done:,} of {self.total:,} {self.unit}s", f"{rate:,.3g} {self.unit}s/s", f"{left} left", self.note]
-        print(f"{self.desc}: " + ", ".join(filter(None, told)), file=sys.stderr, flush=True)
+        parts = [f"{self.done:,} of {self.total:,} {self.unit}s", f"{rate:,.3g} {self.unit}s/s", f"{left} left"]
+        print(f"{self.desc}: " + ", ".join(filter(None, [*parts, self.note])), file=sys.stderr, flush=True)
 
     def __enter__(self) -> "LogProgress":
         return self
@@ -40,13 +40,14 @@ class LogProgress:
             self._print()
 
 
-def progress(total: int, desc: str, unit: str, initial: int = 0, enabled: bool = True) -> "LogProgress | tqdm":
-    """A context with `update(count)` and `set_postfix_str(note, refresh=False)`."""
+def progress(total: int, desc: str, unit: str, initial: int = 0, enabled: bool = True) -> LogProgress | tqdm:
+    """A context manager with `update(count)` and `set_postfix_str(note, refresh=False)`."""
     if enabled and not sys.stderr.isatty():
         return LogProgress(total, initial, desc, unit)
-    return tqdm(total=total, initial=initial, desc=desc, unit=unit, unit_scale=True, disable=not enabled, mininterval=1)
+    options = {"unit_scale": True, "mininterval": 1, "disable": not enabled}
+    return tqdm(total=total, initial=initial, desc=desc, unit=unit, **options)
 
 
 def print_line(line: str) -> None:
-    """A line of its own, beside a bar."""
+    """Print a line without breaking a progress bar."""
     tqdm.write(line, file=sys.stderr)

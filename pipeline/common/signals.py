@@ -1,4 +1,4 @@
-"""What SIGTERM (preemption) and SIGINT (Ctrl-C) do: a training saves first, a writer gives its lease back."""
+"""SIGTERM (preemption) and SIGINT (Ctrl-C): training saves a checkpoint first, a writer gives its lease back."""
 
 import contextlib
 import multiprocessing
@@ -14,35 +14,35 @@ from pipeline.common.errors import PipelineError
 
 
 class Interrupted(PipelineError):
-    """A signal came, here or to another rank; a checkpoint was saved and the same command goes on from it."""
+    """This or another rank received a signal; a checkpoint was saved, from which the same command resumes."""
 
-    def __init__(self, name: str, step: int, came: signal.Signals | None):
-        number = came or signal.SIGTERM
-        super().__init__(f"{name}: ended by {number.name} at step {step}; the same command goes on from there")
+    def __init__(self, name: str, step: int, received: signal.Signals | None):
+        number = received or signal.SIGTERM
+        super().__init__(f"{name}: ended by {number.name} at step {step}; the same command resumes from there")
         self.exit_code = 128 + number
 
 
-AGAIN = {signal.SIGTERM: "", signal.SIGINT: "; Ctrl-C once more ends it at once, without saving"}
+HINTS = {signal.SIGTERM: "", signal.SIGINT: "; press Ctrl-C again to end now without saving"}
 
 
 class SignalRecorder:
-    """Notes SIGTERM and Ctrl-C instead of dying of them, so that a checkpoint can be saved.
+    """Context manager that records SIGTERM and Ctrl-C, so that a checkpoint can be saved before the process ends.
 
-    A second Ctrl-C, a second or more after the first, is heeded at once. A SIGTERM never is: the first may come
-    several times, from a scheduler to all processes and from torchrun to its own.
+    A second Ctrl-C, at least a second after the first, raises KeyboardInterrupt. A second SIGTERM is ignored: a
+    scheduler may send it to all processes and torchrun to its own.
     """
 
     received: signal.Signals | None = None
 
     def __enter__(self) -> "SignalRecorder":
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._previous = {number: signal.signal(number, self._record) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def _note(self, number: int, _) -> None:
+    def _record(self, number: int, _) -> None:
         if self.received is None:
             self.received, self._since = signal.Signals(number), time.monotonic()
-            # print may be what it interrupts, and cannot be entered twice
-            os.write(2, f"\n{self.received.name}: saves after this step, then ends{AGAIN[self.received]}\n".encode())
+            # print is not reentrant, and may be what the signal interrupted
+            os.write(2, f"\n{self.received.name}: saving after this step, then ending{HINTS[self.received]}\n".encode())
         elif number == signal.SIGINT and time.monotonic() - self._since >= 1:
             raise KeyboardInterrupt
 
@@ -53,14 +53,14 @@ class SignalRecorder:
 
 @contextlib.contextmanager
 def raise_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, by an exception: SystemExit(143)."""
+    """SIGTERM raises SystemExit(143) in the block, as Ctrl-C raises KeyboardInterrupt."""
 
     def end(*_):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        print("ended by SIGTERM; the same command goes on from what is there", file=sys.stderr, flush=True)
+        print("ended by SIGTERM; the same command resumes from what is complete", file=sys.stderr, flush=True)
         raise SystemExit(128 + signal.SIGTERM)
 
-    if threading.current_thread() is not threading.main_thread():  # only there may it be asked for
+    if threading.current_thread() is not threading.main_thread():  # signal.signal works there only
         yield
         return
     previous = signal.signal(signal.SIGTERM, end)
@@ -71,33 +71,33 @@ def raise_on_sigterm() -> Iterator[None]:
 
 
 def ignore_job_signals() -> None:
-    """For a loader's worker: SIGTERM ends it only where its parent sends it, Ctrl-C never.
+    """In a loader worker, ignore Ctrl-C, and SIGTERM from any process but the parent.
 
-    A scheduler signals all processes of a job at once, and a worker that dies of it takes the process with it that is
-    to save. That one ends its workers itself.
+    A scheduler signals all processes of a job at once, and the death of a worker would end the main process before it
+    can save. The main process ends its workers itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None or not hasattr(signal, "sigwaitinfo"):
-        return  # macOS cannot tell who sent a signal
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before there are other threads: they inherit it
-    threading.Thread(target=_end_by, args=(parent.pid,), daemon=True).start()
+        return  # macOS does not report the sender of a signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before other threads start: they inherit the mask
+    threading.Thread(target=_exit_on_sigterm_from, args=(parent.pid,), daemon=True).start()
 
 
 def exit_with_parent() -> None:
-    """For a pool's worker: it ends as soon as its parent has, however that ended, and of Ctrl-C without a word."""
+    """In a pool worker, exit as soon as the parent has, however it ended, and silently on Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
-    assert parent is not None, "only a worker has one"
-    threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
+    assert parent is not None, "not a worker process"
+    threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
 
 
-def _end_after(parent: int) -> None:
-    multiprocessing.connection.wait([parent])
+def _exit_after(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
     os._exit(1)
 
 
-def _end_by(parent: int) -> None:
+def _exit_on_sigterm_from(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(128 + signal.SIGTERM)
