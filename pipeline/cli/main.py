@@ -260,7 +260,7 @@ def status(path: str, overrides: tuple[str, ...], watch: float | None, as_json: 
 
     It only reads files and checks locks. A stage is `running` while its lock is held on this machine; on
     another machine, while a store's lease is renewed (for up to five minutes after its writer was killed) or
-    a training's files have changed in the last ten minutes. `stopped`: the same command resumes from the
+    a run's files have changed in the last ten minutes. `stopped`: the same command resumes from the
     progress shown. `failed`: the last command ended with the error shown. `left`: the time that the rest
     takes at the recent speed.
 

@@ -119,15 +119,15 @@ def repair(path: str, overrides: tuple[str, ...], purpose: str, named: str | Non
 
 
 @click.command()
-@click.option("--yes", is_flag=True, help="Delete them; without it they are only listed.")
-@click.option("--work", default="work", show_default=True, help="The folder of stores, training state and data.")
+@click.option("--yes", is_flag=True, help="Delete them instead of only listing them.")
+@click.option("--work", default="work", show_default=True, help="The folder with stores, state folders and data sets.")
 def prune(yes: bool, work: str) -> None:
-    """Find stores, training state and data that nothing needs any more.
+    """Find stores, state folders and data sets below WORK that nothing refers to any more.
 
-    Needed is what a configuration names by its recipe and settings (params.yaml, configs/, and
-    outputs/*/params.yaml, which holds what an experiment's last command used, overrides included), what
-    any file under outputs/ refers to, and what a process works on, here or perhaps on another machine.
-    What nothing tells whose it is stays too. Outputs of another folder that shares WORK are not known here.
+    Kept is everything that a configuration can use (params.yaml, configs/, and outputs/*/params.yaml, which
+    records the last command's settings, overrides included), everything that a file under outputs/ names, and
+    everything that a process is using, here or possibly on another machine. What cannot be attributed is kept
+    too. Outputs in another folder that shares WORK are not known here.
 
     \b
     Example:
