@@ -1,7 +1,7 @@
-"""Which teachers and stores the configured students need, so that `dvc repro` makes no other.
+"""Which teachers and stores the configured students need, so that `dvc repro` makes no others.
 
-DVC's graph is the same for every configuration. So this stage writes what is needed, in a file that changes only
-when that does; where a teacher or store is not, its stage leaves a mark in its place at once.
+The stage graph is the same for every configuration. So this stage writes what is needed to a file that changes only
+when the needs change; a stage whose teacher or store is not needed writes a placeholder and returns at once.
 """
 
 import json
@@ -12,9 +12,9 @@ from pipeline.config.schema import PURPOSES, Config
 
 
 def run(config: Config) -> None:
-    """Write outputs/<name>/needed.json: for train-student and for finetune, whether anybody listens to a teacher."""
+    """Write outputs/<name>/needed.json: whether train-student and finetune need a teacher and a store."""
     needed = {purpose: config.needs_teacher(purpose) for purpose in PURPOSES}
     with atomic_write(needed_path(config)) as temporary:
         temporary.write_text(json.dumps(needed, indent=1) + "\n")
-    for purpose, listens in needed.items():
-        print(f"{purpose}: " + ("a teacher and a store" if listens else "no student listens to a teacher"))
+    for purpose, is_needed in needed.items():
+        print(f"{purpose}: " + ("a teacher and a store" if is_needed else "no student learns from a teacher"))

@@ -1,23 +1,16 @@
 """A DeiT student, trained from the store and the shards; the teacher is never run."""
 
-
 import torch
 
-from pipeline.batches.plan import training_plan
-from pipeline.common.errors import NotReady, UsageError
-from pipeline.config.paths import (
-    index_path,
-    state_folder,
-    student_folder,
-)
+from pipeline.common.errors import UsageError
+from pipeline.config.paths import index_path, student_folder
 from pipeline.config.schema import Config, Student
-from pipeline.config.validation import fingerprint
 from pipeline.models.build import build_student
 from pipeline.shards.index import Index
-from pipeline.training.completion import finish
-from pipeline.training.identity import configured_student, run_identity
-from pipeline.training.run import NoTeacher, Run, describe_run, has_batch_norm
-from pipeline.training.teachers import make_teacher
+from pipeline.training.completion import train_and_publish
+from pipeline.training.identity import configured_student
+from pipeline.training.run import NoTeacher, describe_run, prepare_run, print_if_not_ready
+from pipeline.training.teachers import create_teacher
 
 
 def run(
@@ -33,9 +26,9 @@ def run(
 
     Args:
         name: one of `students`.
-        student: settings to use instead of those that `name` has.
-        teacher: `stored`, or `online`: the teacher in the loop over the same groups.
-        store: a store named by hand.
+        student: settings to use instead of those of `name`.
+        teacher: `stored`, or `online`: the teacher runs in the loop over the same groups.
+        store: the path of a store to use instead of the published one.
 
     Raises:
         PipelineError, UsageError: no complete store, another recipe's store, damaged data, ...
@@ -46,37 +39,17 @@ def run(
             f"student {name}: soft distillation", expected="teacher_logits.kind topk, dense8 or dense", found="argmax",
             do="run teacher-logits with such a kind; or use hard distillation, or --teacher online",
         )  # fmt: skip
-    train_index, val_index = (Index(index_path(config, split)) for split in ("train", "val"))
-    views = config.teacher_logits.views
-    try:
-        teaching, teacher_identity = make_teacher(config, settings, "train-student", train_index, device, teacher, store)
-    except NotReady as error:
-        if not dry_run:
-            raise
-        print(f"not yet: {error.what}")
-        teaching, teacher_identity = NoTeacher(), None
-    model = build_student(settings, config.recipe, len(train_index.classes), config.recipe.size)
-    identity = run_identity(
-        configured_student(config, settings, train_index.fingerprint),
-        settings,
-        has_batch_norm([model]),
-        teacher=teacher_identity,
-    )
-    training = Run(
-        name=f"student {name}",
-        folder=state_folder(config, fingerprint(identity)),
-        identity=identity,
-        settings=settings,
-        plan=training_plan(train_index, config.recipe, settings, views),
-        train=train_index,
-        val=val_index,
-        model=model,
-        size=config.recipe.size,
-        crop=config.evaluate.crop,
-        teacher=teaching,
-        distillation=settings,
+    train, val = (Index(index_path(config, split)) for split in ("train", "val"))
+    model = build_student(settings, config.recipe, len(train.classes), config.recipe.size)
+    teaching, teacher_identity = NoTeacher(), None
+    with print_if_not_ready(dry_run):
+        teaching, teacher_identity = create_teacher(config, settings, "train-student", train, device, teacher, store)
+    student_run = prepare_run(
+        config, f"student {name}", configured_student(config, settings, train.fingerprint),
+        {"teacher": teacher_identity}, settings=settings, recipe=config.recipe, views=config.teacher_logits.views,
+        train=train, val=val, model=model, crop=config.evaluate.crop, teacher=teaching, distillation=settings,
         device=device,
-    )
-    print(describe_run(training))
+    )  # fmt: skip
+    print(describe_run(student_run))
     if not dry_run:
-        finish(training, student_folder(config, name))
+        train_and_publish(student_run, student_folder(config, name))

@@ -10,7 +10,7 @@ from conftest import full_disk
 
 from pipeline.common.errors import PipelineError
 from pipeline.training import checkpoint
-from pipeline.training.checkpoint import KEPT, Found, newest, save
+from pipeline.training.checkpoint import KEEP_LAST, CheckpointFile, newest, save
 
 CPU = torch.device("cpu")
 RUN = {"student": {"lr": 0.5, "model": "one"}, "index": "f" * 32}
@@ -102,18 +102,18 @@ def test_one_that_a_network_file_system_shows_late_is_waited_for(tmp_path):
 
 
 def test_one_that_rank_0_alone_sees_is_told(saved, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PATIENCE", 0.0)
+    monkeypatch.setattr(checkpoint, "WAIT_SECONDS", 0.0)
     for name in ("step-000000012.ckpt", "step-000000013.ckpt"):
-        message = refusal(checkpoint.load, saved, RUN, CPU, Found(name, "00" * 32))
-        assert f"{saved / name}: not the checkpoint that rank 0 goes on from" in message
+        message = refusal(checkpoint.load, saved, RUN, CPU, CheckpointFile(name, "00" * 32))
+        assert f"{saved / name}: not the checkpoint that rank 0 resumes from" in message
 
 
 def test_last_two_are_kept(tmp_path):
     for step in (5, 10, 20, 40):
         save(tmp_path, step, RUN, state(step))
-        steps = [s for s in (5, 10, 20, 40) if s <= step][-KEPT:]
+        steps = [s for s in (5, 10, 20, 40) if s <= step][-KEEP_LAST:]
         assert sorted(files(tmp_path)) == [f"step-{s:09d}.ckpt" for s in steps]
-    assert KEPT == 2
+    assert KEEP_LAST == 2
 
 
 def test_same_step_is_replaced(saved):

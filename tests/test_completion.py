@@ -18,7 +18,7 @@ from pipeline.models.evaluation import predict, top_k_accuracy
 from pipeline.models.weights import load_weights, read_weights
 from pipeline.shards.index import Index
 from pipeline.training import completion
-from pipeline.training.completion import alone, refuse_another
+from pipeline.training.completion import check_same_run, exclusive
 from pipeline.training.log import read_curve
 from pipeline.training.trainer import Trainer
 from stages import prepare, train_student
@@ -115,24 +115,24 @@ class Run:
 def test_a_rank_that_sees_another_run_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(Rank, "broadcast_object", lambda *_: "f" * 32)
     with pytest.raises(PipelineError, match=r"rank 1 of 2(?s:.)*rank 0's run, f{32}"):
-        refuse_another(Run(tmp_path), Rank(1, 2))
+        check_same_run(Run(tmp_path), Rank(1, 2))
 
 
 def test_who_waits_for_another_job_exchanges_often_and_briefly(tmp_path, monkeypatch):
     """In one exchange that lasts, nccl would give up after ten minutes."""
     told, locked = [], iter([False, False, True])
-    monkeypatch.setattr(completion, "LOOK", 0.0)
+    monkeypatch.setattr(completion, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(completion, "_locked", lambda *_: next(locked))
     monkeypatch.setattr(Rank, "broadcast_object", lambda _, value: told.append(value) or value)
-    with alone(Run(tmp_path), Rank()):
+    with exclusive(Run(tmp_path), Rank()):
         pass
     assert told == [False, False, True]
 
 
 def test_other_ranks_wait_with_rank_0_and_take_no_lock(tmp_path, monkeypatch):
     told = iter([False, True])
-    monkeypatch.setattr(completion, "LOOK", 0.0)
+    monkeypatch.setattr(completion, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(Rank, "broadcast_object", lambda *_: next(told))
-    with alone(Run(tmp_path), Rank(1, 2)):
+    with exclusive(Run(tmp_path), Rank(1, 2)):
         assert not is_held(tmp_path / RUN_LOCK)
     assert next(told, None) is None

@@ -156,7 +156,7 @@ def test_a_killed_repro_goes_on_where_it_was(project, params):
     assert process.poll() is None, "it ended before it could be killed"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert "goes on from step" in call(project, "dvc", "repro")
+    assert "resumes at step" in call(project, "dvc", "repro")
 
 
 def test_students_that_listen_to_nobody_pay_for_no_teacher(tmp_path):

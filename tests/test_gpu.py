@@ -32,7 +32,7 @@ from pipeline.store.labelling import UnitWorker, recompute
 from pipeline.store.manifest import read_manifest
 from pipeline.store.reader import Store
 from pipeline.training.log import read_log
-from pipeline.training.meters import Speed
+from pipeline.training.meters import Throughput
 from pipeline.training.run import Run
 from pipeline.training.trainer import Trainer, train
 from stages import teacher, teacher_logits, train_student
@@ -189,7 +189,7 @@ def test_fetched_values_are_those_of_when_they_were_sent(gpu):
 def test_speed_tells_the_peak_of_memory(gpu):
     held = torch.empty(64 * 2**20, dtype=torch.uint8, device=gpu)
     del held
-    assert Speed().told()["gpu_mib"] >= 64
+    assert Throughput().snapshot()["gpu_mib"] >= 64
 
 
 # steps
@@ -197,7 +197,7 @@ def test_speed_tells_the_peak_of_memory(gpu):
 
 def student_run(config: Config, name: str, gpu: torch.device, folder: Path) -> Run:
     settings, index = config.student_named(name), Index(index_path(config, "train"))
-    answers, _ = train_student.make_teacher(config, settings, "train-student", index, gpu)
+    answers, _ = train_student.create_teacher(config, settings, "train-student", index, gpu)
     return Run(
         name, folder, {}, settings, training_plan(index, config.recipe, settings, 8), index,
         Index(index_path(config, "val")), build_student(settings, config.recipe, 3, 16), 16, 1.0,

@@ -244,16 +244,6 @@ def test_run_json_of_every_training_stage_is_recognised_by_its_configuration(tau
         assert [name for name, run in configured.items() if is_run_of(run, described)] == [stage]
 
 
-def test_published_metrics_name_the_fingerprint_of_their_run(taught):  # noqa: F811
-    shutil.rmtree("work/state")
-    config = loaded(*BRIEF, "teacher.epochs=1")
-    teacher.run(config, CPU)
-    train_student.run(config, CPU, "none")
-    folders = teacher_folder(config), student_folder(config, "none")
-    named = {json.loads((folder / "metrics.json").read_text())["run"] for folder in folders}
-    assert named == {path.name for path in Path("work/state").glob("*")}
-
-
 def test_a_teacher_of_given_weights_names_no_run_but_its_weights(taught):  # noqa: F811
     config = vit_teacher()
     teacher.run(config, CPU)

@@ -1,9 +1,9 @@
-"""What a run measures of itself."""
+"""Measurements of a run's speed."""
 
 import pytest
 import torch
 
-from pipeline.training.meters import Speed, is_loader_bound, reset_peak_memory
+from pipeline.training.meters import Throughput, loader_warning, reset_peak_memory
 
 
 class Clock:
@@ -14,41 +14,43 @@ class Clock:
         return self.now
 
 
-def test_speed_is_of_the_time_since_it_was_told_last():
+def test_a_snapshot_covers_the_time_since_the_last():
     clock = Clock()
-    speed = Speed(clock)
+    speed = Throughput(clock)
     for _ in range(2):
-        speed.rendered(views=12, decodes=4, waited=0.5)
-        speed.stepped(24)
+        speed.add_batch(views=12, decodes=4, waited=0.5)
+        speed.add_step(24)
         clock.now += 4
-        told = speed.snapshot()
-        assert told["samples_per_s"] == 6 and told["seconds"] == 4 and told["wait_s"] == 0.5
-        assert told["views_per_decode"] == 3
+        values = speed.snapshot()
+        assert values["samples_per_s"] == 6 and values["seconds"] == 4 and values["wait_s"] == 0.5
+        assert values["views_per_decode"] == 3
 
 
-def test_views_a_decoding_is_left_out_where_nothing_was_decoded():
-    assert "views_per_decode" not in Speed(Clock()).snapshot()
+def test_views_per_decode_is_left_out_where_nothing_was_decoded():
+    assert "views_per_decode" not in Throughput(Clock()).snapshot()
 
 
-@pytest.mark.parametrize(("waited", "limits"), [(0.0, False), (0.9, False), (1.0, True), (9.0, True)])
-def test_loader_limits_where_a_tenth_of_the_time_is_waiting(waited, limits):
-    assert is_loader_bound({"wait_s": 10 * waited, "seconds": 100.0}) == limits
+@pytest.mark.parametrize(("waited", "warned"), [(0.0, False), (0.9, False), (1.0, True), (9.0, True)])
+def test_the_loader_is_warned_of_where_a_tenth_of_the_time_is_waiting(waited, warned):
+    warning = loader_warning({"wait_s": 10 * waited, "seconds": 100.0, "views_per_decode": 1.5}, 3)
+    assert bool(warning) == warned
+    assert not warned or (f"{waited / 10:.0%} of the epoch" in warning and "(3 workers, 1.50 views per decode)" in warning)
 
 
-def test_short_time_tells_nothing_of_the_loader():
-    assert not is_loader_bound({"wait_s": 20.0, "seconds": 20.0})
+def test_there_is_no_warning_of_the_loader_after_a_short_time():
+    assert not loader_warning({"wait_s": 20.0, "seconds": 20.0}, 3)
 
 
-def test_the_peak_of_a_gpus_memory_is_told_until_it_is_forgotten(monkeypatch):
+def test_the_peak_of_a_gpus_memory_is_reported_until_it_is_reset(monkeypatch):
     found, names = [5 * 2**20], ("max_memory_allocated", "reset_peak_memory_stats")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, names[0], lambda: found[-1])
     monkeypatch.setattr(torch.cuda, names[1], lambda: found.append(0))
-    assert Speed(Clock()).snapshot()["gpu_mib"] == 5
+    assert Throughput(Clock()).snapshot()["gpu_mib"] == 5
     reset_peak_memory()
-    assert Speed(Clock()).snapshot()["gpu_mib"] == 0
+    assert Throughput(Clock()).snapshot()["gpu_mib"] == 0
 
 
 def test_without_a_gpu_in_use_its_memory_is_not_asked_for():
     reset_peak_memory()
-    assert "gpu_mib" not in Speed(Clock()).snapshot()
+    assert "gpu_mib" not in Throughput(Clock()).snapshot()

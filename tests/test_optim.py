@@ -9,11 +9,11 @@ from torch import nn
 from pipeline.config.schema import Finetune, Recipe, Student, Training
 from pipeline.models.build import build_student
 from pipeline.training.optim import (
-    Average,
+    ModelEma,
     build_optimizer,
     build_schedule,
     parameter_groups,
-    peak_rate,
+    peak_lr,
     scheduled_epoch,
 )
 
@@ -59,8 +59,8 @@ def test_fine_tunings_rate_is_constant_after_warm_up_at_any_batch(batch):
 
 
 def test_rate_grows_with_the_global_batch_alone():
-    assert peak_rate(Training(batch_size=1024)) == 1e-3
-    assert peak_rate(Training(batch_size=1024, accumulation=4)) == 1e-3
+    assert peak_lr(Training(batch_size=1024)) == 1e-3
+    assert peak_lr(Training(batch_size=1024, accumulation=4)) == 1e-3
 
 
 def test_what_is_decayed_is_deits():
@@ -84,6 +84,22 @@ def test_every_parameter_is_in_one_group():
     assert sorted(found) == sorted(id(parameter) for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("decay", [0.05, 0.0])
+def test_groups_and_their_order_are_those_of_earlier_checkpoints(decay):
+    model = student()
+    spared = {"pos_embed", "cls_token"}
+    named = list(model.named_parameters())
+    expected = [
+        [parameter for name, parameter in named if parameter.ndim <= 1 or name in spared],
+        [parameter for name, parameter in named if parameter.ndim > 1 and name not in spared],
+    ]
+    groups = parameter_groups(model, decay)
+    assert [group["weight_decay"] for group in groups] == [0.0, decay]
+    assert [[id(parameter) for parameter in group["params"]] for group in groups] == [
+        [id(parameter) for parameter in group] for group in expected
+    ]
+
+
 def test_adamw_is_deits():
     optimizer = build_optimizer(student(), Training())
     assert isinstance(optimizer, torch.optim.AdamW)
@@ -103,11 +119,11 @@ def test_parameter_that_does_not_learn_is_left_out():
     assert "head.weight" not in decayed_names(model)
 
 
-def averages(decay: float = 0.9) -> tuple[nn.Module, Average, ModelEmaV3]:
+def averages(decay: float = 0.9) -> tuple[nn.Module, ModelEma, ModelEmaV3]:
     """A network with batch norm that has changed in seven steps, and its average, ours and timm's."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(180, 4))
-    ours, theirs = Average(model, decay), ModelEmaV3(model, decay)
+    ours, theirs = ModelEma(model, decay), ModelEmaV3(model, decay)
     for step in range(7):
         model(torch.randn(8, 3, 8, 8))
         with torch.no_grad():
@@ -128,7 +144,7 @@ def test_the_average_of_the_weights_is_timms_to_the_bit():
 
 def test_the_average_goes_on_from_what_timms_has_saved():
     model, _, theirs = averages()
-    resumed = Average(model, 0.9)
+    resumed = ModelEma(model, 0.9)
     resumed.load_state_dict(theirs.state_dict())
     resumed.update(7)
     theirs.update(model, step=7)

@@ -114,7 +114,7 @@ def test_thirty_steps_of_two_ranks_have_the_losses_of_one(taught, of_two_ranks):
 def test_a_killed_rank_is_restarted_and_the_run_goes_on_to_the_same_weights(taught, of_two_ranks, launched):  # noqa: F811
     final = student_folder(taught, "hard") / "weights.safetensors"
     said = launched("train-student", "--student", "hard", die="9", restarts=1)
-    assert Path("died").exists() and "goes on from step 9" in said
+    assert Path("died").exists() and "resumes at step 9" in said
     assert final.read_bytes() == (of_two_ranks[0] / final).read_bytes()
 
 
@@ -122,7 +122,7 @@ def test_a_killed_rank_is_restarted_and_the_run_goes_on_to_the_same_weights(taug
 def test_ranks_go_on_from_rank_0s_checkpoint_though_another_sees_an_older_one(taught, of_two_ranks):  # noqa: F811
     final = student_folder(taught, "hard") / "weights.safetensors"
     said = two_ranks("train-student", "--student", "hard", die="9", restarts=1, OLD_LISTING="1")
-    assert Path("died").exists() and "goes on from step 9" in said
+    assert Path("died").exists() and "resumes at step 9" in said
     assert final.read_bytes() == (of_two_ranks[0] / final).read_bytes()
 
 
@@ -131,7 +131,7 @@ def test_a_network_with_batch_norm_goes_on_in_two_ranks_to_the_same_weights(taug
     final = teacher_folder(taught) / "weights.safetensors"
     settings = "--set", "teacher.seed=5", "--set", "teacher.checkpoint_minutes=0"
     said = two_ranks("teacher", *settings, die="2", restarts=1)
-    assert Path("died").exists() and "goes on from step 2" in said
+    assert Path("died").exists() and "resumes at step 2" in said
     assert final.read_bytes() == (of_two_ranks[0] / final).read_bytes()
 
 

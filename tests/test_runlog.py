@@ -51,16 +51,16 @@ def test_a_last_line_that_a_crash_cut_short_is_left_out(log, tail):
     with open(log.path, "ab") as file:
         file.write(tail)
     assert read_log(log.path) == expected
-    log.rewind(5)
+    log.truncate(5)
     assert read_log(log.path) == expected[:2]
 
 
-@pytest.mark.parametrize("damage", [b"\xff\xfe", b"[]", b"3", b'"kind"', b"{}", b"", b"[" * 100_000], ids=repr)
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"[]", b"3", b'"kind"', b"{}", b"", b"[" * 100_000], ids=lambda value: repr(value[:9]))
 def test_damage_in_the_middle_of_a_log_is_told_with_its_line(log, damage):
     lines = log.path.read_bytes().split(b"\n")
     lines[1] = damage
     log.path.write_bytes(b"\n".join(lines))
-    for call, arguments in ((read_log, (log.path,)), (log.rewind, (5,))):
+    for call, arguments in ((read_log, (log.path,)), (log.truncate, (5,))):
         assert f"{log.path}: line 2 is damaged" in refusal(call, *arguments)
 
 

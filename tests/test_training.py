@@ -38,7 +38,8 @@ from pipeline.training import checkpoint
 from pipeline.training import trainer as training
 from pipeline.training.log import Log, read_log
 from pipeline.training.run import Run
-from pipeline.training.trainer import Trainer, step_seed, train
+from pipeline.training.seeding import step_seed
+from pipeline.training.trainer import Trainer, train
 from stages import finetune, teacher, teacher_logits, train_student
 
 PURPOSES = ("train-student", "finetune")
@@ -422,7 +423,7 @@ def test_a_gradient_that_is_not_finite_is_not_saved(taught, monkeypatch):
     monkeypatch.setattr(
         Trainer, "gradient_norm", lambda self: real(self) * (math.inf if self.step == 3 else 1)
     )
-    with pytest.raises(PipelineError, match="(?s)step 3.*gradient's norm inf"):
+    with pytest.raises(PipelineError, match="(?s)step 3.*gradient norm inf"):
         train_student.run(taught, CPU, "none")
     assert newest_checkpoint().name == "step-000000003.ckpt"
 
@@ -529,7 +530,7 @@ def test_every_step_finds_the_modules_in_their_modes_after_validation_too(taught
     seen, real = [], Trainer.train_step
 
     def watched(self, batches):
-        parts = {part for learns in self.run.learning for part in learns.modules()} or set(self.run.model.modules())
+        parts = {part for module in self.run.trainable for part in module.modules()} or set(self.run.model.modules())
         seen.append([part.training is (part in parts) for part in self.run.model.modules()])
         return real(self, batches)
 

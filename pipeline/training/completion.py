@@ -1,9 +1,9 @@
-"""A run to its end: trained once, kept with its state, and validated on what the configuration names now."""
+"""A run to its end: trained once, kept in its state folder, validated as configured now, and published."""
 
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,30 @@ from pipeline.config.validation import fingerprint
 from pipeline.models.weights import load_weights, read_saved_weights, save_weights
 from pipeline.training.identity import run_summary
 from pipeline.training.log import write_curve
+from pipeline.training.monitoring import validate
 from pipeline.training.run import Run
-from pipeline.training.trainer import train, validate
+from pipeline.training.trainer import train
 
-LOOK = 0.5  # seconds between two looks at another job's lock
+POLL_SECONDS = 0.5  # between two attempts to take another job's lock
 
 
-def complete(run: Run) -> dict[str, Any]:
-    """Train to the end unless that was done before; `run.model` holds the final weights then, on every rank.
+def train_to_completion(run: Run) -> dict[str, Any]:
+    """Train to the end unless that was done before; `run.model` then holds the final weights, on every rank.
 
-    They stay with the run's state, so coming back to an earlier configuration costs nothing. One job at a
-    time: another that is given the same run waits, and takes its weights.
+    They stay in the state folder, so returning to an earlier configuration costs nothing. One job trains a run
+    at a time; another job with the same run waits, and loads its weights.
 
     Returns:
-        What the last epoch came to, as the log has it, validated on `run.val` as it is now: the weights do not
-        depend on that, so it may be another than they were trained beside.
+        Metrics of the last epoch, validated on the current `run.val`: the weights do not depend on it, so it may
+        differ from the validation set during training.
 
     Raises:
-        PipelineError: as `train`; the final weights are damaged; a rank sees another run than rank 0.
+        PipelineError: as `train`; the final weights are damaged; a rank has another run than rank 0.
     """
     final, rank = run.folder / "final.safetensors", Rank.init_process_group(run.device)
-    refuse_another(run, rank)
-    # rank 0 tells: on a network file system the others may see it later, and would train alone
-    with contextlib.nullcontext() if rank.broadcast_object(final.exists()) else alone(run, rank):
+    check_same_run(run, rank)
+    # rank 0 decides: on a network file system the others may see the file later, and would train alone
+    with contextlib.nullcontext() if rank.broadcast_object(final.exists()) else exclusive(run, rank):
         if rank.broadcast_object(final.exists()):
             metrics = _load(run, rank)
         else:
@@ -49,8 +50,8 @@ def complete(run: Run) -> dict[str, Any]:
     return metrics
 
 
-def refuse_another(run: Run, rank: Rank) -> None:
-    """Ranks that see different files must not train together."""
+def check_same_run(run: Run, rank: Rank) -> None:
+    """Refuse to train if ranks that see different files have different runs."""
     own = fingerprint(run.identity)
     first = rank.broadcast_object(own)
     if own != first:
@@ -58,23 +59,23 @@ def refuse_another(run: Run, rank: Rank) -> None:
             f"{run.name}: rank {rank.rank} of {rank.world_size}",
             expected=f"rank 0's run, {first}",
             found=f"another, {own}: settings, index, store or teacher differ here",
-            do="give all ranks the same files; a network file system may show new ones late: start again then",
+            do="give all ranks the same files; if a network file system showed new ones late, start again",
         )
 
 
 @contextlib.contextmanager
-def alone(run: Run, rank: Rank) -> Iterator[None]:
-    """Hold the run's lock until the block ends; while another job holds it, look again and again.
+def exclusive(run: Run, rank: Rank) -> Iterator[None]:
+    """Hold the run's lock, on rank 0, within the block; while another job holds it, poll.
 
-    Rank 0 holds it. Each look is an exchange of its own: in a single one that waits, nccl would give up.
+    Each attempt is a broadcast of its own: a single one that waits would run into nccl's timeout.
     """
     with contextlib.ExitStack() as stack:
-        waits = False
+        waiting = False
         while not rank.broadcast_object(rank.rank != 0 or _locked(run, stack)):
-            if rank.rank == 0 and not waits:
+            if rank.rank == 0 and not waiting:
                 print(f"{run.name}: another process trains this run ({run.folder}); waits until it ends", flush=True)
-            waits = True
-            time.sleep(LOOK)
+            waiting = True
+            time.sleep(POLL_SECONDS)
         yield
 
 
@@ -90,8 +91,8 @@ def _train(run: Run, rank: Rank) -> dict[str, Any]:
     if rank.rank == 0:
         remove_partial_files(run.folder)
         with atomic_write(run.folder / "run.json") as temporary:
-            told = {"name": run.name, "steps": run.steps} | run_summary(run.identity)
-            temporary.write_text(json.dumps(told, indent=1) + "\n")
+            summary = {"name": run.name, "steps": run.steps} | run_summary(run.identity)
+            temporary.write_text(json.dumps(summary, indent=1) + "\n")
     metrics = train(run)
     if rank.rank == 0:
         about = {"run": fingerprint(run.identity), "ranks": world_size(), "metrics": metrics}
@@ -101,7 +102,7 @@ def _train(run: Run, rank: Rank) -> dict[str, Any]:
 
 
 def _load(run: Run, rank: Rank) -> dict[str, Any]:
-    """The final weights, which rank 0 reads and hands on."""
+    """Load the final weights, which rank 0 reads and broadcasts."""
     metrics: dict[str, Any] = {}
     if rank.rank == 0:
         final = run.folder / "final.safetensors"
@@ -113,15 +114,34 @@ def _load(run: Run, rank: Rank) -> dict[str, Any]:
     return rank.broadcast_object(metrics)
 
 
-def finish(training: Run, folder: Path) -> None:
-    """Train to the end unless that was done before, and publish the results."""
-    metrics = complete(training)
-    if Rank.init_process_group(training.device).rank:
-        return  # rank 0 publishes
-    with atomic_write(folder / "weights.safetensors") as temporary:
-        save_weights(temporary, training.model.model, {"run": fingerprint(training.identity)})
-    write_curve(folder / "curve.csv", training.folder / "log.jsonl", metrics)
-    with atomic_write(folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics | {"run": fingerprint(training.identity)}, indent=1) + "\n")
+def train_and_publish(run: Run, folder: Path) -> None:
+    """Train to the end unless that was done before, and publish the results into `folder`, on rank 0."""
+    metrics = train_to_completion(run)
+    if Rank.init_process_group(run.device).rank:
+        return
+    about = {"run": fingerprint(run.identity)}
+    publish(folder, lambda path: save_weights(path, run.model.model, about), metrics, run, metrics)
     figures = {key: value for key, value in metrics.items() if not isinstance(value, str)}
-    print(f"{training.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+    print(f"{run.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+
+
+def publish(
+    folder: Path,
+    save: Callable[[Path], None],
+    metrics: Mapping[str, Any],
+    run: Run | None = None,
+    last_epoch: dict[str, Any] | None = None,
+) -> None:
+    """Write weights.safetensors, curve.csv and metrics.json, whose key `run` is the fingerprint of the run.
+
+    Args:
+        save: writes the weights.
+        run: the run of the weights; None: they were not trained here.
+        last_epoch: metrics of the run's last epoch.
+    """
+    with atomic_write(folder / "weights.safetensors") as temporary:
+        save(temporary)
+    write_curve(folder / "curve.csv", run.folder / "log.jsonl" if run else None, last_epoch)
+    named = {"run": fingerprint(run.identity)} if run else {}
+    with atomic_write(folder / "metrics.json") as temporary:
+        temporary.write_text(json.dumps({**metrics, **named}, indent=1) + "\n")

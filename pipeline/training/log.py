@@ -1,4 +1,4 @@
-"""A run's log: JSON lines, one a logged step or an epoch, and the epochs as CSV; each line under a checksum."""
+"""A run's log as JSON lines, and its epochs as CSV; every line has a checksum."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ CHECK = "check"  # a line's last key, and a curve's last column
 
 
 class Log:
-    """JSON lines, one a logged step or an epoch; a resumed run drops what it will do again."""
+    """JSON lines, one per logged step and per epoch; a resumed run removes those that it will write again."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -30,12 +30,12 @@ class Log:
             raise unwritable(f"{self.path}:", error) from error
 
     def sync(self) -> None:
-        """Onto the disk; before a checkpoint is, so that no run goes on from a step whose epochs are lost."""
+        """Flush to disk; called before a checkpoint is written, so that no run resumes after epochs that were lost."""
         if self.path.exists():
             with open(self.path, "rb") as file:
                 os.fsync(file.fileno())
 
-    def rewind(self, step: int) -> None:
+    def truncate(self, step: int) -> None:
         """Keep the steps before `step`, and the epochs that had ended by then.
 
         Raises:
@@ -56,21 +56,21 @@ def _crc(text: str) -> str:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; a last line that a kill cut short is left out.
+    """The lines of a run's log, without a last line that a kill cut short.
 
     Raises:
-        PipelineError: another line is not as it was written.
+        PipelineError: another line is damaged.
     """
     lines = []
-    *whole, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    for number, text in enumerate(whole, 1):
+    *complete, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, text in enumerate(complete, 1):
         values = parse_line(text)
         if values is None:
             raise PipelineError(
                 f"{path}: line {number} is damaged",
-                expected="a line under its checksum, as it was written",
+                expected="a line with its checksum, as it was written",
                 found=short_repr(text),
-                do="delete that line, or the whole file: curves then lack what it told",
+                do="delete that line, or the file: curves then lack its values",
             )
         lines.append(values)
     last = parse_line(rest)
@@ -78,22 +78,22 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_line(text: bytes) -> dict[str, Any] | None:
-    """A line of a log; None where it is not as it was written."""
+    """A line of a log; None if it is damaged."""
     try:
         values = json.loads(text)
         check = values.pop(CHECK)
         return values if check == _crc(json.dumps(values)) else None
-    # of the last three, JSON that is no object, or is one without a checksum
+    # the last four: JSON that is not an object, or has no checksum
     except (ValueError, RecursionError, KeyError, AttributeError, TypeError, IndexError):
         return None
 
 
 def write_curve(path: Path, log: Path | None = None, last: dict[str, Any] | None = None) -> None:
-    """A log's epochs as CSV, for `dvc plots` and the report; validation only where there was one.
+    """Write a log's epochs as CSV, for `dvc plots` and the report; validation columns are empty where there was none.
 
     Args:
-        last: what the last epoch came to, as it is published: what was validated on other images than that is left
-            out. Without it and a log, of a model that was not trained here: a curve without epochs.
+        log: without it, for a model that was not trained here, the curve has no epochs.
+        last: metrics of the last epoch, as published; validation on other images than these is left out.
 
     Raises:
         PipelineError: the log is damaged.
@@ -102,13 +102,12 @@ def write_curve(path: Path, log: Path | None = None, last: dict[str, Any] | None
     if log and last:
         logged = [line for line in read_log(log) if line["kind"] == "epoch" and line["epoch"] < last["epoch"]]
         epochs = [*(_validated_as(last, line) for line in logged), last]
-    told = dict.fromkeys(key for line in epochs for key in line if key not in NOT_IN_CURVE)
-    header = list(told) or EMPTY
+    header = list(dict.fromkeys(key for line in epochs for key in line if key not in LOG_ONLY_KEYS)) or EMPTY_HEADER
     rows = [["" if line.get(key) is None else str(line[key]) for key in header] for line in epochs]
     with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*header, CHECK])
-        writer.writerows([*row, check] for row, check in zip(rows, _chain(header, rows), strict=True))
+        writer.writerows([*row, check] for row, check in zip(rows, _chained_checksums(header, rows), strict=True))
 
 
 def _validated_as(last: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
@@ -116,36 +115,36 @@ def _validated_as(last: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
     return line if same else {key: value for key, value in line.items() if "val_" not in key}
 
 
-NOT_IN_CURVE = ("kind", "step", "speed", "validation")
-EMPTY = ["epoch", "loss"]  # columns of a curve without epochs
+LOG_ONLY_KEYS = ("kind", "step", "speed", "validation")
+EMPTY_HEADER = ["epoch", "loss"]  # columns of a curve without epochs
 
 
-def _chain(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A checksum a row, of all up to it; the last row's says that it is the last."""
-    checks, before = [], _crc("\x1f".join(header))
+def _chained_checksums(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A checksum per row, over all rows up to it; that of the last row marks it as the last."""
+    checks, previous = [], _crc("\x1f".join(header))
     for number, row in enumerate(rows, 1):
-        before = _crc("\x1f".join([before, *row, "last" if number == len(rows) else ""]))
-        checks.append(before)
+        previous = _crc("\x1f".join([previous, *row, "last" if number == len(rows) else ""]))
+        checks.append(previous)
     return checks
 
 
 def read_curve(path: Path) -> list[dict[str, str]]:
-    """The epochs that `write_curve` wrote: of each, a text by column; empty where it tells nothing.
+    """The epochs that `write_curve` wrote: a dict of column to text each; the text is empty where there is no value.
 
     Raises:
-        PipelineError: it is not as it was written.
+        PipelineError: the file is damaged.
     """
     try:
         table = list(csv.reader(io.StringIO(path.read_bytes().decode(), newline=""), strict=True))
         (*header, mark), rows = table[0], [row[:-1] for row in table[1:]]
-        sound = mark == CHECK and all(len(row) == len(header) for row in rows) and (rows or header == EMPTY)
-        if not sound or [row[-1] for row in table[1:]] != _chain(header, rows):
+        valid = mark == CHECK and all(len(row) == len(header) for row in rows) and (rows or header == EMPTY_HEADER)
+        if not valid or [row[-1] for row in table[1:]] != _chained_checksums(header, rows):
             raise ValueError("it has another checksum")
     except (OSError, ValueError, IndexError, csv.Error) as error:
         raise PipelineError(
             f"{path}: the curve is damaged",
-            expected="rows under their checksums, as they were written",
+            expected="rows with their checksums, as they were written",
             found=str(error),
-            do="run the stage that makes it again, by its command or by dvc repro: it trains nothing anew",
+            do="run its stage again, by its command or by dvc repro: nothing is trained again",
         ) from error
     return [dict(zip(header, row, strict=True)) for row in rows]

@@ -1,4 +1,4 @@
-"""What a run tells of itself: results fetched without holding up the device, and its speed."""
+"""Measurements of a run's speed, and the warning that follows from them."""
 
 import time
 from collections.abc import Callable
@@ -6,45 +6,59 @@ from collections.abc import Callable
 import torch
 
 
-class Speed:
-    """Samples, waiting and decodings since `snapshot` was called last."""
+class Throughput:
+    """Counts samples, waiting and decodes since the last snapshot."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self.start, self.samples, self.waited, self.views, self.decodes = self.clock(), 0, 0.0, 0, 0
 
-    def rendered(self, views: int, decodes: int, waited: float) -> None:
-        """This rank's views of a slice, the images decoded for them, and seconds that it waited for them."""
+    def add_batch(self, views: int, decodes: int, waited: float) -> None:
+        """Count this rank's views, the images decoded for them, and the seconds that it waited for them."""
         self.views, self.decodes, self.waited = self.views + views, self.decodes + decodes, self.waited + waited
 
-    def stepped(self, samples: int) -> None:
-        """A step over so many samples, of all ranks."""
+    def add_step(self, samples: int) -> None:
+        """Count a step's samples, those of all ranks."""
         self.samples += samples
 
     def snapshot(self) -> dict[str, float]:
-        """Samples a second of all ranks; of this rank, seconds of it all and of waiting, views a decoding.
+        """What was counted since the last snapshot; counting then starts again from zero.
 
-        On a GPU the peak of its memory since `reset_peak_memory` too, in MiB. Counting begins anew.
+        Returns:
+            `samples_per_s` of all ranks; `seconds` in total and `wait_s` of them, `views_per_decode`, and the peak
+            memory of a GPU in use, `gpu_mib`, since `reset_peak_memory`: of this rank.
         """
         seconds = max(self.clock() - self.start, 1e-9)
-        told = {"samples_per_s": self.samples / seconds, "seconds": seconds, "wait_s": self.waited}
+        values = {"samples_per_s": self.samples / seconds, "seconds": seconds, "wait_s": self.waited}
         if self.decodes:
-            told["views_per_decode"] = self.views / self.decodes
+            values["views_per_decode"] = self.views / self.decodes
         if torch.cuda.is_initialized():
-            told["gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20
-        self._begin()
-        return {name: round(value, 3) for name, value in told.items()}
+            values["gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        self._reset()
+        return {name: round(value, 3) for name, value in values.items()}
 
 
 def reset_peak_memory() -> None:
-    """Let the peak of a GPU's memory be from now on, where one is used."""
+    """Measure the peak of a GPU's memory from now on, where one is in use."""
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
 
 
-def is_loader_bound(told: dict[str, float]) -> bool:
-    """Whether a tenth of the time or more went into waiting for views; half a minute at least is needed to tell."""
-    return told["seconds"] >= 30 and told["wait_s"] >= 0.1 * told["seconds"]
+def loader_warning(speed: dict[str, float], workers: int) -> str:
+    """A warning if a tenth of an epoch or more was spent waiting for views; otherwise, or below 30 s, empty.
+
+    Args:
+        speed: a snapshot.
+        workers: of the loader, per rank.
+    """
+    waited = speed["wait_s"] / speed["seconds"]
+    if speed["seconds"] < 30 or waited < 0.1:
+        return ""
+    sharing = f", {speed['views_per_decode']:.2f} views per decode" if "views_per_decode" in speed else ""
+    return (
+        f"the loader is the bottleneck: {waited:.0%} of the epoch was spent waiting for views ({workers} workers{sharing})."
+        " More workers help; so do fewer accumulation steps, whose larger slices share more decodes"
+    )

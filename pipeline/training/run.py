@@ -1,6 +1,7 @@
-"""One training run: all that it is made of, and its identity."""
+"""One training run: everything that the training loop needs."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,25 +10,30 @@ import torch
 from torch import nn
 
 from pipeline.batches.batch import Batch
-from pipeline.batches.plan import Plan
+from pipeline.batches.plan import Plan, training_plan
 from pipeline.common.distributed import world_size
-from pipeline.config.schema import Student, Training
+from pipeline.common.errors import NotReady
+from pipeline.config.paths import state_folder
+from pipeline.config.schema import Config, Recipe, Student, Training
 from pipeline.config.validation import fingerprint
 from pipeline.models.build import NormalizedModel, parameter_count
 from pipeline.shards.index import Index
+from pipeline.training.identity import run_identity
 
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What the teacher said about each slot: int64 (N,), and float32 logits (N, classes) or None."""
+    """The teacher's predictions for each slot: argmax int64 (N,), and float32 logits (N, classes) or None."""
 
     argmax: torch.Tensor
     logits: torch.Tensor | None
 
 
 class NoTeacher:
+    """The teacher of a run on labels alone."""
+
     def __call__(self, batch: Batch, pictures: torch.Tensor) -> None:
         return None
 
@@ -38,23 +44,26 @@ class Run:
 
     name: str
     folder: Path
-    """Of its state: checkpoints and log.jsonl; named by the identity's fingerprint."""
+    """The state folder: checkpoints and log.jsonl; named by the identity's fingerprint."""
     identity: dict[str, Any]
-    """All that the weights depend on, as JSON values."""
+    """Everything that the weights depend on, as JSON values."""
     settings: Training
     plan: Plan
     train: Index
     val: Index
     model: NormalizedModel
     size: int
+    """Height and width of views and validation images, in pixels."""
     crop: float
+    """Of validation images: the centre crop, as a fraction."""
     teacher: Callable[[Batch, torch.Tensor], TeacherOutput | None] = field(default_factory=NoTeacher)
     distillation: Student | None = None
-    """Gives distillation, alpha, tau and reduction; None trains on labels alone."""
+    """Settings of distillation: kind, alpha, tau and reduction; None trains on labels alone."""
     device: torch.device = CPU
     train_mode: bool = True
-    learning: list[nn.Module] = field(default_factory=list)
-    """Parts that alone learn and are in training mode; none given: all of it."""
+    """Dropout and drop-path are on, and batch norm uses the batch's statistics."""
+    trainable: list[nn.Module] = field(default_factory=list)
+    """Only these modules are trained and in training mode; empty: the entire model is."""
 
     @property
     def steps(self) -> int:
@@ -62,23 +71,55 @@ class Run:
 
     @property
     def validation(self) -> str:
-        """Names what the run is validated on; no part of its identity, as no weight depends on it."""
+        """Fingerprint of images and crop of validation; not part of the identity, as no weight depends on it."""
         return fingerprint([self.val.fingerprint, self.crop])
 
     @property
-    def sees_slices(self) -> bool:
-        """Whether a batch norm learns, to which the slices of the batch matter."""
+    def depends_on_slices(self) -> bool:
+        """Whether a batch norm is in training mode, whose statistics are those of a slice of the batch."""
         return "accumulation" in self.identity
 
     @property
     def checkpoint_identity(self) -> dict[str, Any]:
-        """What must be the same where the run goes on."""
-        return self.identity | {"ranks": world_size()} if self.sees_slices else self.identity
+        """What must be the same where the run is resumed."""
+        return self.identity | {"ranks": world_size()} if self.depends_on_slices else self.identity
 
     @property
     def distilled(self) -> bool:
-        """Whether a teacher is listened to."""
+        """Whether a teacher is used."""
         return self.distillation is not None and self.distillation.distillation != "none"
+
+
+def prepare_run(
+    config: Config,
+    name: str,
+    configured: dict[str, Any],
+    dependencies: dict[str, Any],
+    *,
+    settings: Training,
+    recipe: Recipe,
+    views: int,
+    train: Index,
+    model: NormalizedModel,
+    train_mode: bool = True,
+    trainable: Sequence[nn.Module] = (),
+    **fields: Any,
+) -> Run:
+    """A run of an experiment: its plan, its identity and the state folder that this names.
+
+    Args:
+        configured: the configuration's part of the identity.
+        dependencies: the other part, see `run_identity`.
+        views: the number of views per image that the plan cycles through.
+        fields: further fields of Run.
+    """
+    in_training = trainable or ([model] if train_mode else [])
+    identity = run_identity(configured, settings, has_batch_norm(in_training), **dependencies)
+    return Run(
+        name=name, folder=state_folder(config, fingerprint(identity)), identity=identity, settings=settings,
+        plan=training_plan(train, recipe, settings, views), train=train, model=model, size=recipe.size,
+        train_mode=train_mode, trainable=list(trainable), **fields,
+    )  # fmt: skip
 
 
 def has_batch_norm(parts: Iterable[nn.Module]) -> bool:
@@ -87,17 +128,28 @@ def has_batch_norm(parts: Iterable[nn.Module]) -> bool:
 
 
 def describe_run(run: Run) -> str:
-    """What a run would do: images, steps, views, folder."""
+    """A run in words: images, steps, views, state folder."""
     plan, epochs = run.plan, run.settings.epochs
-    wanted = plan.views_seen(epochs)
+    views = plan.views_seen(epochs)
     text = (
         f"{run.name}: {len(run.train):,} images at {run.size} px, {epochs} epochs x {plan.steps_per_epoch:,} steps"
         f" of {plan.batch_groups} groups = {run.steps:,} steps; {parameter_count(run.model.model):,} parameters\n"
         f"  state: {run.folder}"
     )
-    if run.sees_slices:
+    if run.depends_on_slices:
         slots = plan.batch_groups * plan.recipe.group_size // (world_size() * run.settings.accumulation)
-        text += f"\n  ranks: {world_size()}, and it goes on with as many only: batch norm sees {slots} pictures at a time"
-    if wanted > plan.views:
-        text += f"\n  {wanted} views wanted, {plan.views} stored: each comes round {wanted / plan.views:.1f} times"
+        text += f"\n  ranks: {world_size()}; it resumes only with as many, as batch norm sees {slots} images at a time"
+    if views > plan.views:
+        text += f"\n  {views} views needed, {plan.views} stored: each is used {views / plan.views:.1f} times"
     return text
+
+
+@contextlib.contextmanager
+def print_if_not_ready(dry_run: bool) -> Iterator[None]:
+    """In a dry run, print what an earlier stage has not made yet instead of raising NotReady."""
+    try:
+        yield
+    except NotReady as error:
+        if not dry_run:
+            raise
+        print(f"not yet: {error.what}")

@@ -1,6 +1,7 @@
-"""Who answers while a student trains: nobody, the store, or the teacher itself."""
+"""Where a student's training gets the teacher's predictions from: the store, or the teacher in the loop."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from pipeline.training.run import NoTeacher, TeacherOutput
 
 @dataclass
 class StoredTeacher:
-    """Answers out of the store: the teacher itself is never in the loop."""
+    """Predictions from the store; the teacher itself is not run."""
 
     store: Store
     kind: str
@@ -29,14 +30,14 @@ class StoredTeacher:
     def __call__(self, batch: Batch, pictures: torch.Tensor) -> TeacherOutput:
         argmax, payload = read_predictions(self.store, batch, self.kind)
         logits = None
-        if payload is not None:  # decoded there: as stored it is a quarter or half of the bytes
+        if payload is not None:  # decoded on the device: encoded, it has a quarter or half of the bytes to copy
             logits = decode_logits(self.kind, send(payload, pictures.device), self.store.classes)
         return TeacherOutput(send(argmax, pictures.device), logits)
 
 
 @dataclass
 class OnlineTeacher:
-    """The teacher in the loop over the same groups: the proof of the store, and its baseline."""
+    """The teacher in the loop, over the same groups: the reference for the store."""
 
     teacher: TeacherForward
 
@@ -46,9 +47,9 @@ class OnlineTeacher:
 
 
 def read_predictions(store: Store, batch: Batch, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the store holds for each slot: argmax int64 (G * S,), payload (G * S, width) or None.
+    """The store's predictions for each slot of a batch: argmax int64 (G * S,), payload (G * S, width) or None.
 
-    Unused slots hold class 0 and zeros; their weight is 0.
+    G groups of S slots; unused slots hold class 0 and zeros, and have weight 0.
 
     Raises:
         PipelineError: a unit is missing or damaged, or a group is not the one the teacher saw.
@@ -57,20 +58,21 @@ def read_predictions(store: Store, batch: Batch, kind: str) -> tuple[torch.Tenso
     argmax = np.zeros((len(batch.items), slots), np.int64)
     payload = None
     for number, (item, members) in enumerate(zip(batch.items, batch.members, strict=True)):
-        answers = store.read(item.shard, item.view, kind)
-        _compare(store, answers, batch, number)
-        argmax[number, : len(members)] = answers.argmax[members]
-        if answers.payload is not None:
+        stored = store.read(item.shard, item.view, kind)
+        _compare_check(store, stored, batch, number)
+        argmax[number, : len(members)] = stored.argmax[members]
+        if stored.payload is not None:
             if payload is None:
-                payload = np.zeros((*argmax.shape, answers.payload.shape[1]), answers.payload.dtype)
-            payload[number, : len(members)] = answers.payload[members]
+                payload = np.zeros((*argmax.shape, stored.payload.shape[1]), stored.payload.dtype)
+            payload[number, : len(members)] = stored.payload[members]
     flat = None if payload is None else torch.from_numpy(payload).flatten(0, 1)
     return torch.from_numpy(argmax).flatten(), flat
 
 
-def _compare(store: Store, answers: StoredPredictions, batch: Batch, number: int) -> None:
+def _compare_check(store: Store, predictions: StoredPredictions, batch: Batch, number: int) -> None:
+    """Refuse a group of the batch whose check differs from the one that the teacher's group had."""
     item, here = batch.items[number], batch.checks[number]
-    stored = int(answers.check[item.group])
+    stored = int(predictions.check[item.group])
     if stored != here:
         versions = ", ".join(f"{name} {version}" for name, version in store.attributes["versions"].items())
         raise PipelineError(
@@ -81,44 +83,63 @@ def _compare(store: Store, answers: StoredPredictions, batch: Batch, number: int
         )
 
 
-def make_teacher(
+def create_teacher(
     config: Config,
     settings: Student,
     purpose: str,
     index: Index,
     device: torch.device,
     teacher: str = "stored",
-    named: str | None = None,
-) -> tuple[NoTeacher | StoredTeacher | OnlineTeacher, dict | None]:
-    """Who answers in training, and what of it the student's weights depend on."""
+    store: str | None = None,
+) -> tuple[NoTeacher | StoredTeacher | OnlineTeacher, dict[str, Any] | None]:
+    """The teacher of a run, and its part of the run's identity.
+
+    Args:
+        settings: the student's.
+        purpose: train-student or finetune.
+        teacher: `stored` or `online`.
+        store: path of a store; None: the published one.
+
+    Raises:
+        NotReady: there is no store, or no teacher, yet.
+        PipelineError: the store is incomplete, or differs from its manifest.
+        UsageError: it belongs to another index or recipe.
+    """
     if settings.distillation == "none":
         return NoTeacher(), None
-    spec = store_spec(config, purpose)
     if teacher == "online":
-        return _online(config, purpose, index, device)
-    path = spec.folder / "manifest.json"
-    published = None
-    if named is None:
-        published = read_manifest(path)
-        named = store_path(config, published["fingerprint"])
-    store = Store.open(named, index, spec.recipe)
+        return _online_teacher(config, purpose, index, device)
+    return _stored_teacher(config, settings, purpose, index, store)
+
+
+def _stored_teacher(
+    config: Config, settings: Student, purpose: str, index: Index, path: str | None
+) -> tuple[StoredTeacher, dict[str, Any]]:
+    spec = store_spec(config, purpose)
+    manifest_path, published = spec.folder / "manifest.json", None
+    if path is None:
+        published = read_manifest(manifest_path)
+        path = store_path(config, published["fingerprint"])
+    store = Store.open(path, index, spec.recipe)
     views, kind = spec.views, "argmax" if settings.distillation == "hard" else spec.kind
-    # completeness is of the store itself: a manifest cannot know that a unit was deleted since
-    whole = build_manifest(store, views, kind)
+    # reads the store itself: a manifest cannot know that a unit was deleted since
+    manifest = build_manifest(store, views, kind)
     if published and published["views"] == views and published != (
-        whole if published["kind"] == kind else build_manifest(store, views, published["kind"])
+        manifest if published["kind"] == kind else build_manifest(store, views, published["kind"])
     ):
         raise PipelineError(
-            f"{store.path}: the answers",
-            expected=f"those that {path} names",
-            found="others: the store was computed anew since",
+            f"{store.path}: the teacher predictions",
+            expected=f"those that {manifest_path} names",
+            found="others: the store was computed again since",
             do="run teacher-logits again, so that its manifest is of this store",
         )
     store.cache_size = settings.open_shards + 4
-    return StoredTeacher(store, kind), {"store": store.fingerprint, "kind": kind, "units": whole["units"]}
+    return StoredTeacher(store, kind), {"store": store.fingerprint, "kind": kind, "units": manifest["units"]}
 
 
-def _online(config: Config, purpose: str, index: Index, device: torch.device) -> tuple[OnlineTeacher, dict]:
+def _online_teacher(
+    config: Config, purpose: str, index: Index, device: torch.device
+) -> tuple[OnlineTeacher, dict[str, Any]]:
     settings, size = config.teacher_logits, config.teacher_size(purpose)
     model = load_teacher(config, len(index.classes), device, purpose)
     online = OnlineTeacher(TeacherForward(model, settings, size))
