@@ -13,11 +13,10 @@ from pipeline.batches.loader import step_loader
 from pipeline.batches.transfer import on_device
 from pipeline.common.arithmetic import deterministic_kernels
 from pipeline.config.schema import Student, Teacher
-from pipeline.models.build import build_student, build_teacher
+from pipeline.models.build import build_student
 from pipeline.models.teacher import TeacherForward
-from pipeline.training.run import NoTeacher, Run
+from pipeline.training.run import NoTeacher
 from pipeline.training.teachers import StoredTeacher
-from pipeline.training.trainer import Trainer
 
 REPEATED = 12
 FEEDS = ("host", "device")
@@ -146,16 +145,9 @@ def trained(
     lab: Lab, material: Material, settings: Student | Teacher, deterministic: bool
 ) -> tuple[list[torch.Tensor], float]:
     """All weights on the CPU after REPEATED steps from the same fresh ones, and seconds per step in the second half."""
-    size = material.plan.recipe.size
+    teacher = StoredTeacher(material.store, "argmax") if isinstance(settings, Student) else NoTeacher()
     with deterministic_kernels(deterministic):
-        if isinstance(settings, Student):
-            trainer = make_trainer(material, settings, StoredTeacher(material.store, "argmax"), lab.device)
-        else:
-            model = build_teacher(settings, CLASSES)
-            trainer = Trainer(Run(
-                "repeats", material.root / "run", {}, settings, material.plan, lab.index, lab.index, model, size, 1.0,
-                teacher=NoTeacher(), device=lab.device,
-            ))  # fmt: skip
+        trainer = make_trainer(material, settings, teacher, lab.device)
         step = Stepping(trainer, itertools.cycle([batch.to(lab.device) for batch in material.steps]))
         timed(step, REPEATED // 2, lab.device)
         seconds = timed(step, REPEATED - REPEATED // 2, lab.device)

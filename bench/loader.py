@@ -22,8 +22,8 @@ from machine import conditions
 from results import head, ratios, row, spread
 
 from pipeline.batches.loader import step_loader
-from pipeline.batches.plan import Plan
-from pipeline.config.schema import Recipe
+from pipeline.batches.plan import training_plan
+from pipeline.config.schema import Recipe, Student
 from pipeline.shards.index import Index
 
 RECIPE = Recipe()
@@ -35,7 +35,7 @@ CYCLES = 4
 def measure(index: Index, groups: int, workers: int) -> tuple[float, float]:
     """(views per second, views per decode) over CYCLES cycles: every group, three views each."""
     steps = CYCLES * RECIPE.repeats * GROUPS // groups
-    plan = Plan(RECIPE, tuple(index.names), tuple(map(int, index.samples)), RECIPE.block, groups)
+    plan = training_plan(index, RECIPE, Student(batch_size=groups * RECIPE.group_size), RECIPE.block)
     batches = iter(step_loader(plan, index, range(steps), range(1), 1, workers, pin=False))
     seen = decodes = before = 0
     start = 0.0

@@ -44,8 +44,8 @@ def measure(material: Material, settings: Student, model: NormalizedModel, round
     chosen = ways(material, settings, teacher)
     chosen["plain linear"] = settings, StoredTeacher(material.store, "argmax")
     works = {}
-    for way, (student, answering) in chosen.items():
-        trainer = make_trainer(material, student, answering, CPU)
+    for way, (student, asked) in chosen.items():
+        trainer = make_trainer(material, student, asked, CPU)
         works[way] = Stepping(trainer, itertools.cycle(material.steps))
         if way == "plain linear":
             for part in trainer.run.model.modules():

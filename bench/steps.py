@@ -12,8 +12,8 @@ from results import rotated
 
 from pipeline.batches.batch import Batch
 from pipeline.batches.transfer import DeviceToHostCopy
-from pipeline.config.schema import Student
-from pipeline.models.build import NormalizedModel, build_student
+from pipeline.config.schema import Student, Teacher
+from pipeline.models.build import NormalizedModel, build_student, build_teacher
 from pipeline.models.evaluation import multiply_adds
 from pipeline.models.teacher import TeacherForward
 from pipeline.training.run import NoTeacher, Run
@@ -46,16 +46,20 @@ def ways(material: Material, settings: Student, teacher: TeacherForward) -> dict
     }
 
 
-def make_trainer(material: Material, settings: Student, teacher: Callable, device: torch.device) -> Trainer:
-    """A trainer of a student with fresh weights."""
-    recipe, index = material.plan.recipe, material.index
-    model = build_student(settings, recipe, len(index.classes), recipe.size)
+def make_trainer(
+    material: Material, settings: Student | Teacher, teacher: Callable, device: torch.device
+) -> Trainer:
+    """A trainer of a model with fresh weights."""
+    recipe, index, distilled = material.plan.recipe, material.index, None
+    if isinstance(settings, Student):
+        model, distilled = build_student(settings, recipe, len(index.classes), recipe.size), settings
+    else:
+        model = build_teacher(settings, len(index.classes))
     folder = material.root / f"{settings.model}-{type(teacher).__name__}"
-    run = Run(
+    return Trainer(Run(
         folder.name, folder, {}, settings, material.plan, index, index, model, recipe.size, 1.0,
-        teacher=teacher, distillation=settings, device=device,
-    )  # fmt: skip
-    return Trainer(run)
+        teacher=teacher, distillation=distilled, device=device,
+    ))  # fmt: skip
 
 
 @dataclass
