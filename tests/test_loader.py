@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 import pipeline.batches.batch
 from pipeline.batches.batch import Batch, Renderer, mixed, targets
-from pipeline.batches.buffers import Pool
-from pipeline.batches.loader import _Steps, evaluation_loader, step_loader, unit_loader
+from pipeline.batches.buffers import BufferPool
+from pipeline.batches.loader import _StepDataset, evaluation_loader, step_loader, unit_loader
 from pipeline.batches.plan import Item, Plan, Unit, all_units, unit_items
 from pipeline.common.errors import PipelineError, killed_worker_error
 from pipeline.shards.index import Index
@@ -228,10 +228,10 @@ def pictures(small_set) -> list[torch.Tensor]:
 
 
 @pytest.fixture
-def taken(monkeypatch) -> list[int | None]:
-    """What the pools give, as it grows."""
-    given, take = [], Pool.take
-    monkeypatch.setattr(Pool, "take", lambda self: given.append(take(self)) or given[-1])
+def acquired(monkeypatch) -> list[int | None]:
+    """What the pools return, as it grows."""
+    given, acquire = [], BufferPool.acquire
+    monkeypatch.setattr(BufferPool, "acquire", lambda self: given.append(acquire(self)) or given[-1])
     return given
 
 
@@ -243,16 +243,16 @@ def test_slices_in_buffers_used_again_hold_the_same(small_set, workers):
 
 
 @workers_settings
-def test_buffers_are_used_again_when_slices_are_dropped(small_set, taken):
+def test_buffers_are_used_again_when_slices_are_dropped(small_set, acquired):
     for _ in slices(small_set, 2):
         pass
-    assert len(taken) == SLICES and set(taken) <= set(range(6))
+    assert len(acquired) == SLICES and set(acquired) <= set(range(6))
 
 
 @workers_settings
-def test_slices_in_memory_of_their_own_hold_the_same_while_all_buffers_are_held(small_set, pictures, taken):
+def test_slices_in_memory_of_their_own_hold_the_same_while_all_buffers_are_held(small_set, pictures, acquired):
     held = list(slices(small_set, 2))
-    assert taken.count(None) == SLICES - 6
+    assert acquired.count(None) == SLICES - 6
     assert all(torch.equal(batch.images, other) for batch, other in zip(held, pictures, strict=True))
 
 
@@ -272,11 +272,11 @@ KEPT = {
 
 @pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
 def test_buffer_is_free_when_nothing_sees_its_memory_any_more(keep):
-    pool = Pool(1, (4, 4, 3, 16, 16))
-    kept = keep(pool.lend(pool.take()))
-    assert pool.take() is None
+    pool = BufferPool(1, (4, 4, 3, 16, 16))
+    kept = keep(pool.use(pool.acquire()))
+    assert pool.acquire() is None
     del kept
-    assert pool.take() == 0
+    assert pool.acquire() == 0
 
 
 @workers_settings
@@ -288,12 +288,12 @@ def test_what_is_kept_of_a_slice_never_changes(small_set, pictures, kind, every)
     assert all(np.array_equal(seen, keep(pictures[number])) for number, seen in kept.items())
 
 
-def test_buffer_is_lent_once_each_time_it_is_taken():
-    pool = Pool(1, (1,))
-    buffer = pool.take()
-    held = pool.lend(buffer)
+def test_buffer_is_used_once_each_time_it_is_acquired():
+    pool = BufferPool(1, (1,))
+    buffer = pool.acquire()
+    held = pool.use(buffer)
     with pytest.raises(KeyError):
-        pool.lend(buffer)
+        pool.use(buffer)
     del held
 
 
@@ -304,7 +304,7 @@ def test_what_a_buffer_held_is_not_seen(small_set):
 
 @workers_settings
 def test_slices_after_failed_ones_hold_the_same(small_set, pictures, monkeypatch):
-    render_slice = _Steps.__getitem__
+    render_slice = _StepDataset.__getitem__
 
     def failing(self, task):
         batch = render_slice(self, task)
@@ -312,7 +312,7 @@ def test_slices_after_failed_ones_hold_the_same(small_set, pictures, monkeypatch
             raise PipelineError("no such slice")
         return batch
 
-    monkeypatch.setattr(_Steps, "__getitem__", failing)
+    monkeypatch.setattr(_StepDataset, "__getitem__", failing)
     loaded = iter(slices(small_set, 1))
     for _ in range(8):
         with pytest.raises(PipelineError, match="no such slice"):
@@ -321,12 +321,12 @@ def test_slices_after_failed_ones_hold_the_same(small_set, pictures, monkeypatch
         assert torch.equal(batch.images, expected)
 
 
-def test_workers_that_are_spawned_render_into_the_buffers_too(small_set, pictures, taken):
+def test_workers_that_are_spawned_render_into_the_buffers_too(small_set, pictures, acquired):
     loader = slices(small_set, 1)
     loader.multiprocessing_context = "spawn"
     for expected, batch in zip(pictures, loader, strict=True):
         assert torch.equal(batch.images, expected) and not batch.images.is_shared()
-    assert None not in taken
+    assert None not in acquired
 
 
 def test_too_little_shared_memory_is_told_in_words(small_set, monkeypatch):
@@ -364,12 +364,12 @@ def test_torchs_loader_pins_every_tensor_of_a_batch(small_set, pinned):
 
 @workers_settings
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_pinned_slices_free_their_buffers_though_they_are_held(small_set, pictures, taken, pinned, workers):
+def test_pinned_slices_free_their_buffers_though_they_are_held(small_set, pictures, acquired, pinned, workers):
     held = list(step_loader(plan_over(small_set), small_set[1], range(SLICES), range(1), 1, workers, True))
     assert all(torch.equal(batch.images, other) for batch, other in zip(held, pictures, strict=True))
     copies = {id(tensor) for tensor in pinned}
     assert all(id(tensor) in copies for batch in held for tensor in batch.tensors().values())
-    assert set(taken) == (set(range(2 * workers)) if workers else {None})
+    assert set(acquired) == (set(range(2 * workers)) if workers else {None})
 
 
 # evaluation

@@ -17,7 +17,7 @@ from rendering import natural
 
 import pipeline.views.ops
 from pipeline.config.policies import AUTO_AUGMENT, INCREASING_OPS, op_argument
-from pipeline.views.ops import FACTOR, FLOOR, OPS, TAP, _blend, _filtered, apply_op, keys_taps, warp
+from pipeline.views.ops import FACTOR, FLOOR, OPS, TAP, _blend, _filter, apply_op, keys_taps, warp
 
 FILL = (124, 116, 104)
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
@@ -302,7 +302,7 @@ def filtered(rows: np.ndarray, rest: float) -> np.ndarray:
 def test_filter_is_the_integer_one(seed, width, height, extreme, rest, anchor):
     picture = random_picture(seed, width, height, extreme)
     expected = filtered(np.pad(picture, ((0, 0), (anchor, 3 - anchor), (0, 0)), mode="edge"), rest)
-    assert np.array_equal(_filtered(picture, keys_taps(rest)[None], (anchor, 0)), expected)
+    assert np.array_equal(_filter(picture, keys_taps(rest)[None], (anchor, 0)), expected)
 
 
 @property_settings

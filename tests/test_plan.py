@@ -139,16 +139,16 @@ def test_steps_cut_the_sequence_into_batches(a, step):
 @property_settings
 @given(plans(), st.integers(0, 40), st.data())
 def test_slices_of_a_step_together_are_the_step(a, step, data):
-    parts = data.draw(st.sampled_from([n for n in range(1, a.batch_groups + 1) if a.batch_groups % n == 0]))
-    slices = [a.items(step, part, parts) for part in range(parts)]
+    count = data.draw(st.sampled_from([n for n in range(1, a.batch_groups + 1) if a.batch_groups % n == 0]))
+    slices = [a.items(step, number, count) for number in range(count)]
     assert [item for one in slices for item in one] == a.items(step)
-    assert {len(one) for one in slices} == {a.batch_groups // parts}
+    assert {len(one) for one in slices} == {a.batch_groups // count}
 
 
-@pytest.mark.parametrize("parts", [2, 4, 5])
-def test_parts_that_do_not_divide_a_step_are_refused(parts):
+@pytest.mark.parametrize("slices", [2, 4, 5])
+def test_slices_that_do_not_divide_a_step_are_refused(slices):
     with pytest.raises(ValueError, match="divide"):
-        plan(batch_groups=3).items(0, 0, parts)
+        plan(batch_groups=3).items(0, 0, slices)
 
 
 @property_settings

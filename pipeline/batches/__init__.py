@@ -1,4 +1,4 @@
-"""Batches of views: which (group, view) a step holds, groups rendered and mixed, and the loader.
+"""Batches of views: plan which (group, view) a step holds, render and mix groups, load them onto the device.
 
-Knows nothing of models, teachers or stores.
+Must not know about models, teachers or stores.
 """

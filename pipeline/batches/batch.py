@@ -1,7 +1,7 @@
-"""Groups of samples as they are trained on: rendered, checked, mixed, with their targets.
+"""Render batches of groups, mix them, build their targets and checksums.
 
-A group always has `group_size` slots, so shapes never change. Unused slots repeat the members, with weight 0: a
-network that computes statistics over its batch, as batch norm does while it learns, sees samples alone.
+A group always has `group_size` slots, so shapes never change. Unused slots repeat the members with weight 0: a network
+that computes statistics over its batch, as batch norm does in training, then sees nothing but samples.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.batches.buffers import memory
+from pipeline.batches.buffers import empty_images
 from pipeline.batches.plan import Item, group_members
 from pipeline.config.schema import Recipe
 from pipeline.shards.index import Index
@@ -22,19 +22,19 @@ from pipeline.views.render import render
 
 @dataclass
 class Batch:
-    """Groups, each in one view. G groups, S slots, pixels P x P."""
+    """Groups, each in one view: G groups of S slots, P x P pixels."""
 
     items: list[Item]
     members: list[np.ndarray]
     """Positions in the shard, int64, in slot order."""
     checks: list[int]
-    """recipe.group_check of each."""
+    """`group_check` of each group."""
     images: torch.Tensor
     """uint8 (G, S, 3, P, P): views before mixing."""
     labels: torch.Tensor
     """int64 (G, S)"""
     weights: torch.Tensor
-    """float32 (G, S): 1 for a sample, 0 for an unused slot, which shows a member once more."""
+    """float32 (G, S): 1 for a sample, 0 for an unused slot, which repeats a member."""
     partner: torch.Tensor
     """int64 (G, S)"""
     lam: torch.Tensor
@@ -46,7 +46,7 @@ class Batch:
 
     @property
     def views(self) -> int:
-        """How many views of samples there are, unused slots left out."""
+        """Number of views of samples, without unused slots."""
         return sum(len(members) for members in self.members)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -57,7 +57,7 @@ class Batch:
         return dataclasses.replace(self, **{name: change(value) for name, value in self.tensors().items()})
 
     def pin_memory(self) -> "Batch":
-        """A copy in pinned memory; by this name torch's loader asks for it."""
+        """A copy in pinned memory; torch's DataLoader calls the method by this name."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> "Batch":
@@ -65,7 +65,7 @@ class Batch:
 
 
 class Renderer:
-    """Renders items; keeps the last group's decoded images for its further views."""
+    """Renders items; caches the last group's decoded images for its other views."""
 
     def __init__(self, index: Index, recipe: Recipe):
         self.index, self.recipe = index, recipe
@@ -80,14 +80,14 @@ class Renderer:
         return group_members(self.recipe, self.names, self.samples, item)
 
     def render(self, items: list[Item], images: torch.Tensor | None = None) -> Batch:
-        """A batch of the items, its pictures in `images`, whatever it held; without it, in memory of their own.
+        """Render the items into `images`, which is overwritten; without it, into new memory.
 
         Raises:
             PipelineError: a shard or the index is damaged.
         """
         recipe, count, slots = self.recipe, len(items), self.recipe.group_size
         if images is None:
-            images = memory(count, slots, 3, recipe.size, recipe.size)
+            images = empty_images(count, slots, 3, recipe.size, recipe.size)
         batch = Batch(
             items=items,
             members=[self.members(item) for item in items],
@@ -113,22 +113,22 @@ class Renderer:
             draw_view(self.recipe, key, item.view, image.shape[1], image.shape[0])
             for key, image in zip(keys, decoded, strict=True)
         ]
-        for image, params, picture in zip(decoded, drawn, pictures, strict=False):  # there may be more slots
+        for image, params, picture in zip(decoded, drawn, pictures, strict=False):  # more slots than members
             render(image, params, self.recipe, out=picture)
         mix = draw_mix(self.recipe, self.names[item.shard], item.group, item.view, len(members))
         left, top, width, height = mix.box
-        shown = np.arange(len(pictures)) % len(members)  # whom a slot shows: its own member, or one once more
+        shown = np.arange(len(pictures)) % len(members)  # the member in each slot; unused slots repeat members
         pictures[len(members) :] = pictures[shown[len(members) :]]
         batch.labels[number] = torch.from_numpy(rows["label"][members[shown]].astype(np.int64))
         batch.weights[number, : len(members)] = 1
         batch.partner[number] = torch.from_numpy(mix.partner[shown])
         batch.lam[number] = mix.lam
         batch.box[number] = torch.tensor([left, top, left + width, top + height])
-        seen = checked_member(item.group, item.view, len(members))
-        batch.checks.append(group_check("\n".join(keys).encode(), mix, pictures[seen]))
+        checked = pictures[checked_member(item.group, item.view, len(members))]
+        batch.checks.append(group_check("\n".join(keys).encode(), mix, checked))
 
     def _decode(self, item: Item, members: np.ndarray) -> tuple[list[np.ndarray], int]:
-        """A group's images, and how many had to be decoded: none while its views follow one another."""
+        """A group's images, and how many had to be decoded: none for consecutive views of a group."""
         identity = (item.shard, item.group, item.view // self.recipe.block)
         if self._decoded[0] == identity:
             return self._decoded[1], 0
@@ -138,12 +138,12 @@ class Renderer:
 
 
 def mixed(batch: Batch) -> torch.Tensor:
-    """The groups' pictures after Mixup or CutMix, float32 (G * S, 3, P, P) in 0..255.
+    """The batch's images after Mixup or CutMix, float32 (G * S, 3, P, P) in 0..255.
 
-    timm.data.mixup.Mixup._mix_batch with the drawn lambda, box and partners: own * share + other * (1 - share), a
-    pixel's share being lambda, or 1 outside and 0 inside a box. A share of n / 65536 of a byte fits into float32's 24
-    bits, and so do the products and their sum: nothing is rounded, so any device, fused multiply-add and order of
-    groups gives the same bits. Both pictures are read as bytes; one float32 buffer is written twice.
+    timm.data.mixup.Mixup._mix_batch with the drawn lambda, box and partners: own * share + other * (1 - share), where
+    a pixel's share is lambda, or 1 outside and 0 inside a box. A byte times n / 65536 fits into float32's 24 bits, as
+    does the sum: nothing is rounded, so every device, with or without fused multiply-add, and every order of groups
+    gives the same bits. Both images are read as bytes; one float32 buffer is written twice.
     """
     count, slots, _, size, _ = batch.images.shape
     first = torch.arange(0, count * slots, slots, device=batch.images.device)
@@ -154,11 +154,11 @@ def mixed(batch: Batch) -> torch.Tensor:
 
 
 def _shares(batch: Batch, size: int) -> torch.Tensor:
-    """What of each pixel is a slot's own, float32 (G, P, P)."""
+    """The share of each pixel that comes from the slot's own image, float32 (G, P, P)."""
     left, top, right, bottom = batch.box[:, :, None].unbind(1)
-    place = torch.arange(size, device=batch.box.device)
-    across, down = (place >= left) & (place < right), (place >= top) & (place < bottom)
-    outside = torch.where(right > left, 1.0, batch.lam[:, None])[:, :, None]  # of what is mixed without a box, all
+    pixel = torch.arange(size, device=batch.box.device)
+    across, down = (pixel >= left) & (pixel < right), (pixel >= top) & (pixel < bottom)
+    outside = torch.where(right > left, 1.0, batch.lam[:, None])[:, :, None]  # without a box: everywhere
     return torch.where(down[:, :, None] & across[:, None, :], 0.0, outside)
 
 
@@ -176,17 +176,17 @@ def targets(batch: Batch, classes: int, smoothing: float) -> torch.Tensor:
 
 
 def checked_member(group: int, view: int, members: int) -> int:
-    """The member whose picture stands for the group's in its check: another one each view."""
+    """The member whose view is hashed in the group's check; it changes from view to view."""
     return (group + view) % members
 
 
 def group_check(keys: bytes, mix: Mix, picture: np.ndarray) -> int:
-    """64 bits over what a group is in one view: its samples in order, its mixing, one picture.
+    """A 64-bit checksum of a group in one view: its samples in order, its mixing, one member's view.
 
     Args:
         keys: the members' keys in slot order, joined.
-        mix: how they are mixed; its integers count, so a changed lambda, box or partner shows.
-        picture: uint8 (3, size, size), the witness's view before mixing.
+        mix: how they are mixed; a changed lambda, box or partner changes the checksum.
+        picture: uint8 (3, size, size), the view of `checked_member` before mixing.
     """
     digest = hashlib.blake2b(digest_size=8)
     digest.update(len(keys).to_bytes(8, "little"))

@@ -1,6 +1,6 @@
-"""Items to rendered groups to device batches.
+"""Loaders of rendered batches, for training steps, units and evaluation.
 
-Workers only render; the process that trains attaches the answers and compares checksums.
+Workers only render; the training process attaches the teacher's predictions and compares checksums.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from pipeline.batches.batch import Batch, Renderer
-from pipeline.batches.buffers import Pool, Rendered
+from pipeline.batches.buffers import BufferPool, BufferRef
 from pipeline.batches.plan import Plan, Unit, unit_items
 from pipeline.common.cores import resolve_workers
 from pipeline.common.signals import ignore_job_signals
@@ -21,34 +21,34 @@ from pipeline.shards.index import Index
 from pipeline.views.render import center_view
 
 
-class _Steps(Dataset):
-    """Map from (step, part, buffer or None) to that slice of the step, rendered."""
+class _StepDataset(Dataset):
+    """Maps (step, slice, buffer or None) to that slice of the step, rendered."""
 
-    def __init__(self, plan: Plan, index: Index, parts: int, pool: Pool):
-        self.plan, self.parts, self.pool = plan, parts, pool
+    def __init__(self, plan: Plan, index: Index, slices: int, pool: BufferPool):
+        self.plan, self.slices, self.pool = plan, slices, pool
         self.renderer = Renderer(index, plan.recipe)
 
     def __getitem__(self, task: tuple[int, int, int | None]) -> Batch:
-        step, part, buffer = task
-        items = self.plan.items(step, part, self.parts)
+        step, number, buffer = task
+        items = self.plan.items(step, number, self.slices)
         if buffer is None:
             return self.renderer.render(items)
         batch = self.renderer.render(items, self.pool.buffers[buffer])
-        return dataclasses.replace(batch, images=Rendered(self.pool.number, buffer))
+        return dataclasses.replace(batch, images=BufferRef(self.pool.id, buffer))
 
 
-class _Tasks:
-    """(step, part) with the buffer for it, taken when the loader sends the task to a worker."""
+class _StepSampler:
+    """(step, slice) with a buffer for it, acquired when the loader sends the task to a worker."""
 
-    def __init__(self, places: list[tuple[int, int]], pool: Pool):
-        self.places, self.pool = places, pool
+    def __init__(self, slices: list[tuple[int, int]], pool: BufferPool):
+        self.slices, self.pool = slices, pool
 
     def __iter__(self) -> Iterator[tuple[int, int, int | None]]:
-        return ((*place, self.pool.take()) for place in self.places)
+        return ((*task, self.pool.acquire()) for task in self.slices)
 
 
-class _Units(IterableDataset):
-    """The items of units, one at a time; worker w takes every n-th group, so images decode once."""
+class _UnitDataset(IterableDataset):
+    """The items of units, one per batch; worker w of n renders every n-th group, so each image is decoded once."""
 
     def __init__(self, units: list[Unit], index: Index, recipe: Recipe):
         self.units, self.renderer = units, Renderer(index, recipe)
@@ -67,32 +67,32 @@ class _Units(IterableDataset):
 
 
 def step_loader(
-    plan: Plan, index: Index, steps: Iterable[int], slices: range, parts: int, workers: int | None, pin: bool
+    plan: Plan, index: Index, steps: Iterable[int], own: range, slices: int, workers: int | None, pin: bool
 ) -> Iterable[Batch]:
-    """Slices `slices` (this rank's, one an accumulation step) out of `parts`, of each step in turn."""
-    places = [(step, part) for step in steps for part in slices]
+    """Batches of each step in turn: its slices `own` (one per accumulation step of this rank) out of `slices`."""
+    tasks = [(step, number) for step in steps for number in own]
     size, slots = plan.recipe.size, plan.recipe.group_size
-    # two for each worker's tasks; unless copied to pinned memory, one that arrives and one still being read
+    # two per worker; without the copy to pinned memory, one that arrives and one that is still being read
     workers = resolve_workers(workers, pin)
-    count = min(2 * workers + (0 if pin else 2), len(places)) if workers else 0
-    pool = Pool(count, (plan.batch_groups // parts, slots, 3, size, size))
-    return _loader(_Steps(plan, index, parts, pool), workers, pin, sampler=_Tasks(places, pool))
+    count = min(2 * workers + (0 if pin else 2), len(tasks)) if workers else 0
+    pool = BufferPool(count, (plan.batch_groups // slices, slots, 3, size, size))
+    return _loader(_StepDataset(plan, index, slices, pool), workers, pin, sampler=_StepSampler(tasks, pool))
 
 
 def unit_loader(units: list[Unit], index: Index, recipe: Recipe, workers: int | None, pin: bool) -> Iterable[Batch]:
-    """Every item of the units, each alone; several workers interleave groups."""
-    return _loader(_Units(units, index, recipe), workers, pin)
+    """A batch per item of the units; several workers interleave groups."""
+    return _loader(_UnitDataset(units, index, recipe), workers, pin)
 
 
-class _EvaluationImages(Dataset):
+class _EvaluationDataset(Dataset):
     def __init__(self, index: Index, rows: range, size: int, crop: float):
         self.index, self.rows, self.size, self.crop = index, rows, size, crop
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, place: int) -> torch.Tensor:
-        number = self.rows[place]
+    def __getitem__(self, position: int) -> torch.Tensor:
+        number = self.rows[position]
         shard = int(np.searchsorted(self.index.starts, number, side="right")) - 1
         image = self.index.image(shard, number - int(self.index.starts[shard]))
         return torch.from_numpy(center_view(image, self.size, self.crop))
@@ -102,7 +102,7 @@ def evaluation_loader(
     index: Index, rows: range, size: int, crop: float, batch: int, workers: int | None, pin: bool
 ) -> Iterable[torch.Tensor]:
     """The samples `rows` in index order, as uint8 (batch, 3, size, size)."""
-    return _loader(_EvaluationImages(index, rows, size, crop), workers, pin, batch_size=batch)
+    return _loader(_EvaluationDataset(index, rows, size, crop), workers, pin, batch_size=batch)
 
 
 def _loader(
@@ -115,13 +115,13 @@ def _loader(
         num_workers=resolve_workers(workers, pin),
         pin_memory=pin,
         worker_init_fn=_start_worker,
-        # its own generator: a loader must not draw from the global one, or resuming would shift it
+        # its own generator: a loader that drew from the global one would shift it on resuming
         generator=torch.Generator().manual_seed(0),
     )
 
 
 def _start_worker(_: int) -> None:
-    # what a forked worker inherited must not be collected there: a connection's end closes the parent's too
+    # a forked worker must not collect what it inherited: finalizing a connection would close the parent's too
     gc.freeze()
     torch.set_num_threads(1)
     ignore_job_signals()

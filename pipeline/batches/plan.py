@@ -1,4 +1,4 @@
-"""The order of training and of the teacher's work, as pure functions: no I/O, no state to save.
+"""The order of training and of the teacher's work, as pure functions: no I/O and no state to save.
 
 The order is one endless sequence of (group, view) items. Cycle c visits every group once, in a
 seeded permutation that keeps a few shards open at a time, each group followed by its r views,
@@ -20,7 +20,7 @@ from pipeline.views.draw import draw_groups, group_count
 
 @dataclass(frozen=True)
 class Item:
-    """A group in one view: what is mixed together and judged as one."""
+    """A group in one view: its samples are mixed with one another."""
 
     shard: int
     group: int
@@ -30,7 +30,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Unit:
-    """What the teacher computes and commits at once."""
+    """A block of views of a shard: what the teacher computes and commits at once."""
 
     shard: int
     block: int
@@ -42,10 +42,12 @@ class Plan:
 
     Args:
         recipe: group size, block, repeats and seed.
-        names: the shards' names; samples: their sample counts.
-        views: V; views come round again after V / repeats cycles.
-        batch_groups: G, groups of a global batch.
-        seed: of the order; open_shards: whose groups are interleaved.
+        names: the shards' names.
+        samples: samples per shard.
+        views: V; views repeat after V / repeats cycles.
+        batch_groups: G, groups per global batch.
+        seed: of the order.
+        open_shards: how many shards' groups are interleaved.
     """
 
     recipe: Recipe
@@ -61,39 +63,39 @@ class Plan:
 
     @cached_property
     def groups(self) -> int:
-        """Groups of all shards: what one cycle visits."""
+        """Groups in all shards: what one cycle visits."""
         return sum(group_count(samples, self.recipe.group_size) for samples in self.samples)
 
     @property
     def steps_per_epoch(self) -> int:
-        """round(groups / G), at least 1: an epoch is one pass's worth of items."""
+        """round(groups / G), at least 1: an epoch has as many items as there are groups."""
         return max(1, round(self.groups / self.batch_groups))
 
     def views_seen(self, epochs: int) -> int:
-        """Different views that so many epochs want of each image, if V allowed."""
+        """Distinct views of each image that this many epochs show if V does not limit them."""
         cycles = -(-epochs * self.steps_per_epoch * self.batch_groups // (self.groups * self.recipe.repeats))
         return cycles * self.recipe.repeats
 
     def epoch(self, step: int) -> int:
         return step // self.steps_per_epoch
 
-    def items(self, step: int, part: int = 0, parts: int = 1) -> list[Item]:
-        """The items of a step, or one of `parts` contiguous slices of them.
+    def items(self, step: int, number: int = 0, slices: int = 1) -> list[Item]:
+        """The items of a step, or of slice `number` of its `slices` contiguous slices.
 
-        Raises ValueError unless `parts` divides the batch's groups.
+        Raises ValueError unless `slices` divides the batch's groups.
         """
-        if self.batch_groups % parts:
-            raise ValueError(f"{parts} parts do not divide {self.batch_groups} groups")
-        share = self.batch_groups // parts
-        first = step * self.batch_groups + part * share
-        return [self.item(number) for number in range(first, first + share)]
+        if self.batch_groups % slices:
+            raise ValueError(f"{slices} slices do not divide {self.batch_groups} groups")
+        share = self.batch_groups // slices
+        first = step * self.batch_groups + number * share
+        return [self.item(position) for position in range(first, first + share)]
 
-    def item(self, number: int) -> Item:
-        """The item at a position of the endless sequence."""
+    def item(self, position: int) -> Item:
+        """The item at a position in the endless sequence."""
         repeats = self.recipe.repeats
-        visit, copy = divmod(number, repeats)
-        cycle, place = divmod(visit, self.groups)
-        shard, group = self._visits(cycle)[place]
+        visit, copy = divmod(position, repeats)
+        cycle, visit = divmod(visit, self.groups)
+        shard, group = self._visits(cycle)[visit]
         return Item(int(shard), int(group), repeats * (cycle % (self.views // repeats)) + copy)
 
     def _visits(self, cycle: int) -> np.ndarray:
@@ -112,7 +114,7 @@ class Plan:
         return group_members(self.recipe, self.names, self.samples, item)
 
     def weight(self, step: int) -> int:
-        """Samples of a step over all ranks: what its loss is divided by."""
+        """Samples in a step over all ranks: the divisor of its loss."""
         return sum(len(self.members(item)) for item in self.items(step))
 
 
@@ -146,8 +148,8 @@ def draw_cycle(plan: Plan, cycle: int) -> np.ndarray:
     return np.concatenate(visits)
 
 
-class Indexed(Protocol):
-    """What a plan needs of an index."""
+class ShardSizes(Protocol):
+    """What a plan needs to know of an index."""
 
     @property
     def names(self) -> Sequence[str]: ...
@@ -156,8 +158,8 @@ class Indexed(Protocol):
     def samples(self) -> Iterable[int]: ...
 
 
-def training_plan(index: Indexed, recipe: Recipe, training: Training, views: int) -> Plan:
-    """The plan of a training section over an index."""
+def training_plan(index: ShardSizes, recipe: Recipe, training: Training, views: int) -> Plan:
+    """The plan of a training run over an index."""
     return Plan(
         recipe,
         tuple(index.names),
@@ -170,7 +172,7 @@ def training_plan(index: Indexed, recipe: Recipe, training: Training, views: int
 
 
 def all_units(shards: int, views: int, recipe: Recipe) -> list[Unit]:
-    """Every unit of V views, block by block, so that a store is complete in its first views first."""
+    """All units of V views, block by block, so that a store has all images' first views first."""
     return [Unit(shard, block) for block in range(views // recipe.block) for shard in range(shards)]
 
 

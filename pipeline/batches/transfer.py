@@ -1,4 +1,4 @@
-"""Copies between host and device that wait for nothing they need not."""
+"""Asynchronous copies between host and device."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,7 +8,7 @@ from pipeline.batches.batch import Batch
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Each batch on the device; a GPU copies it on a stream of its own while it computes the step before."""
+    """Yield each batch on the device; a GPU copies it on a separate stream while it computes the previous step."""
     if device.type != "cuda":
         yield from batches
         return
@@ -23,12 +23,12 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To the device, without waiting for what it computes."""
+    """Copy a tensor to the device without waiting for the work queued there."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class DeviceToHostCopy:
-    """Small tensors on their way from the device, while it goes on with what is queued after them."""
+    """A copy of small tensors from the device, which meanwhile continues with the work queued after it."""
 
     def __init__(self, *tensors: torch.Tensor):
         self.host, self.arrived = tensors, None
@@ -40,7 +40,7 @@ class DeviceToHostCopy:
             self.arrived.record()
 
     def get(self) -> list[torch.Tensor]:
-        """On the CPU; waits for what was queued before the copy, not for what was queued since."""
+        """The tensors on the CPU; waits for the work queued before the copy, not for work queued since."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return list(self.host)

@@ -1,4 +1,4 @@
-"""Data sets as WebDataset shards with an index: where images come from, how they are written, read and decoded.
+"""Data sets as WebDataset shards with an index: list images, plan, write, index, read and decode them.
 
-Knows nothing of augmentation.
+Must not know about augmentation.
 """

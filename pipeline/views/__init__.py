@@ -1,4 +1,4 @@
-"""Augmented views: draw their parameters, render their pixels.
+"""Augmented views: draw their parameters and render their pixels.
 
-Pure functions of (recipe, sample key, view number); knows nothing of batches, models or stores.
+Pure functions of (recipe, sample key, view number); must not know about batches, models or stores.
 """

@@ -1,12 +1,11 @@
-"""Draw: the parameters of views, groups and mixing, as pure functions of (recipe, identity).
+"""Draw the parameters of views, groups and mixing, as pure functions of (recipe, identity).
 
-Raw words come from Philox4x64-10, keyed by BLAKE2b of (recipe seed, stream, identity), so nothing
-depends on a position in a list, a worker, or the state of any global generator. Every quantity is
-our own formula from those words, rounded to what is used (whole pixels, 1/65536), because numpy's
-distributions and the last bit of libm may change.
+Raw words come from Philox4x64-10, keyed by BLAKE2b of (recipe seed, stream, identity), so nothing depends on a position
+in a list, a worker, or the state of a global generator. Every quantity is computed from those words by our own formula
+and rounded to the precision in use (whole pixels, 1/65536), because numpy's distributions and the last bit of libm may
+change.
 
-The semantics are timm's (RandomResizedCropAndInterpolation, RandAugment, RandomErasing, Mixup) as
-DeiT uses them.
+The semantics are timm's (RandomResizedCropAndInterpolation, RandAugment, RandomErasing, Mixup) as DeiT uses them.
 """
 
 import math
@@ -26,8 +25,8 @@ from pipeline.config.validation import fingerprint
 
 VIEWS_VERSION = 2  # bump on any change of a drawn number or a rendered bit
 
-UNITS = 65536  # magnitudes and lambdas are multiples of 1/65536
-ATTEMPTS = 10  # timm's, for crop and erasing
+RESOLUTION = 65536  # magnitudes and lambdas are multiples of 1 / RESOLUTION
+ATTEMPTS = 10  # of crop and erasing, as in timm
 NORMAL = NormalDist()
 
 Box = tuple[int, int, int, int]  # left, top, width, height, in pixels
@@ -35,17 +34,17 @@ Ops = tuple[tuple[str, float | None], ...]
 
 
 class ViewParams(NamedTuple):
-    """What makes one view of one image."""
+    """The parameters of one view of one image."""
 
     crop: Box
-    """In the image, before it is resized to size x size."""
+    """In the image, before resizing to size x size."""
     flip: bool
     ops: Ops
-    """Those that fire, in order, each with its argument (degrees, bits, factor, ...)."""
+    """The ops to apply, in order, each with its argument (degrees, bits, factor, ...)."""
     erase: Box | None
     """In the view."""
     noise_key: bytes
-    """The view's key, 16 bytes: `noise_words` draws the erased box's pixels from it."""
+    """The view's key, 16 bytes, from which `noise_words` draws the pixels of the erased box."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +54,20 @@ class Mix:
     method: str
     """none, mixup or cutmix"""
     lam: float
-    """Weight of a sample's own image and label, in [0, 1]; for cutmix what the clipped box leaves."""
+    """Weight of a sample's own image and label, in [0, 1]; for cutmix the area outside the clipped box."""
     box: Box
-    """cutmix: the partner's pixels; else empty."""
+    """Where cutmix shows the partner; empty otherwise."""
     partner: np.ndarray
-    """int64 (group_size,): an involution; slots that stay alone, and unused ones, name themselves."""
+    """int64 (group_size,): an involution; slots without a partner, and unused ones, map to themselves."""
 
 
 def recipe_fingerprint(recipe: Recipe) -> str:
-    """Names the views: every field of the recipe, and the version of drawing and rendering."""
+    """The fingerprint of the views: every field of the recipe, and the version of drawing and rendering."""
     return fingerprint({"recipe": recipe.model_dump(mode="json"), "views_version": VIEWS_VERSION})
 
 
 def draw_view(recipe: Recipe, sample_key: str, view: int, width: int, height: int) -> ViewParams:
-    """The parameters of view number `view` of the sample, whose image is width x height pixels."""
+    """Draw the parameters of view number `view` of a sample whose image is width x height pixels."""
     key = stream_key(recipe.seed, "view", f"{sample_key}\x1f{view}")
     draw_ops, words = _augmentation(recipe.auto_augment, recipe.color_jitter)
     numbers = uniforms(raw_words(key, 46 + words))
@@ -83,7 +82,7 @@ def draw_view(recipe: Recipe, sample_key: str, view: int, width: int, height: in
 
 @lru_cache
 def _augmentation(text: str | None, jitter: float) -> tuple[Callable[[list[float]], Any], int]:
-    """What draws the ops of a view from uniform numbers, and how many numbers it takes."""
+    """A function that draws the ops of a view from uniform numbers, and how many numbers it needs."""
     policy = parse_policy(text) if text else None
     if isinstance(policy, RandAugment):
         return lambda u: _draw_rand_augment(policy, u), 4 * policy.layers
@@ -103,7 +102,7 @@ def _draw_crop(recipe: Recipe, width: int, height: int, u: list[float]) -> Box:
         area = _between(*recipe.scale, u[2 * attempt]) * width * height
         aspect = math.exp(_between(low, high, u[2 * attempt + 1]))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        # timm takes w = 0 too, and fails on it; a crop has a pixel
+        # timm accepts w = 0 too, and fails on it; a crop has at least a pixel
         if 1 <= w <= width and 1 <= h <= height:
             return int(u[20] * (width - w + 1)), int(u[21] * (height - h + 1)), w, h
     in_ratio = width / height
@@ -117,11 +116,11 @@ def _draw_crop(recipe: Recipe, width: int, height: int, u: list[float]) -> Box:
 
 
 def _draw_rand_augment(augment: RandAugment, u: list[float]) -> Ops:
-    """timm.data.auto_augment.RandAugment: ops with replacement, each fires with probability p."""
+    """timm.data.auto_augment.RandAugment: ops with replacement, each applied with probability p."""
     ops = []
     for layer in range(0, 4 * augment.layers, 4):
-        choice, fires, magnitude, sign = u[layer : layer + 4]
-        if fires < augment.prob:
+        choice, apply, magnitude, sign = u[layer : layer + 4]
+        if apply < augment.prob:
             name = INCREASING_OPS[int(choice * len(INCREASING_OPS))]
             drawn = _draw_magnitude(augment.magnitude, augment.std, augment.magnitude_max, magnitude)
             ops.append((name, op_argument(name, drawn, sign < 0.5)))
@@ -129,11 +128,11 @@ def _draw_rand_augment(augment: RandAugment, u: list[float]) -> Ops:
 
 
 def _draw_auto_augment(augment: AutoAugment, u: list[float]) -> Ops:
-    """timm.data.auto_augment.AutoAugment: one sub-policy, each op of it with its own probability."""
+    """timm.data.auto_augment.AutoAugment: one sub-policy, each of its ops with its own probability."""
     ops = []
     chosen = augment.policy[int(u[6] * len(augment.policy))]
-    for (name, prob, magnitude), fires, spread, sign in zip(chosen, u[0:2], u[2:4], u[4:6], strict=True):
-        if fires < prob:
+    for (name, prob, magnitude), apply, spread, sign in zip(chosen, u[0:2], u[2:4], u[4:6], strict=True):
+        if apply < prob:
             drawn = _draw_magnitude(magnitude, augment.std, 10, spread)
             ops.append((name, op_argument(name, drawn, sign < 0.5)))
     return tuple(ops)
@@ -146,21 +145,21 @@ def _draw_jitter(strength: float, u: list[float]) -> Ops:
     """torchvision's ColorJitter(strength, strength, strength): three factors, in any order."""
     if not strength:
         return ()
-    factors = [round(_between(1 - strength, 1 + strength, part) * FACTOR) / FACTOR for part in u[:3]]
+    factors = [round(_between(1 - strength, 1 + strength, number) * FACTOR) / FACTOR for number in u[:3]]
     return tuple(zip(JITTER_ORDERS[int(u[3] * len(JITTER_ORDERS))], factors, strict=True))
 
 
 def _draw_magnitude(magnitude: float, std: float, highest: float, u: float) -> float:
-    """Normal around the magnitude (uniform up to it where std is infinite), clipped, to 1/65536."""
+    """Normal around the magnitude (uniform up to it if std is infinite), clipped, rounded to 1/65536."""
     if std == math.inf:
         magnitude = u * magnitude
     elif std:
         magnitude += std * NORMAL.inv_cdf(u)
-    return round(max(0.0, min(magnitude, highest)) * UNITS) / UNITS
+    return round(max(0.0, min(magnitude, highest)) * RESOLUTION) / RESOLUTION
 
 
 def _draw_erase(recipe: Recipe, u: list[float]) -> Box | None:
-    """timm.data.random_erasing.RandomErasing._erase, one box."""
+    """timm.data.random_erasing.RandomErasing._erase with one box."""
     if not u[0] < recipe.erase_prob:
         return None
     size = recipe.size
@@ -174,24 +173,24 @@ def _draw_erase(recipe: Recipe, u: list[float]) -> Box | None:
 
 
 def group_count(samples: int, group_size: int) -> int:
-    """Groups of a shard: as few as hold its samples."""
+    """Number of groups of a shard: the fewest that hold its samples."""
     return -(-samples // group_size)
 
 
 def draw_groups(recipe: Recipe, shard: str, block: int, samples: int) -> list[np.ndarray]:
-    """The rows of a shard, permuted and cut into groups of nearly equal size.
+    """Permute the rows of a shard and cut them into groups of nearly equal size.
 
-    Returns `group_count` int64 arrays of positions in the shard; together each position once.
+    Returns `group_count` int64 arrays of positions in the shard, which contain each position once.
     """
     order = permutation(stream_key(recipe.seed, "groups", f"{shard}\x1f{block}"), samples)
     return np.array_split(order, group_count(samples, recipe.group_size)) if samples else []
 
 
 def draw_mix(recipe: Recipe, shard: str, group: int, view: int, members: int) -> Mix:
-    """How group number `group` of a shard, with `members` used slots, is mixed in `view`.
+    """Draw how group number `group` of a shard, with `members` used slots, is mixed in `view`.
 
-    timm.data.mixup.Mixup in batch mode: one lambda and one choice for the group. timm pairs slot i
-    with n-1-i; here the pairs are drawn for each view, because members keep their slots for a block.
+    timm.data.mixup.Mixup in batch mode: one lambda and one method per group. timm pairs slot i with n-1-i; here the
+    pairs are drawn for each view, because members keep their slots for a block.
     """
     bits = philox(stream_key(recipe.seed, "mix", f"{shard}\x1f{group}\x1f{view}"))
     mixed, switch, centre_x, centre_y = uniforms(bits.random_raw(4))
@@ -218,10 +217,10 @@ def draw_mix(recipe: Recipe, shard: str, group: int, view: int, members: int) ->
 
 
 def _draw_beta(alpha: float, bits: np.random.Philox) -> float:
-    """Beta(alpha, alpha) to 1/65536, by Johnk's rejection (accepts 61 % at 0.8, 50 % at 1)."""
+    """Beta(alpha, alpha) rounded to 1/65536, by Johnk's rejection (accepts 61 % at 0.8, 50 % at 1)."""
     while True:
         u = uniforms(bits.random_raw(32))
         for a, b in zip(u[::2], u[1::2], strict=True):
             x, y = a ** (1 / alpha), b ** (1 / alpha)
             if 0 < x + y <= 1:
-                return round(x / (x + y) * UNITS) / UNITS
+                return round(x / (x + y) * RESOLUTION) / RESOLUTION

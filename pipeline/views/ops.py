@@ -1,10 +1,10 @@
-"""The pixel operations of RandAugment, AutoAugment and colour jitter, as Pillow's through timm.
+"""The image operations of RandAugment, AutoAugment and colour jitter, as timm does them with Pillow.
 
-Every result is the same bits on every machine, however a kernel is vectorised: either it is integer
-arithmetic, or float arithmetic in which every intermediate is exact (multiples of a power of two
-within 24 bits), or a rounding whose ties are out of reach of float error.
+Every result has the same bits on every machine, however a kernel is vectorised: either it is integer arithmetic, or
+float arithmetic in which every intermediate is exact (multiples of a power of two within 24 bits), or a rounding whose
+ties are out of reach of float error.
 
-All functions take uint8 (size, size, 3) and return the same, never in place.
+All functions take and return uint8 (size, size, 3), never in place.
 """
 
 from collections.abc import Callable
@@ -15,29 +15,31 @@ import numpy as np
 
 from pipeline.config.policies import FACTOR
 
-FIXED = 15  # fractional bits of source coordinates while they are computed
-REMAP = 5  # fractional bits that cv2.remap interpolates at
-FLOOR = -0.5 + 0.5 / FACTOR  # added before rounding to nearest, it cuts a multiple of 1 / FACTOR off
+FIXED = 15  # fractional bits of source coordinates during computation
+REMAP = 5  # fractional bits of the coordinates of cv2.remap
+FLOOR = -0.5 + 0.5 / FACTOR  # added before rounding to nearest, it truncates a multiple of 1 / FACTOR
 TAP = 1 << 12  # filter weights are multiples of 1 / TAP
 LEVELS = np.arange(256)
 
 Fill = tuple[int, int, int]
 
-# A worker forked from a process whose OpenCV has threads waits for ever for those that it has not; a view is too
-# small to share out anyway, and the loader has processes for that.
+# A worker forked from a process whose OpenCV has threads would wait for ever for threads that it lacks; a view is too
+# small to parallelise anyway, and the loader has processes for that.
 cv2.setNumThreads(1)
 
 
 def apply_op(view: np.ndarray, name: str, argument: float | None, fill: Fill) -> np.ndarray:
-    """One op as timm.data.auto_augment.NAME_TO_OP has it.
+    """Apply an op by its name in timm.data.auto_augment.NAME_TO_OP.
 
-    `argument` is `op_argument`'s, `fill` the colour of what geometry uncovers.
+    Args:
+        argument: from `op_argument`.
+        fill: the colour of pixels that geometry uncovers.
     """
-    cv2.ipp.setUseIPP(False)  # its results depend on the processor; the switch is each thread's own
+    cv2.ipp.setUseIPP(False)  # its results depend on the processor; the switch is per thread
     return OPS[name](view, argument, fill)
 
 
-# pointwise: a table, or a threshold
+# pointwise: lookup tables and thresholds
 
 
 def _autocontrast(view: np.ndarray, _: object, __: object) -> np.ndarray:
@@ -83,11 +85,11 @@ def _solarize_add(view: np.ndarray, addend: float, _: object) -> np.ndarray:
     return view + (view < 128).view(np.uint8) * np.uint8(addend)  # at most 127 + 128
 
 
-# enhancements: base + factor * (view - base), cut off to a whole number, as Pillow's Image.blend
+# enhancements: base + factor * (view - base), truncated, as Pillow's Image.blend
 
 
 def _blend(view: np.ndarray, base: np.ndarray | int, factor: float) -> np.ndarray:
-    """The float32 of addWeighted holds view * factor + base * (1 - factor) + FLOOR exactly, factors below 8."""
+    """Exact: for factors below 8, addWeighted's float32 holds view * factor + base * (1 - factor) + FLOOR."""
     factor = round(factor * FACTOR) / FACTOR
     if isinstance(base, int):
         return cv2.addWeighted(view, factor, view, 0, base * (1 - factor) + FLOOR)
@@ -121,7 +123,7 @@ def _sharpness(view: np.ndarray, factor: float, _: object) -> np.ndarray:
 
 
 def keys_taps(rest: float) -> np.ndarray:
-    """float32 (4,): weights of the pixels at -1, 0, 1, 2 for a place `rest` in 0..1 beyond pixel 0.
+    """float32 (4,): weights of the pixels at -1, 0, 1, 2 for a position `rest` in 0..1 beyond pixel 0.
 
     Multiples of 1 / TAP with sum 1, so that a filter's sums over 8-bit pixels are exact in any order.
     """
@@ -136,8 +138,8 @@ PHASES = 1 << REMAP
 PHASE_TAPS = [keys_taps(phase / PHASES)[None] for phase in range(PHASES)]
 
 
-def _filtered(view: np.ndarray, kernel: np.ndarray, anchor: tuple[int, int]) -> np.ndarray:
-    """The view under a filter of exact weights, cut off to whole numbers; the border's pixels go on."""
+def _filter(view: np.ndarray, kernel: np.ndarray, anchor: tuple[int, int]) -> np.ndarray:
+    """Filter with exact weights and truncate; the border is replicated."""
     return cv2.filter2D(
         view, -1, kernel, anchor=anchor, delta=-0.5 + 0.5 / TAP, borderType=cv2.BORDER_REPLICATE
     )
@@ -145,9 +147,9 @@ def _filtered(view: np.ndarray, kernel: np.ndarray, anchor: tuple[int, int]) -> 
 
 def _translate_x(view: np.ndarray, fraction: float, fill: Fill) -> np.ndarray:
     distance = fraction * view.shape[1]
-    whole = round(distance)  # so what is uncovered is what Pillow uncovers
+    whole = round(distance)  # uncovers the same pixels as Pillow
     before = distance < whole
-    moved = _filtered(view, keys_taps(distance - whole + before)[None], (1 + before, 0))
+    moved = _filter(view, keys_taps(distance - whole + before)[None], (1 + before, 0))
     width = max(0, view.shape[1] - abs(whole))
     left, right = max(0, -whole), max(0, whole)
     return cv2.copyMakeBorder(
@@ -160,7 +162,7 @@ def _translate_y(view: np.ndarray, fraction: float, fill: Fill) -> np.ndarray:
 
 
 def _shear_x(view: np.ndarray, factor: float, fill: Fill) -> np.ndarray:
-    """Every row moves by its own distance: rows of one phase (1/32 pixel) are filtered together."""
+    """Shift each row by its own distance; rows of the same phase (1/32 pixel) are filtered together."""
     height, width = view.shape[:2]
     step = round(factor * (1 << FIXED))
     # output (x, y) is input (x + factor (y + 1/2), y), to the nearest phase
@@ -175,7 +177,7 @@ def _shear_x(view: np.ndarray, factor: float, fill: Fill) -> np.ndarray:
     ends = np.searchsorted(phase[order], np.arange(PHASES + 1)).tolist()
     for taps, first, last in zip(PHASE_TAPS, ends, ends[1:], strict=False):
         if first < last:
-            rows[first:last] = _filtered(rows[first:last], taps, (1, 0))
+            rows[first:last] = _filter(rows[first:last], taps, (1, 0))
     out = np.empty_like(view)
     out[order] = rows[:, 1 : width + 1]
     return out
@@ -197,15 +199,15 @@ def _rotate(view: np.ndarray, degrees: float, fill: Fill) -> np.ndarray:
 def warp(view: np.ndarray, matrix: tuple[float, ...], fill: Fill) -> np.ndarray:
     """Image.transform(AFFINE, matrix, BICUBIC), to about 0.6 levels.
 
-    The coordinates are ours, in integers at 1/32 pixel, and the weights that OpenCV 4's remap has for
-    them are an integer table, so the bits hold with and without AVX2; those of its warpAffine, and of
-    OpenCV 5's remap, do not. Its kernel has a = -0.75; 5/16 of the difference from a linear sample
-    takes it to about a = -1, and 3/8 about to Pillow's cutting off (both fitted to photographs).
+    Coordinates are computed here, in integers of 1/32 pixel, and OpenCV 4's remap weighs pixels by an integer table, so
+    the bits are the same with and without AVX2; those of its warpAffine, and of OpenCV 5's remap, are not. Its kernel
+    has a = -0.75: adding 5/16 of the difference from a linear sample gives about a = -1, and subtracting 3/8 about
+    Pillow's truncation (both fitted to photographs).
     """
     height, width = view.shape[:2]
     a, b, c, d, e, f = (round(value * (1 << FIXED)) for value in matrix)
     half = (1 << FIXED) // 2
-    # centre to centre: x_in = a (x + 1/2) + b (y + 1/2) + c - 1/2, and a rounding half of 1/32
+    # pixel centres: x_in = a (x + 1/2) + b (y + 1/2) + c - 1/2, plus half of 1/32 for rounding
     rounding = 1 << (FIXED - REMAP - 1)
     columns, rows = np.arange(width, dtype=np.int32), np.arange(height, dtype=np.int32)
     x = (columns * a + ((a + b) // 2 + c - half + rounding))[None] + (rows * b)[:, None]
@@ -214,10 +216,10 @@ def warp(view: np.ndarray, matrix: tuple[float, ...], fill: Fill) -> np.ndarray:
     y >>= FIXED - REMAP
     whole = np.empty((height, width, 2), np.int16)
     whole[..., 0], whole[..., 1] = x >> REMAP, y >> REMAP
-    part = ((y & 31) << REMAP | (x & 31)).astype(np.uint16)
+    fraction = ((y & 31) << REMAP | (x & 31)).astype(np.uint16)
     cubic, linear = (
-        cv2.remap(view, whole, part, kind, borderMode=cv2.BORDER_CONSTANT, borderValue=fill)
-        for kind in (cv2.INTER_CUBIC, cv2.INTER_LINEAR)
+        cv2.remap(view, whole, fraction, interpolation, borderMode=cv2.BORDER_CONSTANT, borderValue=fill)
+        for interpolation in (cv2.INTER_CUBIC, cv2.INTER_LINEAR)
     )
     return cv2.addWeighted(cubic, 1 + 5 / 16, linear, -5 / 16, -3 / 8)
 

@@ -1,8 +1,8 @@
-"""Decode and render: image bytes and parameters to a view, a uint8 picture 3 x size x size.
+"""Render a view, a uint8 image 3 x size x size, from a decoded image and drawn parameters.
 
-Order and semantics are DeiT's through timm: random resized crop (bicubic, antialiased), flip,
-RandAugment or AutoAugment or colour jitter, erasing. Only kernels whose bits hold on every machine
-are used: torch's antialiased uint8 resize, and those of pipeline.views.ops.
+Order and semantics are those of DeiT's timm transforms: random resized crop (bicubic, antialiased), flip, RandAugment
+or AutoAugment or colour jitter, erasing. Only kernels that give the same bits on every machine are used: torch's
+antialiased uint8 resize, and those of pipeline.views.ops.
 """
 
 from functools import lru_cache
@@ -20,16 +20,16 @@ from pipeline.views.ops import apply_op
 
 
 def render(image: np.ndarray, params: ViewParams, recipe: Recipe, out: np.ndarray | None = None) -> np.ndarray:
-    """One view of an image.
+    """Render one view of an image.
 
     Args:
         image: uint8 (height, width, 3).
         params: from `draw_view`, for this image's width and height.
-        recipe: gives size, fill colour and noise.
+        recipe: its size, mean (fill colour and noise) and std (noise) are used.
         out: uint8 (3, size, size), C-contiguous, to write to.
 
     Returns:
-        uint8 (3, size, size), C-contiguous: `out` if given; a function of the other arguments alone.
+        uint8 (3, size, size), C-contiguous: `out` if given; it depends on the other arguments only.
     """
     left, top, width, height = params.crop
     view = _resize(image[top : top + height, left : left + width], recipe.size, recipe.size)
@@ -56,9 +56,9 @@ def _fill(mean: tuple[float, ...]) -> tuple[int, int, int]:
 
 
 def center_view(image: np.ndarray, size: int, crop: float) -> np.ndarray:
-    """The evaluation view: the short side to int(size / crop), then the centre.
+    """Render the evaluation view: resize the short side to int(size / crop), then crop the centre.
 
-    torchvision's Resize(int(size / crop), bicubic) and CenterCrop(size), as DeiT evaluates.
+    torchvision's Resize(int(size / crop), bicubic) and CenterCrop(size), as in DeiT's evaluation.
     uint8 (height, width, 3) to uint8 (3, size, size).
     """
     height, width = image.shape[:2]
@@ -73,7 +73,7 @@ def center_view(image: np.ndarray, size: int, crop: float) -> np.ndarray:
 
 
 def _resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Antialiased bicubic, as Pillow's to within 1 level (mean difference 0.02).
+    """Resize, antialiased bicubic; within 1 level of Pillow's result (mean difference 0.02).
 
     uint8 (rows, columns, 3) to uint8 (3, height, width), C-contiguous.
     """
@@ -84,12 +84,12 @@ def _resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
     return out[0].contiguous().numpy()
 
 
-def _erase(picture: np.ndarray, box: Box, noise_key: bytes, recipe: Recipe) -> None:
-    """Noise into a box of a picture (3, size, size), in place."""
+def _erase(view: np.ndarray, box: Box, noise_key: bytes, recipe: Recipe) -> None:
+    """Fill a box of a view (3, size, size) with noise, in place."""
     left, top, width, height = box
     index = noise_words(noise_key, 3 * width * height).reshape(3, height, width)
-    for plane, table, places in zip(picture, _noise_table(recipe.mean, recipe.std), index, strict=True):
-        plane[top : top + height, left : left + width] = table[places]
+    for plane, table, words in zip(view, _noise_table(recipe.mean, recipe.std), index, strict=True):
+        plane[top : top + height, left : left + width] = table[words]
 
 
 @lru_cache
