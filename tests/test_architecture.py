@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent
 # A package imports only packages listed above it; stages stand between `report` and `cli`.
 ORDER = ("common", "config", "shards", "views", "batches", "models", "store", "training", "report", "cli")
 
+MAX_MODULE, MAX_FUNCTION = 300, 50  # lines
+
 STAGE_MODULES = {
     "prepare": "prepare",
     "needed": "needed",
@@ -142,3 +144,17 @@ def test_no_tracked_file_is_large():
         pytest.skip("not a git checkout")
     large = [name for name in listed.stdout.split("\0") if name and (ROOT / name).stat().st_size > 1_000_000]
     assert not large
+
+
+def test_modules_and_functions_stay_short_enough_to_read_at_once():
+    long = []
+    for path in sorted(path for folder in ("pipeline", "stages", "bench") for path in (ROOT / folder).rglob("*.py")):
+        text, name = path.read_text(), str(path.relative_to(ROOT))
+        if (lines := len(text.splitlines())) > MAX_MODULE:
+            long.append(f"{name}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > MAX_FUNCTION:
+                    long.append(f"{name}, {node.name}: {lines} lines")
+    assert long == []
