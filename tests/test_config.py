@@ -107,7 +107,7 @@ def test_a_mean_that_is_no_number_is_refused():
         ({"recipe": {"scale": [0.9, 0.1]}}, ["recipe.scale", "low <= high"]),
         ({"recipe": {"auto_augment": "rand-m9"}}, ["recipe.auto_augment", "-inc1"]),
         ({"recipe": {"auto_augment": "original-m9"}}, ["recipe.auto_augment", "'m9'", "original-m9"]),
-        ({"recipe": {"auto_augment": "3a"}}, ["recipe.auto_augment", "originalr", "v0", "'3a'"]),
+        ({"recipe": {"auto_augment": "3a"}}, ["recipe.auto_augment", "original", "'3a'"]),
         ({"recipe": {"color_jitter": 1.5}}, ["recipe.color_jitter", "1.5"]),
     ],
 )
@@ -214,7 +214,7 @@ def configs(draw) -> Config:
                 "size": draw(st.integers(8, 4096)),
                 "scale": sorted(draw(st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)))),
                 "hflip": draw(fractions),
-                "auto_augment": draw(st.sampled_from([None, "rand-inc1", "rand-m9-mstd0.5-inc1", "v0r"])),
+                "auto_augment": draw(st.sampled_from([None, "rand-inc1", "rand-m9-mstd0.5-inc1", "original"])),
                 "color_jitter": draw(fractions),
                 "mean": draw(st.lists(fractions, min_size=3, max_size=3)),
                 "group_size": group,

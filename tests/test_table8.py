@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.params import load
-from pipeline.config.policies import AUTO_AUGMENT
+from pipeline.config.policies import ORIGINAL
 from pipeline.config.schema import Config, Finetune, Recipe, Student
 from pipeline.views.draw import draw_mix, draw_view
 
@@ -57,7 +57,7 @@ def test_without_randaugment_only_colours_are_jittered():
 
 
 def test_autoaugment_draws_its_policy_s_ops():
-    known = {name for pair in AUTO_AUGMENT["original"] for name, _, _ in pair}
+    known = {name for pair in ORIGINAL for name, _, _ in pair}
     assert {name for view in views("autoaugment") for name, _ in view.ops} == known
 
 

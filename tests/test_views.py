@@ -479,14 +479,15 @@ def painted(width: int, height: int) -> np.ndarray:
     return ((np.stack(planes, axis=-1) + noise.astype(np.int64)) % 256).astype(np.uint8)
 
 
-# 40 views with three ops each, 8 and 8 of AutoAugment, 8 of colour jitter
-GOLDEN_TEXTS = ["rand-m9-mstd0.5-n3-p1-inc1"] * 40 + ["original-mstd0.5"] * 8 + ["v0"] * 8 + [None] * 8
+# 40 views with three ops each, 8 of AutoAugment, 8 of colour jitter, 1 with AutoAugment's Solarize
+GOLDEN_TEXTS = ["rand-m9-mstd0.5-n3-p1-inc1"] * 40 + ["original-mstd0.5"] * 8 + [None] * 8 + ["original-mstd0.5"]
+GOLDEN_NUMBERS = [*range(48), *range(56, 65)]
 GOLDEN_KEY = "golden123"
-GOLDEN = ["ee6d1896", "213343f2", "3731357f", "07dd3ec0", "5051e76d", "95cf6190", "537b63fa", "4c3fabb4", "1c7725c3", "48a281fc", "2dc1eda8", "8482087d", "5ad7d086", "ac719f3f", "9c88b071", "e290deb2", "5c293508", "06ed751b", "b4c6bddc", "b7d7be8c", "79abefdb", "2c3e9ba4", "91a5a7da", "0c9e75e3", "f3fea1b9", "00023e54", "23331720", "1b10e023", "e2a938f0", "c152e2fe", "dce28e25", "ba5abe81", "efb89b86", "f9bb8bbc", "5641ced8", "1fd98bf8", "563e31a8", "d9fc34c9", "f5bdddf6", "e092bc22", "6cacdd73", "fee09fe1", "8a74fc8a", "ce50c451", "3064be88", "5b61b59e", "feaa0486", "ef48e629", "cd565583", "f6c907dd", "2cf1e9a7", "ff3be5c9", "9f634959", "6fc8e34c", "00b928bb", "8687b458", "afef6670", "a43e91f9", "4ac7b5dd", "394ec1e2", "1ed6d555", "3cf1359d", "14c2d78d", "18df463a"]
+GOLDEN = ["ee6d1896", "213343f2", "3731357f", "07dd3ec0", "5051e76d", "95cf6190", "537b63fa", "4c3fabb4", "1c7725c3", "48a281fc", "2dc1eda8", "8482087d", "5ad7d086", "ac719f3f", "9c88b071", "e290deb2", "5c293508", "06ed751b", "b4c6bddc", "b7d7be8c", "79abefdb", "2c3e9ba4", "91a5a7da", "0c9e75e3", "f3fea1b9", "00023e54", "23331720", "1b10e023", "e2a938f0", "c152e2fe", "dce28e25", "ba5abe81", "efb89b86", "f9bb8bbc", "5641ced8", "1fd98bf8", "563e31a8", "d9fc34c9", "f5bdddf6", "e092bc22", "6cacdd73", "fee09fe1", "8a74fc8a", "ce50c451", "3064be88", "5b61b59e", "feaa0486", "ef48e629", "afef6670", "a43e91f9", "4ac7b5dd", "394ec1e2", "1ed6d555", "3cf1359d", "14c2d78d", "18df463a", "4c40c0de"]
 
 
 def golden_params(key: str) -> list[ViewParams]:
-    return [draw_view(golden_recipe(text), key, view, 160, 120) for view, text in enumerate(GOLDEN_TEXTS)]
+    return [draw_view(golden_recipe(text), key, view, 160, 120) for view, text in zip(GOLDEN_NUMBERS, GOLDEN_TEXTS, strict=True)]
 
 
 def golden_recipe(text: str | None) -> Recipe:
@@ -514,6 +515,6 @@ def test_views_are_the_recorded_ones():
     for text, params in zip(GOLDEN_TEXTS, golden_params(GOLDEN_KEY), strict=True):
         digests.append(hashlib.blake2b(render(image, params, golden_recipe(text)), digest_size=4).hexdigest())
     changed = [view for view, digest in enumerate(digests) if GOLDEN[view : view + 1] != [digest]]
-    lines = "\n".join(" ".join(digests[i : i + 8]) for i in range(0, 64, 8))
+    lines = "\n".join(" ".join(digests[i : i + 8]) for i in range(0, 57, 8))
     advice = "if that is meant, bump VIEWS_VERSION in pipeline/views/draw.py and record"
     assert not changed, f'views {changed} changed; {advice}\nGOLDEN = """\n{lines}\n""".split()'

@@ -1,8 +1,7 @@
-"""RandAugment and AutoAugment: what timm's config strings mean, as plain data.
+"""RandAugment and AutoAugment policies as plain data, parsed from timm's config strings.
 
-Semantics are those of timm.data.auto_augment. A policy is a list of alternatives, each a sequence
-of ops with a probability and a magnitude; RandAugment is written the short way, as layers that all
-choose from one set.
+Semantics are those of timm.data.auto_augment. AutoAugment chooses one of several sub-policies, each a sequence of ops
+with probabilities and magnitudes; RandAugment chooses several ops from one set.
 """
 
 import math
@@ -17,9 +16,8 @@ INCREASING_OPS = (
     "SharpnessIncreasing", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel",
 )  # fmt: skip
 
-# Pairs of op, probability, magnitude. `original` is table 9 of arXiv 1805.09501, `v0` the policy of
-# the TPU EfficientNet code; both posterize in one of two ways, which the name's last letter decides.
-_ORIGINAL = """
+# Sub-policies of two ops with probability and magnitude: table 9 of arXiv 1805.09501.
+_ORIGINAL_TEXT = """
     Posterize 0.4 8, Rotate 0.6 9;       Solarize 0.6 5, AutoContrast 0.6 5;  Equalize 0.8 8, Equalize 0.6 3
     Posterize 0.6 7, Posterize 0.6 6;    Equalize 0.4 7, Solarize 0.2 4;      Equalize 0.4 4, Rotate 0.8 8
     Solarize 0.6 3, Equalize 0.6 7;      Posterize 0.8 5, Equalize 1.0 2;     Rotate 0.2 3, Solarize 0.6 8
@@ -30,46 +28,21 @@ _ORIGINAL = """
     Solarize 0.6 5, AutoContrast 0.6 5;  Invert 0.6 4, Equalize 1.0 8;        Color 0.6 4, Contrast 1.0 8
     Equalize 0.8 8, Equalize 0.6 3
 """
-_V0 = """
-    Equalize 0.8 1, ShearY 0.8 4;     Color 0.4 9, Equalize 0.6 3;           Color 0.4 1, Rotate 0.6 8
-    Solarize 0.8 3, Equalize 0.4 7;   Solarize 0.4 2, Solarize 0.6 2;        Color 0.2 0, Equalize 0.8 8
-    Equalize 0.4 8, SolarizeAdd 0.8 3;  ShearX 0.2 9, Rotate 0.6 8;          Color 0.6 1, Equalize 1.0 2
-    Invert 0.4 9, Rotate 0.6 0;       Equalize 1.0 9, ShearY 0.6 3;          Color 0.4 7, Equalize 0.6 0
-    Posterize 0.4 6, AutoContrast 0.4 7;  Solarize 0.6 8, Color 0.6 9;       Solarize 0.2 4, Rotate 0.8 9
-    Rotate 1.0 7, TranslateYRel 0.8 9;  ShearX 0.0 0, Solarize 0.8 4;        ShearY 0.8 0, Color 0.6 4
-    Color 1.0 0, Rotate 0.6 2;        Equalize 0.8 4, Equalize 0.0 8;        Equalize 1.0 4, AutoContrast 0.6 2
-    ShearY 0.4 7, SolarizeAdd 0.6 7;  Posterize 0.8 2, Solarize 0.6 10;      Solarize 0.6 8, Equalize 0.6 1
-    Color 0.8 6, Rotate 0.4 5
-"""
 
 FACTOR = 1 << 12  # enhancement factors are multiples of 1 / FACTOR, so that blending with them is exact
-MAX_MAGNITUDE = 60  # whose factor is below 8, as far as blending is exact
+MAX_MAGNITUDE = 60  # its factor is below 8, up to which blending is exact
 
 SubPolicy = tuple[tuple[str, float, float], ...]
-"""Ops that follow one another: name, probability, magnitude."""
-
-
-def _policy(text: str, posterize: str) -> tuple[SubPolicy, ...]:
-    pairs = re.split(r"[;\n]", text.strip().replace("Posterize", posterize))
-    ops = [[op.split() for op in pair.split(",")] for pair in pairs]
-    return tuple(tuple((name, float(p), float(m)) for name, p, m in pair) for pair in ops)
-
-
-AUTO_AUGMENT = {
-    "original": _policy(_ORIGINAL, "PosterizeOriginal"),
-    "originalr": _policy(_ORIGINAL, "PosterizeIncreasing"),
-    "v0": _policy(_V0, "Posterize"),
-    "v0r": _policy(_V0, "PosterizeIncreasing"),
-}
+"""Ops applied in order: name, probability, magnitude."""
 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """`layers` ops out of INCREASING_OPS, with replacement; each fires with probability `prob`."""
+    """`layers` ops from INCREASING_OPS, drawn with replacement; each is applied with probability `prob`."""
 
     magnitude: float = 10.0
     std: float = 0.0
-    """Of the normal that the magnitude is drawn from; inf: uniform up to the magnitude."""
+    """Standard deviation of the magnitude, which is normal; inf: uniform up to `magnitude`."""
     layers: int = 2
     prob: float = 0.5
     magnitude_max: float = 10.0
@@ -77,28 +50,35 @@ class RandAugment:
 
 @dataclass(frozen=True)
 class AutoAugment:
-    """One sub-policy a view, each with the same chance."""
+    """One sub-policy per view, chosen uniformly."""
 
     policy: tuple[SubPolicy, ...]
     std: float = 0.0
+    """Standard deviation of each magnitude, which is normal; 0: the policy's own magnitude."""
+
+
+ORIGINAL = tuple(
+    tuple((name, float(p), float(m)) for name, p, m in map(str.split, pair.split(",")))
+    for pair in re.split(r"[;\n]", _ORIGINAL_TEXT.strip().replace("Posterize", "PosterizeOriginal"))
+)
+"""AutoAugment's policy for ImageNet."""
 
 
 def parse_policy(text: str) -> RandAugment | AutoAugment:
-    """Read timm's config string.
+    """Parse a timm config string.
 
-    `rand-m9-mstd0.5-inc1`: m magnitude, mstd its standard deviation (> 100: uniform), mmax its
-    upper bound, n ops a view, p probability of each, inc1 the increasing set (no other is known).
-    `original`, `originalr`, `v0`, `v0r`, with `-mstd0.5` or without: AutoAugment.
+    `rand-m9-mstd0.5-inc1` is RandAugment: m magnitude, mstd its standard deviation (> 100: uniform), mmax its upper
+    bound, n ops per view, p their probability, inc1 the increasing set (the only one supported). `original`, with or
+    without `-mstd0.5`, is AutoAugment.
 
     Raises:
-        ValueError: with the part that is not understood.
+        ValueError: names the part that is invalid.
     """
     name, *parts = text.split("-")
-    if name in AUTO_AUGMENT:
-        return AutoAugment(AUTO_AUGMENT[name], **_auto_fields(text, parts))
+    if name == "original":
+        return AutoAugment(ORIGINAL, **_auto_fields(text, parts))
     if name != "rand":
-        known = ", ".join(AUTO_AUGMENT)
-        raise ValueError(f"a timm string such as rand-m9-mstd0.5-inc1, or one of {known}, not {text!r}")
+        raise ValueError(f"a timm string such as rand-m9-mstd0.5-inc1 or original, not {text!r}")
     return RandAugment(**_rand_fields(text, parts))
 
 
@@ -127,13 +107,13 @@ def _rand_fields(text: str, parts: list[str]) -> dict[str, Any]:
         elif key == "n":
             fields["layers"] = int(value)
         elif key == "mmax":
-            fields["magnitude_max"] = value or 10.0  # as timm takes it
+            fields["magnitude_max"] = value or 10.0  # as in timm
             if value > MAX_MAGNITUDE:
                 raise ValueError(f"mmax at most {MAX_MAGNITUDE}, not {value:g} in {text!r}")
         else:
             fields[{"m": "magnitude", "p": "prob"}[key]] = value
     if not increasing:
-        raise ValueError(f"the increasing set only: add -inc1 to {text!r}")
+        raise ValueError(f"only the increasing set is supported: add -inc1 to {text!r}")
     return fields
 
 
@@ -142,18 +122,15 @@ def _factor(value: float) -> float:
 
 
 def op_argument(name: str, magnitude: float, negate: bool) -> float | None:
-    """What an op takes at a magnitude in 0..10 (timm.data.auto_augment.LEVEL_TO_ARG).
+    """The argument of an op for a magnitude in 0..10 (timm.data.auto_augment.LEVEL_TO_ARG).
 
-    Degrees for Rotate, bits to keep for Posterize, a threshold for Solarize, an addend for
-    SolarizeAdd, a factor for the enhancements and shears, a fraction of the side for translations;
-    None for an op that takes nothing.
+    Degrees for Rotate, bits to keep for Posterize, a threshold for Solarize, an addend for SolarizeAdd, a factor for
+    enhancements and shears, a fraction of the side for translations; None for an op without an argument.
     """
     level, sign = magnitude / 10, -1.0 if negate else 1.0
     match name:
         case "Rotate":
             return sign * level * 30
-        case "Posterize":
-            return int(level * 4)
         case "PosterizeIncreasing":
             return 4 - int(level * 4)
         case "PosterizeOriginal":

@@ -229,7 +229,6 @@ OPS: dict[str, Callable[[np.ndarray, Any, Fill], np.ndarray]] = {
     "Equalize": _equalize,
     "Invert": _invert,
     "Rotate": _rotate,
-    "Posterize": _posterize,
     "PosterizeIncreasing": _posterize,
     "PosterizeOriginal": _posterize,
     "Solarize": _solarize,
