@@ -278,7 +278,7 @@ def test_a_dry_run_before_prepare_says_what_is_not_yet_there(project, command):
 
 FORESEEN = {
     "missing weights": ("teacher", "teacher.weights=absent.safetensors", "absent.safetensors"),
-    "no such tag": ("teacher", "teacher.weights=regnety_160.nobody", "timm knows no such weights"),
+    "no such tag": ("teacher", "teacher.weights=regnety_160.nobody", "no such weights in timm"),
     "no such teacher": ("teacher", "teacher.model=regnety_999", "regnety_9"),
     "its arguments": ("teacher-logits", "teacher.kwargs.depht=3", "depht"),
     "no such student": ("train-student", "student.model=deit_huge", "deit_huge"),
@@ -303,7 +303,7 @@ def test_weights_of_another_number_of_classes_are_refused_by_a_dry_run_and_by_th
         assert "weights of another model" in said and "fc.weight" in said
         tag = "teacher.weights=test_resnet.r160_in1k"
         said = call("teacher", "--device", "cpu", *dry, *weights, tag, code=2)
-        assert "weights of 1,000" in said and "10 classes" in said
+        assert "weights for 1,000" in said and "10 classes" in said
 
 
 @pytest.mark.parametrize("dry", [["--dry-run"], []])

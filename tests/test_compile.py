@@ -1,4 +1,4 @@
-"""`compile: true` on a CPU: the losses and the answers of plain torch, but for rounding."""
+"""`compile: true` on a CPU: losses and predictions are those of plain torch up to rounding."""
 
 import shutil
 from pathlib import Path
@@ -46,7 +46,7 @@ def all_logits(config: Config) -> np.ndarray:
     return np.concatenate([store.read(shard, view, "dense").payload for shard in shards for view in views])
 
 
-def test_a_compiled_teacher_answers_as_a_plain_one(taught):  # noqa: F811
+def test_a_compiled_teacher_predicts_as_a_plain_one(taught):  # noqa: F811
     plain = all_logits(taught)
     shutil.rmtree("work/stores")
     teacher_logits.run(loaded("teacher_logits.compile=true"), CPU)

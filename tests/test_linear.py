@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: equal to torch's but for rounding, in values and gradients."""
+"""Linear layers computed by oneDNN: values and gradients are those of torch up to rounding."""
 
 import copy
 

@@ -27,12 +27,12 @@ from test_prepare import index_of, samples, write_shards
 from test_store import (
     SAMPLES,
     VIEWS,
-    answers,
     create,
     every_kind,
     fill,
     filled,  # noqa: F401  (fixture)
     opened,
+    predictions_of,
     refusal,
 )
 from test_training import loaded, taught, taught_template  # noqa: F401  (fixtures)
@@ -478,10 +478,10 @@ def test_store_at_s3_has_the_bytes_of_a_local_one(kind, filled, url, bucket):  #
 
 
 @every_kind
-def test_answers_at_s3_are_read_as_they_were_written(kind, stored):
+def test_predictions_at_s3_are_read_as_they_were_written(kind, stored):
     store = opened(stored(kind))
     for unit in store.units(VIEWS):
-        buffers, checks = answers(unit, kind)
+        buffers, checks = predictions_of(unit, kind)
         for place in range(len(checks)):
             found = store.read(unit.shard, unit.block * len(checks) + place, kind)
             assert np.array_equal(found.argmax, buffers["argmax"][place])
@@ -495,7 +495,7 @@ def test_list_of_missing_units_at_s3_shrinks_by_what_is_written(kind, url):
     left = store.units(VIEWS)
     assert store.missing(VIEWS, kind) == left
     for unit in list(left):
-        store.write_unit(unit, *answers(unit, kind))
+        store.write_unit(unit, *predictions_of(unit, kind))
         left.remove(unit)
         assert store.missing(VIEWS, kind) == opened(url).missing(VIEWS, kind) == left
 
@@ -505,7 +505,7 @@ def test_units_that_another_machine_writes_are_seen_at_once(url, filled, bucket)
     assert len(store.missing(VIEWS, "topk")) == 6
     bucket.upload(filled("topk"), "s.zarr")
     assert store.missing(VIEWS, "topk") == []
-    assert store.read(1, 2, "topk").argmax.tolist() == answers(Unit(1, 1), "topk")[0]["argmax"][0].tolist()
+    assert store.read(1, 2, "topk").argmax.tolist() == predictions_of(Unit(1, 1), "topk")[0]["argmax"][0].tolist()
 
 
 @every_kind
@@ -553,9 +553,9 @@ def test_removing_a_unit_that_is_not_at_s3_changes_nothing(url, bucket):
 
 def test_unit_written_since_the_last_listing_is_removed_from_s3(url):
     store = create(url)
-    store.write_unit(Unit(0, 0), *answers(Unit(0, 0), "argmax"))
+    store.write_unit(Unit(0, 0), *predictions_of(Unit(0, 0), "argmax"))
     store.missing(VIEWS, "argmax")
-    store.write_unit(Unit(1, 0), *answers(Unit(1, 0), "argmax"))
+    store.write_unit(Unit(1, 0), *predictions_of(Unit(1, 0), "argmax"))
     store.remove_unit(Unit(1, 0))
     assert Unit(1, 0) in opened(url).missing(VIEWS, "argmax")
 
@@ -640,7 +640,7 @@ def dumped(remote, bucket) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_store_at_s3_of_shards_at_s3_has_the_answers_of_the_local_one(workers, remote, bucket):
+def test_store_at_s3_of_shards_at_s3_has_the_predictions_of_the_local_one(workers, remote, bucket):
     local = chunks_of(tree(Path("work/stores")))
     config = loaded(*remote, f"work={bucket.url}/work", f"teacher_logits.workers={workers}")
     teacher_logits.run(config, CPU)

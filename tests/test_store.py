@@ -1,4 +1,4 @@
-"""The store of answers: what is written is read; what is missing, damaged or another's is refused."""
+"""The store: what is written is read; what is missing, damaged or another experiment's is refused."""
 
 import errno
 import json
@@ -71,7 +71,7 @@ def encode(kind: str, logits: torch.Tensor, top_k: int) -> tuple[np.ndarray, np.
     return to_numpy("argmax", argmax), None if payload is None else to_numpy(kind, payload)
 
 
-def answers(unit: Unit, kind: str, seed=0) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def predictions_of(unit: Unit, kind: str, seed=0) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Seeded buffers and checks of a unit."""
     rng = np.random.default_rng([seed, unit.shard, unit.block])
     samples = SAMPLES[unit.shard]
@@ -85,7 +85,7 @@ def answers(unit: Unit, kind: str, seed=0) -> tuple[dict[str, np.ndarray], np.nd
 
 def fill(store: Store, kind: str, views=VIEWS, seed=0, units=None) -> Store:
     for unit in units or all_units(len(SAMPLES), views, RECIPE):
-        store.write_unit(unit, *answers(unit, kind, seed))
+        store.write_unit(unit, *predictions_of(unit, kind, seed))
     return store
 
 
@@ -150,7 +150,7 @@ def whole_units(draw, kind: str):
 
 
 @every_kind
-def test_answers_are_read_as_they_were_written(kind, tmp_path):
+def test_predictions_are_read_as_they_were_written(kind, tmp_path):
     store = create(tmp_path / "s.zarr", kind)
 
     @property_settings
@@ -173,7 +173,7 @@ def test_answers_are_read_as_they_were_written(kind, tmp_path):
 def test_units_do_not_touch_one_another(kind, filled):
     reader = opened(filled(kind))
     for unit in all_units(len(SAMPLES), VIEWS, RECIPE):
-        buffers, checks = answers(unit, kind)
+        buffers, checks = predictions_of(unit, kind)
         for place in range(BLOCK):
             found = reader.read(unit.shard, BLOCK * unit.block + place, kind)
             assert np.array_equal(found.argmax, buffers["argmax"][place])
@@ -183,7 +183,7 @@ def test_units_do_not_touch_one_another(kind, filled):
 
 @pytest.mark.parametrize("kind", ["topk", "dense", "dense8"])
 def test_argmax_is_in_every_kind(kind, filled):
-    expected = answers(Unit(1, 1), kind)[0]["argmax"][1]
+    expected = predictions_of(Unit(1, 1), kind)[0]["argmax"][1]
     assert np.array_equal(opened(filled(kind)).read(1, 3).argmax, expected)
 
 
@@ -192,9 +192,9 @@ def test_kind_that_was_not_stored_is_refused_with_what_there_is(filled):
     assert "no dense" in message and "argmax" in message and "teacher_logits.kind" in message
 
 
-def test_answer_whose_bits_are_the_fill_values_is_stored_all_the_same(tmp_path):
+def test_predictions_whose_bits_are_the_fill_value_are_stored(tmp_path):
     store = create(tmp_path / "s.zarr", "topk")
-    buffers, checks = answers(Unit(0, 0), "topk")
+    buffers, checks = predictions_of(Unit(0, 0), "topk")
     buffers["topk"][:] = 65535
     store.write_unit(Unit(0, 0), buffers, checks)
     assert (opened(tmp_path / "s.zarr").read(0, 1, "topk").payload == 65535).all()
@@ -207,7 +207,7 @@ def test_store_at_a_url_is_written_listed_and_read():
     fill(store, "topk")
     reader = opened(path)
     assert reader.missing(VIEWS, "topk") == []
-    assert reader.read(2, 3, "topk").argmax.tolist() == answers(Unit(2, 1), "topk")[0]["argmax"][1].tolist()
+    assert reader.read(2, 3, "topk").argmax.tolist() == predictions_of(Unit(2, 1), "topk")[0]["argmax"][1].tolist()
 
 
 @every_kind
@@ -219,7 +219,7 @@ def test_xarray_opens_it_with_named_dimensions(kind, filled):
         if kind != "argmax":
             assert data[kind].dims == ("view", "row", {"topk": "packed", "dense": "class", "dense8": "class"}[kind])
         row = 1 * max(SAMPLES) + 4  # shard by shard, with equal capacity
-        assert int(data["argmax"][3, row]) == answers(Unit(1, 1), kind)[0]["argmax"][1, 4]
+        assert int(data["argmax"][3, row]) == predictions_of(Unit(1, 1), kind)[0]["argmax"][1, 4]
 
 
 def test_attributes_say_what_the_store_is_of(filled):
@@ -263,7 +263,7 @@ def test_list_of_missing_units_shrinks_by_what_is_written(kind, tmp_path):
     left = all_units(len(SAMPLES), VIEWS, RECIPE)
     assert store.missing(VIEWS, kind) == left
     for unit in random.Random(3).sample(left, len(left)):
-        store.write_unit(unit, *answers(unit, kind))
+        store.write_unit(unit, *predictions_of(unit, kind))
         left.remove(unit)
         assert store.missing(VIEWS, kind) == opened(tmp_path / "s.zarr").missing(VIEWS, kind) == left
     assert left == []
@@ -280,7 +280,7 @@ def test_shard_without_a_sample_misses_nothing(tmp_path):
     assert [unit.shard for unit in store.missing(VIEWS, "argmax")] == [0, 2, 0, 2]
 
 
-def test_an_array_whose_width_was_never_used_is_made_anew(tmp_path):
+def test_an_array_whose_width_was_never_used_is_created_again(tmp_path):
     create(tmp_path / "s.zarr", "topk", top_k=4)
     store = fill(create(tmp_path / "s.zarr", "topk"), "topk")
     assert store.missing(VIEWS, "topk") == [] == damage_in(tmp_path / "s.zarr", "topk")
@@ -323,7 +323,7 @@ class Dying(dict):
 def test_unit_of_a_writer_that_died_is_missing(kind, rewriting, copy, tmp_path):
     path = copy(kind) if rewriting else tmp_path / "s.zarr"
     store = create(path, kind)
-    buffers, checks = answers(Unit(1, 1), kind, seed=8)
+    buffers, checks = predictions_of(Unit(1, 1), kind, seed=8)
     with pytest.raises(KeyboardInterrupt):
         store.write_unit(Unit(1, 1), Dying(buffers), checks)
     assert Unit(1, 1) in {unit_of(chunk, path) for chunk in chunks(path / kind)}  # there already
@@ -334,7 +334,7 @@ def test_unit_of_a_writer_that_died_is_missing(kind, rewriting, copy, tmp_path):
 @every_kind
 def test_unit_of_a_writer_that_died_is_written_again(kind, copy):
     path = copy(kind)
-    buffers, checks = answers(Unit(1, 1), kind, seed=8)
+    buffers, checks = predictions_of(Unit(1, 1), kind, seed=8)
     with pytest.raises(KeyboardInterrupt):
         create(path, kind).write_unit(Unit(1, 1), Dying(buffers), checks)
     fill(create(path, kind), kind, units=[Unit(1, 1)])
@@ -344,7 +344,7 @@ def test_unit_of_a_writer_that_died_is_written_again(kind, copy):
 def test_kind_whose_checksums_a_dead_writer_of_another_kind_lost_is_missing_or_whole(copy):
     path = copy("dense")
     fill(create(path, "topk"), "topk")
-    buffers, checks = answers(Unit(1, 1), "topk")
+    buffers, checks = predictions_of(Unit(1, 1), "topk")
     with pytest.raises(KeyboardInterrupt):
         create(path, "topk").write_unit(Unit(1, 1), Dying(buffers), checks)
     create(path, "topk").write_unit(Unit(1, 1), buffers, checks)
@@ -381,7 +381,7 @@ def test_another_kind_is_added_beside_the_first(copy):
 
 def test_writing_the_argmax_again_leaves_the_payload_valid(copy):
     path = copy("topk")
-    buffers, checks = answers(Unit(0, 0), "topk")
+    buffers, checks = predictions_of(Unit(0, 0), "topk")
     create(path, "argmax").write_unit(Unit(0, 0), {"argmax": buffers["argmax"]}, checks)
     assert damage_in(path, "topk") == []
 
@@ -506,7 +506,7 @@ def test_damaged_chunk_is_found_when_the_view_is_read_or_the_unit(kind, copy):
 
 @every_kind
 @pytest.mark.parametrize("name", ["argmax", "check", "payload"])
-def test_damaged_unit_is_mended_by_writing_it_again(kind, name, copy):
+def test_damaged_unit_is_repaired_by_writing_it_again(kind, name, copy):
     path = copy(kind)
     name = kind if name == "payload" else name
     chunk = next(c for c in chunks(path / name) if unit_of(c, path) == Unit(1, 0))
@@ -519,7 +519,7 @@ def test_damaged_unit_is_mended_by_writing_it_again(kind, name, copy):
 
 
 @every_kind
-def test_bit_flipped_in_the_descriptions_is_refused_or_changes_no_answer(kind, copy):
+def test_bit_flipped_in_the_metadata_is_refused_or_changes_no_prediction(kind, copy):
     path, rng = copy(kind), random.Random(7)
     expected = [opened(path).read(2, view, kind) for view in range(VIEWS)]
     unfound = []
@@ -529,9 +529,9 @@ def test_bit_flipped_in_the_descriptions_is_refused_or_changes_no_answer(kind, c
         place = rng.randrange(len(whole))
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(7)]) + whole[place + 1 :])
         try:
-            for view, answer in enumerate(expected):
+            for view, predictions in enumerate(expected):
                 found = opened(path).read(2, view, kind)
-                for name, value in vars(answer).items():
+                for name, value in vars(predictions).items():
                     if value is not None and getattr(found, name).tobytes() != value.tobytes():
                         unfound.append(f"{file.parent.name} {place}: another {name}")
         except PipelineError:
@@ -566,7 +566,7 @@ def test_unit_that_cannot_be_read_now_is_not_damaged(name, error, copy, monkeypa
 
 
 @pytest.mark.parametrize("error", SHORTAGES, ids=repr)
-def test_description_that_cannot_be_read_now_is_not_damaged(error, copy, monkeypatch):
+def test_metadata_that_cannot_be_read_now_is_not_damaged(error, copy, monkeypatch):
     path = copy("dense")
 
     def short(*_):
@@ -599,7 +599,7 @@ def test_a_chunk_that_cannot_be_read_now_takes_no_other_kind_back(copy, monkeypa
 
     monkeypatch.setattr(Store, "_bytes", short)
     with pytest.raises(Unreadable):
-        store.write_unit(Unit(1, 1), *answers(Unit(1, 1), "argmax"))
+        store.write_unit(Unit(1, 1), *predictions_of(Unit(1, 1), "argmax"))
     assert tree(path) == before
 
 
@@ -642,7 +642,7 @@ def test_too_little_memory_is_no_damage(room, tmp_path):
 def test_full_disk_is_told_plainly_and_leaves_the_unit_missing(tmp_path):
     store = create(tmp_path / "s.zarr", "dense")
     with full_disk(100):
-        message = refusal(store.write_unit, Unit(0, 0), *answers(Unit(0, 0), "dense"))
+        message = refusal(store.write_unit, Unit(0, 0), *predictions_of(Unit(0, 0), "dense"))
     assert f"{tmp_path}/s.zarr: the store cannot be written" in message and "make room" in message
     assert Unit(0, 0) in opened(tmp_path / "s.zarr").missing(VIEWS, "dense")
 
@@ -759,7 +759,7 @@ def test_manifest_lists_every_unit(kind, filled):
 
 
 @every_kind
-def test_manifest_changes_in_the_unit_that_another_answer_stands_in(kind, copy):
+def test_manifest_changes_in_the_unit_whose_predictions_change(kind, copy):
     path = copy(kind)
     before = build_manifest(opened(path), VIEWS, kind)["units"]
     fill(create(path, kind), kind, seed=1, units=[Unit(1, 0)])

@@ -63,7 +63,7 @@ def test_a_flipped_bit_of_weights_named_by_hand_is_told_where_they_carry_a_diges
 
 def test_our_own_weights_without_a_digest_are_refused(tmp_path):
     safetensors.torch.save_file(small().state_dict(), tmp_path / "w.safetensors")
-    assert "no digest" in refusal(read_weights, tmp_path / "w.safetensors", own=True)
+    assert "no checksum" in refusal(read_weights, tmp_path / "w.safetensors", own=True)
     assert read_weights(tmp_path / "w.safetensors")
 
 
@@ -130,13 +130,13 @@ def test_a_full_disk_is_told_with_the_file_s_name(tmp_path):
 @pytest.mark.parametrize("key", ["pretrained", "checkpoint_path", "pretrained_cfg"])
 @pytest.mark.parametrize("section", ["teacher", "student"])
 def test_weights_by_way_of_a_models_arguments_are_refused(section, key):
-    with pytest.raises(UsageError, match="weights are named by the key `weights`"):
+    with pytest.raises(UsageError, match="use the key `weights` instead"):
         resolve({section: {"kwargs": {key: True}}}, (), "trial.yaml")
 
 
 @pytest.mark.parametrize("model", ["hf-hub:timm/resnet10t.c3_in1k", "hf_hub:x/y", "local-dir:/tmp", "timm/resnet18"])
 def test_a_model_that_would_be_fetched_is_refused(model):
-    with pytest.raises(UsageError, match="timm's own models"):
+    with pytest.raises(UsageError, match="a model built into timm"):
         resolve({"teacher": {"model": model}}, (), "trial.yaml")
 
 
@@ -189,19 +189,19 @@ def test_a_header_of_anything_is_refused_in_our_words(tmp_path_factory, header, 
 
 
 def test_a_foreign_file_that_changed_since_its_first_use_is_told_and_one_that_was_replaced_is_not(tmp_path):
-    path, notes = tmp_path / "theirs.safetensors", tmp_path / "notes"
+    path, checksums = tmp_path / "theirs.safetensors", tmp_path / "checksums"
     safetensors.torch.save_file(small().state_dict(), path)
-    first, stat = state_dict_hash(read_external_weights(path, notes)), path.stat()
-    read_external_weights(path, notes)
+    first, stat = state_dict_hash(read_external_weights(path, checksums)), path.stat()
+    read_external_weights(path, checksums)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert "as when it was first used" in refusal(read_external_weights, path, notes)
+    assert "as at first use" in refusal(read_external_weights, path, checksums)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
-    assert state_dict_hash(read_external_weights(path, notes)) != first
-    next(notes.iterdir()).write_bytes(b"[\xff")
-    assert read_external_weights(path, notes)
+    assert state_dict_hash(read_external_weights(path, checksums)) != first
+    next(checksums.iterdir()).write_bytes(b"[\xff")
+    assert read_external_weights(path, checksums)
 
 
 def test_a_flipped_bit_in_a_tensor_of_a_pth_file_is_told(tmp_path):
@@ -210,4 +210,4 @@ def test_a_flipped_bit_in_a_tensor_of_a_pth_file_is_told(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(STATE["0.weight"].numpy().tobytes()) + 2] ^= 1
     path.write_bytes(data)
-    assert "has another checksum" in refusal(read_weights, path)
+    assert "does not match its checksum" in refusal(read_weights, path)

@@ -1,4 +1,4 @@
-"""Teachers and students from timm: building, weights in and out, evaluation.
+"""Teachers and students built with timm: their weights, adaptation to other resolutions, and evaluation.
 
-Knows nothing of stores or training.
+Must not know stores or training.
 """

@@ -9,15 +9,13 @@ from torch.nn.functional import interpolate
 
 from pipeline.common.errors import UsageError
 from pipeline.models.build import NormalizedModel
-from pipeline.models.weights import (
-    load_weights,
-)
+from pipeline.models.weights import load_weights
 
 
 def resize_position_embedding(embedding: torch.Tensor, grid: int, prefix: int) -> torch.Tensor:
-    """Position embeddings (1, prefix + n * n, D) for a grid x grid of patches, as DeiT resizes them.
+    """Resize position embeddings (1, prefix + n * n, D) to a grid x grid of patches as DeiT does.
 
-    Plain bicubic without antialias, the prefix tokens unchanged (DeiT main.py; timm antialiases).
+    Bicubic without antialiasing, prefix tokens unchanged (DeiT, main.py; timm's resample_abs_pos_embed antialiases).
     """
     kept, patches = embedding[:, :prefix], embedding[:, prefix:]
     old = round(patches.shape[1] ** 0.5)
@@ -27,15 +25,15 @@ def resize_position_embedding(embedding: torch.Tensor, grid: int, prefix: int) -
 
 
 def load_resized_weights(model: NormalizedModel, state: dict[str, torch.Tensor], source: str) -> None:
-    """A student's weights of another resolution; only the position embeddings change.
+    """Load a student's weights from another resolution; only the position embeddings change.
 
     Raises:
-        PipelineError: they are of another model.
+        PipelineError: they are another model's.
     """
     prefix = model.model.num_prefix_tokens
     grid = round((model.model.pos_embed.shape[1] - prefix) ** 0.5)
     patches = state["pos_embed"].shape[1] - prefix if "pos_embed" in state else -1
-    if patches > 0 and math.isqrt(patches) ** 2 == patches:  # or they are another model's, which load_weights tells
+    if patches > 0 and math.isqrt(patches) ** 2 == patches:  # otherwise load_weights reports another model
         state = state | {"pos_embed": resize_position_embedding(state["pos_embed"], grid, prefix)}
     load_weights(model.model, state, source)
 
@@ -43,20 +41,20 @@ def load_resized_weights(model: NormalizedModel, state: dict[str, torch.Tensor],
 def replace_mismatched_heads(
     model: NormalizedModel, state: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Weights for another number of classes: heads of another shape are the model's own, freshly drawn.
+    """Replace heads for another number of classes by the model's own, freshly initialised.
 
-    Returns the state, and the names of the heads that begin anew.
+    Returns the state dict, and the names of the replaced tensors.
     """
     own = model.model.state_dict()
     heads = [f"{head}.{part}" for head in ("head", "head_dist") for part in ("weight", "bias")]
-    anew = [name for name in heads if name in own and name in state and own[name].shape != state[name].shape]
-    return state | {name: own[name] for name in anew}, anew
+    replaced = [name for name in heads if name in own and name in state and own[name].shape != state[name].shape]
+    return state | {name: own[name] for name in replaced}, replaced
 
 
 def fixres_modules(model: Any) -> list[nn.Module]:
-    """What FixRes fine-tunes of a convnet: its classifier and its last batch norm.
+    """Modules of a convnet that FixRes fine-tunes: the classifier and the last batch norm.
 
-    Where the last block has a shortcut with a batch norm, both whose sum is its output.
+    If the shortcut of the last block has a batch norm too, both norms whose sum is the output.
 
     Raises:
         UsageError: the model has no batch norm.

@@ -1,4 +1,4 @@
-"""torch.compile, on machines that can: its kernels are made by a C compiler with Python's headers."""
+"""torch.compile, with a check for the C compiler and Python headers that it needs."""
 
 import os
 import shutil
@@ -13,10 +13,10 @@ from pipeline.common.errors import UsageError
 
 
 def compile_model(model: nn.Module) -> nn.Module:
-    """The model by torch.compile.
+    """Compile a model.
 
     Raises:
-        UsageError: no C compiler or no headers, which torch would notice in the first forward only.
+        UsageError: there is no C compiler or no headers, which torch would notice only in the first forward pass.
     """
     compilers = [name for name in (os.environ.get("CC"), os.environ.get("CXX"), "gcc", "g++", "clang") if name]
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
@@ -26,7 +26,7 @@ def compile_model(model: nn.Module) -> nn.Module:
     if lacking:
         raise UsageError(
             "compile: true",
-            expected="a C compiler and Python's headers, by which torch.compile makes its kernels",
+            expected="a C compiler and Python's headers, which torch.compile needs",
             found="; ".join(lacking),
             do="install them (on Debian gcc, g++ and python3-dev), or set compile to false",
         )

@@ -1,8 +1,7 @@
-"""Linear layers in float32 on a CPU, computed by oneDNN.
+"""Linear layers computed by oneDNN on a CPU in float32.
 
-torch gives a float32 matrix product to MKL, which on the AMD processor measured reaches half the speed of
-oneDNN; a 1x1 convolution is the same product, and on two threads or more torch gives that to oneDNN
-(BENCHMARKS.md, "A step offline and online, on a CPU").
+They make a CPU's training step faster (BENCHMARKS.md, "A step offline and online, on a CPU"): on two threads or more torch
+computes a 1x1 convolution with oneDNN, but the same matrix product with MKL, which is slower on the AMD processor measured.
 """
 
 import torch
@@ -11,10 +10,10 @@ from torch.nn.functional import conv2d
 
 
 class OneDNNLinear(nn.Linear):
-    """nn.Linear, equal but for rounding; another device, another type or autocast takes torch's own way."""
+    """nn.Linear up to rounding; on other devices, with other types and under autocast it is nn.Linear."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (N, T, in) to (N, T, out); inputs of other dimensions (heads: N, in) go torch's own way."""
+        """Map tokens (N, T, in) to (N, T, out)."""
         if not uses_onednn(x):
             return super().forward(x)
         pictures = x.unsqueeze(2).permute(0, 3, 1, 2)  # (N, in, T, 1), channels last: a view
@@ -22,15 +21,15 @@ class OneDNNLinear(nn.Linear):
 
 
 def uses_onednn(x: torch.Tensor) -> bool:
-    """Whether this input goes to oneDNN."""
+    """Whether the layer for this input is computed by oneDNN; inputs without a token dimension are not."""
     ours = x.ndim == 3 and x.device.type == "cpu" and x.dtype == torch.float32
     return ours and not torch.is_autocast_enabled("cpu")
 
 
 def convert_linear(model: nn.Module) -> None:
-    """Make all of a model's linear layers OneDNNLinear, in place; weights and their names stay as they are.
+    """Convert all linear layers of a model to OneDNNLinear, in place, keeping weights and their names.
 
-    Where torch was built without oneDNN the model stays as it is.
+    Does nothing if torch was built without oneDNN.
     """
     for part in model.modules():
         if type(part) is nn.Linear and torch.backends.mkldnn.is_available():

@@ -27,13 +27,13 @@ from pipeline.models.weights import (
 
 
 class TeacherForward:
-    """A teacher as it is asked, for the store and in the loop alike.
+    """The teacher's forward pass, the same for the store and for online distillation.
 
-    Its head computes in float32 whatever the precision: logits that were rounded to bfloat16 tie, and flip.
+    Its head computes in float32 in either precision: rounded to bfloat16, logits tie and the argmax flips.
     """
 
     def __init__(self, teacher: NormalizedModel, settings: TeacherLogits, size: int | None = None):
-        """`size` is the teacher's own input in pixels, where it is another than the views'."""
+        """`size` is the height and width of the teacher's input; views of another size are resized. None: any."""
         self.settings, self.size = settings, size
         teacher.float32_head = True
         if settings.channels_last:
@@ -41,7 +41,7 @@ class TeacherForward:
         self.teacher = compile_model(teacher) if settings.compile else teacher
 
     def logits(self, pictures: torch.Tensor, slots: int) -> torch.Tensor:
-        """Mixed pictures (N, 3, P, P) in 0..255, N a multiple of `slots`, to float32 logits (N, classes)."""
+        """Logits, float32 (N, classes), of mixed pictures (N, 3, P, P) in 0..255; N is a multiple of `slots`."""
         settings, pictures = self.settings, resize_pictures(pictures, self.size)
         if settings.channels_last:
             pictures = pictures.contiguous(memory_format=torch.channels_last)
@@ -50,10 +50,10 @@ class TeacherForward:
 
 @torch.no_grad()
 def teacher_logits(teacher: nn.Module, pictures: torch.Tensor, slots: int, groups: int, bf16: bool) -> torch.Tensor:
-    """What the teacher answers: pictures (N, 3, P, P) in 0..255 to float32 logits (N, classes).
+    """Logits, float32 (N, classes), of pictures (N, 3, P, P) in 0..255.
 
-    Always in forwards of at most `groups` groups of `slots` pictures: offline and online use this one
-    function, so on a CPU in float32 with one group a forward they agree to the bit.
+    Each forward pass takes at most `groups` groups of `slots` pictures. Labelling and online distillation share this
+    function, so on a CPU, in float32 and with one group per pass, they agree to the bit.
     """
     device = pictures.device.type
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
@@ -62,26 +62,28 @@ def teacher_logits(teacher: nn.Module, pictures: torch.Tensor, slots: int, group
 
 
 def resize_pictures(pictures: torch.Tensor, size: int | None) -> torch.Tensor:
-    """To the teacher's own size, where that is another: bilinear with antialias, on the device."""
+    """Resize pictures (N, 3, P, P) to the teacher's input size if it differs: bilinear, antialiased."""
     if size is None or pictures.shape[-1] == size:
         return pictures
     return interpolate(pictures, (size, size), mode="bilinear", antialias=True)
 
 
-def pretrained_teacher(section: Teacher, weights: str, classes: int, notes: Path) -> NormalizedModel:
-    """The teacher with `weights`, those of `teacher.weights`: a local file, or a timm tag (downloaded by timm).
+def pretrained_teacher(section: Teacher, weights: str, classes: int, checksums: Path) -> NormalizedModel:
+    """Build the teacher with the weights of a local file, or of a timm tag, which timm downloads.
 
     Args:
-        notes: where the digests of foreign files are kept.
+        weights: `teacher.weights`.
+        checksums: folder for the checksums of external files.
 
     Raises:
-        UsageError, PipelineError: no such tag, no network, other shapes.
+        UsageError: timm has no such tag, or for another number of classes.
+        PipelineError: a download failed, or a file is damaged or holds another model's weights.
     """
     if weights.endswith(SUFFIXES):
         teacher = build_teacher(section, classes)
-        load_weights(teacher.model, read_external_weights(Path(weights), notes), weights)
+        load_weights(teacher.model, read_external_weights(Path(weights), checksums), weights)
         return teacher
-    if ":" not in weights:  # another hub's are known when they are fetched
+    if ":" not in weights:  # those of another hub are known only once they are fetched
         check_timm_tag(weights, classes)
     try:
         model = timm.create_model(weights, pretrained=True, num_classes=classes, **section.kwargs)
@@ -96,7 +98,7 @@ def pretrained_teacher(section: Teacher, weights: str, classes: int, notes: Path
 
 
 def teacher_architecture(section: Teacher) -> dict[str, Any]:
-    """What a teacher's weights are put into, as JSON values: other arguments may take the same weights."""
+    """Model, arguments and normalisation, as JSON values: the same weights may fit other arguments."""
     own = section.model
     if section.weights and not section.weights.endswith(SUFFIXES):
         own = section.weights  # a timm tag, which names the model
@@ -105,62 +107,62 @@ def teacher_architecture(section: Teacher) -> dict[str, Any]:
 
 
 def describe_teacher(section: Teacher, teacher: NormalizedModel, size: int) -> dict[str, Any]:
-    """All of a teacher that its answers depend on, as JSON values; part of a store's and of a run's identity.
+    """Everything about a teacher that its predictions depend on, as JSON values: part of stores' and runs' identities.
 
     Args:
-        size: pixels a side of what it sees.
+        size: height and width of its input in pixels.
     """
     heads = "mean" if hasattr(teacher.model, "head_dist") else "class"
     return {**teacher_architecture(section), "head": heads, "weights": weights_hash(teacher.model), "size": size}
 
 
 def save_teacher(path: Path, section: Teacher, teacher: NormalizedModel) -> None:
-    """Its weights, and what they belong into; `path` is written directly, so give a temporary one."""
+    """Save weights and architecture; `path` is written directly, so pass a temporary one."""
     save_weights(path, teacher.model, teacher_architecture(section))
 
 
 def load_teacher(config: Config, classes: int, device: torch.device, purpose: str = "train-student") -> NormalizedModel:
-    """The published teacher that answers for a purpose, in eval mode on the device.
+    """Load the published teacher for a purpose, in eval mode on the device.
 
     Raises:
-        PipelineError: it was not computed yet, or is another model's.
+        NotReady: it has not been published.
+        PipelineError: it belongs to another configuration, or is damaged.
     """
     path, section = teacher_folder(config, purpose) / "weights.safetensors", config.teacher
     command = "pipeline teacher" + " --for finetune" * (purpose == "finetune")
     if not path.exists():
         raise NotReady(f"{path}: no teacher", do=f"run: {command}")
-    state, about = read_saved_weights(path)
-    if about == NOT_NEEDED:
+    state, metadata = read_saved_weights(path)
+    if metadata == NOT_NEEDED:
         found = "a placeholder of dvc repro: no configured student is distilled"
         raise NotReady(f"{path}: no teacher", found=found, do=f"run: {command}")
-    function = teacher_architecture(section)
-    others = differences(about, function)
-    if others:
+    architecture = teacher_architecture(section)
+    if others := differences(metadata, architecture):
         raise PipelineError(
             f"{path}: the teacher of another configuration",
             expected="weights that were published with the model and arguments of `teacher`",
-            found="(there, here) " + "; ".join(others[:8]),
+            found="(published, configured) " + "; ".join(others[:8]),
             do=f"run: {command}",
         )
-    teacher = build_teacher(section.model_copy(update={"drop_path": 0.0, "model": function["model"]}), classes)
+    teacher = build_teacher(section.model_copy(update={"drop_path": 0.0, "model": architecture["model"]}), classes)
     load_weights(teacher.model, state, str(path))
     return teacher.to(device).eval()
 
 
 def check_input_size(teacher: NormalizedModel, size: int, do: str) -> None:
-    """Whether a teacher takes pictures of this size: position embeddings are of one size.
+    """Check that a teacher accepts pictures of this size: position embeddings have a fixed one.
 
     Raises:
-        UsageError: it does not; `do` is what to do then.
+        UsageError: it does not; `do` says what to do.
     """
     training = teacher.training
     try:
         with torch.no_grad():
             teacher.eval()(torch.zeros(1, 3, size, size, device=teacher.mean.device))
-    except (AssertionError, RuntimeError, ValueError) as error:  # what timm's and torch's layers raise
+    except (AssertionError, RuntimeError, ValueError) as error:  # raised by timm's and torch's layers
         raise UsageError(
             f"the teacher with pictures of {size} px",
-            expected="a model that takes them",
+            expected="a model that accepts them",
             found=str(error).splitlines()[0] if str(error) else type(error).__name__,
             do=do,
         ) from error

@@ -1,7 +1,6 @@
-"""Weights in and out: safetensors under a digest of their own, and files of others.
+"""Reading and writing weights: safetensors files with a checksum, and files from elsewhere.
 
-What this project writes carries a digest of its tensors, and of what is said about them, which is compared whenever
-it is read.
+Files written here carry a checksum of tensors and metadata, which is compared on every read.
 """
 
 import argparse
@@ -26,13 +25,13 @@ from pipeline.common.files import atomic_write, file_sha256
 from pipeline.config.validation import fingerprint
 
 DIGEST = "digest"
-"""The only entry of our files' metadata, JSON with `about` and `digest`: several are written in no certain order."""
+"""The only entry of a file's metadata, JSON with `about` and `digest`: safetensors writes several in any order."""
 SUFFIXES = (".safetensors", ".pth", ".pt")
-"""Of files that hold weights; whatever else `teacher.weights` says is a timm tag."""
+"""Suffixes of weight files; any other value of `teacher.weights` is a timm tag."""
 
 
 def state_dict_hash(state: Mapping[str, torch.Tensor]) -> str:
-    """32 hex digits of BLAKE2b over names, types, shapes and bytes of a state dict's tensors."""
+    """BLAKE2b, 32 hex digits, of the names, types, shapes and bytes of a state dict's tensors."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
@@ -41,116 +40,115 @@ def state_dict_hash(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """`state_dict_hash` of all weights and buffers."""
+    """`state_dict_hash` of a model's parameters and persistent buffers."""
     return state_dict_hash(model.state_dict())
 
 
-def save_weights(path: Path, model: nn.Module, about: Mapping[str, Any] | None = None) -> None:
-    """A state dict as safetensors under a digest; `path` is written directly, so give a temporary one.
+def save_weights(path: Path, model: nn.Module, metadata: Mapping[str, Any] | None = None) -> None:
+    """Save a model's state dict with a checksum; `path` is written directly, so pass a temporary one.
 
     Args:
-        about: JSON values that `read_saved_weights` gives back with the weights; the digest is of both.
+        metadata: JSON values that `read_saved_weights` returns with the weights; the checksum covers both.
 
     Raises:
         OSError: the disk is full or read-only.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     try:
-        noted = {"about": about or {}, "digest": _digest(state, about or {})}
-        safetensors.torch.save_file(state, path, {DIGEST: json.dumps(noted)})
-    except safetensors.SafetensorError as error:  # how it tells what the disk said
+        entry = {"about": metadata or {}, "digest": _checksum(state, metadata or {})}
+        safetensors.torch.save_file(state, path, {DIGEST: json.dumps(entry)})
+    except safetensors.SafetensorError as error:  # wraps errors of the disk
         raise OSError(str(error)) from error
 
 
 def read_weights(path: str | Path, own: bool = False) -> dict[str, torch.Tensor]:
-    """A state dict from .safetensors, or from .pth without running code.
+    """Read a state dict from .safetensors, or from .pth without running code.
 
-    DeiT's lie under `model`, in released files and in training checkpoints; others' under `state_dict`,
-    or with DistributedDataParallel's `module.` before every name.
+    Unwraps `model`, as in DeiT's files, `state_dict`, and DistributedDataParallel's prefix `module.`.
 
     Args:
-        own: it was written by `save_weights`, so it must have its digest.
+        own: require the checksum that `save_weights` writes.
 
     Raises:
-        PipelineError: missing, damaged, or no weights.
+        PipelineError: the file is missing, damaged, or holds no weights.
     """
     return _read(Path(path), own)[0]
 
 
 def read_saved_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A state dict that `save_weights` wrote, and what it wrote about it.
+    """Read what `save_weights` wrote: state dict and metadata.
 
     Raises:
-        PipelineError: missing, damaged, or no weights.
+        PipelineError: the file is missing, damaged, or has no checksum.
     """
     return _read(path, own=True)
 
 
-def read_external_weights(path: Path, notes: Path) -> dict[str, torch.Tensor]:
-    """As `read_weights`, of a file of others: its digest is noted at first use, and compared from then on.
+def read_external_weights(path: Path, checksums: Path) -> dict[str, torch.Tensor]:
+    """Read weights from elsewhere, as `read_weights`; their SHA-256 is recorded at first use and compared afterwards.
 
-    A file that was replaced has another size or time, and is noted anew.
+    A file with another size or modification time has been replaced and is recorded again.
 
     Args:
-        notes: a folder for a small JSON a file.
+        checksums: folder with a small JSON file per weight file.
 
     Raises:
-        PipelineError: it has other bytes than it had, though nobody wrote to it; else as `read_weights`.
+        PipelineError: as `read_weights`, or the bytes changed although size and time did not.
     """
     state = read_weights(path)
-    stat, digest = path.stat(), file_sha256(path)
-    found = {"path": str(path.resolve()), "size": stat.st_size, "time_ns": stat.st_mtime_ns, "sha256": digest}
-    note = notes / f"{fingerprint(found['path'])}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a damaged note is none
-        was = json.loads(note.read_bytes())
-        if (was["size"], was["time_ns"]) == (stat.st_size, stat.st_mtime_ns) and was["sha256"] != digest:
+    stat, sha256 = path.stat(), file_sha256(path)
+    found = {"path": str(path.resolve()), "size": stat.st_size, "time_ns": stat.st_mtime_ns, "sha256": sha256}
+    record = checksums / f"{fingerprint(found['path'])}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a damaged record is no record
+        was = json.loads(record.read_bytes())
+        if (was["size"], was["time_ns"]) == (stat.st_size, stat.st_mtime_ns) and was["sha256"] != sha256:
             raise PipelineError(
                 f"{path}: damaged weights",
-                expected=f"SHA-256 {was['sha256']}, as when it was first used ({note})",
-                found=f"{digest}, though its size and time are the same",
-                do="fetch it anew",
+                expected=f"SHA-256 {was['sha256']}, as at first use ({record})",
+                found=f"{sha256}, though size and time are the same",
+                do="download it again",
             )
-    with atomic_write(note) as temporary:
+    with atomic_write(record) as temporary:
         temporary.write_text(json.dumps(found) + "\n")
     return state
 
 
 def _read(path: Path, own: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    about: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     try:
         if path.suffix == ".safetensors":
-            state, about, noted = _read_safetensors(path)
+            state, metadata, checksum = _read_safetensors(path)
         else:
-            state, noted = _read_pickle(path), None
-    except Exception as error:  # pickle, zip and safetensors errors share no base
+            state, checksum = _read_pickle(path), None
+    except Exception as error:  # pickle, zip and safetensors errors have no common base class
         raise PipelineError(
             f"{path}: the weights cannot be read",
             expected="a .safetensors file, or a .pth of tensors only",
-            found=_without_advice(error),
+            found=_describe_load_error(error),
             do="name the right file",
         ) from error
-    _refuse_damaged(path, state, about, noted, own)
-    return state, about
+    _check_integrity(path, state, metadata, checksum, own)
+    return state, metadata
 
 
-def _digest(state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> str:
-    return fingerprint([state_dict_hash(state), about])
+def _checksum(state: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> str:
+    return fingerprint([state_dict_hash(state), metadata])
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], str | None]:
-    """A state dict, what was written about it, and their digest; none in a foreign file."""
+    """State dict, metadata, and the checksum of both, None in a file from elsewhere."""
     with safetensors.safe_open(path, "pt") as file:
-        noted = (file.metadata() or {}).get(DIGEST)
-        sealed = json.loads(noted) if noted else {"about": {}, "digest": None}
-        return {name: file.get_tensor(name) for name in file.keys()}, sealed["about"], sealed["digest"]
+        text = (file.metadata() or {}).get(DIGEST)
+        entry = json.loads(text) if text else {"about": {}, "digest": None}
+        return {name: file.get_tensor(name) for name in file.keys()}, entry["about"], entry["digest"]
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    if zipfile.is_zipfile(path):  # as torch.save writes, with checksums that torch.load does not compare
+    if zipfile.is_zipfile(path):  # torch.save's format, whose checksums torch.load does not compare
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
-                raise ValueError(f"{damaged} in it has another checksum")
-    with torch.serialization.safe_globals([argparse.Namespace]):  # of DeiT's checkpoints, which hold their arguments
+                raise ValueError(f"{damaged} in it does not match its checksum")
+    with torch.serialization.safe_globals([argparse.Namespace]):  # DeiT's checkpoints hold their arguments
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     for key in ("model", "state_dict"):
         state = state.get(key, state) if isinstance(state, dict) else state
@@ -164,36 +162,36 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module.") if parallel else name: tensor for name, tensor in state.items()}
 
 
-def _refuse_damaged(
-    path: Path, state: dict[str, torch.Tensor], about: dict[str, Any], noted: str | None, own: bool
+def _check_integrity(
+    path: Path, state: dict[str, torch.Tensor], metadata: dict[str, Any], checksum: str | None, own: bool
 ) -> None:
-    if noted is None and own:
+    if checksum is None and own:
         raise PipelineError(
-            f"{path}: the weights have no digest",
-            expected="a file of this version of the pipeline, which carries one",
+            f"{path}: the weights have no checksum",
+            expected="a file written by this version of the pipeline",
             found="none: it is damaged, another file, or an earlier version's",
-            do="delete it, then run the command that makes it again",
+            do="delete it, then run the command that writes it",
         )
-    if noted is not None and noted != _digest(state, about):
+    if checksum is not None and checksum != _checksum(state, metadata):
         raise PipelineError(
             f"{path}: damaged weights",
-            expected=f"what was written, of digest {noted}",
-            found="something else",
-            do="delete the file, then run the command that makes it again, or fetch it anew",
+            expected=f"the checksum {checksum}, as written",
+            found=_checksum(state, metadata),
+            do="delete the file, then run the command that writes it, or download it again",
         )
-    # the beginning of its SHA-256 is part of the name of a file that torch.hub's users release, DeiT's among them
+    # files for torch.hub, DeiT's among them, have the beginning of their SHA-256 in the name
     named = re.fullmatch(r".+-([0-9a-f]{8,64})\.pth", path.name)
     if named and not file_sha256(path).startswith(named[1]):
         raise PipelineError(
             f"{path}: damaged weights",
-            expected=f"a SHA-256 that begins with {named[1]}, as the file's name says",
+            expected=f"a SHA-256 that begins with {named[1]}, as in the file's name",
             found=file_sha256(path),
-            do="fetch it anew; or give it another name, if it is another file",
+            do="download it again; or rename it, if it is another file",
         )
 
 
-def _without_advice(error: Exception) -> str:
-    """What torch's loading says, less how one would run the file's code."""
+def _describe_load_error(error: Exception) -> str:
+    """Describe an error, without torch's advice on how to run the file's code."""
     text = str(error)
     if "Weights only load failed" in text or "weights_only" in text:
         code = re.search(r"GLOBAL (\S+)", text)
@@ -202,43 +200,43 @@ def _without_advice(error: Exception) -> str:
 
 
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Strictly.
+    """Load a state dict; every name and shape must match.
 
     Raises:
-        PipelineError: a name or shape differs; names the first few.
+        PipelineError: some differ; the message names the first few.
     """
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise PipelineError(
             f"{source}: weights of another model",
-            expected=f"those of {type(model).__name__} as configured",
+            expected=f"those of the configured {type(model).__name__}",
             found="; ".join(str(error).splitlines()[1:4]).strip(),
             do="name the file that belongs to this model and number of classes",
         ) from error
 
 
 def check_timm_tag(tag: str, classes: int | None) -> None:
-    """That timm has weights of this name, and of as many classes: timm itself would leave the classifier fresh.
+    """Check that timm has weights with this tag and number of classes: timm would leave another classifier untrained.
 
     Raises:
-        UsageError: it has not.
+        UsageError: it has none.
     """
     try:
         known = get_pretrained_cfg(tag, allow_unregistered=False) if timm.is_model(tag) else None
-    except RuntimeError:  # the model has no such tag
+    except RuntimeError:  # timm has the model, but not the tag
         known = None
     if known is None or not known.has_weights:
         raise UsageError(
             f"teacher.weights {tag!r}",
             expected="a timm tag such as regnety_160.deit_in1k, or a local .safetensors, .pth or .pt file",
-            found="timm knows no such weights",
+            found="no such weights in timm",
             do="correct the tag: timm.list_pretrained() lists them",
         )
     if classes not in (None, known.num_classes):
         raise UsageError(
             f"teacher.weights {tag!r}",
-            expected=f"weights of the {classes:,} classes of the index",
-            found=f"weights of {known.num_classes:,}",
+            expected=f"weights for the {classes:,} classes of the index",
+            found=f"weights for {known.num_classes:,}",
             do="train the teacher here (teacher.weights=null), or name a file of weights for these classes",
         )

@@ -1,4 +1,4 @@
-"""The zarr store of teacher outputs: encoding, layout, reading, writing, verifying, and labelling units.
+"""The zarr store of teacher predictions: encoding, layout, reading, writing, labelling, maintenance, estimates.
 
-Knows nothing of students.
+Must not know training or students' checkpoints.
 """
