@@ -1,4 +1,4 @@
-"""Kernels that give the same bits each time: asked for inside a training, and only there."""
+"""Deterministic kernels: only where a training asks for them."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from pipeline.common.arithmetic import deterministic_kernels
 from pipeline.common.errors import PipelineError
 
 
-def asked() -> tuple[Any, ...]:
-    """What torch is asked for now."""
+def requested() -> tuple[Any, ...]:
+    """The determinism settings of torch."""
     return (
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.deterministic,
@@ -20,24 +20,24 @@ def asked() -> tuple[Any, ...]:
 
 def test_all_that_torch_offers_is_on_inside():
     with deterministic_kernels(True):
-        assert asked() == (True, True, False)
+        assert requested() == (True, True, False)
         assert torch._inductor.config.deterministic
-    assert asked() == (False, False, True)
+    assert requested() == (False, False, True)
 
 
 def test_nothing_changes_where_it_is_not_wanted():
-    before = asked()
+    before = requested()
     with deterministic_kernels(False):
-        assert asked() == before
+        assert requested() == before
 
 
 def test_it_is_off_again_after_an_error():
     with pytest.raises(KeyError), deterministic_kernels(True):
         raise KeyError
-    assert asked() == (False, False, True)
+    assert requested() == (False, False, True)
 
 
-def test_an_operation_without_such_a_kernel_is_told_in_words():
+def test_an_operation_without_such_a_kernel_is_an_error_for_users():
     with pytest.raises(PipelineError, match=r"found: +put_ does not have") as caught, deterministic_kernels(True):
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
     assert "set deterministic to false" in str(caught.value)

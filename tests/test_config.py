@@ -303,7 +303,7 @@ def test_fingerprint_differs_for_a_changed_recipe_field(field):
     assert fingerprint(Recipe(**{field: CHANGED[field]})) != fingerprint(Recipe())
 
 
-def test_fingerprint_tells_a_whole_number_written_as_float_or_int_for_the_same():
+def test_fingerprint_is_the_same_for_an_integer_written_as_float_or_int():
     assert fingerprint(Recipe(cutmix_alpha=1)) == fingerprint(Recipe(cutmix_alpha=1.0))
 
 
@@ -311,7 +311,7 @@ def test_result_fields_ignore_workers():
     assert fingerprint(result_fields(Student(workers=1))) == fingerprint(result_fields(Student(workers=2)))
 
 
-def test_result_fields_heed_the_learning_rate():
+def test_result_fields_include_the_learning_rate():
     assert fingerprint(result_fields(Student(lr=1e-3))) != fingerprint(result_fields(Student(lr=2e-3)))
 
 
@@ -365,7 +365,7 @@ def test_shipped_configuration_loads(path):
     assert isinstance(load(path), Config)
 
 
-def test_an_unknown_key_that_is_near_none_is_told_the_valid_ones():
+def test_an_unknown_key_similar_to_none_is_refused_with_the_valid_ones():
     message = refusal({}, ("lr=3",))
     assert "an unknown key, lr" in message and "valid keys: data" in message
 
@@ -419,7 +419,7 @@ MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         (LAUGHS, "values"),
         (MERGED, "values"),
@@ -435,10 +435,10 @@ MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 
     ],
     ids=["aliases", "merges", "itself", "depth", "a bit deep", "size", "keys", "digits", "bool", "int", "time"],
 )
-def test_yaml_that_would_grow_is_refused_before_it_does(text, told):
+def test_yaml_that_would_expand_is_refused_before_it_does(text, expected):
     with pytest.raises(UsageError) as caught:
         parse_yaml(text, "trial.yaml")
-    assert told in str(caught.value) and len(str(caught.value)) < 2000
+    assert expected in str(caught.value) and len(str(caught.value)) < 2000
 
 
 def test_a_variant_may_share_keys_with_another_by_an_alias():
@@ -466,7 +466,7 @@ def test_a_name_that_is_no_folder_of_its_own_is_refused(name):
 
 
 @pytest.mark.parametrize("work", ["s4://bucket/x", "", "a::b", "filecache::s3://b", "a%41", "a\nb", "a\0b"])
-def test_a_work_folder_that_is_read_otherwise_than_written_is_refused(work):
+def test_a_work_folder_with_special_characters_is_refused(work):
     message = refusal({"work": work})
     assert message.startswith("trial.yaml: work\n") and repr(work) in message
 
@@ -511,7 +511,7 @@ mutations = st.lists(st.tuples(st.integers(0, 4000), st.sampled_from("\0\t\n :{}
 
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(trees)
-def test_a_configuration_of_anything_is_taken_or_refused_in_our_words(values):
+def test_a_configuration_of_anything_is_accepted_or_refused_with_a_usage_error(values):
     try:
         assert isinstance(resolve(values, (), "fuzz"), Config)
     except UsageError as error:
@@ -520,7 +520,7 @@ def test_a_configuration_of_anything_is_taken_or_refused_in_our_words(values):
 
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(mutations, keys, keys, st.text(max_size=12))
-def test_a_damaged_params_yaml_is_taken_or_refused_in_our_words(changes, section, key, value):
+def test_a_damaged_params_yaml_is_accepted_or_refused_with_a_usage_error(changes, section, key, value):
     text = list(dump(Config()))
     for place, character in changes:
         text[place % len(text)] = character
@@ -541,14 +541,14 @@ def test_any_number_of_students_is_fine_tuned(written, students):
     assert parse_yaml(dump(config), "dumped")["finetune"]["from"] == students  # the list that DVC's matrix needs
 
 
-def test_who_listens_tells_which_teachers_are_needed():
-    listens = lambda *overrides: [resolve({}, overrides, "t").needs_teacher(p) for p in ("train-student", "finetune")]  # noqa: E731
+def test_a_teacher_is_needed_where_a_student_is_distilled():
+    needed = lambda *overrides: [resolve({}, overrides, "t").needs_teacher(p) for p in ("train-student", "finetune")]  # noqa: E731
     none = "variants.none.distillation=none"
-    assert listens() == [True, False]
-    assert listens("finetune.from=hard") == [True, True]
-    assert listens(none, "students=[none]", "finetune.from=none") == [False, False]
-    assert listens(none, "students=[none, hard]", "finetune.from=none") == [True, False]
-    assert listens("students=[]", "finetune.from=hard", "finetune.weights=w.pth") == [False, True]
+    assert needed() == [True, False]
+    assert needed("finetune.from=hard") == [True, True]
+    assert needed(none, "students=[none]", "finetune.from=none") == [False, False]
+    assert needed(none, "students=[none, hard]", "finetune.from=none") == [True, False]
+    assert needed("students=[]", "finetune.from=hard", "finetune.weights=w.pth") == [False, True]
 
 
 def test_a_fine_tuned_students_teacher_sees_what_it_was_trained_at_unless_it_is_adapted():

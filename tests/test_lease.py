@@ -1,4 +1,4 @@
-"""One writer of a part: refused while the holder lives, free when it died, on this machine and others."""
+"""One writer per part: a second one is refused while the holder lives and succeeds it when it is dead."""
 
 import contextlib
 import errno
@@ -24,11 +24,11 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
-def looks_often(monkeypatch):
+def short_polls(monkeypatch):
     monkeypatch.setattr(pipeline.common.lease, "POLL_SECONDS", 0.02)
 
 
-def test_second_holder_is_refused_and_told_the_first(tmp_path):
+def test_second_holder_is_refused_with_the_first_named(tmp_path):
     with lease(str(tmp_path / "new" / "a.lock"), "part 0 of 1"):
         with pytest.raises(UsageError) as caught, lease(str(tmp_path / "new" / "a.lock"), "part 0 of 1"):
             pass
@@ -69,7 +69,7 @@ def test_parts_of_one_number_are_written_together(tmp_path):
         pass
 
 
-def test_another_machine_s_part_of_another_number_is_watched(tmp_path, monkeypatch):
+def test_another_machine_s_part_of_another_division_is_waited_for(tmp_path, monkeypatch):
     store, other = str(tmp_path / "a.zarr"), tmp_path / "a.zarr.part-1-of-4.lock"
     with another_machine(other, renews=True), pytest.raises(UsageError, match="process 7 on another"):
         with part_lease(store, 0, 1, "work"):
@@ -80,7 +80,7 @@ def test_another_machine_s_part_of_another_number_is_watched(tmp_path, monkeypat
         pass
 
 
-def test_a_lock_is_perhaps_held_while_nobody_can_tell_that_it_is_not(tmp_path):
+def test_a_lock_is_possibly_held_unless_it_is_known_to_be_free(tmp_path):
     store, other = str(tmp_path / "a.zarr"), tmp_path / "a.zarr.part-1-of-2.lock"
     with lease(part_lease_path(store, 0, 2), "work"):
         assert possibly_held(store) == {part_lease_path(store, 0, 2)}
@@ -92,7 +92,7 @@ def test_a_lock_is_perhaps_held_while_nobody_can_tell_that_it_is_not(tmp_path):
 
 @pytest.mark.parametrize("forked", [False, True])
 def test_lock_of_a_killed_process_is_free(forked, tmp_path):
-    """Also while a child lives that it forked, as a loader's workers do for some seconds."""
+    """Even if a forked child is still alive, as a loader's workers are for some seconds."""
     code = f"""
 import os, sys, time
 from pipeline.common.lease import lease
@@ -108,8 +108,8 @@ with lease({str(tmp_path / "a.lock")!r}, "work"):
     with subprocess.Popen(command, **pipes, text=True, cwd=ROOT) as holder:
         try:
             assert holder.stdout.readline() == "held\n"
-            told = f"process {holder.pid} on "
-            with pytest.raises(UsageError, match=told), lease(str(tmp_path / "a.lock"), "work"):
+            who = f"process {holder.pid} on "
+            with pytest.raises(UsageError, match=who), lease(str(tmp_path / "a.lock"), "work"):
                 pass
         finally:
             holder.send_signal(signal.SIGKILL)
@@ -119,7 +119,7 @@ with lease({str(tmp_path / "a.lock")!r}, "work"):
             pass
 
 
-def test_a_file_system_without_locks_goes_by_leases_alone(tmp_path, monkeypatch):
+def test_on_a_file_system_without_locks_leases_alone_count(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
@@ -136,7 +136,7 @@ def held_elsewhere(path: Path, age: float) -> None:
 
 @contextlib.contextmanager
 def another_machine(path: Path, renews: bool):
-    """It holds the lease, and renews it or is dead."""
+    """Another machine holds the lease; it renews it or is dead."""
     held_elsewhere(path, age=0)
     ended = threading.Event()
 
@@ -265,13 +265,13 @@ def test_a_lease_of_a_dead_container_of_the_same_name_and_number_is_taken_when_i
         assert json.loads(fsspec.filesystem("memory").cat_file("/locks/c.lock"))["token"] != "x"
 
 
-def test_a_place_that_cannot_be_written_is_told_plainly(tmp_path):
+def test_a_place_that_cannot_be_written_is_an_error_without_traceback(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(PipelineError, match="cannot be written"), lease(str(tmp_path / "file" / "a.lock"), "work"):
         pass
 
 
-def test_who_waits_for_a_lock_that_is_deleted_meanwhile_gets_the_one_in_its_place(tmp_path):
+def test_a_waiter_whose_lock_file_is_deleted_gets_the_one_that_replaces_it(tmp_path):
     path, got = tmp_path / "state" / "running", threading.Event()
     with kernel_lock(path):
 
@@ -289,6 +289,6 @@ def test_who_waits_for_a_lock_that_is_deleted_meanwhile_gets_the_one_in_its_plac
     assert got.is_set()
 
 
-def test_a_damaged_lock_file_tells_of_nobody(tmp_path):
+def test_a_damaged_lock_file_leaves_unknown_whether_it_is_held(tmp_path):
     (tmp_path / "lock").write_bytes(b"\xf6\x00host")
     assert is_held(tmp_path / "lock") is None

@@ -1,4 +1,4 @@
-"""What follows the machine, and what a log shows: workers, threads, lines instead of bars."""
+"""Defaults that depend on the machine (workers, threads), and progress in logs instead of bars."""
 
 import os
 import signal
@@ -42,7 +42,7 @@ def test_torch_has_the_cores_that_workers_leave(sixteen, monkeypatch, workers, t
     assert chosen == [threads]
 
 
-def test_threads_that_somebody_chose_stay(sixteen, monkeypatch):
+def test_a_chosen_number_of_threads_stays(sixteen, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setattr(torch, "set_num_threads", lambda _: pytest.fail("another number"))
     limit_threads(0)
@@ -61,7 +61,7 @@ def test_a_log_has_a_line_a_minute_with_loss_and_time_left(capsys):
     assert not any("\r" in line for line in lines)
 
 
-def test_what_goes_on_where_it_was_tells_its_speed_of_now(capsys):
+def test_a_resumed_loop_shows_its_current_speed(capsys):
     now = 0.0
     with LogProgress(1000, 900, "student hard", "step", clock=lambda: now) as bar:
         now = 60.0
@@ -78,9 +78,9 @@ def test_a_bar_is_for_terminals_and_one_rank_alone(monkeypatch):
         assert not isinstance(bar, LogProgress)
 
 
-@pytest.mark.parametrize(("number", "told"), [(signal.SIGINT, "again to end now"), (signal.SIGTERM, "saving")])
-def test_a_signal_is_acknowledged_at_once(capfd, number, told):
-    with SignalRecorder() as noted:
+@pytest.mark.parametrize(("number", "hint"), [(signal.SIGINT, "again to end now"), (signal.SIGTERM, "saving")])
+def test_a_signal_is_acknowledged_at_once(capfd, number, hint):
+    with SignalRecorder() as recorder:
         os.kill(os.getpid(), number)
         said = capfd.readouterr().err  # before the step that was going on has ended
-    assert noted.received == number and number.name in said and told in said
+    assert recorder.received == number and number.name in said and hint in said

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: noted once by a training, heeded by a loader's worker only where its parent sends it."""
+"""SIGTERM and Ctrl-C: training records the first one; a loader worker obeys only its parent."""
 
 import os
 import signal
@@ -15,14 +15,14 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT], [signal.SIGINT, signal.SIGTERM]])
-def test_the_first_signal_is_noted_and_what_comes_with_it_too(numbers):
-    with SignalRecorder() as noted:
+def test_the_first_signal_is_recorded_and_those_with_it_end_nothing(numbers):
+    with SignalRecorder() as recorder:
         for number in numbers:
             os.kill(os.getpid(), number)
-    assert noted.received == numbers[0]
+    assert recorder.received == numbers[0]
 
 
-def test_a_later_ctrl_c_is_heeded_at_once(monkeypatch):
+def test_a_later_ctrl_c_interrupts_at_once(monkeypatch):
     later = time.monotonic() + 2
     with pytest.raises(KeyboardInterrupt), SignalRecorder():
         os.kill(os.getpid(), signal.SIGINT)
