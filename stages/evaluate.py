@@ -11,15 +11,16 @@ from pipeline.config.paths import evaluation_folder, index_path, store_path, tea
 from pipeline.config.schema import Config
 from pipeline.models.adapt import load_resized_weights
 from pipeline.models.build import build_student
-from pipeline.models.evaluation import disagreement
 from pipeline.models.weights import read_weights
-from pipeline.report.entries import Entry, compared_predictions, list_entries, require_weights
+from pipeline.report.analysis import Analysis, analyze
+from pipeline.report.entries import Entry, list_entries, require_weights
 from pipeline.report.evaluator import Evaluator
-from pipeline.report.examples import draw_examples, training_examples
+from pipeline.report.examples import draw_examples, example_section, training_examples
 from pipeline.report.facts import describe_experiment
-from pipeline.report.html import write_report
-from pipeline.report.plots import plot_curves, plot_disagreement
-from pipeline.report.tables import format_sizes, format_table, write_tables
+from pipeline.report.html import Report, write_report
+from pipeline.report.plots import Curve, plot_curves, plot_disagreement
+from pipeline.report.settings import describe_origin, loading_code, objective, training_rows
+from pipeline.report.tables import Result, SizeResult, format_sizes, format_table, write_comparisons, write_tables
 from pipeline.shards.index import Index
 from pipeline.store.manifest import read_manifest, read_summary
 from pipeline.store.reader import Store
@@ -44,7 +45,11 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     if config.needs_teacher("train-student"):
         store, manifest = open_store(config, train)
         summary = read_summary(teacher_logits_folder(config, "train-student") / "summary.json")
-    curves = {e.name: read_curve(e.folder / "curve.csv") for e in entries if (e.folder / "curve.csv").exists()}
+    logged = {e.name: read_curve(e.folder / "curve.csv") for e in entries if (e.folder / "curve.csv").exists()}
+    curves = {
+        entry.name: Curve(objective(entry.student), logged[entry.name]) for entry in entries if entry.name in logged
+    }
+    training = training_rows(config, entries)
     evaluator, results, predictions, sizes = Evaluator(config, val, device), [], {}, []
     for entry in entries:
         rows, predictions[entry.name] = evaluator.results(entry, evaluator.load(entry))
@@ -52,16 +57,31 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
         sizes += evaluator.size_results(entry)
     if Rank.init_process_group(device).rank:
         return  # rank 0 writes
-    table, folder = disagreement(compared_predictions(config, predictions, val.labels())), evaluation_folder(config)
-    write_tables(folder, results, sizes, table)
-    pictures = {name: folder / f"{name}.png" for name in ("curves", "views")}
-    plot_curves(pictures["curves"], curves)
-    draw_examples(pictures["views"], training_examples(config, train, store, manifest))
-    plot_disagreement(folder / "disagreement.png", table)
-    facts = describe_experiment(config, train, val, store, summary, device)
-    write_report(folder / "report.html", config.name, results, table, pictures, facts)
-    text = "\n\n".join([format_table(results), *([format_sizes(sizes)] if sizes else [])])
-    text += f"\n\nreport: {folder / 'report.html'}\n"
+    analysis, folder = analyze(config, entries, predictions, val), evaluation_folder(config)
+    write_tables(folder, results, analysis.intervals, sizes, analysis.disagreement)
+    write_comparisons(folder, analysis.headline.comparisons, analysis.classes, analysis.confusions)
+    plot_disagreement(folder / "disagreement.png", analysis.disagreement)
+    plot_curves(folder / "curves.png", curves)
+    examples = training_examples(config, train, store, manifest)
+    draw_examples(folder / "views.png", examples)
+    report = Report(
+        title=config.name,
+        results=results,
+        analysis=analysis,
+        curves=curves,
+        views=example_section(examples),
+        training=training,
+        facts=describe_origin() | describe_experiment(config, train, val, store, summary, device),
+        loading=loading_code(config, analysis.headline.best),
+    )
+    write_report(folder / "report.html", report)
+    write_text(folder, results, sizes, analysis)
+
+
+def write_text(folder: Path, results: list[Result], sizes: list[SizeResult], analysis: Analysis) -> None:
+    """Write table.txt, and print it."""
+    tables = [format_table(results), *([format_sizes(sizes)] if sizes else []), "\n".join(analysis.headline.lines())]
+    text = "\n\n".join([*tables, f"report: {folder / 'report.html'}"]) + "\n"
     with atomic_write(folder / "table.txt") as temporary:
         temporary.write_text(text)
     print(text)
@@ -87,7 +107,8 @@ def run_weights(
         return
     # a file does not say whether its distillation head was trained, so all heads are shown
     student = student.model_copy(update={"distillation": "hard"})
-    entry = Entry(Path(weights).name, student.model, Path(weights), "", size, config.evaluate.crop, "float32", student)
+    crop, path = config.evaluate.crop, Path(weights)
+    entry = Entry(path.name, student.model, path, "", size, crop, "float32", student=student)
     rows, _ = Evaluator(config, val, device).results(entry, built.to(device).eval())
     if Rank.init_process_group(device).rank == 0:
         print(format_table(rows))

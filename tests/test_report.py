@@ -1,6 +1,7 @@
 """Evaluation's numbers, the pictures and tables made of them, and the report that holds them all."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from pipeline.config.paths import (
     finetune_folder,
     index_path,
     outputs,
+    state_folder,
     student_folder,
     teacher_folder,
 )
@@ -30,14 +32,21 @@ from pipeline.models.build import build_student, build_teacher, parameter_count
 from pipeline.models.evaluation import classifiers, disagreement, multiply_adds, top_k_accuracy
 from pipeline.models.teacher import save_teacher
 from pipeline.models.weights import read_weights, save_weights
-from pipeline.report.entries import list_entries
+from pipeline.report.analysis import Analysis
+from pipeline.report.classes import class_results, confusions
+from pipeline.report.comparison import Predictions, find_headline
+from pipeline.report.entries import Entry, list_entries
 from pipeline.report.evaluator import Evaluator
 from pipeline.report.examples import Example, ExampleView, draw_examples, training_examples
-from pipeline.report.html import write_report
-from pipeline.report.plots import plot_curves, plot_disagreement
+from pipeline.report.grid import Cell, Section
+from pipeline.report.html import CLASSES, MATRIX_CLASSES, PAIRS, Report, write_report
+from pipeline.report.intervals import accuracy_interval
+from pipeline.report.pictures import Mistake, confident_mistakes, thumbnail
+from pipeline.report.plots import DARK, LIGHT, Curve, plot_curves, plot_disagreement
+from pipeline.report.settings import describe_origin, loading_code, training_rows
 from pipeline.report.tables import Result, SizeResult, format_sizes, format_table
 from pipeline.shards.index import Index
-from pipeline.training.log import write_curve
+from pipeline.training.log import Log, write_curve
 from stages import evaluate, prepare, teacher_logits
 
 property_settings = settings(derandomize=True, deadline=None, max_examples=40)
@@ -70,12 +79,32 @@ def test_curves_show_every_run_that_was_logged(tmp_path):
     second = {"epoch": "2", "loss": "1.9", "val_top1_class": "0.5", "val_top1_mean": "0.6"}
     alone = {"epoch": "1", "loss": "3.3", "val_top1_class": "0.4"}
     # the last is of a teacher that was not trained here
-    plot_curves(tmp_path / "curves.png", {"two $heads$": [first, second], "one head": [alone], "none": []})
+    runs = {"two $heads$": [first, second], "one head": [alone], "none": []}
+    plot_curves(tmp_path / "curves.png", {name: Curve("labels", epochs) for name, epochs in runs.items()})
     picture = pixels(tmp_path / "curves.png")
     assert picture.shape[0] > 400 and picture.shape[1] > 1000
     colours = {tuple(colour) for colour in picture.reshape(-1, 3)}
     assert (0x00, 0x72, 0xB2) in colours and (0xD5, 0x5E, 0x00) in colours
     assert (0x00, 0x9E, 0x73) not in colours
+
+
+def test_losses_of_different_objectives_have_axes_of_their_own(tmp_path):
+    epochs = [{"epoch": str(number), "loss": str(3 - number), "val_top1_class": "0.5"} for number in (1, 2)]
+    heights = []
+    for count in (1, 2, 3, 4):
+        curves = {f"run {number}": Curve(f"objective {number % count}", epochs) for number in range(4)}
+        plot_curves(tmp_path / "curves.png", curves)
+        heights.append(pixels(tmp_path / "curves.png").shape[0])
+    assert heights[0] < heights[1] == heights[2] < heights[3]  # with the accuracy: 2, 3, 4 and 5 axes in rows of 2
+
+
+def test_curves_can_be_drawn_for_a_dark_page(tmp_path):
+    curves = {"run": Curve("labels", [{"epoch": "1", "loss": "2", "val_top1_class": "0.5"}])}
+    for theme in (LIGHT, DARK):
+        plot_curves(tmp_path / f"{theme.name}.png", curves, theme)
+    light, dark = (pixels(tmp_path / f"{theme.name}.png") for theme in (LIGHT, DARK))
+    assert light.shape == dark.shape
+    assert np.median(light) > 250 and np.median(dark) < 40
 
 
 def test_no_curve_at_all_is_a_picture_too(tmp_path):
@@ -116,18 +145,41 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
 # tables and the report
 
 
-def report(tmp_path: Path, results: list[Result] = RESULTS) -> str:
-    picture = tmp_path / "picture.png"
-    plot_disagreement(picture, TABLE)
+ENTRY = Entry("hard", "deit_tiny", Path("hard"), "", 224, 0.875, "float32")
+
+
+def analysis(results: list[Result] = RESULTS, classes: int = 3) -> Analysis:
+    """Of images of so many classes, each as often as its number + 1, and of which one is classified as the next."""
+    labels = np.repeat(np.arange(classes), np.arange(classes) + 1)
+    predicted = labels.copy()
+    starts = np.cumsum(np.arange(classes))
+    predicted[starts] = (labels[starts] + 1) % classes
+    names = [f"<b>{number}" for number in range(classes)]
+    student = dataclasses.replace(ENTRY, name=TOKEN, student=Student())
+    intervals = {(row.model, row.classifier): accuracy_interval(np.array([True, False])) for row in results}
+    return Analysis(
+        find_headline([student], {TOKEN: {"class": Predictions(predicted, np.full(len(predicted), 0.5, np.float32))}}, labels),
+        intervals,
+        class_results(names, labels, {TOKEN: predicted}, TOKEN),
+        confusions(names, labels, predicted),
+        [Mistake(thumbnail(np.zeros((8, 8, 3), np.uint8), "a/<i>key"), "<i>", "dog", 0.987)],
+        TABLE,
+        ["token softmax"],
+    )
+
+
+def report(tmp_path: Path, results: list[Result] = RESULTS, classes: int = 3) -> str:
+    curves = {TOKEN: Curve("labels", [{"epoch": "1", "loss": "2", "val_top1_class": "0.5"}])}
+    views = Section([[Cell(np.zeros((300, 100, 3), np.uint8), "<i>")]], headings=["original"])
     facts = {"Students": {TOKEN: "hard <i>"}, "Empty": {}}
-    pictures = {"curves": picture, "views": picture}
-    write_report(tmp_path / "report.html", "run <1>", results, TABLE, pictures, facts)
+    written = Report("run <1>", results, analysis(results, classes), curves, views, [], facts, "print('<i>')")
+    write_report(tmp_path / "report.html", written)
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_report_is_one_file_that_opens_offline(tmp_path):
-    page = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "PICTURE", report(tmp_path))
-    assert page.count('src="PICTURE"') == 2
+    page = re.sub(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+", "PICTURE", report(tmp_path))
+    assert page.count('src="PICTURE"') == 3 and page.count('srcset="PICTURE"') == 1
     assert "http" not in page and "<script" not in page and "<link" not in page and "url(" not in page
     assert "{{" not in page and "{%" not in page
     assert not list(tmp_path.glob("*.partial"))
@@ -139,15 +191,32 @@ def test_report_escapes_every_name(tmp_path):
     assert unescape(page).count(TOKEN) >= 4  # results, twice in the matrix, the run
 
 
-def test_report_marks_the_best_of_each_column(tmp_path):
-    best = re.findall(r"<strong>(.*?)</strong>", report(tmp_path))
-    assert best == ["82.00", "5.91", "1.26", "2,530", "97.00"]
+def marked(page: str) -> list[str]:
+    return re.findall(r"<td[^>]*><strong>(.*?)</strong>", page)
 
 
-def test_ties_are_marked_together_and_a_column_of_equals_not_at_all(tmp_path):
+def test_report_marks_the_highest_accuracies_and_no_cost(tmp_path):
+    assert marked(report(tmp_path)) == ["82.00", "97.00"]
+
+
+def test_ties_on_paper_are_not_marked(tmp_path):
     shares = {"a": 0.8, "b": 0.800001, "c": 0.7}
     twins = [Result(name, "", "class", 0.5, top5, 10, 10, 1.0) for name, top5 in shares.items()]
-    assert re.findall(r"<strong>(.*?)</strong>", report(tmp_path, twins)) == ["80.00", "80.00"]
+    assert marked(report(tmp_path, twins)) == []
+
+
+def test_report_names_what_table_4_leaves_out(tmp_path):
+    assert "Left out: token softmax." in " ".join(report(tmp_path).split())
+
+
+@pytest.mark.parametrize("classes", [2, MATRIX_CLASSES, MATRIX_CLASSES + 1, 300])
+def test_confusion_is_readable_for_any_number_of_classes(tmp_path, classes):
+    page = unescape(report(tmp_path, classes=classes))
+    cells = len(re.findall(r"<td style=[^>]*>", page)) - 4  # the other heat map has 4
+    assert cells == (classes**2 if classes <= MATRIX_CLASSES else 0)
+    assert ("confuses most often" in page) == (classes > MATRIX_CLASSES)
+    assert (f"The first {PAIRS} of {classes} pairs; confusions.csv has all of them." in page) == (classes == 300)
+    assert (f"The first {CLASSES} of {classes}; classes.csv has all of them." in page) == (classes == 300)
 
 
 def test_plain_table_has_a_line_per_classifier_and_aligned_columns():
@@ -286,7 +355,10 @@ def mini(tmp_path_factory):
 def test_evaluate_writes_metrics_that_a_second_run_repeats(mini, capsys):
     config, device = mini
     folder = evaluation_folder(config)
-    same = ("metrics.json", "accuracy.csv", "disagreement.csv", "disagreement.png", "views.png", "curves.png")
+    same = (
+        "metrics.json", "accuracy.csv", "comparison.csv", "classes.csv", "confusions.csv", "disagreement.csv",
+        "disagreement.png", "views.png", "curves.png",
+    )  # fmt: skip
     first, second = [], []
     for written in (first, second):
         evaluate.run(config, device)
@@ -307,6 +379,87 @@ def test_evaluate_writes_metrics_that_a_second_run_repeats(mini, capsys):
     page = unescape((folder / "report.html").read_text(encoding="utf-8"))
     assert all(name in page for name in (*metrics, "test_resnet", "token distillation", "token-finetuned mean"))
     assert str(folder / "report.html") in capsys.readouterr().out
+
+
+def test_tables_of_classes_agree_with_the_metrics(mini):
+    config, device = mini
+    evaluate.run(config, device)
+    folder = evaluation_folder(config)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    tables = {}
+    for name in ("classes", "confusions", "comparison", "accuracy"):
+        with open(folder / f"{name}.csv", newline="") as file:
+            tables[name] = list(csv.DictReader(file))
+    assert {row["class"]: row["images"] for row in tables["classes"]} == {"cat": "5", "dog": "5"}
+    for model, own in metrics.items():
+        mean = sum(float(row[model]) for row in tables["classes"]) / 2
+        assert mean == pytest.approx(own.get("mean", own["class"])["top1"])
+    students = [own.get("mean", own["class"])["top1"] for name, own in metrics.items() if name != "teacher"]
+    correct = sum(int(row["images"]) for row in tables["confusions"] if row["label"] == row["prediction"])
+    assert correct == round(10 * max(students)) and sum(int(row["images"]) for row in tables["confusions"]) == 10
+    for row in tables["comparison"]:
+        values = [metrics[row[side]] for side in ("first", "second")]
+        first, second = (own.get("mean", own["class"])["top1"] for own in values)
+        assert float(row["top1_difference"]) == pytest.approx(first - second)
+    assert all(float(row["top1_low"]) <= float(row["top1"]) <= float(row["top1_high"]) for row in tables["accuracy"])
+
+
+def test_mistakes_are_the_wrong_images_of_highest_confidence(mini):
+    config, _ = mini
+    val = Index(index_path(config, "val"))
+    labels = val.labels()
+    confidence = np.linspace(0.5, 0.95, len(val), dtype=np.float32)
+    guesses = Predictions(np.where(np.arange(len(val)) % 2, labels, 1 - labels), confidence)
+    found = confident_mistakes(val, labels, guesses, 16, 0.875, count=3)
+    wrong = [8, 6, 4]
+    assert [each.confidence for each in found] == pytest.approx([confidence[row] for row in wrong])
+    for each, row in zip(found, wrong, strict=True):
+        shard, position = val.locate(row)
+        assert each.thumbnail.caption == val.rows(shard)[position]["key"].decode()
+        assert (each.label, each.prediction) == (val.classes[labels[row]], val.classes[1 - labels[row]])
+
+
+@pytest.mark.parametrize("name", ["plain", "token", "token-finetuned"])
+def test_code_in_the_report_loads_the_model_and_classifies_a_picture(mini, tmp_path, monkeypatch, capsys, name):
+    config, device = mini
+    entry = next(entry for entry in list_entries(config) if entry.name == name)
+    val = Index(index_path(config, "val"))
+    evaluator = Evaluator(config, val, device)
+    _, own = evaluator.results(entry, evaluator.load(entry))
+    expected = own["mean" if "mean" in own else "class"]
+    code = loading_code(config, entry)
+    for row in range(3):
+        Image.fromarray(val.image(*val.locate(row))).save(tmp_path / "photo.png")
+        exec(code.replace("photo.jpg", str(tmp_path / "photo.png")), {})
+        shown, confidence = capsys.readouterr().out.split()
+        assert shown == val.classes[expected.classes[row]]
+        assert float(confidence) == pytest.approx(expected.confidence[row], abs=2e-3)
+
+
+def test_settings_and_training_time_come_from_configuration_and_log(mini, monkeypatch):
+    config, _ = mini
+    run = "c" * 32
+    log = Log(state_folder(config, run) / "log.jsonl")
+    for epoch in (1, 2):
+        log.write("epoch", epoch, epoch=epoch, speed={"seconds": 100.4})
+    metrics = student_folder(config, "plain") / "metrics.json"
+    metrics.write_text(json.dumps({"run": run}))
+    try:
+        rows = {row.model: row for row in training_rows(config, list_entries(config))}
+    finally:
+        metrics.unlink()
+        log.path.unlink()
+    assert list(rows) == ["teacher", "token", "plain", "token-finetuned"]
+    assert (rows["plain"].time, rows["token"].time) == ("3 min 21 s", "")
+    assert (rows["plain"].objective, rows["token"].objective) == ("labels only", "hard distillation, α 0.5")
+    assert (rows["plain"].lr, rows["plain"].batch_size) == (f"{5e-4 * 8 / 512:.3g}", "8")
+
+
+def test_report_says_when_it_was_written_and_by_which_commit(tmp_path, monkeypatch):
+    origin = describe_origin()["Report"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", origin["written"])
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    assert list(describe_origin()["Report"]) == ["written"]
 
 
 def test_accuracy_at_the_size_of_training_is_that_of_the_table(mini):

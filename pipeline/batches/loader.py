@@ -7,7 +7,6 @@ import dataclasses
 import gc
 from collections.abc import Iterable, Iterator
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
@@ -92,9 +91,7 @@ class _EvaluationDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, position: int) -> torch.Tensor:
-        number = self.rows[position]
-        shard = int(np.searchsorted(self.index.starts, number, side="right")) - 1
-        image = self.index.image(shard, number - int(self.index.starts[shard]))
+        image = self.index.image(*self.index.locate(self.rows[position]))
         return torch.from_numpy(center_view(image, self.size, self.crop))
 
 

@@ -67,9 +67,7 @@ def find_sample(index: Index, key: str) -> tuple[int, int]:
 
 def random_sample(index: Index, seed: int) -> tuple[int, int]:
     """Shard and position of a sample chosen by a seed."""
-    row = int(np.random.default_rng(seed).integers(len(index)))
-    shard = int(np.searchsorted(index.starts, row, side="right")) - 1
-    return shard, row - int(index.starts[shard])
+    return index.locate(int(np.random.default_rng(seed).integers(len(index))))
 
 
 def sample_section(index: Index, recipe: Recipe, shard: int, position: int, views: range) -> Section:

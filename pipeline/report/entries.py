@@ -3,18 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pipeline.common.errors import PipelineError
 from pipeline.config.paths import FINETUNED, TEACHER, evaluated_models
-from pipeline.config.schema import Config, Student
+from pipeline.config.schema import Config, Student, Training
 from pipeline.models.adapt import load_resized_weights
 from pipeline.models.build import NormalizedModel, build_student
 from pipeline.models.teacher import load_teacher
 from pipeline.models.weights import read_saved_weights
-
-TRUTH = "truth"
 
 
 @dataclass(frozen=True)
@@ -30,6 +27,8 @@ class Entry:
     size: int
     crop: float
     precision: str
+    training: Training | None = None
+    """How it was trained here; None for a teacher from elsewhere."""
     student: Student | None = None
     """None for the teacher."""
 
@@ -52,13 +51,19 @@ def _entry(config: Config, name: str, folder: Path) -> Entry:
     teacher, tuned, crop = config.teacher, config.finetune, config.evaluate.crop
     if name == TEACHER:
         model, size = teacher.weights or teacher.model, config.teacher_size("train-student")
-        return Entry(name, model, folder, "teacher", size, teacher.crop, teacher.precision)
+        trained = None if teacher.weights else teacher
+        return Entry(name, model, folder, "teacher", size, teacher.crop, teacher.precision, trained)
     if name.endswith(FINETUNED):
         source = name.removesuffix(f"-{FINETUNED}")
-        student, crop = config.finetune_student(source), config.evaluate.crop_finetuned
-        return Entry(name, student.model, folder, f"finetune --student {source}", tuned.size, crop, tuned.precision, student)
+        student, crop, command = (
+            config.finetune_student(source),
+            config.evaluate.crop_finetuned,
+            f"finetune --student {source}",
+        )
+        return Entry(name, student.model, folder, command, tuned.size, crop, tuned.precision, tuned, student)
     student, size = config.student_named(name), config.recipe.size
-    return Entry(name, student.model, folder, f"train-student --student {name}", size, crop, student.precision, student)
+    command = f"train-student --student {name}"
+    return Entry(name, student.model, folder, command, size, crop, student.precision, student, student)
 
 
 def require_weights(entries: list[Entry]) -> None:
@@ -99,31 +104,3 @@ def load_model(
         )
     load_resized_weights(model, state, str(entry.weights))
     return model.to(device).eval()
-
-
-def compared_predictions(
-    config: Config, predictions: dict[str, dict[str, np.ndarray]], labels: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Select the rows of the paper's Table 4.
-
-    These are the labels, the teacher, a student trained without distillation, both heads and their mean for the student that
-    is fine-tuned or else for the first distilled one, and the joint classifier of each fine-tuned student.
-
-    Args:
-        predictions: for each model, the predicted classes of each of its classifiers.
-    """
-    selected = {TRUTH: labels}
-    if TEACHER in predictions:
-        selected[TEACHER] = predictions[TEACHER]["class"]
-    distilled = [name for name in config.students if config.student_named(name).distillation != "none"]
-    plain = [name for name in config.students if name not in distilled]
-    source = [*config.finetune.students, *distilled, *plain, ""][0]
-    if plain and plain[0] != source:
-        selected[f"{plain[0]} class"] = predictions[plain[0]]["class"]
-    for name in ("class", "distillation", "mean"):
-        if name in predictions.get(source, {}):
-            selected[f"{source} {name}"] = predictions[source][name]
-    for name in (name for name in predictions if name.endswith(FINETUNED)):
-        joint = "mean" if "mean" in predictions[name] else "class"
-        selected[f"{name} {joint}"] = predictions[name][joint]
-    return selected

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+from torch.nn.functional import softmax
 
 from pipeline.common.distributed import Rank
 from pipeline.config.paths import TEACHER
 from pipeline.config.schema import Config
 from pipeline.models.build import NormalizedModel, parameter_count
 from pipeline.models.evaluation import classifiers, multiply_adds, predict, throughput, top_k_accuracy
+from pipeline.report.comparison import Predictions
 from pipeline.report.entries import Entry, load_model
 from pipeline.report.tables import Result, SizeResult
 from pipeline.shards.index import Index
@@ -29,8 +30,8 @@ class Evaluator:
     def load(self, entry: Entry, size: int | None = None) -> NormalizedModel:
         return load_model(self.config, entry, len(self.val.classes), self.device, size)
 
-    def results(self, entry: Entry, model: NormalizedModel) -> tuple[list[Result], dict[str, np.ndarray]]:
-        """A row per classifier, and the classes that each predicts, int64 (samples,)."""
+    def results(self, entry: Entry, model: NormalizedModel) -> tuple[list[Result], dict[str, Predictions]]:
+        """A row and the predictions per classifier."""
         settings, size = self.config.evaluate, entry.size
         scores = self._scores(entry, model, size)
         macs, speed = multiply_adds(model, size), 0.0
@@ -38,7 +39,7 @@ class Evaluator:
             speed = throughput(model, size, settings.batch_size, settings.throughput_seconds, entry.precision)
         cost, detail = (parameter_count(model.model), macs, speed), f"{entry.model}, {size} px"
         rows = [Result(entry.name, detail, name, *self._accuracy(each), *cost) for name, each in scores.items()]
-        return rows, {name: each.argmax(1).numpy() for name, each in scores.items()}
+        return rows, {name: self._predictions(name, each) for name, each in scores.items()}
 
     def size_results(self, entry: Entry) -> list[SizeResult]:
         """A row per size in `evaluate.sizes` and classifier; position embeddings are resized."""
@@ -57,3 +58,9 @@ class Evaluator:
 
     def _accuracy(self, scores: torch.Tensor) -> tuple[float, float]:
         return top_k_accuracy(scores, self.labels, 1), top_k_accuracy(scores, self.labels, 5)
+
+    def _predictions(self, classifier: str, scores: torch.Tensor) -> Predictions:
+        # the scores of `softmax` are a sum of two probabilities, all others are logits
+        probabilities = scores / 2 if classifier == "softmax" else softmax(scores, 1)
+        confidence, classes = probabilities.max(1).values, scores.argmax(1)
+        return Predictions(classes.numpy(), confidence.numpy())

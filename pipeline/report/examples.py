@@ -117,13 +117,17 @@ def _read_predictions(store: Store, kind: str, batch: Batch) -> Sequence[tuple[s
 
 
 def draw_examples(path: Path, examples: list[Example]) -> None:
-    """Draw a PNG with a row per image: the original, then each view before and after mixing."""
+    """Draw a PNG of `example_section`."""
+    draw_grid(path, [example_section(examples)], side=1.4, dpi=150)
+
+
+def example_section(examples: list[Example]) -> Section:
+    """A row per image: the original, then each view before and after mixing."""
     views = max((example.views for example in examples), key=len)
     headings = ["original"]
     for view in views:
         headings += [f"view {view.number}", f"view {view.number}, mixed"]
-    rows = [_cells(example) for example in examples]
-    draw_grid(path, [Section(rows, headings=headings)], side=1.4, dpi=150)
+    return Section([_cells(example) for example in examples], headings=headings)
 
 
 def _cells(example: Example) -> list[Cell]:

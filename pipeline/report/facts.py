@@ -7,6 +7,7 @@ import torch
 
 from pipeline.config.paths import FINETUNED
 from pipeline.config.schema import Config, Recipe, Student
+from pipeline.report.settings import objective
 from pipeline.shards.index import Index
 from pipeline.store.layout import library_versions
 from pipeline.store.reader import Store
@@ -51,12 +52,7 @@ def _describe_students(config: Config) -> Terms:
 
 
 def _describe_student(student: Student) -> str:
-    how = "labels only"
-    if student.distillation != "none":
-        how = f"{student.distillation} distillation, α {student.alpha:g}"
-    if student.distillation == "soft":
-        how += f", τ {student.tau:g}"
-    return f"{student.model}, {how}, epochs: {student.epochs}"
+    return f"{student.model}, {objective(student)}, epochs: {student.epochs}"
 
 
 def _describe_store(store: Store, summary: dict[str, Any]) -> Terms:

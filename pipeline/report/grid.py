@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -66,10 +67,14 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG atomically; the same figure gives the same bytes."""
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", facecolor="white", metadata={"Software": None})
+def save_figure(figure: Figure, target: Path | BinaryIO) -> None:
+    """Write a PNG, atomically if it is a file on the disk; the same figure gives the same bytes."""
+    options = {"format": "png", "facecolor": figure.get_facecolor(), "metadata": {"Software": None}}
+    if not isinstance(target, Path):
+        figure.savefig(target, **options)
+        return
+    with atomic_write(target) as temporary:
+        figure.savefig(temporary, **options)
 
 
 def _lefts(row: list[Cell], side: float) -> Iterator[float]:

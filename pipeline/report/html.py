@@ -1,29 +1,45 @@
 """report.html: one self-contained page, rendered with Jinja."""
 
-import base64
+import io
+from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.common.files import atomic_write
+from pipeline.report.analysis import Analysis
+from pipeline.report.classes import ClassResult, Confusion
+from pipeline.report.comparison import describe_interval
+from pipeline.report.grid import Section
+from pipeline.report.pictures import data_uri, thumbnail
+from pipeline.report.plots import DARK, LIGHT, Curve, Theme, plot_curves
+from pipeline.report.settings import TrainingRow
 from pipeline.report.tables import COLUMNS, Result, by_model
 
+MATRIX_CLASSES = 20
+"""Up to so many classes, the confusion matrix is shown; beyond, the most confused pairs."""
+CLASSES, PAIRS = 100, 30
+"""Rows of the tables of classes and of confused pairs; the files next to the report have all of them."""
 
-def write_report(
-    path: Path,
-    title: str,
-    results: list[Result],
-    disagreement: dict[str, dict[str, float]],
-    pictures: dict[str, Path],
-    facts: dict[str, dict[str, str]],
-) -> None:
-    """Write a page that opens anywhere, offline: pictures and styles are inside it.
 
-    Args:
-        disagreement: the shares that `plot_disagreement` draws.
-        pictures: PNG files named curves and views.
-        facts: sections about the experiment, each with its terms and their descriptions.
-    """
+@dataclass(frozen=True)
+class Report:
+    """What the page shows."""
+
+    title: str
+    results: list[Result]
+    analysis: Analysis
+    curves: dict[str, Curve]
+    views: Section
+    training: list[TrainingRow]
+    facts: dict[str, dict[str, str]]
+    """Sections about the experiment, each with its terms and their descriptions."""
+    loading: str
+    """Python code."""
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write a page that opens anywhere, offline: pictures and styles are inside it."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -31,15 +47,45 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    analysis = report.analysis
+    wrong = [each for each in analysis.confusions if each.label != each.prediction]
     page = environment.get_template("report_template.html").render(
-        title=title,
-        columns=[(column, column.show_best(results)) for column in COLUMNS],
-        models=by_model(results),
-        best=max(results, key=lambda row: row.top1),
-        disagreement=disagreement,
-        largest=max((share for row in disagreement.values() for share in row.values()), default=0) or 1,
-        pictures={name: base64.b64encode(picture.read_bytes()).decode() for name, picture in pictures.items()},
-        facts=facts,
+        report=report,
+        analysis=analysis,
+        headline=analysis.headline,
+        columns=[(column, column.show_best(report.results)) for column in COLUMNS],
+        models=by_model(report.results),
+        classes=analysis.classes[:CLASSES],
+        matrix=confusion_matrix(analysis.classes, analysis.confusions),
+        pairs=wrong[:PAIRS],
+        pair_count=len(wrong),
+        largest=max((share for row in analysis.disagreement.values() for share in row.values()), default=0) or 1,
+        curves={theme.name: _curves(report.curves, theme) for theme in (LIGHT, DARK)},
+        views=[[thumbnail(cell.picture, cell.caption) for cell in row] for row in report.views.rows],
+        describe_interval=describe_interval,
     )
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def _curves(curves: dict[str, Curve], theme: Theme) -> str:
+    """The training curves as a data URI."""
+    file = io.BytesIO()
+    plot_curves(file, curves, theme)
+    return data_uri(file.getvalue(), "png")
+
+
+def confusion_matrix(
+    classes: list[ClassResult], confusions: list[Confusion]
+) -> dict[str, dict[str, tuple[int, float]]]:
+    """Images and their share of the row, by label and prediction; empty for more than MATRIX_CLASSES classes."""
+    names = sorted({each.label for each in confusions} | {each.prediction for each in confusions})
+    if len(names) > MATRIX_CLASSES:
+        return {}
+    found = {(each.label, each.prediction): (each.images, each.share) for each in confusions}
+    with_images = {each.name for each in classes}
+    return {
+        label: {prediction: found.get((label, prediction), (0, 0.0)) for prediction in names}
+        for label in names
+        if label in with_images
+    }

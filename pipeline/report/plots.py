@@ -1,6 +1,8 @@
 """Plots of results, as PNG: training curves and disagreement."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,42 +13,78 @@ from matplotlib.ticker import MaxNLocator
 from pipeline.report.grid import save_figure, shorten
 
 DPI = 150
-# Okabe and Ito's palette, distinguishable with any colour vision; without yellow, which is hard to see on white
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vP"
 DASHES = (0, (2, 1.5))
-INK, MUTED = "#1c1e21", "#5d6570"
+COLUMNS = 2
 
 
-def plot_curves(path: Path, curves: dict[str, list[dict[str, str]]]) -> None:
-    """Plot loss and validation top-1 against the epoch.
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a plot; those of lines are Okabe and Ito's, which can be told apart with any colour vision."""
 
-    Args:
-        curves: for each run its epochs as `read_curve` gives them: epoch, loss, val_top1_class, val_top1_mean
-            (empty where there was no validation). A run without epochs is left out.
-    """
-    figure = Figure((10, 4.4), dpi=DPI, layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
+    name: str
+    page: str
+    ink: str
+    muted: str
+    line: str
+    curves: tuple[str, ...]
+
+
+# without yellow, which is hard to see on white; and lighter ones for a dark page, on which black would vanish
+LIGHT = Theme(
+    "light", "white", "#1c1e21", "#5d6570", "#e4e6ea",
+    ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
+)  # fmt: skip
+DARK = Theme(
+    "dark", "#1b1e23", "#e8eaed", "#a0a8b3", "#31363e",
+    ("#56B4E9", "#F08A4B", "#2DBE92", "#E09BC3", "#F0B93A", "#A5D8F3", "#FFFFFF"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run's training curve."""
+
+    objective: str
+    """What its loss measures."""
+    epochs: list[dict[str, str]]
+    """As `read_curve` gives them: epoch, loss, val_top1_class, val_top1_mean (empty where there was no validation)."""
+
+
+def plot_curves(path: Path | BinaryIO, curves: dict[str, Curve], theme: Theme = LIGHT) -> None:
+    """Plot loss, with axes per objective, and validation top-1 against the epoch; runs without epochs are left out."""
+    drawn = {name: curve for name, curve in curves.items() if curve.epochs}
+    objectives = list(dict.fromkeys(curve.objective for curve in drawn.values()))
+    rows = -(-(len(objectives) + 1) // COLUMNS)
+    figure = Figure((10, 0.6 + 3.4 * rows), dpi=DPI, layout="constrained", facecolor=theme.page)
+    if drawn:
+        panels = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
+        for unused in panels[len(objectives) + 1 :]:
+            unused.set_visible(False)
+        _draw_curves(figure, dict(zip(objectives, panels[1:], strict=False)), panels[0], drawn, theme)
+    else:
+        figure.text(0.5, 0.5, "no training was logged", ha="center", color=theme.muted)
+    save_figure(figure, path)
+
+
+def _draw_curves(
+    figure: Figure, losses: dict[str, Axes], accuracy: Axes, curves: dict[str, Curve], theme: Theme
+) -> None:
     handles, two_heads = [], False
-    for number, (name, epochs) in enumerate(curves.items()):
-        if not epochs:
-            continue
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    for number, (name, curve) in enumerate(curves.items()):
+        colour, marker = theme.curves[number % len(theme.curves)], MARKERS[number % len(MARKERS)]
         style = {"color": colour, "marker": marker, "lw": 1.6, "ms": 5}
-        _draw(loss, epochs, "loss", 1, style)
-        both = _draw(accuracy, epochs, "val_top1_mean", 100, style)
-        _draw(accuracy, epochs, "val_top1_class", 100, style | {"linestyle": DASHES if both else "-"})
+        _draw(losses[curve.objective], curve.epochs, "loss", 1, style)
+        both = _draw(accuracy, curve.epochs, "val_top1_mean", 100, style)
+        _draw(accuracy, curve.epochs, "val_top1_class", 100, style | {"linestyle": DASHES if both else "-"})
         handles.append(Line2D([], [], label=_plain(name), **style))
         two_heads |= both
     note = " (dashed: class head alone)" * two_heads
-    for axes, title in ((loss, "training loss"), (accuracy, f"validation top-1, %{note}")):
-        _plain_axes(axes, title)
-        axes.set_visible(bool(handles))
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, handlelength=2.4)
-    else:
-        figure.text(0.5, 0.5, "no training was logged", ha="center", color=MUTED)
-    save_figure(figure, path)
+    _plain_axes(accuracy, f"validation top-1, %{note}", theme)
+    for objective, axes in losses.items():
+        _plain_axes(axes, f"training loss: {objective}", theme)
+    legend = {"frameon": False, "handlelength": 2.4, "labelcolor": theme.ink}
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, **legend)
 
 
 def _draw(axes: Axes, epochs: list[dict[str, str]], column: str, scale: float, style: dict) -> bool:
@@ -59,15 +97,16 @@ def _draw(axes: Axes, epochs: list[dict[str, str]], column: str, scale: float, s
     return bool(rows)
 
 
-def _plain_axes(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, color=INK)
-    axes.set_xlabel("epoch", color=MUTED)
+def _plain_axes(axes: Axes, title: str, theme: Theme) -> None:
+    axes.set_title(title, loc="left", fontsize=11, color=theme.ink)
+    axes.set_xlabel("epoch", color=theme.muted)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color="#e4e6ea", lw=0.8)
+    axes.grid(axis="y", color=theme.line, lw=0.8)
     axes.set_axisbelow(True)
+    axes.set_facecolor(theme.page)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#b9bec6")
-    axes.tick_params(colors=MUTED, length=0)
+    axes.spines["bottom"].set_color(theme.muted)
+    axes.tick_params(colors=theme.muted, length=0)
 
 
 def plot_disagreement(path: Path, table: dict[str, dict[str, float]]) -> None:
@@ -77,18 +116,18 @@ def plot_disagreement(path: Path, table: dict[str, dict[str, float]]) -> None:
     largest = max(shares.max(), 1e-9)
     labels = [_plain(name, 28) for name in names]
     side, room = 0.9 * len(names), 0.08 * max(len(label) for label in labels)
-    figure = Figure((side + 1.6 * room + 1, 0.6 * side + room + 1), dpi=DPI, layout="constrained")
+    figure = Figure((side + 1.6 * room + 1, 0.6 * side + room + 1), dpi=DPI, layout="constrained", facecolor=LIGHT.page)
     axes = figure.subplots()
     # up to the middle of the scale only, so that dark text is legible on every cell
     axes.imshow(shares / largest, cmap="Blues", vmin=0, vmax=2, aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
         text = "0" if row == column else f"{100 * share:.1f}"
-        axes.text(column, row, text, ha="center", va="center", color=INK)
-    axes.set_xticks(range(len(names)), labels, rotation=35, ha="left", rotation_mode="anchor", color=INK)
-    axes.set_yticks(range(len(names)), labels, color=INK)
+        axes.text(column, row, text, ha="center", va="center", color=LIGHT.ink)
+    axes.set_xticks(range(len(names)), labels, rotation=35, ha="left", rotation_mode="anchor", color=LIGHT.ink)
+    axes.set_yticks(range(len(names)), labels, color=LIGHT.ink)
     axes.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("% of validation images classified differently", color=MUTED, labelpad=8)
+    axes.set_xlabel("% of validation images classified differently", color=LIGHT.muted, labelpad=8)
     save_figure(figure, path)
 
 

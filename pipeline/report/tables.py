@@ -11,6 +11,9 @@ from typing import Any
 from tabulate import tabulate
 
 from pipeline.common.files import atomic_write
+from pipeline.report.classes import ClassResult, Confusion
+from pipeline.report.comparison import Comparison
+from pipeline.report.intervals import Estimate
 
 
 @dataclass(frozen=True)
@@ -46,22 +49,21 @@ class SizeResult:
 
 @dataclass(frozen=True)
 class Column:
-    """A number of a Result: its heading, how it is printed, and which value is the best."""
+    """A number of a Result: its heading, how it is printed, and whether the highest one is marked."""
 
     heading: str
     value: Callable[[Result], float]
     text: Callable[[float], str]
-    best: Callable[[Iterable[float]], float]
     of_model: bool = True
-    """Whether all classifiers of a model share it."""
+    """Whether all classifiers of a model share it: a cost, and no contest."""
 
     def show(self, row: Result) -> str:
         return self.text(self.value(row))
 
     def show_best(self, results: list[Result]) -> str | None:
-        """The best as printed, so that ties on paper are ties; None if all are the same."""
-        different = len({self.show(row) for row in results}) > 1
-        return self.text(self.best(map(self.value, results))) if different else None
+        """The highest accuracy as printed; None for a cost, or if several rows show the same one."""
+        best = self.show(max(results, key=self.value))
+        return best if not self.of_model and [self.show(row) for row in results].count(best) == 1 else None
 
 
 def _short(value: float) -> str:
@@ -70,11 +72,11 @@ def _short(value: float) -> str:
 
 
 COLUMNS = (
-    Column("top-1 %", lambda row: 100 * row.top1, "{:.2f}".format, max, of_model=False),
-    Column("top-5 %", lambda row: 100 * row.top5, "{:.2f}".format, max, of_model=False),
-    Column("params M", lambda row: row.parameters / 1e6, _short, min),
-    Column("GMACs", lambda row: row.macs / 1e9, _short, min),
-    Column("images/s", lambda row: row.throughput, _short, max),
+    Column("top-1 %", lambda row: 100 * row.top1, "{:.2f}".format, of_model=False),
+    Column("top-5 %", lambda row: 100 * row.top5, "{:.2f}".format, of_model=False),
+    Column("params M", lambda row: row.parameters / 1e6, _short),
+    Column("GMACs", lambda row: row.macs / 1e9, _short),
+    Column("images/s", lambda row: row.throughput, _short),
 )
 
 
@@ -113,9 +115,17 @@ def _plain_table(lines: list[list[str]], headings: list[str], texts: int) -> str
 
 
 def write_tables(
-    folder: Path, results: list[Result], sizes: list[SizeResult], disagreement: dict[str, dict[str, float]]
+    folder: Path,
+    results: list[Result],
+    intervals: dict[tuple[str, str], Estimate],
+    sizes: list[SizeResult],
+    disagreement: dict[str, dict[str, float]],
 ) -> None:
-    """Write metrics.json, throughput.json, accuracy.csv, sizes.csv and disagreement.csv."""
+    """Write metrics.json, throughput.json, accuracy.csv, sizes.csv and disagreement.csv.
+
+    Args:
+        intervals: of top-1, by model and classifier.
+    """
     metrics: dict[str, dict[str, Any]] = {}
     for row in results:
         cost = {"parameters": row.parameters, "gmacs": row.macs / 1e9}
@@ -123,7 +133,12 @@ def write_tables(
     _write_json(folder / "metrics.json", metrics)
     speeds = {row.model: {"images_per_second": round(row.throughput, 1)} for row in results}
     _write_json(folder / "throughput.json", speeds)
-    _write_csv(folder / "accuracy.csv", ["model", "classifier", "top1", "top5"], (asdict(row) for row in results))
+    rows = [
+        asdict(row) | {"top1_low": interval.low, "top1_high": interval.high}
+        for row in results
+        for interval in [intervals[row.model, row.classifier]]
+    ]
+    _write_csv(folder / "accuracy.csv", ["model", "classifier", "top1", "top1_low", "top1_high", "top5"], rows)
     columns = [field.name for field in fields(SizeResult)]
     _write_csv(folder / "sizes.csv", columns, (asdict(row) for row in sizes))
     pairs = (
@@ -132,6 +147,23 @@ def write_tables(
         for second, share in row.items()
     )
     _write_csv(folder / "disagreement.csv", ["first", "second", "share"], pairs)
+
+
+def write_comparisons(
+    folder: Path, comparisons: list[Comparison], classes: list[ClassResult], confusions: list[Confusion]
+) -> None:
+    """Write comparison.csv, classes.csv and confusions.csv."""
+    rows = (
+        {"first": c.first, "second": c.second, "top1_difference": c.difference.value, "low": c.difference.low}
+        | {"high": c.difference.high}
+        for c in comparisons
+    )
+    _write_csv(folder / "comparison.csv", ["first", "second", "top1_difference", "low", "high"], rows)
+    models = list(classes[0].top1)
+    by_class = ({"class": row.name, "images": row.images, **row.top1} for row in classes)
+    _write_csv(folder / "classes.csv", ["class", "images", *models], by_class)
+    columns = [field.name for field in fields(Confusion)]
+    _write_csv(folder / "confusions.csv", columns, (asdict(row) for row in confusions))
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

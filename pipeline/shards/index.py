@@ -219,6 +219,11 @@ class Index:
         refused = [bad for bad in self.refused if bad["shard"] == entry["name"]]
         return ShardIndex(entry["name"], self.rows(number), entry["bytes"], entry["sha256"], refused)
 
+    def locate(self, row: int) -> tuple[int, int]:
+        """Shard and position of a sample's row in the table."""
+        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return shard, row - int(self.starts[shard])
+
     def labels(self) -> np.ndarray:
         """All samples' labels in index order, int64 (samples,)."""
         return np.concatenate([self.rows(shard)["label"] for shard in range(len(self.names))]).astype(np.int64)

@@ -1,0 +1,57 @@
+"""Everything that the report derives from the predictions of the compared models."""
+
+from dataclasses import dataclass
+
+from pipeline.config.schema import Config
+from pipeline.models.evaluation import disagreement
+from pipeline.report.classes import ClassResult, Confusion, class_results, confusions
+from pipeline.report.comparison import (
+    AllPredictions,
+    Headline,
+    compared_predictions,
+    find_headline,
+    joint_predictions,
+    left_out,
+)
+from pipeline.report.entries import Entry
+from pipeline.report.intervals import Estimate, accuracy_interval
+from pipeline.report.pictures import Mistake, confident_mistakes
+from pipeline.shards.index import Index
+
+
+@dataclass(frozen=True)
+class Analysis:
+    headline: Headline
+    intervals: dict[tuple[str, str], Estimate]
+    """Of top-1, by model and classifier."""
+    classes: list[ClassResult]
+    """Those that the best student recognises worst first."""
+    confusions: list[Confusion]
+    """Of the best student."""
+    mistakes: list[Mistake]
+    """Of the best student."""
+    disagreement: dict[str, dict[str, float]]
+    """The paper's Table 4."""
+    left_out: list[str]
+    """Classifiers that are not in that table."""
+
+
+def analyze(config: Config, entries: list[Entry], predictions: AllPredictions, val: Index) -> Analysis:
+    """Compare predictions on the validation set with its labels and with one another."""
+    labels, joint = val.labels(), joint_predictions(predictions)
+    headline = find_headline(entries, predictions, labels)
+    best, rows = headline.best, compared_predictions(config, predictions, labels)
+    decided = {name: each.classes for name, each in joint.items()}
+    return Analysis(
+        headline,
+        {
+            (model, classifier): accuracy_interval(each.classes == labels)
+            for model, own in predictions.items()
+            for classifier, each in own.items()
+        },
+        class_results(val.classes, labels, decided, best.name),
+        confusions(val.classes, labels, decided[best.name]),
+        confident_mistakes(val, labels, joint[best.name], best.size, best.crop),
+        disagreement(rows),
+        left_out(predictions, rows),
+    )

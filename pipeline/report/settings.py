@@ -1,0 +1,129 @@
+"""How the compared models were trained, for how long, when and by which code; and Python code that loads one."""
+
+import json
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.paths import index_path, state_folder
+from pipeline.config.schema import Config, Student
+from pipeline.report.entries import Entry
+from pipeline.training.log import read_log
+
+LOADING = """\
+import json
+from pathlib import Path
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from timm.data import create_transform
+
+classes = json.loads(Path({index!r}).read_text())["classes"]
+model = timm.create_model({model!r}, num_classes=len(classes), {arguments})
+model.load_state_dict(load_file({weights!r}))
+transform = create_transform({size}, interpolation="bicubic", mean={mean}, std={std}, crop_pct={crop})
+picture = transform(Image.open("photo.jpg").convert("RGB"))[None]
+with torch.inference_mode():
+    confidence, number = model.eval()(picture).softmax(1)[0].max(0)
+print(classes[number], float(confidence))
+"""
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """A model's training settings, as text."""
+
+    model: str
+    objective: str
+    epochs: str
+    batch_size: str
+    lr: str
+    weight_decay: str
+    optimizer: str
+    time: str
+
+
+def training_rows(config: Config, entries: list[Entry]) -> list[TrainingRow]:
+    """A row per model that was trained here."""
+    rows = []
+    for entry in entries:
+        if settings := entry.training:
+            rows.append(
+                TrainingRow(
+                    entry.name,
+                    objective(entry.student),
+                    f"{settings.epochs:,}",
+                    f"{settings.batch_size:,}",
+                    f"{settings.lr * settings.batch_size / 512:.3g}",
+                    f"{settings.weight_decay:g}",
+                    settings.optimizer,
+                    _training_time(config, entry),
+                )
+            )
+    return rows
+
+
+def objective(student: Student | None) -> str:
+    """The training loss in words; curves of different ones are not comparable."""
+    if student is None or student.distillation == "none":
+        return "labels only"
+    soft = f", τ {student.tau:g}, {student.soft_reduction}" if student.distillation == "soft" else ""
+    return f"{student.distillation} distillation, α {student.alpha:g}{soft}"
+
+
+def _training_time(config: Config, entry: Entry) -> str:
+    """Training without validation, as the log of the run has it; empty if the log is gone."""
+    metrics = entry.folder / "metrics.json"
+    run = json.loads(metrics.read_text()).get("run") if metrics.exists() else None
+    log = state_folder(config, run) / "log.jsonl" if run else None
+    if log is None or not log.exists():
+        return ""
+    seconds = sum(line["speed"]["seconds"] for line in read_log(log) if line["kind"] == "epoch")
+    return format_duration(seconds)
+
+
+def format_duration(seconds: float) -> str:
+    """For example 45 s, 3 min 20 s or 14 h 5 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def describe_origin() -> dict[str, dict[str, str]]:
+    """A section of the report: when and by which code it was written."""
+    origin = {"written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
+    commit = _git("rev-parse", "HEAD")
+    if commit:
+        changed = " with uncommitted changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
+        origin["commit"] = f"{commit[:12]}{changed}"
+    return {"Report": origin}
+
+
+def _git(*arguments: str) -> str:
+    """The output of a git command in the folder of the code; empty without git or a repository."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def loading_code(config: Config, entry: Entry) -> str:
+    """Python code that loads a student with timm alone and classifies a picture with its joint classifier."""
+    assert entry.student
+    arguments: dict[str, Any] = {"img_size": entry.size, **entry.student.kwargs}
+    return LOADING.format(
+        model=entry.model,
+        arguments=", ".join(f"{name}={value!r}" for name, value in arguments.items()),
+        weights=str(entry.weights),
+        size=entry.size,
+        mean=config.recipe.mean,
+        std=config.recipe.std,
+        crop=entry.crop,
+        index=str(index_path(config, "val")),
+    )
