@@ -9,7 +9,7 @@ import click
 
 from pipeline.cli.group import Group
 from pipeline.cli.options import IF_NEEDED, PART, TEACHER, WHICH_STORE, WHICH_TEACHER, config_options, stage_options
-from pipeline.cli.start import configure
+from pipeline.cli.start import configure, init
 from pipeline.cli.store import prune, store
 from pipeline.common.errors import UsageError
 
@@ -34,7 +34,7 @@ def main() -> None:
       finetune        continue at a higher resolution, from a second store
       evaluate        report the accuracy of all models, in report.html
 
-    The other commands: configure chooses an experiment, status shows how far every stage has got, views
+    The other commands: init suits the settings to a folder of images, configure chooses an experiment, status shows how far every stage has got, views
     draws what a recipe produces, store inspects and repairs stores, prune frees disk space.
 
     \b
@@ -276,6 +276,7 @@ def status(path: str, overrides: tuple[str, ...], watch: float | None, as_json: 
     status.run(load(path, overrides), as_json, watch)
 
 
+main.add_command(init)
 main.add_command(configure)
 main.add_command(store)
 main.add_command(prune)

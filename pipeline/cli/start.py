@@ -1,4 +1,4 @@
-"""`pipeline configure`: choosing an experiment."""
+"""The commands that come first: `pipeline init` and `pipeline configure`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from pipeline.cli.options import DEVICE, find_device
 from pipeline.common.errors import UsageError
 
 OUTPUT = click.option(
@@ -34,3 +35,28 @@ def configure(name: str | None, overrides: tuple[str, ...], as_list: bool, outpu
     if name is None:
         raise UsageError("pipeline configure", expected="the name of an experiment", do="see pipeline configure --list")
     configure.run(name, overrides, output)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+@click.option("--force", is_flag=True, help="Overwrite a params.yaml that holds changes.")
+@click.option("--estimate/--no-estimate", "with_estimate", default=True, show_default=True,
+              help="Measure this machine for a few seconds and print time and disk space.")  # fmt: skip
+@DEVICE
+@OUTPUT
+def init(folder: Path, overrides: tuple[str, ...], force: bool, with_estimate: bool, device: str, output: Path) -> None:
+    """Write a params.yaml that suits a folder of images, with the reason for each choice.
+
+    FOLDER has a folder for training and one for validation (or test), each with one folder of images per
+    class. Images and classes are counted, and sizes read from a sample; then image size, models, epochs,
+    batch size and kind of store are chosen for them and for this machine.
+
+    \b
+    Examples:
+      pipeline init photos
+      pipeline init photos student.epochs=60 teacher_logits.views=60
+    """
+    from pipeline.cli import init
+
+    init.run(folder, overrides, find_device(device), output, force, with_estimate)

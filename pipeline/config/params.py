@@ -175,6 +175,12 @@ def dump(config: Config) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
 
 
+def dump_key(key: str, value: Any) -> str:
+    """One key with its value, as lines of YAML."""
+    style = None if isinstance(value, dict | list) else False
+    return yaml.dump({key: value}, Dumper=_Dumper, sort_keys=False, default_flow_style=style, width=100)
+
+
 def record(config: Config) -> None:
     """Save the configuration with its outputs, so that `pipeline prune` knows it when params.yaml has changed."""
     path, text = used_params(config), dump(config)

@@ -1,0 +1,126 @@
+"""`pipeline init`: from a folder of images to a params.yaml that suits them."""
+
+import shlex
+from pathlib import Path
+
+import torch
+
+from pipeline.cli import durations, photos
+from pipeline.cli.annotated import annotate
+from pipeline.cli.choices import Choice, Choices, Facts, choose
+from pipeline.cli.configure import KEYS, experiments
+from pipeline.common.cores import available_cores
+from pipeline.common.errors import PipelineError, UsageError
+from pipeline.common.files import atomic_write
+from pipeline.config.params import load, resolve
+from pipeline.config.schema import Config
+
+FROM_SCRATCH = (
+    "everything is trained from scratch. A DeiT learns little from so few images: expect it to stay well below its"
+    " teacher. Released weights help far more than any setting here"
+)
+FEW = 100_000
+"""Images below which training from scratch is warned of."""
+
+
+def run(
+    root: Path, overrides: tuple[str, ...], device: torch.device, output: Path, force: bool, with_estimate: bool
+) -> None:
+    """Write `output` and print what was found, warnings and the estimate.
+
+    Raises:
+        UsageError: no folders for training and validation, or `output` holds changes.
+        PipelineError: no images, or classes that differ.
+    """
+    found = photos.look(root)
+    print(photos.describe(found))
+    facts = gather(found, device)
+    choices = _named(root, found) | choose(facts)
+    config = configuration(choices, overrides)
+    if not force:
+        refuse_changed(output, config)
+    for line in photos.warnings(found):
+        print(f"warning: {line}")
+    if facts.images < FEW:
+        print(f"warning: {FROM_SCRATCH}")
+    if with_estimate:
+        _print_estimate(config, found, device)
+    command = shlex.join(["pipeline", "init", str(root), *overrides])
+    with atomic_write(output) as temporary:
+        temporary.write_text(f"# Written by: {command}\n{KEYS}" + annotate(config, _unchanged(choices, overrides)))
+    print(f"{output}: {config.name}, with a reason for each choice; now run: dvc repro")
+
+
+def gather(found: photos.Photos, device: torch.device) -> Facts:
+    """The facts that choices depend on."""
+    gpu = device.type == "cuda"
+    return Facts(
+        images=len(found.train.names),
+        classes=len(found.train.classes),
+        short_side=found.short_side,
+        majority=found.majority,
+        megapixels=found.megapixels,
+        gpu=gpu,
+        bfloat16=gpu and torch.cuda.get_device_capability(device) >= (8, 0),
+    )
+
+
+def _named(root: Path, found: photos.Photos) -> Choices:
+    return {
+        "name": Choice(photos.experiment_name(root), "the folder's name; results go to outputs/<name>/"),
+        "data.train": Choice(found.data.train, f"{len(found.train.names):,} images"),
+        "data.val": Choice(found.data.val, f"{len(found.val.names):,} images"),
+    }
+
+
+def configuration(choices: Choices, overrides: tuple[str, ...]) -> Config:
+    """The defaults with the choices and then the overrides.
+
+    Raises:
+        UsageError: an override is no valid key or value.
+    """
+    values: dict = {}
+    for key, choice in choices.items():
+        section, _, name = key.rpartition(".")
+        (values.setdefault(section, {}) if section else values)[name] = choice.value
+    return resolve(values, overrides, "pipeline init")
+
+
+def _unchanged(choices: Choices, overrides: tuple[str, ...]) -> Choices:
+    """The choices, with another reason where an override has taken their place."""
+    given = [text.partition("=")[0] for text in overrides]
+    own = {key: Choice(None, "given on the command line") for key in given if key.count(".") <= 1}
+    return {key: own.get(key, choice) for key, choice in choices.items()}
+
+
+def refuse_changed(path: Path, config: Config) -> None:
+    """Protect a params.yaml that holds more than what a command writes again.
+
+    Raises:
+        UsageError: it is neither `config` nor an experiment in configs/ without changes.
+    """
+    if not path.exists():
+        return
+    try:
+        now = load(path)
+        known = now == config or any(now == load(file) for file in experiments().values())
+    except PipelineError:
+        known = False
+    if not known:
+        raise UsageError(
+            f"{path}",
+            expected="no such file, or an experiment of configs/ without changes",
+            found="a configuration with changes, which would be lost",
+            do="keep it under another name, choose another file with --output, or overwrite it with --force",
+        )
+
+
+def _print_estimate(config: Config, found: photos.Photos, device: torch.device) -> None:
+    images, classes = len(found.train.names), len(found.train.classes)
+    rates = durations.measure(config, found.sample(24), classes, device)
+    gpu = device.type == "cuda"
+    seconds = durations.stage_seconds(config, rates, images, len(found.val.names), available_cores(), gpu)
+    sizes = durations.bytes_written(config, rates, images, classes, found.bytes)
+    print(durations.describe(seconds, sizes, device))
+    if sum(seconds.values()) > 3600 and not gpu:
+        print("to shorten it: fewer epochs (student.epochs and teacher_logits.views together), a smaller recipe.size, a GPU")

@@ -1,0 +1,310 @@
+"""`pipeline init`: what it finds in a folder, what it chooses and why, and what it writes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import picture, write_folders
+
+from pipeline.cli.annotated import annotate
+from pipeline.cli.choices import Choice, Facts, choose
+from pipeline.cli.durations import Rates, bytes_written, stage_seconds
+from pipeline.cli.init import configuration
+from pipeline.cli.main import main
+from pipeline.cli.photos import Photos, experiment_name, find_splits, look, warnings
+from pipeline.common.errors import PipelineError, UsageError
+from pipeline.config.params import load, parse_yaml, resolve
+from pipeline.config.schema import Config, Data
+from pipeline.models.build import build_student, build_teacher
+from pipeline.shards.sources import Listing
+
+ROOT = Path(__file__).parent.parent
+TYPICAL = Facts(images=2_000, classes=10, short_side=375, majority=0.1)
+
+
+def facts(**changes) -> Facts:
+    return Facts(**{**vars(TYPICAL), **changes})
+
+
+def config(found: Facts) -> Config:
+    return configuration({"data.train": Choice("train", ""), "data.val": Choice("val", "")} | choose(found), ())
+
+
+SETS = [
+    facts(images=images, classes=classes, short_side=side, gpu=gpu, bfloat16=gpu)
+    for images, classes in ((20, 2), (1_649, 17), (2_000, 10), (12_345, 100), (200_000, 5_000))
+    for side in (8, 64, 128, 3000)
+    for gpu in (False, True)
+]
+
+
+@pytest.mark.parametrize("found", SETS, ids=str)
+def test_what_is_chosen_is_a_valid_configuration_whose_models_can_be_built(found):
+    chosen = config(found)
+    teacher = build_teacher(chosen.teacher, found.classes)
+    assert sum(parameter.numel() for parameter in teacher.parameters()) > 1e6
+    for name in chosen.students:
+        build_student(chosen.student_named(name), chosen.recipe, found.classes, chosen.recipe.size)
+    assert chosen.teacher_logits.views == chosen.student.epochs
+    assert chosen.student.warmup_epochs < chosen.student.epochs
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "value"),
+    [
+        ({}, "recipe.size", 96),
+        ({"gpu": True}, "recipe.size", 128),
+        ({"short_side": 70}, "recipe.size", 64),
+        ({"short_side": 28}, "recipe.size", 32),
+        ({"short_side": 70}, "student.kwargs", {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 2}),
+        ({"gpu": True}, "student.kwargs", {"patch_size": 8}),
+        ({"short_side": 32}, "teacher.kwargs", {"output_stride": 8}),
+        ({}, "student.epochs", 24),
+        ({"images": 100}, "student.epochs", 90),
+        ({"images": 10_000_000}, "student.epochs", 15),
+        ({"gpu": True, "images": 10_000}, "student.epochs", 300),
+        ({}, "teacher.batch_size", 64),
+        ({"gpu": True}, "teacher.batch_size", 128),
+        ({"gpu": True, "images": 50_000}, "teacher.batch_size", 256),
+        ({}, "teacher.lr", 0.008),
+        ({"gpu": True, "bfloat16": True}, "student.precision", "bfloat16"),
+        ({"gpu": True}, "student.precision", "float32"),
+        ({}, "teacher_logits.kind", "dense"),
+        ({"images": 100_000, "classes": 1_000}, "teacher_logits.kind", "argmax"),
+        ({"classes": 2, "majority": 0.5}, "teacher.min_top1", 0.6),
+        ({"majority": 0.9}, "teacher.min_top1", 0.92),
+        ({}, "student.workers", 0),
+        ({"images": 2_000}, "data.max_bad", 20),
+        ({"images": 20}, "data.max_bad", 1),
+    ],
+)
+def test_choices(changes, key, value):
+    choice = choose(facts(**changes))[key]
+    assert choice.value == value and choice.reason
+
+
+def test_large_images_and_gpus_have_loader_workers():
+    assert "student.workers" not in choose(facts(megapixels=12.0))
+    assert "student.workers" not in choose(facts(gpu=True))
+
+
+@pytest.mark.parametrize("images", [20, 1_281, 1_649, 9_999, 123_456])
+def test_shards_waste_few_slots(images):
+    samples = choose(facts(images=images))["data.shard_samples"].value
+    assert samples <= 1_280
+    unused = float(choose(facts(images=images))["data.shard_samples"].reason.split("; ")[1].partition("%")[0])
+    assert unused <= (40 if images == 20 else 2.5)
+
+
+@pytest.mark.parametrize("found", SETS, ids=str)
+def test_what_is_written_reads_back_and_has_every_reason(found):
+    chosen, choices = config(found), choose(found)
+    text = annotate(chosen, choices)
+    assert resolve(parse_yaml(text, ""), (), "") == chosen
+    flat = " ".join(line.strip().removeprefix("# ") for line in text.splitlines())
+    for choice in choices.values():
+        assert choice.reason in flat
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A project as cloned, next to two folders of images."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    write_folders(tmp_path / "My photos/Train", {"cat": 6, "dog": 5})
+    write_folders(tmp_path / "My photos/test", {"cat": 2, "dog": 2})
+    return tmp_path
+
+
+def call(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+TINY = ("student.kwargs={patch_size: 16, embed_dim: 64, depth: 1, num_heads: 1}", "student.batch_size=32")
+
+
+def init(*arguments: str, code: int = 0) -> str:
+    return call("init", *arguments, "--device", "cpu", "--no-estimate", code=code)
+
+
+def test_it_writes_params_yaml_and_names_the_next_command(project):
+    said = init("My photos")
+    assert "11 training images" in said and "2 classes of 5 to 6" in said and "run: dvc repro" in said
+    written = load()
+    assert written.name == "My-photos"
+    assert (written.data.train, written.data.val) == ("My photos/Train", "My photos/test")
+    assert "pipeline init 'My photos'" in (project / "params.yaml").read_text()
+
+
+def test_what_it_writes_can_be_prepared_and_trained(project):
+    init("My photos")
+    call("prepare", "--set", "data.workers=1")
+    call("teacher", "--dry-run", "--device", "cpu")
+    call("train-student", "--dry-run", "--device", "cpu")
+
+
+def test_training_from_scratch_is_warned_of(project):
+    assert "from scratch" in init("My photos")
+
+
+def test_an_override_takes_the_place_of_a_choice_and_is_marked(project):
+    init("My photos", "recipe.size=48")
+    assert load().recipe.size == 48
+    assert "  # given on the command line\n  size: 48\n" in (project / "params.yaml").read_text()
+
+
+def test_an_override_that_is_none_is_refused_and_nothing_is_written(project):
+    before = (project / "params.yaml").read_text()
+    assert "recipe.sise" in init("My photos", "recipe.sise=48", code=2)
+    assert (project / "params.yaml").read_text() == before
+
+
+def test_a_changed_params_yaml_is_kept_without_force(project):
+    call("configure", "digits", "student.lr=1e-3")
+    before = (project / "params.yaml").read_text()
+    assert "--force" in init("My photos", code=2)
+    assert (project / "params.yaml").read_text() == before
+    init("My photos", "--force")
+    assert load().name == "My-photos"
+
+
+def test_a_params_yaml_that_cannot_be_read_is_kept_without_force(project):
+    (project / "params.yaml").write_text("name: [")
+    init("My photos", code=2)
+
+
+def test_its_own_params_yaml_is_written_again(project):
+    init("My photos")
+    init("My photos")
+
+
+def test_the_estimate_names_every_stage(project, monkeypatch):
+    monkeypatch.setattr("pipeline.cli.durations.MEASURE", 0.0)
+    said = call("init", "My photos", "--device", "cpu", "recipe.size=32", *TINY)
+    for stage in ("prepare", "teacher ", "teacher-logits", "train-student none", "train-student token", "evaluate", "disk"):
+        assert stage in said
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Training", "VALIDATION"), ("train", "test")])
+def test_splits_are_found_by_their_usual_names(tmp_path, names):
+    for name in names:
+        write_folders(tmp_path / name, {"cat": 1})
+    data = find_splits(tmp_path)
+    assert (Path(data.train).name, Path(data.val).name) == names
+
+
+def test_val_is_preferred_to_test(tmp_path):
+    for name in ("train", "test", "val"):
+        write_folders(tmp_path / name, {"cat": 1})
+    assert Path(find_splits(tmp_path).val).name == "val"
+
+
+@pytest.mark.parametrize("folders", [[], ["train"], ["cat", "dog"]])
+def test_a_folder_without_splits_is_refused(tmp_path, folders):
+    for name in folders:
+        write_folders(tmp_path / name, {"a": 1})
+    with pytest.raises(UsageError, match="training .train, training. and validation"):
+        find_splits(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="no such folder"):
+        look(tmp_path / "absent")
+
+
+def test_classes_that_differ_are_named(tmp_path):
+    write_folders(tmp_path / "train", {"cat": 1, "dog": 1})
+    write_folders(tmp_path / "val", {"cat": 1, "emu": 1})
+    with pytest.raises(PipelineError, match="dog, emu"):
+        look(tmp_path)
+
+
+def test_sizes_come_from_headers_and_broken_files_are_passed_over(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        for number, (width, height) in enumerate([(40, 20), (60, 30), (30, 90)]):
+            (tmp_path / split / f"cat/{number}.png").write_bytes(picture(number, "png", width, height))
+        (tmp_path / split / "cat/broken.png").write_bytes(b"none")
+    found = look(tmp_path)
+    assert found.short_side == 30 and len(found.sizes) == 3
+
+
+def test_a_folder_of_broken_files_is_refused(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        (tmp_path / split / "cat/broken.png").write_bytes(b"none")
+    with pytest.raises(PipelineError, match="no image could be read"):
+        look(tmp_path)
+
+
+def photos(train: list[int], val: list[int], size: tuple[int, int] = (400, 300)) -> Photos:
+    splits = [
+        Listing([f"class{c}" for c in range(len(counts))], ["x"] * sum(counts),
+                [c for c, count in enumerate(counts) for _ in range(count)], [], [])
+        for counts in (train, val)
+    ]  # fmt: skip
+    return Photos(Data(), *splits, np.array([size]))
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (photos([100, 100], [50, 50]), "one validation image is 1 points"),
+        (photos([100, 5], [500, 500]), "class1 has 5 training images"),
+        (photos([300, 25], [500, 500]), "over ten times"),
+        (photos([100, 100], [500, 500], (4000, 3000)), "large photographs"),
+    ],
+)
+def test_what_limits_results_or_speed_is_warned_of(found, said):
+    assert [line for line in warnings(found) if said in line]
+
+
+def test_a_good_set_is_not_warned_of():
+    assert not warnings(photos([100, 100], [500, 500]))
+
+
+@pytest.mark.parametrize(("folder", "name"), [("a b/c d", "c-d"), ("photos", "photos"), (".hidden", "hidden"), ("é", "-")])
+def test_a_folder_name_becomes_a_valid_experiment_name(folder, name):
+    made = experiment_name(Path("/data") / folder)
+    assert made == (name.lstrip("-") or "photos")
+    Config(name=made)
+
+
+def test_the_preset_for_photographs_holds_these_choices():
+    preset = load(ROOT / "configs/photos.yaml", ("data.train=train", "data.val=val"))
+    assert preset == config(TYPICAL).model_copy(update={"name": "photos"})
+
+
+RATES = Rates(
+    decode=0.003, render=0.001, forward={"teacher": 0.01, "none": 0.02, "token": 0.02},
+    step={"teacher": 0.03, "none": 0.05, "token": 0.06}, parameters={"teacher": 1_000_000, "none": 500_000, "token": 600_000},
+)  # fmt: skip
+
+
+def test_durations_add_up_work_per_view():
+    chosen = config(TYPICAL)
+    seconds = stage_seconds(chosen, RATES, 2_000, 100, cores=2, gpu=False)
+    assert seconds["teacher"] == pytest.approx(10 + 2_000 * 20 * (0.03 + 0.001 + 0.003 / 3))
+    assert seconds["teacher-logits"] == pytest.approx(10 + 2_000 * 24 * (0.01 + 0.001 + 0.003 / 24))
+    assert seconds["train-student token"] > seconds["train-student none"]
+
+
+def test_workers_render_beside_the_model_and_take_cores_from_it():
+    values = {"data": {"train": "a", "val": "b"}, "teacher": {"workers": 1, "epochs": 1}, "variants": {"none": {}, "token": {}},
+              "students": ["none", "token"]}  # fmt: skip
+    chosen = resolve(values, (), "test")
+    cpu = stage_seconds(chosen, RATES, 1_000, 100, cores=2, gpu=False)
+    assert cpu["teacher"] == pytest.approx(10 + 1_000 * 0.06)
+    gpu = stage_seconds(chosen, RATES, 1_000, 100, cores=2, gpu=True)
+    assert gpu["teacher"] == pytest.approx(10 + 1_000 * 0.03)
+
+
+def test_bytes_are_those_of_shards_store_and_checkpoints():
+    sizes = bytes_written(config(TYPICAL), RATES, 2_000, 10, 12_345)
+    assert sizes["shards"] == 12_345 and sizes["checkpoints"] == 24 * 2_100_000
+    assert sizes["store"] >= 2_000 * 24 * (2 * 10 + 2)
