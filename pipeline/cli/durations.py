@@ -49,7 +49,7 @@ def measure(config: Config, files: list[Path], classes: int, device: torch.devic
         for name in config.students
     }
     decoding, rendering = _measure_views(config, files, MEASURE)
-    batch = min(config.student.batch_size, 64)
+    batch = min(config.student.batch_size, 32)
     pictures = torch.zeros(batch, 3, config.recipe.size, config.recipe.size, device=device)
     forward, step = {}, {}
     for name, model in models.items():
@@ -83,7 +83,7 @@ def _calls(model: NormalizedModel, pictures: torch.Tensor, bf16: bool) -> tuple[
 def _seconds(call: Callable[[], None], device: torch.device, seconds: float) -> float:
     """Median duration of a call, after one to warm up."""
     times, end = [], time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
+    while len(times) < 2 or time.perf_counter() < end:
         start = time.perf_counter()
         call()
         if device.type == "cuda":

@@ -34,8 +34,9 @@ def main() -> None:
       finetune        continue at a higher resolution, from a second store
       evaluate        report the accuracy of all models, in report.html
 
-    The other commands: init suits the settings to a folder of images, configure chooses an experiment, status shows how far every stage has got, views
-    draws what a recipe produces, store inspects and repairs stores, prune frees disk space.
+    The other commands: init writes settings for a folder of images, configure chooses an experiment, status
+    shows how far every stage has got, views draws what a recipe produces, store inspects and repairs
+    stores, prune frees disk space.
 
     \b
     Example:
