@@ -329,7 +329,7 @@ def test_workers_that_are_spawned_render_into_the_buffers_too(small_set, picture
     assert None not in acquired
 
 
-def test_too_little_shared_memory_is_told_in_words(small_set, monkeypatch):
+def test_too_little_shared_memory_is_reported_plainly(small_set, monkeypatch):
     def refuse(size: int):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
@@ -543,8 +543,8 @@ def store(small_set, tmp_path_factory) -> Store:
         items = unit_items(unit, config.recipe, samples)
         checks = np.array(one.render(items).checks, np.uint64).reshape(-1, 4).T
         views = range(4 * unit.block, 4 * unit.block + 4)
-        told = [[answer(unit.shard, row, view) for row in range(samples)] for view in views]
-        argmax = np.array(told, np.uint16)
+        answers = [[answer(unit.shard, row, view) for row in range(samples)] for view in views]
+        argmax = np.array(answers, np.uint16)
         made.write_unit(unit, {"argmax": argmax, "dense": np.eye(3, dtype=np.float16)[argmax]}, checks)
     return Store.open(path, index, config.recipe)
 
@@ -554,9 +554,9 @@ def test_each_slot_gets_the_answer_about_its_member(small_set, store):
     argmax, payload = read_predictions(store, batch, "dense")
     assert argmax.dtype == torch.int64 and payload.shape == (20, 3)
     for number, item in enumerate(ITEMS):
-        told = [answer(item.shard, row, item.view) for row in batch.members[number].tolist()]
-        own = slice(4 * number, 4 * number + len(told))
-        assert argmax[own].tolist() == told == payload[own].argmax(1).tolist()
+        answers = [answer(item.shard, row, item.view) for row in batch.members[number].tolist()]
+        own = slice(4 * number, 4 * number + len(answers))
+        assert argmax[own].tolist() == answers == payload[own].argmax(1).tolist()
 
 
 def test_unused_slots_get_class_0(small_set, store):
@@ -648,7 +648,7 @@ def test_a_worker_starts_after_this_process_has_rendered_large_pictures():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
 
 
-def test_killed_worker_of_a_loader_is_told_as_that(small_set, monkeypatch):
+def test_killed_worker_of_a_loader_is_reported_as_such(small_set, monkeypatch):
     _, index = small_set
     monkeypatch.setattr(Index, "image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RuntimeError) as caught:

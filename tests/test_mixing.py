@@ -84,7 +84,7 @@ def test_cutmix_lambda_is_what_the_box_leaves(mixes):
             assert mix.lam == pytest.approx(1 - covered.mean(), abs=1e-12)
 
 
-def test_cutmix_box_lies_inside_the_view(mixes):
+def test_cutmix_box_is_inside_the_view(mixes):
     for left, top, width, height in (mix.box for mix in mixes):
         assert 0 <= left <= left + width <= 224 and 0 <= top <= top + height <= 224
 

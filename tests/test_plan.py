@@ -201,7 +201,7 @@ from pipeline.batches.plan import Plan
 a = Plan(Recipe(group_size=4, repeats=2, block=4), {a.names}, {a.samples}, 8, 3, 0, 2)
 print([(i.shard, i.group, i.view, a.members(i).tolist()) for step in range(30) for i in a.items(step)])
 """
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
@@ -210,7 +210,7 @@ print([(i.shard, i.group, i.view, a.members(i).tolist()) for step in range(30) f
         env={"PYTHONHASHSEED": "1", "PATH": ""},
     ).stdout
     here = [(i.shard, i.group, i.view, a.members(i).tolist()) for step in range(30) for i in a.items(step)]
-    assert told.strip() == str(here)
+    assert output.strip() == str(here)
 
 
 # epochs

@@ -193,7 +193,7 @@ def test_damaged_table_is_made_again(in_tmp, damage):
     assert samples(index_of(config)) == images
 
 
-def test_running_prepare_again_mends_a_damaged_shard_as_its_message_says(in_tmp):
+def test_running_prepare_again_repairs_a_damaged_shard_as_its_message_says(in_tmp):
     config, index = make_data_set(in_tmp, TRAIN, VAL)
     images, path = samples(index), Path(index.location) / index.names[0]
     data, row = bytearray(path.read_bytes()), index.rows(0)[0]
@@ -310,12 +310,12 @@ def test_image_so_new_that_its_times_may_not_tell_is_read_again(in_tmp, monkeypa
 
 
 @pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.replace("0", "1"), lambda text: "["])
-def test_damaged_memory_of_images_only_makes_them_read_again(in_tmp, later, damage):
+def test_damaged_cache_of_digests_only_makes_images_read_again(in_tmp, later, damage):
     config = written(in_tmp)
     prepare.run(config)
     before = times(in_tmp)
-    for memory in (in_tmp / "work/data/seen").iterdir():
-        memory.write_text(damage(memory.read_text()))
+    for cache in (in_tmp / "work/data/seen").iterdir():
+        cache.write_text(damage(cache.read_text()))
     prepare.run(config, quick=True)
     assert times(in_tmp) == before
 
@@ -402,7 +402,7 @@ def test_partial_files_of_a_killed_run_are_swept_when_shards_are_written_again(i
     assert not list(in_tmp.rglob("*.partial"))
 
 
-def test_killed_worker_is_told_in_one_message():
+def test_killed_worker_is_reported_in_one_message():
     with pytest.raises(PipelineError, match="out of memory") as caught, build.process_map(2) as map_tasks:
         list(map_tasks(os._exit, [9]))
     assert "data.workers" in str(caught.value)
@@ -597,10 +597,10 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_image_that_cannot_be_converted_to_a_png_is_refused_with_the_true_reason(in_tmp, name):
     config = written(in_tmp, {"cat": 1}, {"cat": 1}, data__max_pixels=400)
-    data, told = REFUSED[name]
+    data, expected = REFUSED[name]
     (in_tmp / "train/cat" / name).write_bytes(data)
     message = refusal(config)
-    assert f"{name} ({told}" in message or f"{name} (image file is {told}" in message
+    assert f"{name} ({expected}" in message or f"{name} (image file is {expected}" in message
 
 
 def test_progress_is_logged_in_lines_where_the_output_is_kept(in_tmp, capsys):
@@ -615,7 +615,7 @@ def test_progress_is_logged_in_lines_where_the_output_is_kept(in_tmp, capsys):
 # padding and order
 
 
-def test_padding_is_told_and_warned_of_with_the_size_to_choose(in_tmp, capsys):
+def test_padding_is_reported_and_warned_about_with_the_size_to_choose(in_tmp, capsys):
     config = written(in_tmp, {"cat": 8, "dog": 8}, {"cat": 1, "dog": 1}, data__shard_samples=6)
     prepare.run(config, dry_run=True)
     said = capsys.readouterr().out
@@ -670,7 +670,7 @@ def test_image_of_both_splits_is_warned_of(in_tmp, capsys):
     )
 
 
-def test_empty_validation_is_told_as_that(in_tmp):
+def test_empty_validation_is_reported_as_such(in_tmp):
     message = refusal(written(in_tmp, data__val=""), UsageError)
     assert "data.val\n" in message and "the key is empty" in message
 
@@ -891,7 +891,7 @@ def test_keys_that_shards_share_become_unique_by_the_shard_s_name(in_tmp, capsys
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_a_shard_changed_beside_others_that_share_its_keys_is_indexed(in_tmp, quick, later):
+def test_a_shard_changed_next_to_others_that_share_its_keys_is_indexed(in_tmp, quick, later):
     numbered_alike(in_tmp / "in", "train", range(3))
     numbered_alike(in_tmp / "in", "val", range(1))
     config = shards_config(in_tmp)
@@ -910,11 +910,11 @@ def test_wildcards_of_shards_are_expanded_in_order(in_tmp):
 
 
 @pytest.mark.parametrize(
-    ("train", "told"),
+    ("train", "expected"),
     [("none-*.tar", "no file that matches"), ("{0..9999999999}.tar", "range of more")],
 )
-def test_names_of_shards_that_mean_none_or_too_many_are_refused(in_tmp, train, told):
-    assert told in refusal(shards_config(in_tmp, train=train), UsageError)
+def test_names_of_shards_that_mean_none_or_too_many_are_refused(in_tmp, train, expected):
+    assert expected in refusal(shards_config(in_tmp, train=train), UsageError)
 
 
 def test_training_shard_is_refused_for_validation(in_tmp):

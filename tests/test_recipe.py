@@ -284,7 +284,7 @@ def test_uniforms_lie_strictly_between_0_and_1():
     assert all(0 < number < 1 for number in numbers), numbers
 
 
-def test_fingerprint_of_the_recipe_heeds_the_version_of_the_views(monkeypatch):
+def test_fingerprint_of_the_recipe_depends_on_the_version_of_the_views(monkeypatch):
     before = recipe_fingerprint(Recipe())
     monkeypatch.setattr(pipeline.views.draw, "VIEWS_VERSION", pipeline.views.draw.VIEWS_VERSION + 1)
     assert recipe_fingerprint(Recipe()) != before
@@ -295,14 +295,14 @@ def test_fingerprint_of_the_recipe_heeds_the_version_of_the_views(monkeypatch):
 
 @property_settings
 @given(sides, sides, st.integers(0, 10**6))
-def test_crop_lies_inside_the_image(width, height, view):
+def test_crop_is_inside_the_image(width, height, view):
     left, top, w, h = draw_view(Recipe(), "key", view, width, height).crop
     assert 0 <= left < left + w <= width and 0 <= top < top + h <= height
 
 
 @property_settings
 @given(sides, sides, st.lists(st.floats(0.05, 20), min_size=2, max_size=2).map(sorted), st.integers(0, 99))
-def test_crop_lies_inside_the_image_for_any_ratio(width, height, ratio, view):
+def test_crop_is_inside_the_image_for_any_ratio(width, height, ratio, view):
     left, top, w, h = draw_view(Recipe(ratio=ratio), "key", view, width, height).crop
     assert 0 <= left < left + w <= width and 0 <= top < top + h <= height
 
@@ -314,7 +314,7 @@ def test_crop_of_ratio_2_is_twice_as_wide_as_high():
 
 @property_settings
 @given(st.integers(8, 512), st.integers(0, 10**6))
-def test_erased_box_lies_inside_the_view(size, view):
+def test_erased_box_is_inside_the_view(size, view):
     left, top, w, h = draw_view(Recipe(size=size, erase_prob=1), "key", view, 300, 200).erase
     assert 0 <= left < left + w <= size and 0 <= top < top + h <= size
 
@@ -351,7 +351,7 @@ def test_policy_changes_no_crop_flip_or_erased_box():
 
 
 @pytest.mark.parametrize("text", ["rand-m9-mstd0.5-inc1", "original"])
-def test_colour_jitter_is_inert_beside_a_policy(text):
+def test_colour_jitter_is_inert_next_to_a_policy(text):
     for view in range(100):
         some, none = (Recipe(auto_augment=text, color_jitter=strength) for strength in (0.9, 0))
         assert draw_view(some, "key", view, 90, 90) == draw_view(none, "key", view, 90, 90)

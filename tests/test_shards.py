@@ -263,7 +263,7 @@ def test_pickle_in_a_shard_is_never_opened(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("members", "told"),
+    ("members", "expected"),
     [
         ([("a.png", FEW[0][2])], "'a'"),
         ([("a.cls", b"1")], "'a'"),
@@ -283,9 +283,9 @@ def test_pickle_in_a_shard_is_never_opened(tmp_path):
         "two images", "key twice", "key twice in a row", "image twice",
     ],
 )  # fmt: skip
-def test_sample_that_is_not_one_image_and_one_class_is_refused_by_name(tmp_path, members, told):
+def test_sample_that_is_not_one_image_and_one_class_is_refused_by_name(tmp_path, members, expected):
     message = refusal(index_shard, str(tar(tmp_path / "s.tar", members).parent), "s.tar")
-    assert f"{tmp_path}/s.tar" in message and "'a'" in message and told in message
+    assert f"{tmp_path}/s.tar" in message and "'a'" in message and expected in message
 
 
 @pytest.mark.parametrize(
@@ -442,7 +442,7 @@ class ClientError(Exception):
     ("cat_file", lambda index: index.read(0, 0)),
     ("glob", lambda index: expand("data.train", "memory://shards/*.tar")),
 ], ids=["index", "signature", "read", "list"])  # fmt: skip
-def test_error_of_a_server_s_client_is_told_plainly(tmp_path, monkeypatch, method, call):
+def test_error_of_a_server_s_client_is_reported_plainly(tmp_path, monkeypatch, method, call):
     from fsspec.implementations.memory import MemoryFileSystem
 
     shard = indexed(tmp_path).shard(0)
@@ -471,7 +471,7 @@ def test_file_that_is_no_index_is_refused_by_name(tmp_path, text):
 def test_bit_flipped_in_the_index_is_found(tmp_path):
     indexed(tmp_path)
     path, whole = tmp_path / "index.json", (tmp_path / "index.json").read_bytes()
-    places = whole.index(b'"location"')  # where things lie is no part of the fingerprint
+    places = whole.index(b'"location"')  # paths are not part of the fingerprint
     for place in range(places):
         for bit in (place % 8, (place + 3) % 8):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
@@ -588,11 +588,11 @@ def test_block_that_raises_leaves_everything_as_it_was(tmp_path, error, old):
 
 
 def test_error_of_the_block_is_not_taken_for_one_of_the_disk(tmp_path):
-    with pytest.raises(PipelineError, match="mend me"), atomic_write(tmp_path / "file"):
-        raise PipelineError("mend me")
+    with pytest.raises(PipelineError, match="repair me"), atomic_write(tmp_path / "file"):
+        raise PipelineError("repair me")
 
 
-def test_full_disk_is_told_plainly_and_leaves_nothing(tmp_path):
+def test_full_disk_is_reported_plainly_and_leaves_nothing(tmp_path):
     (tmp_path / "s.tar").write_text("old")
     samples = [(str(i), "png", picture(i, width=40, height=40), 0) for i in range(5)]
     with pytest.raises(PipelineError) as caught, full_disk():
@@ -612,7 +612,7 @@ def test_full_disk_leaves_the_old_index(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_forbidden_folder_is_told_plainly(tmp_path):
+def test_forbidden_folder_is_reported_plainly(tmp_path):
     tmp_path.chmod(0o500)
     try:
         assert "cannot be written" in refusal(write_shard, tmp_path / "s.tar", FEW)
@@ -620,7 +620,7 @@ def test_forbidden_folder_is_told_plainly(tmp_path):
         tmp_path.chmod(0o700)
 
 
-def test_file_in_the_place_of_a_folder_is_told_plainly(tmp_path):
+def test_file_in_the_place_of_a_folder_is_reported_plainly(tmp_path):
     (tmp_path / "folder").write_text("")
     assert "cannot be written" in refusal(write_shard, tmp_path / "folder" / "s.tar", FEW)
 
@@ -664,11 +664,11 @@ ODD_TARS = {
 }
 
 
-@pytest.mark.parametrize(("data", "told"), ODD_TARS.values(), ids=ODD_TARS)
-def test_tar_that_no_honest_writer_makes_is_refused_with_the_reason(tmp_path, data, told):
+@pytest.mark.parametrize(("data", "expected"), ODD_TARS.values(), ids=ODD_TARS)
+def test_tar_that_no_honest_writer_makes_is_refused_with_the_reason(tmp_path, data, expected):
     (tmp_path / "s.tar").write_bytes(data)
     message = refusal(index_shard, str(tmp_path), "s.tar")
-    assert f"{tmp_path}/s.tar" in message and told in message
+    assert f"{tmp_path}/s.tar" in message and expected in message
 
 
 member_lists = st.lists(
@@ -748,9 +748,9 @@ def forged(path: Path, change) -> None:
     np.save(path.with_suffix(".npy"), rows)
     with contextlib.suppress(KeyError):
         described["shards"][0]["rows_crc32c"] = google_crc32c.value(rows.tobytes())
-    beside = {key: described.pop(key) for key in ("fingerprint", "location", "table", "max_pixels")}
-    beside["fingerprint"] = fingerprint(described)
-    path.write_text(json.dumps(described | beside))
+    extra = {key: described.pop(key) for key in ("fingerprint", "location", "table", "max_pixels")}
+    extra["fingerprint"] = fingerprint(described)
+    path.write_text(json.dumps(described | extra))
 
 
 def row_set(field: str, value: int):
@@ -787,7 +787,7 @@ FORGERIES = {
 
 
 @pytest.mark.parametrize("change", FORGERIES.values(), ids=FORGERIES)
-def test_index_whose_checksums_were_made_anew_is_compared_with_itself_and_the_shard(tmp_path, change):
+def test_index_whose_checksums_were_recomputed_is_compared_with_itself_and_the_shard(tmp_path, change):
     indexed(tmp_path)
     forged(tmp_path / "index.json", change)
     message = refusal(lambda: contents(Index(tmp_path / "index.json")))
@@ -814,20 +814,20 @@ def altered(whole: bytes) -> st.SearchStrategy[bytes]:
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sound")
+def valid(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("valid")
     indexed(folder)
     return folder
 
 
 @pytest.mark.parametrize("name", ["index.json", "index.npy", "000000.tar"])
-def test_any_bytes_in_place_of_a_file_are_read_or_told(sound, tmp_path, name):
-    for path in sound.iterdir():
+def test_any_bytes_in_place_of_a_file_are_read_or_reported(valid, tmp_path, name):
+    for path in valid.iterdir():
         shutil.copy(path, tmp_path)
     # the places that index.json names are relative: they are those of the copy
 
     @fuzz_settings
-    @given(altered((sound / name).read_bytes()))
+    @given(altered((valid / name).read_bytes()))
     def read(data: bytes) -> None:
         (tmp_path / name).write_bytes(data)
         with contextlib.suppress(PipelineError):

@@ -436,7 +436,7 @@ def test_resize_to_the_size_it_has_is_a_copy():
 
 @property_settings
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 20), st.integers(0, 20))
-def test_resize_of_a_crop_knows_nothing_of_what_lies_around(width, height, left, top):
+def test_resize_of_a_crop_does_not_depend_on_its_surroundings(width, height, left, top):
     image = natural(0, 90, 90)
     crop = image[top : top + height, left : left + width]
     assert np.array_equal(_resize(crop, 32, 32), _resize(crop.copy(), 32, 32))

@@ -108,23 +108,23 @@ class Renderer:
         batch.decodes += fresh
         rows = self.index.rows(item.shard)
         keys = [key.decode() for key in rows["key"][members].tolist()]
-        pictures = batch.images[number].numpy()
+        views = batch.images[number].numpy()
         drawn = [
             draw_view(self.recipe, key, item.view, image.shape[1], image.shape[0])
             for key, image in zip(keys, decoded, strict=True)
         ]
-        for image, params, picture in zip(decoded, drawn, pictures, strict=False):  # more slots than members
-            render(image, params, self.recipe, out=picture)
+        for image, params, view in zip(decoded, drawn, views, strict=False):  # more slots than members
+            render(image, params, self.recipe, out=view)
         mix = draw_mix(self.recipe, self.names[item.shard], item.group, item.view, len(members))
         left, top, width, height = mix.box
-        shown = np.arange(len(pictures)) % len(members)  # the member in each slot; unused slots repeat members
-        pictures[len(members) :] = pictures[shown[len(members) :]]
+        shown = np.arange(len(views)) % len(members)  # the member in each slot; unused slots repeat members
+        views[len(members) :] = views[shown[len(members) :]]
         batch.labels[number] = torch.from_numpy(rows["label"][members[shown]].astype(np.int64))
         batch.weights[number, : len(members)] = 1
         batch.partner[number] = torch.from_numpy(mix.partner[shown])
         batch.lam[number] = mix.lam
         batch.box[number] = torch.tensor([left, top, left + width, top + height])
-        checked = pictures[checked_member(item.group, item.view, len(members))]
+        checked = views[checked_member(item.group, item.view, len(members))]
         batch.checks.append(group_check("\n".join(keys).encode(), mix, checked))
 
     def _decode(self, item: Item, members: np.ndarray) -> tuple[list[np.ndarray], int]:
@@ -180,13 +180,13 @@ def checked_member(group: int, view: int, members: int) -> int:
     return (group + view) % members
 
 
-def group_check(keys: bytes, mix: Mix, picture: np.ndarray) -> int:
+def group_check(keys: bytes, mix: Mix, view: np.ndarray) -> int:
     """A 64-bit checksum of a group in one view: its samples in order, its mixing, one member's view.
 
     Args:
         keys: the members' keys in slot order, joined.
         mix: how they are mixed; a changed lambda, box or partner changes the checksum.
-        picture: uint8 (3, size, size), the view of `checked_member` before mixing.
+        view: uint8 (3, size, size), the view of `checked_member` before mixing.
     """
     digest = hashlib.blake2b(digest_size=8)
     digest.update(len(keys).to_bytes(8, "little"))
@@ -194,5 +194,5 @@ def group_check(keys: bytes, mix: Mix, picture: np.ndarray) -> int:
     numbers = [("none", "mixup", "cutmix").index(mix.method), round(mix.lam * 2**40), *mix.box]
     digest.update(np.array(numbers, "<i8").tobytes())
     digest.update(mix.partner.astype("<i8").tobytes())
-    digest.update(np.ascontiguousarray(picture).data)
+    digest.update(np.ascontiguousarray(view).data)
     return int.from_bytes(digest.digest(), "little")

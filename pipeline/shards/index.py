@@ -59,14 +59,14 @@ def _invalid(content: dict[str, Any]) -> str:
     def name(value: Any) -> bool:
         return isinstance(value, str) and value not in ("", ".", "..") and not {"/", "\0"} & set(value)
 
-    for place, shard in enumerate(shards):
+    for position, shard in enumerate(shards):
         if not name(shard["name"]):
-            return f"shards[{place}].name: {shard['name']!r}"
+            return f"shards[{position}].name: {shard['name']!r}"
         for key, limit in numbers.items():
             if not number(shard[key], limit):
-                return f"shards[{place}].{key}: {shard[key]!r}"
+                return f"shards[{position}].{key}: {shard[key]!r}"
         if not isinstance(shard["sha256"], str):
-            return f"shards[{place}].sha256: {shard['sha256']!r}"
+            return f"shards[{position}].sha256: {shard['sha256']!r}"
     if len({shard["name"] for shard in shards}) < len(shards):
         return "a duplicate shard"
     if content["samples"] != sum(shard["samples"] for shard in shards) or not 0 < content["samples"] < 2**31:

@@ -87,34 +87,34 @@ def load_sample(data: Data, split: str, name: str, expected: str) -> tuple[str, 
         return "png", _digit_png(int(name))
     path = split_folder(data, split) / name
     try:
-        image = path.read_bytes()
+        encoded = path.read_bytes()
     except OSError as error:
         raise unreadable_image(path, error) from error
-    if digest(image) != expected:
+    if digest(encoded) != expected:
         raise PipelineError(
             f"{path}: the image",
             expected="the bytes that it had when prepare started",
             found="others: it changed meanwhile, or it was replaced keeping its times",
             do="run: pipeline prepare",
         )
-    return _stored(image, data) or (NATIVE.get(path.suffix[1:].lower(), "png"), image)
+    return _stored(encoded, data) or (NATIVE.get(path.suffix[1:].lower(), "png"), encoded)
 
 
-def _stored(image: bytes, data: Data) -> tuple[str, bytes] | None:
+def _stored(encoded: bytes, data: Data) -> tuple[str, bytes] | None:
     """Type and bytes of an image in a shard: unchanged if every reader of shards knows its format, else as a PNG.
 
     None if it does not decode; indexing will report that.
     """
     try:
-        with open_image(image, data.max_pixels, FOLDER_FORMATS) as picture:
-            if picture.format not in STORED:
-                picture.load()  # turns a TIFF upright and drops its orientation tag
+        with open_image(encoded, data.max_pixels, FOLDER_FORMATS) as image:
+            if image.format not in STORED:
+                image.load()  # turns a TIFF upright and drops its orientation tag
             # Pillow decodes a PNG completely to look for a tag that few have
-            tagged = data.exif_orientation and (picture.format != "PNG" or b"eXIf" in image)
-            turn = TURNS.get(picture.getexif().get(ORIENTATION, 1)) if tagged else None
-            if picture.format in STORED and turn is None:
-                return STORED[picture.format], image
-            pixels = Image.fromarray(to_rgb(picture))
+            tagged = data.exif_orientation and (image.format != "PNG" or b"eXIf" in encoded)
+            turn = TURNS.get(image.getexif().get(ORIENTATION, 1)) if tagged else None
+            if image.format in STORED and turn is None:
+                return STORED[image.format], encoded
+            pixels = Image.fromarray(to_rgb(image))
     except Undecodable:
         return None
     buffer = io.BytesIO()
@@ -206,9 +206,9 @@ def _list_digits(split: str) -> Listing:
 
 def _digit_png(number: int) -> bytes:
     images, _ = _digits()
-    picture = Image.fromarray((images[number] / 16 * 255).round().astype(np.uint8))
+    image = Image.fromarray((images[number] / 16 * 255).round().astype(np.uint8))
     buffer = io.BytesIO()
-    picture.resize((DIGITS_SIZE, DIGITS_SIZE), Image.Resampling.BICUBIC).save(buffer, "png")
+    image.resize((DIGITS_SIZE, DIGITS_SIZE), Image.Resampling.BICUBIC).save(buffer, "png")
     return buffer.getvalue()
 
 
