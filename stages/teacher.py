@@ -12,12 +12,13 @@ from pipeline.batches.plan import training_plan
 from pipeline.common.distributed import Rank
 from pipeline.common.errors import PipelineError
 from pipeline.config.paths import NOT_NEEDED, digests_folder, index_path, teacher_folder
-from pipeline.config.schema import Config, Recipe, Training
+from pipeline.config.schema import Config, Recipe, Teacher, Training
 from pipeline.models.adapt import fixres_modules
 from pipeline.models.build import NormalizedModel, build_teacher, parameter_count
 from pipeline.models.evaluation import classifiers, predict, top_k_accuracy
-from pipeline.models.teacher import check_input_size, describe_teacher, load_teacher, pretrained_teacher, save_teacher
-from pipeline.models.weights import save_weights, weights_hash
+from pipeline.models.pretrained import classifier_modules, load_pretrained
+from pipeline.models.teacher import check_input_size, describe_teacher, load_teacher, save_teacher
+from pipeline.models.weights import check_timm_tag, save_weights, weights_hash
 from pipeline.shards.index import Index
 from pipeline.training.completion import publish, train_to_completion
 from pipeline.training.identity import configured_teacher, configured_teacher_finetune
@@ -34,23 +35,21 @@ def run(config: Config, device: torch.device, purpose: str = "train-student", dr
         PipelineError: its top-1 on val is below `teacher.min_top1`; nothing is published then.
     """
     train, val = (Index(index_path(config, split)) for split in ("train", "val"))
-    size, training, ready = config.teacher_size(purpose), None, False
-    with print_if_not_ready(dry_run):
-        training, ready = training_run(config, purpose, train, val, device), True
-    if training:
-        print(describe_run(training))
-        check_input_size(training.model, size, _size_advice(config, purpose))
-    elif ready:
-        print(f"teacher: {config.teacher.weights or 'not trained further'}, {size} px")
-    if dry_run:
+    size, found = config.teacher_size(purpose), None
+    if dry_run and purpose == "train-student" and config.teacher.timm_tag:
+        print(describe_tag(config, len(train.classes)))  # without downloading it
         return
-    if training:
-        last_epoch = train_to_completion(training)
-        evaluate_and_publish(config, purpose, training.model, val, device, training, last_epoch)
-    else:
-        teacher = untrained_teacher(config, purpose, len(train.classes), device)
-        check_input_size(teacher, size, _size_advice(config, purpose))
-        evaluate_and_publish(config, purpose, teacher, val, device)
+    with print_if_not_ready(dry_run):
+        found = teacher_or_run(config, purpose, train, val, device)
+    if found is None:
+        return
+    training, teacher = (found, found.model) if isinstance(found, Run) else (None, found)
+    source = config.teacher.weights or "not trained further"
+    print(describe_run(training) if training else f"teacher: {source}, {size} px")
+    check_input_size(teacher, size, _size_advice(config, purpose))
+    if not dry_run:
+        last_epoch = train_to_completion(training) if training else None
+        evaluate_and_publish(config, purpose, teacher, val, device, training, last_epoch)
 
 
 def mark_unneeded(config: Config, purpose: str) -> None:
@@ -59,17 +58,65 @@ def mark_unneeded(config: Config, purpose: str) -> None:
     print(f"teacher for {purpose}: not needed, no student learns from one")
 
 
-def training_run(config: Config, purpose: str, train: Index, val: Index, device: torch.device) -> Run | None:
-    """The run that trains or fine-tunes the teacher, where one is configured."""
+def teacher_or_run(
+    config: Config, purpose: str, train: Index, val: Index, device: torch.device
+) -> NormalizedModel | Run:
+    """The teacher as it is, or the run that trains or fine-tunes it.
+
+    Raises:
+        NotReady: for finetune, there is no teacher yet.
+        UsageError, PipelineError: no such weights, or weights of another model.
+    """
+    section, classes = config.teacher, len(train.classes)
     if purpose == "finetune":
-        return _finetuning_run(config, train, val, device) if config.teacher_finetune.epochs else None
-    if config.teacher.weights:
-        return None
+        adapted = config.teacher_finetune.epochs
+        return _finetuning_run(config, train, val, device) if adapted else load_teacher(config, classes, device)
+    if not section.weights:
+        return _training_run(config, train, val, device, build_teacher(section, classes), {})
+    teacher, fits = load_pretrained(section, classes, digests_folder(config))
+    if fits:
+        return teacher
+    print(describe_transfer(section, classes))
+    start = {"start": weights_hash(teacher.model)}
+    return _training_run(config, train, val, device, teacher, start, section.head_epochs)
+
+
+def _training_run(
+    config: Config,
+    train: Index,
+    val: Index,
+    device: torch.device,
+    model: NormalizedModel,
+    dependencies: dict[str, Any],
+    head_epochs: int = 0,
+) -> Run:
+    """The training on the shards: the classifier alone in the first `head_epochs`, then the entire model."""
+    settings, recipe = config.teacher, config.teacher_recipe()
     return prepare_run(
-        config, "teacher", configured_teacher(config, train.fingerprint), {}, settings=config.teacher,
-        recipe=config.recipe, views=_views(train, config.recipe, config.teacher), train=train, val=val,
-        model=build_teacher(config.teacher, len(train.classes)), crop=config.teacher.crop, device=device,
+        config, "teacher", configured_teacher(config, train.fingerprint), dependencies, settings=settings,
+        recipe=recipe, views=_views(train, recipe, settings), train=train, val=val, model=model, crop=settings.crop,
+        device=device, trainable=classifier_modules(model.model) if head_epochs else [],
+        thaw_epoch=head_epochs if 0 < head_epochs < settings.epochs else None,
     )  # fmt: skip
+
+
+def describe_tag(config: Config, classes: int) -> str:
+    """What would be done with the weights of a timm tag, as text."""
+    tag = str(config.teacher.timm_tag)
+    if ":" in tag:
+        return f"teacher: {tag}, {config.teacher_size('train-student')} px; its classes are known once it is downloaded"
+    if check_timm_tag(tag) != classes:
+        return describe_transfer(config.teacher, classes)
+    return f"teacher: {tag}, {config.teacher_size('train-student')} px"
+
+
+def describe_transfer(section: Teacher, classes: int) -> str:
+    """That the classifier of `teacher.weights` is replaced, and what is trained then, as text."""
+    alone = f", the first {section.head_epochs} of the classifier alone" if section.head_epochs else ""
+    return (
+        f"teacher: {section.weights} has another number of classes than the index's {classes:,}: its classifier is"
+        f" replaced, and it is trained for {section.epochs} epochs{alone}"
+    )
 
 
 def _finetuning_run(config: Config, train: Index, val: Index, device: torch.device) -> Run:
@@ -88,14 +135,6 @@ def _views(train: Index, recipe: Recipe, settings: Training) -> int:
     """Views per image: as many as the epochs use, in whole blocks, since nothing is stored for a teacher's training."""
     needed = training_plan(train, recipe, settings, recipe.block).views_seen(settings.epochs)
     return -(-needed // recipe.block) * recipe.block
-
-
-def untrained_teacher(config: Config, purpose: str, classes: int, device: torch.device) -> NormalizedModel:
-    """The teacher where no training is configured: from `teacher.weights`, or for finetune the published one."""
-    if purpose == "finetune":
-        return load_teacher(config, classes, device)
-    assert config.teacher.weights, "without weights it is trained"
-    return pretrained_teacher(config.teacher, config.teacher.weights, classes, digests_folder(config))
 
 
 def evaluate_and_publish(

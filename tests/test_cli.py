@@ -294,16 +294,25 @@ def test_a_dry_run_refuses_what_would_fail_later(project, command, override, tol
     assert result.exit_code in (1, 2) and told in result.output and "Traceback" not in result.output
 
 
-def test_weights_of_another_number_of_classes_are_refused_by_a_dry_run_and_by_the_stage(project):
+def test_a_dry_run_says_whether_a_teachers_weights_are_used_as_they_are(project):
     call("prepare")  # ten classes
-    torch.save(timm.create_model("test_resnet", num_classes=7).state_dict(), "seven.pth")
-    for dry in (["--dry-run"], []):
-        weights = ["--set", "teacher.model=test_resnet", "--set", "teacher.kwargs={}", "--set"]
-        said = call("teacher", "--device", "cpu", *dry, *weights, "teacher.weights=seven.pth", code=1)
-        assert "weights of another model" in said and "fc.weight" in said
-        tag = "teacher.weights=test_resnet.r160_in1k"
-        said = call("teacher", "--device", "cpu", *dry, *weights, tag, code=2)
-        assert "weights for 1,000" in said and "10 classes" in said
+    common = ["--dry-run", "--device", "cpu", "--set", "teacher.model=test_resnet", "--set", "teacher.kwargs={}", "--set"]
+    for classes in (7, 10):
+        torch.save(timm.create_model("test_resnet", num_classes=classes).state_dict(), f"{classes}.pth")
+    replaced = "another number of classes than the index's 10: its classifier is replaced"
+    said = call("teacher", *common, "teacher.weights=7.pth", "--set", "teacher.head_epochs=2")
+    assert replaced in said and "for 26 epochs, the first 2 of the classifier alone" in said and "work/state/" in said
+    said = call("teacher", *common, "teacher.weights=10.pth")
+    assert replaced not in said and "10.pth, 32 px" in said
+    assert replaced in call("teacher", *common, "teacher.weights=test_resnet.r160_in1k")  # without a download
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_a_teachers_weights_of_another_model_are_refused(project, dry):
+    call("prepare")
+    torch.save(timm.create_model("test_vit", num_classes=7).state_dict(), "vit.pth")
+    said = call("teacher", "--device", "cpu", *dry, "--set", "teacher.weights=vit.pth", code=1)
+    assert "weights of another model" in said
 
 
 @pytest.mark.parametrize("dry", [["--dry-run"], []])

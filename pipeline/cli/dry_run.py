@@ -8,7 +8,8 @@ import torch
 from pipeline.config.paths import index_path
 from pipeline.config.schema import PURPOSES, Config, Student
 from pipeline.models.build import build_student, build_teacher
-from pipeline.models.weights import SUFFIXES, check_timm_tag, load_weights, read_weights
+from pipeline.models.pretrained import replace_classifiers
+from pipeline.models.weights import check_timm_tag, load_weights, read_weights
 from pipeline.shards.index import Index
 
 
@@ -36,17 +37,17 @@ def check(config: Config, command: str) -> None:
 
 
 def check_teacher(config: Config, classes: int | None) -> None:
-    """Check that it can be built, and that its weights exist and fit the model and the number of classes."""
-    section, weights = config.teacher, config.teacher.weights
-    local = weights and weights.endswith(SUFFIXES)
-    state = read_weights(weights) if weights and local else None
-    if weights and not local and ":" not in weights:
-        check_timm_tag(weights, classes)
-        section = section.model_copy(update={"model": weights})
+    """Check that it can be built, and that its weights exist and fit the model, but for its classifier."""
+    section, weights, tag = config.teacher, config.teacher.weights, config.teacher.timm_tag
+    state = read_weights(weights) if weights and not tag else None
+    if tag and ":" not in tag:
+        check_timm_tag(tag)
+        section = section.model_copy(update={"model": tag})
     with torch.device("meta"):  # only shapes
         teacher = build_teacher(section, classes or 1000)
     if state is not None and classes:
-        load_weights(teacher.model.to_empty(device="cpu"), state, str(weights))
+        model = teacher.model.to_empty(device="cpu")
+        load_weights(model, replace_classifiers(model, state, classes)[0], str(weights))
 
 
 def check_student(config: Config, student: Student, classes: int | None, size: int) -> None:

@@ -154,7 +154,8 @@ def gather(experiment: Experiment) -> list[Facts]:
     teacher, tuned, adapted = config.teacher, config.finetune, config.teacher_finetune
     facts = [_prepare(experiment)]
     if any(map(config.needs_teacher, PURPOSES)):
-        facts.append(_training(experiment, "teacher", None if teacher.weights else teacher, teacher_folder(config)))
+        trained_here = not teacher.weights or experiment.states_of("teacher")  # or its classes are not the index's
+        facts.append(_training(experiment, "teacher", teacher if trained_here else None, teacher_folder(config)))
     if config.needs_teacher("train-student"):
         facts.append(_store(experiment, "teacher-logits", store_spec(config, "train-student")))
     for name in config.students:

@@ -18,6 +18,7 @@ def conflicting_settings(config: "Config") -> Iterator[str]:
     yield from _shards(config)
     yield from _students(config)
     yield from _teacher_sizes(config)
+    yield from _teacher_head(config)
     yield from _finetuned_students(config)
 
 
@@ -90,6 +91,14 @@ def _teacher_sizes(config: "Config") -> Iterator[str]:
             "teacher.size must be null without teacher.weights: the teacher is trained here at recipe.size; found"
             f" {config.teacher.size}"
         )
+
+
+def _teacher_head(config: "Config") -> Iterator[str]:
+    teacher = config.teacher
+    if teacher.head_epochs > teacher.epochs:
+        yield f"teacher.head_epochs must be at most teacher.epochs: {teacher.head_epochs}, epochs {teacher.epochs}"
+    if teacher.head_epochs and not teacher.weights:
+        yield f"teacher.head_epochs must be 0 without teacher.weights: found {teacher.head_epochs}"
 
 
 def _finetuned_students(config: "Config") -> Iterator[str]:

@@ -88,6 +88,10 @@ class Config(Section):
             return self.finetune.teacher_size or adapted or self.teacher_size("train-student")
         return self.teacher.size or self.recipe.size
 
+    def teacher_recipe(self) -> Recipe:
+        """The recipe of the views that the teacher is trained on, which have the size of its input."""
+        return self.recipe.model_copy(update={"size": self.teacher_size("train-student")})
+
     def finetune_student(self, name: str) -> Student:
         """The model settings of a student during fine-tuning: with the dropout and drop-path of `finetune`."""
         student = self.student_named(name)

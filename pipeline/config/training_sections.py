@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 from pipeline.config.types import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    WEIGHTS_SUFFIXES,
     Arguments,
     Count,
     CountOrZero,
@@ -93,7 +94,11 @@ class Teacher(Training):
     kwargs: Arguments = {}
     """Passed to timm.create_model."""
     weights: File | None = None
-    """A timm tag such as regnety_160.deit_in1k, or a local .safetensors / .pth file."""
+    """A timm tag such as regnety_160.deit_in1k, or a local .safetensors / .pth file. With as many classes as the
+    index they are used as they are; otherwise the classifier is replaced, and the teacher is trained for `epochs`."""
+    head_epochs: CountOrZero = 0
+    """Epochs, the first of `epochs`, that train only a replaced classifier; the rest is frozen, in eval mode. As many as
+    `epochs`: nothing else is ever trained."""
     mean: Triple = IMAGENET_MEAN
     """Normalisation of its input."""
     std: Triple = IMAGENET_STD
@@ -101,10 +106,15 @@ class Teacher(Training):
     crop: PositiveFraction = 0.875
     """Centre crop for its evaluation."""
     size: Pixels | None = None
-    """Input size of a pretrained model that accepts no other, such as a ViT: images are resized to it on the device.
-    null: the size of the images."""
+    """Input size of a pretrained model that accepts no other, such as a ViT: images are resized to it on the device,
+    and it is trained at this size, if at all. null: the size of the images."""
     min_top1: Fraction = 0.5
     """A teacher with a lower top-1 accuracy on val is refused: a wrong teacher must not label a million images."""
+
+    @property
+    def timm_tag(self) -> str | None:
+        """`weights` if they are not a local file: a timm tag, which names the model too."""
+        return self.weights if self.weights and not self.weights.endswith(WEIGHTS_SUFFIXES) else None
 
 
 class TeacherFinetune(Training):

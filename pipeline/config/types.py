@@ -82,6 +82,8 @@ Pixels = Annotated[int, Field(ge=8, le=4096)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Workers = Annotated[int, Field(ge=0, le=1024)] | None
 """Loader workers per process; null: chosen for the machine, see pipeline.common.cores."""
+WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt")
+"""Of files of weights; any other value of `teacher.weights` is a timm tag."""
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 Range = Annotated[tuple[float, float], Field(strict=False)]
 Arguments = Annotated[dict[str, Any], AfterValidator(_check_arguments)]

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 from torch.nn.functional import interpolate
@@ -16,10 +15,7 @@ from pipeline.config.validation import differences
 from pipeline.models.build import NormalizedModel, build_teacher
 from pipeline.models.compiling import compile_model
 from pipeline.models.weights import (
-    SUFFIXES,
-    check_timm_tag,
     load_weights,
-    read_external_weights,
     read_saved_weights,
     save_weights,
     weights_hash,
@@ -68,41 +64,10 @@ def resize_pictures(pictures: torch.Tensor, size: int | None) -> torch.Tensor:
     return interpolate(pictures, (size, size), mode="bilinear", antialias=True)
 
 
-def pretrained_teacher(section: Teacher, weights: str, classes: int, checksums: Path) -> NormalizedModel:
-    """Build the teacher with the weights of a local file, or of a timm tag, which timm downloads.
-
-    Args:
-        weights: `teacher.weights`.
-        checksums: folder for the checksums of external files.
-
-    Raises:
-        UsageError: timm has no such tag, or for another number of classes.
-        PipelineError: a download failed, or a file is damaged or holds another model's weights.
-    """
-    if weights.endswith(SUFFIXES):
-        teacher = build_teacher(section, classes)
-        load_weights(teacher.model, read_external_weights(Path(weights), checksums), weights)
-        return teacher
-    if ":" not in weights:  # those of another hub are known only once they are fetched
-        check_timm_tag(weights, classes)
-    try:
-        model = timm.create_model(weights, pretrained=True, num_classes=classes, **section.kwargs)
-    except Exception as error:  # timm and the hub raise many kinds
-        raise PipelineError(
-            f"teacher.weights {weights!r}",
-            expected="a timm tag that can be downloaded, or a local .safetensors or .pth file",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            do="check the tag and the network, or download the file and name it",
-        ) from error
-    return NormalizedModel(model, section.mean, section.std, joint=True)
-
-
 def teacher_architecture(section: Teacher) -> dict[str, Any]:
     """Model, arguments and normalisation, as JSON values: the same weights may fit other arguments."""
-    own = section.model
-    if section.weights and not section.weights.endswith(SUFFIXES):
-        own = section.weights  # a timm tag, which names the model
-    described = {"model": own, "kwargs": section.kwargs, "mean": section.mean, "std": section.std}
+    model = section.timm_tag or section.model
+    described = {"model": model, "kwargs": section.kwargs, "mean": section.mean, "std": section.std}
     return json.loads(json.dumps(described))
 
 

@@ -26,8 +26,6 @@ from pipeline.config.validation import fingerprint
 
 DIGEST = "digest"
 """The only entry of a file's metadata, JSON with `about` and `digest`: safetensors writes several in any order."""
-SUFFIXES = (".safetensors", ".pth", ".pt")
-"""Suffixes of weight files; any other value of `teacher.weights` is a timm tag."""
 
 
 def state_dict_hash(state: Mapping[str, torch.Tensor]) -> str:
@@ -216,8 +214,8 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], source: str) 
         ) from error
 
 
-def check_timm_tag(tag: str, classes: int | None) -> None:
-    """Check that timm has weights with this tag and number of classes: timm would leave another classifier untrained.
+def check_timm_tag(tag: str) -> int:
+    """The number of classes of timm's weights of this name.
 
     Raises:
         UsageError: it has none.
@@ -233,10 +231,4 @@ def check_timm_tag(tag: str, classes: int | None) -> None:
             found="no such weights in timm",
             do="correct the tag: timm.list_pretrained() lists them",
         )
-    if classes not in (None, known.num_classes):
-        raise UsageError(
-            f"teacher.weights {tag!r}",
-            expected=f"weights for the {classes:,} classes of the index",
-            found=f"weights for {known.num_classes:,}",
-            do="train the teacher here (teacher.weights=null), or name a file of weights for these classes",
-        )
+    return known.num_classes

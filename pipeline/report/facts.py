@@ -1,11 +1,12 @@
 """Facts about an experiment for the report."""
 
+import json
 import platform
 from typing import Any
 
 import torch
 
-from pipeline.config.paths import FINETUNED
+from pipeline.config.paths import FINETUNED, teacher_folder
 from pipeline.config.schema import Config, Recipe, Student
 from pipeline.report.settings import objective
 from pipeline.shards.index import Index
@@ -28,7 +29,7 @@ def describe_experiment(
     teacher = config.teacher
     sections = {"Students": _describe_students(config)}
     if store:
-        trained = "elsewhere" if teacher.weights else f"here, epochs: {teacher.epochs}"
+        trained = f"here, epochs: {teacher.epochs}" if _teacher_trained_here(config) else "elsewhere"
         sections["Teacher"] = {"model": teacher.weights or teacher.model, "trained": trained}
         sections["Store of teacher predictions"] = _describe_store(store, summary)
     return sections | {
@@ -41,6 +42,12 @@ def describe_experiment(
         },
         "Evaluation": _describe_evaluation(config, device),
     }
+
+
+def _teacher_trained_here(config: Config) -> bool:
+    """Whether the teacher was trained on these shards, pretrained or not: its metrics then name the run."""
+    metrics = teacher_folder(config) / "metrics.json"
+    return not config.teacher.weights or (metrics.exists() and "run" in json.loads(metrics.read_text()))
 
 
 def _describe_students(config: Config) -> Terms:

@@ -26,7 +26,11 @@ def configured_teacher(config: Config, index: str | None) -> dict[str, Any]:
     settings = result_fields(config.teacher)
     for evaluation_only in ("min_top1", "crop"):
         del settings[evaluation_only]
-    return {"teacher_settings": settings, **_views(config.recipe, index)}
+    if not config.teacher.head_epochs:
+        del settings["head_epochs"]  # as before there was such a key
+    if config.teacher.weights and not config.teacher.timm_tag:
+        del settings["weights"]  # a run's identity has the initial weights themselves
+    return {"teacher_settings": settings, **_views(config.teacher_recipe(), index)}
 
 
 def configured_teacher_finetune(config: Config, index: str | None) -> dict[str, Any]:

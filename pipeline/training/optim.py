@@ -40,6 +40,18 @@ def build_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
+def add_momentum_buffers(optimizer: torch.optim.Optimizer) -> None:
+    """Give parameters that SGD has not stepped yet a buffer of zeros, from which it steps as without one.
+
+    The fused SGD refuses a mixture of parameters with and without buffers, as after a part was trained alone.
+    """
+    for group in optimizer.param_groups:
+        if group.get("momentum"):
+            for parameter in group["params"]:
+                if optimizer.state[parameter].get("momentum_buffer") is None:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
 def build_schedule(optimizer: torch.optim.Optimizer, settings: Training) -> CosineLRScheduler:
     """timm's cosine schedule, stepped per epoch; warm-up is part of the cosine's epochs, as in DeiT.
 

@@ -64,10 +64,21 @@ class Run:
     """Dropout and drop-path are on, and batch norm uses the batch's statistics."""
     trainable: list[nn.Module] = field(default_factory=list)
     """Only these modules are trained and in training mode; empty: the entire model is."""
+    thaw_epoch: int | None = None
+    """From the start of this epoch on the entire model is trained, not only `trainable`; None: never."""
 
     @property
     def steps(self) -> int:
         return self.settings.epochs * self.plan.steps_per_epoch
+
+    @property
+    def thaw_step(self) -> int | None:
+        """The first step in which the entire model is trained, where `trainable` is trained before."""
+        return None if self.thaw_epoch is None else self.thaw_epoch * self.plan.steps_per_epoch
+
+    def trained_modules(self, step: int) -> list[nn.Module]:
+        """The modules that are trained in a step; none: the entire model is."""
+        return [] if self.thaw_step is not None and step >= self.thaw_step else self.trainable
 
     @property
     def validation(self) -> str:
@@ -103,6 +114,7 @@ def prepare_run(
     model: NormalizedModel,
     train_mode: bool = True,
     trainable: Sequence[nn.Module] = (),
+    thaw_epoch: int | None = None,
     **fields: Any,
 ) -> Run:
     """A run of an experiment: its plan, its identity and the state folder that this names.
@@ -113,12 +125,13 @@ def prepare_run(
         views: the number of views per image that the plan cycles through.
         fields: further fields of Run.
     """
-    in_training = trainable or ([model] if train_mode else [])
+    partly = trainable and thaw_epoch is None
+    in_training = trainable if partly else [model] if train_mode else []
     identity = run_identity(configured, settings, has_batch_norm(in_training), **dependencies)
     return Run(
         name=name, folder=state_folder(config, fingerprint(identity)), identity=identity, settings=settings,
         plan=training_plan(train, recipe, settings, views), train=train, model=model, size=recipe.size,
-        train_mode=train_mode, trainable=list(trainable), **fields,
+        train_mode=train_mode, trainable=list(trainable), thaw_epoch=thaw_epoch, **fields,
     )  # fmt: skip
 
 

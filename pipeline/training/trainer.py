@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
@@ -27,13 +26,13 @@ from pipeline.common.errors import PipelineError
 from pipeline.common.progress import print_line, progress
 from pipeline.common.signals import Interrupted, SignalRecorder
 from pipeline.models.build import NormalizedModel
-from pipeline.models.compiling import compile_model
 from pipeline.training import checkpoint
 from pipeline.training.log import Log
 from pipeline.training.losses import distillation_losses
 from pipeline.training.meters import Throughput, loader_warning, reset_peak_memory
 from pipeline.training.monitoring import accuracy_warning, check_step, describe_epoch, validate
-from pipeline.training.optim import ModelEma, build_optimizer, build_schedule, scheduled_epoch
+from pipeline.training.optim import ModelEma, add_momentum_buffers, build_optimizer, build_schedule, scheduled_epoch
+from pipeline.training.parallel import parallel_model, set_trainable
 from pipeline.training.run import Run
 from pipeline.training.seeding import seed_step
 
@@ -83,16 +82,12 @@ class Trainer:
                 do="change batch_size, accumulation or the number of ranks",
             )
         run.model.to(run.device)
-        if run.trainable:
-            run.model.requires_grad_(False)
-        for module in run.trainable:
-            module.requires_grad_(True)
         if settings.channels_last:
             run.model.to(memory_format=torch.channels_last)
+        set_trainable(run.model, run.trained_modules(run.steps))
         self.optimizer = build_optimizer(run.model.model, settings)
         self.schedule = build_schedule(self.optimizer, settings)
         self.ema = ModelEma(run.model, settings.ema_decay) if settings.ema_decay else None
-        self.forward = parallel_model(run, self.rank)
         self.step, self.epoch_loss, self.first_loss = 0, 0.0, None
         self.metrics: dict[str, Any] = {}  # of the last completed epoch
         self.log = Log(run.folder / "log.jsonl") if self.rank.rank == 0 else None
@@ -101,14 +96,23 @@ class Trainer:
         self.signals = SignalRecorder()
         self.stop, self.last_loss = False, math.nan
         self.warned: set[str] = set()
+        self.select_modules()
+
+    def select_modules(self) -> None:
+        """Train the modules that this step trains; the others are frozen."""
+        self.trained = self.run.trained_modules(self.step)
+        if self.run.thaw_step and self.step >= self.run.thaw_step:
+            add_momentum_buffers(self.optimizer)
+        set_trainable(self.run.model, self.trained)
+        self.forward = parallel_model(self.run, self.rank)
         # listed once: asking a model for its parameters, or setting its mode, takes the host half a ms
-        self.parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+        self.parameters = [parameter for parameter in self.run.model.parameters() if parameter.requires_grad]
         self.set_modes()
 
     def set_modes(self) -> None:
         """Set every module's mode for a training step; validation changes them."""
-        self.forward.train(self.run.train_mode and not self.run.trainable)
-        for module in self.run.trainable:
+        self.forward.train(self.run.train_mode and not self.trained)
+        for module in self.trained:
             module.train()
 
     def resume(self) -> None:
@@ -127,6 +131,8 @@ class Trainer:
             self.ema.load_state_dict(state["ema"])
         self.step, self.epoch_loss, self.first_loss = state["step"], state["epoch_loss"], state["first_loss"]
         self.metrics = state["metrics"]
+        if self.trained != run.trained_modules(self.step):
+            self.select_modules()
         if self.log:
             self.log.truncate(self.step)
             print(f"{run.name}: resumes at step {self.step} of {run.steps}")
@@ -161,6 +167,8 @@ class Trainer:
                 bar.update()
                 if self.step % run.plan.steps_per_epoch == 0:
                     self.end_epoch(self.step // run.plan.steps_per_epoch)
+                if self.step == run.thaw_step:
+                    self.select_modules()
                 if self.checkpoint_due(time.monotonic() - saved) or self.stop:
                     self.save()
                     saved = time.monotonic()
@@ -286,15 +294,3 @@ class Trainer:
         metrics = validate(self.run, model, prefix)
         self.set_modes()
         return metrics
-
-
-def parallel_model(run: Run, rank: Rank) -> nn.Module:
-    """The model as a step calls it: under DDP where there are several ranks, compiled where that is asked for."""
-    model: nn.Module = run.model
-    if rank.world_size > 1:
-        # without distillation head_dist gets no gradient
-        unused = run.model.distilled and not run.distilled
-        # no buffers: rank 0's statistics of batch norm are kept, which no other rank changes
-        model = DistributedDataParallel(model, find_unused_parameters=unused, broadcast_buffers=False)
-    # after DDP: the graph is then split at its buckets, so that gradients are reduced during the backward pass
-    return compile_model(model) if run.settings.compile else model
