@@ -9,7 +9,7 @@ import click
 
 from pipeline.cli.group import Group
 from pipeline.cli.options import IF_NEEDED, PART, TEACHER, WHICH_STORE, WHICH_TEACHER, config_options, stage_options
-from pipeline.cli.start import configure, init
+from pipeline.cli.start import configure, doctor, init
 from pipeline.cli.store import prune, store
 from pipeline.common.errors import UsageError
 
@@ -34,9 +34,9 @@ def main() -> None:
       finetune        continue at a higher resolution, from a second store
       evaluate        report the accuracy of all models, in report.html
 
-    The other commands: init writes settings for a folder of images, configure chooses an experiment, status
-    shows how far every stage has got, views draws what a recipe produces, store inspects and repairs
-    stores, prune frees disk space.
+    The other commands: init writes settings for a folder of images, configure chooses an experiment, doctor
+    checks the machine, status shows how far every stage has got, views draws what a recipe produces, store
+    inspects and repairs stores, prune frees disk space.
 
     \b
     Example:
@@ -279,5 +279,6 @@ def status(path: str, overrides: tuple[str, ...], watch: float | None, as_json: 
 
 main.add_command(init)
 main.add_command(configure)
+main.add_command(doctor)
 main.add_command(store)
 main.add_command(prune)

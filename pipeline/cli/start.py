@@ -1,4 +1,4 @@
-"""The commands that come first: `pipeline init` and `pipeline configure`."""
+"""The commands that come first: `pipeline init`, `pipeline configure` and `pipeline doctor`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli.options import DEVICE, find_device
+from pipeline.cli.options import DEVICE, config_options, find_device
 from pipeline.common.errors import UsageError
 
 OUTPUT = click.option(
@@ -60,3 +60,20 @@ def init(folder: Path, overrides: tuple[str, ...], force: bool, with_estimate: b
     from pipeline.cli import init
 
     init.run(folder, overrides, find_device(device), output, force, with_estimate)
+
+
+@click.command()
+@config_options
+def doctor(path: str, overrides: tuple[str, ...]) -> None:
+    """Check what on this machine will make the experiment fail, or slow it down.
+
+    It looks at versions, GPUs, decoders, cores, DVC, the speed and free space of the disk, shared memory and
+    the limit of open files; it takes a few seconds and changes nothing. Exit code 1 if something will fail.
+
+    \b
+    Example:
+      pipeline doctor
+    """
+    from pipeline.cli import doctor
+
+    doctor.run(path, overrides)

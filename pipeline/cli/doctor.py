@@ -1,0 +1,165 @@
+"""`pipeline doctor`: what on this machine will fail, or slow the experiment down."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from pipeline.cli.machine import (
+    Finding,
+    Level,
+    check_cores,
+    check_decoders,
+    check_dvc,
+    check_gpus,
+    check_versions,
+    existing_parent,
+    free_bytes,
+    measure_disk,
+)
+from pipeline.common.cores import OPEN_FILES, OPEN_FILES_PER_WORKER, resolve_workers
+from pipeline.common.errors import PipelineError
+from pipeline.config.params import load
+from pipeline.config.paths import index_path, local_work
+from pipeline.config.schema import PURPOSES, Config
+from pipeline.config.store_spec import store_spec
+from pipeline.shards.index import Index
+from pipeline.shards.sources import list_split
+from pipeline.store.estimate import equal_shards, estimate
+
+SLOW_DISK = 50e6
+"""Bytes per second of reading below which a warning is given: about 500 photographs of 100 kB."""
+
+
+def run(path: str, overrides: tuple[str, ...]) -> None:
+    """Print a line per check.
+
+    Raises:
+        PipelineError: something will fail.
+    """
+    found = [*check_versions(), *check_gpus(), *check_decoders(), check_cores(), check_dvc(Path())]
+    try:
+        config = load(path, overrides)
+    except PipelineError as error:
+        found.append(Finding(Level.FAIL, "configuration", " ".join(str(error).split())))
+    else:
+        found += check_experiment(config)
+    print(
+        tabulate(
+            [(each.level.value, each.name, each.text) for each in found],
+            tablefmt="plain",
+            maxcolwidths=[None, None, 96],
+        )
+    )
+    failing = [each.name for each in found if each.level is Level.FAIL]
+    if failing:
+        raise PipelineError(
+            f"{len(failing)} of these will fail: {', '.join(failing)}", do="see the lines marked `fail`"
+        )
+    warned = sum(each.level is Level.WARN for each in found)
+    print("nothing here will fail" + f"; warnings: {warned}" * bool(warned))
+
+
+def check_experiment(config: Config) -> Iterator[Finding]:
+    """Checks of the machine against what the configuration needs."""
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        yield _precision(config)
+    yield check_space(config)
+    yield check_disk(local_work(config.work))
+    yield check_shared_memory(config, gpu, Path("/dev/shm"))
+    yield check_open_files(config, gpu)
+
+
+def _precision(config: Config) -> Finding:
+    slow = [name for name in ("teacher", "student") if getattr(config, name).precision == "bfloat16"]
+    if slow:
+        keys = " and ".join(f"{name}.precision" for name in slow)
+        return Finding(
+            Level.WARN, "precision", f"{keys}: bfloat16 may be slower than float32 on a CPU"
+        )
+    return Finding(Level.OK, "precision", "float32, which suits a CPU")
+
+
+def _most_workers(config: Config, gpu: bool) -> int:
+    sections = (config.teacher, config.student, config.teacher_logits, config.evaluate)
+    return max(resolve_workers(section.workers, gpu) for section in sections)
+
+
+def check_disk(work: Path) -> Finding:
+    """Measure the disk of the work folder."""
+    folder = existing_parent(work)
+    try:
+        speed = measure_disk(folder)
+    except OSError as error:
+        return Finding(Level.FAIL, "disk", f"{folder}: cannot be written: {error.strerror}")
+    text = f"{folder.resolve()}: writes {speed.write / 1e6:,.0f} MB/s, reads {speed.read / 1e6:,.0f} MB/s"
+    if speed.read < SLOW_DISK:
+        return Finding(Level.WARN, "disk", f"{text}: slow, training may wait for images; set `work` to a faster disk")
+    return Finding(Level.OK, "disk", text)
+
+
+def check_space(config: Config) -> Finding:
+    """Compare the free space with shards and stores; checkpoints and results are small beside them."""
+    folder = existing_parent(local_work(config.work))
+    free = free_bytes(folder)
+    try:
+        needed = needed_bytes(config)
+    except PipelineError as error:
+        text = f"{free / 1e9:,.1f} GB free; the size of the data is not known yet: {error.what}"
+        return Finding(Level.WARN, "free space", text)
+    text = f"{folder.resolve()}: {free / 1e9:,.1f} GB free, shards and stores take {needed / 1e9:,.2f} GB"
+    level = Level.FAIL if free < needed else Level.WARN if free < 2 * needed else Level.OK
+    return Finding(level, "free space", text)
+
+
+def needed_bytes(config: Config) -> int:
+    """Bytes of shards and stores that are not there yet, at most.
+
+    Raises:
+        PipelineError: there is neither an index nor a folder of images to count.
+    """
+    shards, index = 0, index_path(config, "train")
+    if index.exists():
+        data = Index(index)
+        samples, classes = data.samples.tolist(), len(data.classes)
+    elif config.data.source == "shards":
+        raise PipelineError("the shards are not indexed; run: pipeline prepare")
+    else:
+        splits = [list_split(config.data, split) for split in ("train", "val")]
+        shards = sum(signature[0] for split in splits for signature in split.signatures)
+        samples, classes = equal_shards(len(splits[0].names), config.data.shard_samples), len(splits[0].classes)
+    wanted = [store_spec(config, purpose) for purpose in PURPOSES if config.needs_teacher(purpose)]
+    return shards + sum(estimate(spec, samples, classes).bytes for spec in wanted if "://" not in config.work)
+
+
+def check_shared_memory(config: Config, gpu: bool, folder: Path) -> Finding:
+    """Compare /dev/shm with the buffers that loader workers render into, and with evaluation batches."""
+    name, pixels = "shared memory", 3 * config.recipe.size**2
+    workers = max(resolve_workers(section.workers, gpu) for section in (config.teacher, config.student))
+    needed = (2 * workers + 2) * config.student.batch_size * pixels if workers else 0
+    evaluating = resolve_workers(config.evaluate.workers, gpu)
+    needed = max(needed, 2 * evaluating * config.evaluate.batch_size * pixels)
+    if not needed:
+        return Finding(Level.OK, name, "not needed: no loader workers")
+    free = free_bytes(folder) if folder.exists() else 0
+    text = f"{free / 2**20:,.0f} MiB free in {folder}, loader workers take up to {needed / 2**20:,.0f} MiB"
+    if free < needed:
+        text += "; enlarge it (docker run --shm-size=16g), or set fewer workers"
+        return Finding(Level.FAIL, name, text)
+    return Finding(Level.OK, name, text)
+
+
+def check_open_files(config: Config, gpu: bool, limits: Callable[[], tuple[int, int]] | None = None) -> Finding:
+    """Compare the limit of open files with what loader workers need."""
+    import resource
+
+    _, hard = limits() if limits else resource.getrlimit(resource.RLIMIT_NOFILE)
+    workers = _most_workers(config, gpu)
+    needed = OPEN_FILES + OPEN_FILES_PER_WORKER * workers if workers else 0
+    if hard == resource.RLIM_INFINITY or hard >= needed:
+        limit = "no limit" if hard == resource.RLIM_INFINITY else f"up to {hard:,} allowed"
+        return Finding(Level.OK, "open files", f"{limit}, {workers} workers need {needed:,}")
+    text = f"up to {hard:,} allowed, {workers} workers need {needed:,}: raise ulimit -n, or set fewer workers"
+    return Finding(Level.FAIL, "open files", text)
