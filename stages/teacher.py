@@ -73,7 +73,7 @@ def teacher_or_run(
         return _finetuning_run(config, train, val, device) if adapted else load_teacher(config, classes, device)
     if not section.weights:
         return _training_run(config, train, val, device, build_teacher(section, classes), {})
-    teacher, fits = load_pretrained(section, classes, digests_folder(config))
+    teacher, fits = load_pretrained(section, train.classes, digests_folder(config))
     if fits:
         return teacher
     print(describe_transfer(section, classes))
@@ -105,7 +105,7 @@ def describe_tag(config: Config, classes: int) -> str:
     tag = str(config.teacher.timm_tag)
     if ":" in tag:
         return f"teacher: {tag}, {config.teacher_size('train-student')} px; its classes are known once it is downloaded"
-    if check_timm_tag(tag) != classes:
+    if check_timm_tag(tag) != classes and config.teacher.class_map is None:
         return describe_transfer(config.teacher, classes)
     return f"teacher: {tag}, {config.teacher_size('train-student')} px"
 

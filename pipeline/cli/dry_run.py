@@ -3,13 +3,16 @@
 No data set is needed: before there is an index, the number of classes is unknown and is not checked.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from pipeline.config.paths import index_path
 from pipeline.config.schema import PURPOSES, Config, Student
 from pipeline.models.build import build_student, build_teacher
-from pipeline.models.pretrained import replace_classifiers
-from pipeline.models.weights import check_timm_tag, load_weights, read_weights
+from pipeline.models.class_map import check_range, class_numbers
+from pipeline.models.pretrained import fit_weights
+from pipeline.models.weights import check_timm_tag, read_weights
 from pipeline.shards.index import Index
 
 
@@ -23,9 +26,10 @@ def check(config: Config, command: str) -> None:
         UsageError, PipelineError: for the first thing that would make the command fail.
     """
     path = index_path(config, "train")
-    classes = len(Index(path).classes) if path.exists() else None
+    names = Index(path).classes if path.exists() else None
+    classes = len(names) if names else None
     if command in ("teacher", "teacher-logits", "evaluate") and any(map(config.needs_teacher, PURPOSES)):
-        check_teacher(config, classes)
+        check_teacher(config, names)
     if command in ("train-student", "evaluate"):
         for name in config.students:
             check_student(config, config.student_named(name), classes, config.recipe.size)
@@ -36,18 +40,19 @@ def check(config: Config, command: str) -> None:
             read_weights(config.finetune.weights)
 
 
-def check_teacher(config: Config, classes: int | None) -> None:
+def check_teacher(config: Config, classes: Sequence[str] | None) -> None:
     """Check that it can be built, and that its weights exist and fit the model, but for its classifier."""
     section, weights, tag = config.teacher, config.teacher.weights, config.teacher.timm_tag
     state = read_weights(weights) if weights and not tag else None
     if tag and ":" not in tag:
-        check_timm_tag(tag)
+        has = check_timm_tag(tag)
+        if section.class_map is not None and classes:
+            check_range(class_numbers(section.class_map, classes), has)
         section = section.model_copy(update={"model": tag})
     with torch.device("meta"):  # only shapes
-        teacher = build_teacher(section, classes or 1000)
+        teacher = build_teacher(section, len(classes or range(1000)))
     if state is not None and classes:
-        model = teacher.model.to_empty(device="cpu")
-        load_weights(model, replace_classifiers(model, state, classes)[0], str(weights))
+        fit_weights(section, teacher.model.to_empty(device="cpu"), state, classes)
 
 
 def check_student(config: Config, student: Student, classes: int | None, size: int) -> None:

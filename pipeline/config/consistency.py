@@ -99,6 +99,10 @@ def _teacher_head(config: "Config") -> Iterator[str]:
         yield f"teacher.head_epochs must be at most teacher.epochs: {teacher.head_epochs}, epochs {teacher.epochs}"
     if teacher.head_epochs and not teacher.weights:
         yield f"teacher.head_epochs must be 0 without teacher.weights: found {teacher.head_epochs}"
+    if teacher.class_map is not None and not teacher.weights:
+        yield "teacher.class_map must be null without teacher.weights: a teacher that is trained has the index's classes"
+    if teacher.class_map is not None and teacher.head_epochs:
+        yield f"teacher.head_epochs must be 0 with teacher.class_map, which keeps the classifier: {teacher.head_epochs}"
 
 
 def _finetuned_students(config: "Config") -> Iterator[str]:

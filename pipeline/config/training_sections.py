@@ -9,6 +9,7 @@ from pipeline.config.types import (
     IMAGENET_STD,
     WEIGHTS_SUFFIXES,
     Arguments,
+    ClassMap,
     Count,
     CountOrZero,
     File,
@@ -99,6 +100,10 @@ class Teacher(Training):
     head_epochs: CountOrZero = 0
     """Epochs, the first of `epochs`, that train only a replaced classifier; the rest is frozen, in eval mode. As many as
     `epochs`: nothing else is ever trained."""
+    class_map: ClassMap | None = None
+    """For an index of some of the classes of `weights`: their numbers there, as a list in the index's order, or by class
+    name; or a label set of timm's such as imagenet-1k, if the classes are named n01440764 and so on. All other classes
+    are removed from the classifier, so argmax and softmax are over the index's. null: the same classes, or new ones."""
     mean: Triple = IMAGENET_MEAN
     """Normalisation of its input."""
     std: Triple = IMAGENET_STD

@@ -42,6 +42,13 @@ def _check_arguments(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _check_class_map(value: str | list[int] | dict[str, int]) -> str | list[int] | dict[str, int]:
+    numbers = list(value.values() if isinstance(value, dict) else value) if not isinstance(value, str) else None
+    if numbers is not None and (not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers)):
+        raise InvalidValue("different class numbers from 0, at least one", value)
+    return value
+
+
 def _check_work(value: str) -> str:
     value = _expand_user(value)
     if "::" in value or "%" in value:
@@ -90,4 +97,6 @@ Arguments = Annotated[dict[str, Any], AfterValidator(_check_arguments)]
 """Keyword arguments of timm.create_model."""
 File = Annotated[str, AfterValidator(_expand_user)]
 Model = Annotated[str, AfterValidator(_check_model)]
+ClassMap = Annotated[str | list[int] | dict[str, int], AfterValidator(_check_class_map)]
+"""Class numbers of the teacher: in the index's order, by class name, or by the name of a label set that timm knows."""
 Work = Annotated[str, AfterValidator(_check_work)]

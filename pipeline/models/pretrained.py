@@ -1,18 +1,17 @@
 """Pretrained weights of a teacher: read, and fitted to the classes of the index."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from torch import nn
 
 from pipeline.common.errors import PipelineError
 from pipeline.config.schema import Teacher
 from pipeline.models.build import NormalizedModel, build_teacher
+from pipeline.models.class_map import State, class_numbers, select_classes
 from pipeline.models.weights import check_timm_tag, load_weights, read_external_weights
-
-State = dict[str, torch.Tensor]
 
 
 def classifier_modules(model: Any) -> list[nn.Module]:
@@ -21,24 +20,45 @@ def classifier_modules(model: Any) -> list[nn.Module]:
     return list(found) if isinstance(found, tuple | list) else [found]
 
 
-def load_pretrained(section: Teacher, classes: int, checksums: Path) -> tuple[NormalizedModel, bool]:
-    """The teacher with `teacher.weights`, and whether they fit: their classifier has as many classes.
+def classifier_names(model: nn.Module) -> list[str]:
+    """The names of the classifiers' parameters in the state dict."""
+    modules = classifier_modules(model)
+    return [
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if any(module is classifier for classifier in modules)
+        for name in module.state_dict()
+    ]
+
+
+def load_pretrained(section: Teacher, classes: Sequence[str], checksums: Path) -> tuple[NormalizedModel, bool]:
+    """The teacher with `teacher.weights`, and whether they fit: their classifier has as many classes, or a class map.
 
     Otherwise its classifier is a new one, with initial weights drawn from the seed, and has yet to be trained.
 
     Args:
+        classes: class names of the index.
         checksums: folder for the checksums of external files.
 
     Raises:
-        UsageError, PipelineError: no such tag, no network, weights of another model.
+        UsageError: no such tag, or a class map for other classes.
+        PipelineError: no network, or weights of another model.
     """
     state = read_source(section, checksums)
     if section.timm_tag:
         section = section.model_copy(update={"model": section.timm_tag})
-    teacher = build_teacher(section, classes)
-    state, new = replace_classifiers(teacher.model, state, classes)
-    load_weights(teacher.model, state, str(section.weights))
-    return teacher, not new
+    teacher = build_teacher(section, len(classes))
+    return teacher, fit_weights(section, teacher.model, state, classes)
+
+
+def fit_weights(section: Teacher, model: nn.Module, state: State, classes: Sequence[str]) -> bool:
+    """Load `teacher.weights` into a model for the classes of the index; see `load_pretrained`."""
+    source = str(section.weights)
+    if section.class_map is not None:
+        state = select_classes(state, classifier_names(model), class_numbers(section.class_map, classes), source)
+    state, new = replace_classifiers(model, state, len(classes))
+    load_weights(model, state, source)
+    return not new
 
 
 def read_source(section: Teacher, checksums: Path) -> State:
@@ -66,13 +86,7 @@ def replace_classifiers(model: nn.Module, state: State, classes: int) -> tuple[S
     Returns:
         The state dict, and the names of the parameters that are the model's own.
     """
-    own, modules = model.state_dict(), classifier_modules(model)
-    names = [
-        f"{prefix}.{name}"
-        for prefix, module in model.named_modules()
-        if any(module is classifier for classifier in modules)
-        for name in module.state_dict()
-    ]
+    own, names = model.state_dict(), classifier_names(model)
     new = [name for name in names if name not in state or len(state[name]) != classes]
     if new:  # both heads of a distilled model are trained together
         new = names

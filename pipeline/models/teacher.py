@@ -68,6 +68,8 @@ def teacher_architecture(section: Teacher) -> dict[str, Any]:
     """Model, arguments and normalisation, as JSON values: the same weights may fit other arguments."""
     model = section.timm_tag or section.model
     described = {"model": model, "kwargs": section.kwargs, "mean": section.mean, "std": section.std}
+    if section.class_map is not None:
+        described["class_map"] = section.class_map
     return json.loads(json.dumps(described))
 
 

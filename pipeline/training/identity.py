@@ -26,8 +26,9 @@ def configured_teacher(config: Config, index: str | None) -> dict[str, Any]:
     settings = result_fields(config.teacher)
     for evaluation_only in ("min_top1", "crop"):
         del settings[evaluation_only]
-    if not config.teacher.head_epochs:
-        del settings["head_epochs"]  # as before there was such a key
+    for key in ("head_epochs", "class_map"):
+        if not settings[key]:
+            del settings[key]  # as before there was such a key
     if config.teacher.weights and not config.teacher.timm_tag:
         del settings["weights"]  # a run's identity has the initial weights themselves
     return {"teacher_settings": settings, **_views(config.teacher_recipe(), index)}
