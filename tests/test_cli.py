@@ -235,6 +235,23 @@ def test_killed_loader_worker_is_told_without_a_traceback(project, monkeypatch):
 
 @pytest.mark.parametrize(
     "error",
+    [
+        MemoryError(), MemoryError("Unable to allocate 9.00 GiB"), torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("Caught _ArrayMemoryError in DataLoader worker process 0.\nOriginal Traceback:\nUnable to allocate 9 GiB"),
+    ],
+    ids=["bare", "numpy", "torch", "worker"],
+)  # fmt: skip
+def test_memory_that_runs_out_is_reported_in_one_message(project, monkeypatch, error):
+    from stages import prepare
+
+    monkeypatch.setattr(prepare, "run", lambda *_: (_ for _ in ()).throw(error))
+    said = call("prepare", code=1)
+    assert said.startswith("error: out of memory\n") and "fewer `workers`" in said
+    assert "Traceback" not in said and str(error).rpartition("\n")[2] in said
+
+
+@pytest.mark.parametrize(
+    "error",
     [OSError(errno.EMFILE, os.strerror(errno.EMFILE), "shard.tar"), unreadable("shard.tar", OSError(errno.EMFILE, "Too many open files")),
      RuntimeError("Too many open files. Communication with the workers is no longer possible.")],
     ids=["system", "own", "torch"],

@@ -23,7 +23,7 @@ from pipeline.batches.batch import Batch, Renderer, mixed, targets
 from pipeline.batches.buffers import BufferPool
 from pipeline.batches.loader import _StepDataset, evaluation_loader, step_loader, unit_loader
 from pipeline.batches.plan import Item, Plan, Unit, all_units, unit_items
-from pipeline.common.errors import PipelineError, killed_worker_error
+from pipeline.common.errors import PipelineError, Unreadable, UsageError, killed_worker_error
 from pipeline.shards.index import Index
 from pipeline.store.reader import Store, StoreIdentity
 from pipeline.store.writer import StoreWriter
@@ -648,6 +648,22 @@ def test_a_worker_starts_after_this_process_has_rendered_large_pictures():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
 
 
+@pytest.mark.parametrize("kind", [PipelineError, Unreadable, UsageError])
+def test_a_loader_workers_own_error_is_raised_with_its_message_alone(small_set, monkeypatch, kind):
+    def refuse(*_):
+        try:
+            raise PipelineError("the cause")
+        except PipelineError as cause:
+            raise kind("a.tar: broken", expected="1 byte", found="2", do="repair it") from cause
+
+    _, index = small_set
+    monkeypatch.setattr(Index, "image", refuse)
+    with pytest.raises(kind) as caught:
+        list(evaluation_loader(index, range(4), 16, 1.0, 2, 1, False))
+    assert type(caught.value) is kind
+    assert str(caught.value) == str(kind("a.tar: broken", expected="1 byte", found="2", do="repair it"))
+
+
 def test_killed_worker_of_a_loader_is_reported_as_such(small_set, monkeypatch):
     _, index = small_set
     monkeypatch.setattr(Index, "image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
@@ -658,3 +674,4 @@ def test_killed_worker_of_a_loader_is_reported_as_such(small_set, monkeypatch):
 
 def test_other_errors_are_not_taken_for_a_killed_worker():
     assert killed_worker_error(RuntimeError("CUDA out of memory")) is None
+    assert killed_worker_error(RuntimeError("Caught RuntimeError in DataLoader worker process 0.")) is None

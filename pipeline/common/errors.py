@@ -39,6 +39,10 @@ class PipelineError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, expected: str = "", found: str = "", do: str = ""):
+        marker = f"\n{type(self).__module__}.{type(self).__qualname__}: "
+        if what.startswith("Caught ") and marker in what:
+            # torch raises a loader worker's error again as type(error)(text), where the worker's traceback comes first
+            what = what.rpartition(marker)[2].rstrip()
         self.what = what
         parts = [what]
         for label, text in (("expected", expected), ("found", found), ("do", do)):
@@ -122,10 +126,26 @@ def killed_worker_error(error: RuntimeError) -> PipelineError | None:
     torch raises it from a signal handler, so anywhere in the main process.
     """
     text = " ".join(str(error).split())
-    if "DataLoader worker" not in text:
+    if "DataLoader worker (pid" not in text:
         return None
     return PipelineError(
         "a loader worker was killed",
         found=f"{text}; most likely the system ran out of memory",
         do="set a smaller `workers` for this stage, then run the same command again to resume",
+    )
+
+
+def out_of_memory_error(error: BaseException) -> PipelineError | None:
+    """The error for memory that ran out, of the process or of a GPU; None for any other error.
+
+    torch's is a RuntimeError, and so is numpy's after a loader worker raised it.
+    """
+    text = str(error).strip()
+    torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in text
+    if not (isinstance(error, MemoryError) or torchs or text.startswith("Caught _ArrayMemoryError")):
+        return None
+    return PipelineError(
+        "out of memory",
+        found=text.splitlines()[-1] if text else "an allocation that failed",
+        do="set fewer `workers`, more `accumulation` or smaller batches, then run the same command again to resume",
     )

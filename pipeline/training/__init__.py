@@ -1,4 +1,4 @@
-"""The training loop and all that belongs to it: losses, optimizer, checkpoints, log.
+"""The training loop: identity of a run, the teacher's predictions, losses, optimizer, checkpoints, log, publishing.
 
 Knows nothing of the command line or reports.
 """
