@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.cli.group import Group
+from pipeline.cli.models import export, predict
 from pipeline.cli.options import IF_NEEDED, PART, TEACHER, WHICH_STORE, WHICH_TEACHER, config_options, stage_options
 from pipeline.cli.start import configure, doctor, init
 from pipeline.cli.store import prune, store
@@ -282,3 +283,5 @@ main.add_command(configure)
 main.add_command(doctor)
 main.add_command(store)
 main.add_command(prune)
+main.add_command(export)
+main.add_command(predict)

@@ -12,7 +12,7 @@ import timm
 import torch
 
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.config.schema import Triple
+from pipeline.config.types import Triple
 from pipeline.models.build import NormalizedModel
 from pipeline.models.weights import load_weights, read_saved_weights
 

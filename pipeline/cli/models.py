@@ -1,0 +1,138 @@
+"""`pipeline export` and `pipeline predict`: trained models outside the pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.cli.options import config_options
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.config.schema import Config
+    from pipeline.models.description import ModelDescription
+
+WEIGHTS = click.option(
+    "--weights", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="A weights.safetensors that a training wrote, instead of the experiment's --student.",
+)  # fmt: skip
+STUDENT = click.option(
+    "--student", "name", metavar="NAME",
+    help="A student of the experiment, or NAME-finetuned, or `teacher`; the last student by default.",
+)  # fmt: skip
+
+
+@click.command()
+@STUDENT
+@WEIGHTS
+@click.option(
+    "--format", "formats", multiple=True, type=click.Choice(["timm", "onnx", "torch"]),
+    help="timm: a folder for timm.create_model('local-dir:...'); onnx: model.onnx; torch: model.pt2 of torch.export."
+    " Repeat it for several; all by default.",
+)  # fmt: skip
+@click.option("--output", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
+              help="Receives the files; outputs/<name>/export/<student> by default.")  # fmt: skip
+@config_options
+def export(
+    path: str, overrides: tuple[str, ...], name: str | None, weights: Path | None, formats: tuple[str, ...],
+    output: Path | None,
+) -> None:  # fmt: skip
+    """Write a trained model in formats that other software loads, with its class names and input settings.
+
+    Each file is loaded again and its logits are compared with the model's, on 100 validation images. The folder
+    also receives a model card, README.md.
+
+    \b
+    Example:
+      pipeline export --student token --format timm --format onnx
+    """
+    from pipeline.config.params import load
+    from pipeline.config.paths import outputs
+    from pipeline.models.description import load_model
+    from pipeline.models.export import FORMATS, export
+    from pipeline.report.model_card import write_model_card
+
+    config = load(path, overrides)
+    weights = weights or _weights(config, name)
+    model, description, about = load_model(weights)
+    folder = output or outputs(config) / "export" / weights.parent.name
+    pictures, source = _comparison_pictures(config, description)
+    exports = export(model, description, pictures, folder, formats or FORMATS)
+    write_model_card(folder / "README.md", weights, model, description, about, [written.path for written in exports])
+    for written in exports:
+        print(
+            f"{written.path}: {written.agreement:.0%} of {len(pictures)} {source} have the model's class,"
+            f" logits differ by {written.difference:.1g} at most"
+        )
+    print(f"{folder / 'README.md'}: model card")
+
+
+@click.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@STUDENT
+@WEIGHTS
+@click.option("--top", default=3, show_default=True, type=click.IntRange(1), help="Classes to print per image.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@config_options
+def predict(
+    path: str, overrides: tuple[str, ...], images: tuple[Path, ...], name: str | None, weights: Path | None, top: int,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Print the most probable classes of images, and of all images below folders.
+
+    \b
+    Example:
+      pipeline predict photo.jpg holiday/ --student token
+    """
+    import json
+
+    from pipeline.config.params import load
+    from pipeline.models.description import load_model
+    from pipeline.models.predict import image_files, predict_files
+
+    model, description, _ = load_model(weights or _weights(load(path, overrides), name))
+    for prediction in predict_files(model, description, image_files(list(images)), top):
+        pairs = list(zip(prediction.classes, prediction.probabilities, strict=True))
+        if as_json:
+            print(json.dumps({"image": str(prediction.image), "classes": dict(pairs)}))
+        else:
+            print(f"{prediction.image}: " + ", ".join(f"{label} {share:.1%}" for label, share in pairs))
+
+
+def _weights(config: Config, name: str | None) -> Path:
+    """The weights of a model of the experiment.
+
+    Raises:
+        UsageError: the experiment has no such model, or it has not been trained yet.
+    """
+    from pipeline.common.errors import NotReady, UsageError
+    from pipeline.config.paths import evaluated_models
+
+    models = evaluated_models(config)
+    name = name or list(models)[-1]
+    if name not in models:
+        raise UsageError(f"--student {name}", expected=f"one of {', '.join(models)}", found="no such model in params.yaml")
+    weights = models[name] / "weights.safetensors"
+    if not weights.exists():
+        raise NotReady(f"{weights}: not trained yet", do="run: dvc repro")
+    return weights
+
+
+def _comparison_pictures(config: Config, description: ModelDescription) -> tuple[torch.Tensor, str]:
+    """100 validation views, or noise where the experiment has no validation set."""
+    import torch
+
+    from pipeline.batches.loader import evaluation_loader
+    from pipeline.config.paths import index_path
+    from pipeline.shards.index import Index
+
+    index = index_path(config, "val")
+    if not index.exists():
+        noise = torch.rand(100, 3, description.size, description.size, generator=torch.Generator().manual_seed(0))
+        return 255 * noise, "pictures of noise"
+    val = Index(index)
+    loader = evaluation_loader(val, range(min(100, len(val))), description.size, description.crop, 100, 0, False)
+    return torch.cat([batch.float() for batch in loader]), "validation images"
