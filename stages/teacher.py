@@ -15,6 +15,7 @@ from pipeline.config.paths import NOT_NEEDED, digests_folder, index_path, teache
 from pipeline.config.schema import Config, Recipe, Teacher, Training
 from pipeline.models.adapt import fixres_modules
 from pipeline.models.build import NormalizedModel, build_teacher, parameter_count
+from pipeline.models.description import describe_model
 from pipeline.models.evaluation import classifiers, predict, top_k_accuracy
 from pipeline.models.pretrained import classifier_modules, load_pretrained
 from pipeline.models.teacher import check_input_size, describe_teacher, load_teacher, save_teacher
@@ -160,8 +161,9 @@ def evaluate_and_publish(
     if Rank.init_process_group(device).rank:
         return  # rank 0 publishes
     print(f"teacher: top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f} on {len(val):,} images at {size} px")
-    folder = teacher_folder(config, purpose)
-    publish(folder, lambda path: save_teacher(path, config.teacher, teacher), metrics, training, last_epoch)
+    folder, description = teacher_folder(config, purpose), describe_model(teacher, val.classes, size, config.teacher.crop)
+    save = lambda path: save_teacher(path, config.teacher, teacher, description.as_json())  # noqa: E731
+    publish(folder, save, metrics, training, last_epoch)
 
 
 def _size_advice(config: Config, purpose: str) -> str:

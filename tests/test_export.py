@@ -10,10 +10,10 @@ from PIL import Image
 
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.models.build import NormalizedModel
-from pipeline.models.description import KEY, ModelDescription, load_model
+from pipeline.models.description import ModelDescription, load_model
 from pipeline.models.export import FORMATS, export
 from pipeline.models.predict import image_files, predict_files
-from pipeline.models.weights import save_weights
+from pipeline.models.weights import DESCRIPTION, save_weights
 
 DEIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
 MODELS = {
@@ -26,7 +26,7 @@ MODELS = {
 def described(model: str) -> ModelDescription:
     return ModelDescription(
         model=model, kwargs=MODELS[model], classes=["ant", "bee", "cat"], size=32, mean=(0.4, 0.5, 0.6),
-        std=(0.2, 0.3, 0.25), crop=0.875, joint_heads="distilled" in model,
+        std=(0.2, 0.3, 0.25), crop=0.875,
     )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def trained(description: ModelDescription) -> NormalizedModel:
 def saved(request, tmp_path):
     description = described(request.param)
     model = trained(description)
-    save_weights(tmp_path / "weights.safetensors", model.model, {"run": "0" * 32, KEY: description.as_json()})
+    save_weights(tmp_path / "weights.safetensors", model.model, {"run": "0" * 32, DESCRIPTION: description.as_json()})
     return tmp_path / "weights.safetensors", model, description
 
 

@@ -25,8 +25,13 @@ class NormalizedModel(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], joint: bool = False):
+    def __init__(
+        self, model: nn.Module, mean: Triple, std: Triple, joint: bool = False, name: str = "",
+        kwargs: dict[str, Any] | None = None,
+    ):  # fmt: skip
+        """`name` and `kwargs` are those that timm.create_model made the model with, for its description."""
         super().__init__()
+        self.name, self.kwargs, self.mean_std = name, kwargs or {}, (mean, std)
         convert_linear(model)
         self.model = model
         self.float32_head = False
@@ -83,7 +88,8 @@ def build(
             raise _unsuitable(section.model, kwargs, error) from error
         if hasattr(model, "cls_token"):
             trunc_normal_(model.cls_token, std=0.02)  # as in DeiT (timm 0.3.2); timm now uses 1e-6
-    return NormalizedModel(model, mean, std, joint)
+    own = {"img_size": size} if size is not None else {}
+    return NormalizedModel(model, mean, std, joint, section.model, own | section.kwargs)
 
 
 def _unsuitable(model: str, kwargs: dict[str, Any], error: Exception) -> UsageError:

@@ -14,10 +14,7 @@ import torch
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.types import Triple
 from pipeline.models.build import NormalizedModel
-from pipeline.models.weights import load_weights, read_saved_weights
-
-KEY = "model"
-"""Of the description in the metadata of a weights file."""
+from pipeline.models.weights import DESCRIPTION, load_weights, read_saved_weights
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,6 @@ class ModelDescription:
     std: Triple
     crop: float
     """Fraction of the resized image's short side that the evaluation's centre crop keeps."""
-    joint_heads: bool
-    """Whether the prediction is the mean of the class and distillation heads' logits."""
 
     def as_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))
@@ -77,7 +72,18 @@ class ModelDescription:
                 found=f"{type(error).__name__}: {error}",
                 do="install the timm version that trained it",
             ) from error
-        return NormalizedModel(model, self.mean, self.std, joint=True).eval()
+        return NormalizedModel(model, self.mean, self.std, joint=True, name=self.model, kwargs=self.kwargs).eval()
+
+
+def describe_model(model: NormalizedModel, classes: list[str], size: int, crop: float) -> ModelDescription:
+    """The description of a model that `pipeline.models.build` made.
+
+    Args:
+        classes: names, in the order of the logits.
+        size: height and width of its input in pixels.
+        crop: of the evaluation's centre crop.
+    """
+    return ModelDescription(model.name, model.kwargs, classes, size, model.mean_std[0], model.mean_std[1], crop)
 
 
 def load_model(path: Path) -> tuple[NormalizedModel, ModelDescription, dict[str, Any]]:
@@ -92,7 +98,7 @@ def load_model(path: Path) -> tuple[NormalizedModel, ModelDescription, dict[str,
     if not path.exists():
         raise UsageError(f"{path}: no weights", expected="weights.safetensors of a student or teacher", found="nothing")
     state, about = read_saved_weights(path)
-    description = ModelDescription.from_json(about.get(KEY), str(path))
+    description = ModelDescription.from_json(about.get(DESCRIPTION), str(path))
     model = description.build()
     load_weights(model.model, state, str(path))
     return model, description, about

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from pipeline.common.errors import UsageError, unreadable
 from pipeline.models.build import NormalizedModel
 from pipeline.models.description import ModelDescription
-from pipeline.shards.images import MAX_PIXELS, Undecodable, opened, rgb
+from pipeline.shards.images import MAX_PIXELS, Undecodable, open_image, to_rgb
 from pipeline.shards.sources import FOLDER_FORMATS
 from pipeline.views.render import center_view
 
@@ -39,8 +39,8 @@ def read_image(path: Path) -> np.ndarray:
     except OSError as error:
         raise unreadable(str(path), error) from error
     try:
-        with opened(data, MAX_PIXELS, FOLDER_FORMATS) as image:
-            return rgb(ImageOps.exif_transpose(image))
+        with open_image(data, MAX_PIXELS, FOLDER_FORMATS) as image:
+            return to_rgb(ImageOps.exif_transpose(image))
     except Undecodable as error:
         raise UsageError(f"{path}: not a readable image", expected=", ".join(FOLDER_FORMATS), found=str(error)) from error
 

@@ -15,6 +15,7 @@ from pipeline.config.validation import differences
 from pipeline.models.build import NormalizedModel, build_teacher
 from pipeline.models.compiling import compile_model
 from pipeline.models.weights import (
+    DESCRIPTION,
     load_weights,
     read_saved_weights,
     save_weights,
@@ -83,9 +84,9 @@ def describe_teacher(section: Teacher, teacher: NormalizedModel, size: int) -> d
     return {**teacher_architecture(section), "head": heads, "weights": weights_hash(teacher.model), "size": size}
 
 
-def save_teacher(path: Path, section: Teacher, teacher: NormalizedModel) -> None:
+def save_teacher(path: Path, section: Teacher, teacher: NormalizedModel, description: dict[str, Any] | None = None) -> None:
     """Save weights and architecture; `path` is written directly, so pass a temporary one."""
-    save_weights(path, teacher.model, teacher_architecture(section))
+    save_weights(path, teacher.model, teacher_architecture(section) | {DESCRIPTION: description or {}})
 
 
 def load_teacher(config: Config, classes: int, device: torch.device, purpose: str = "train-student") -> NormalizedModel:
@@ -104,7 +105,7 @@ def load_teacher(config: Config, classes: int, device: torch.device, purpose: st
         found = "a placeholder of dvc repro: no configured student is distilled"
         raise NotReady(f"{path}: no teacher", found=found, do=f"run: {command}")
     architecture = teacher_architecture(section)
-    if others := differences(metadata, architecture):
+    if others := differences({key: metadata[key] for key in metadata if key != DESCRIPTION}, architecture):
         raise PipelineError(
             f"{path}: the teacher of another configuration",
             expected="weights that were published with the model and arguments of `teacher`",

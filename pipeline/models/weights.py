@@ -26,6 +26,8 @@ from pipeline.config.validation import fingerprint
 
 DIGEST = "digest"
 """The only entry of a file's metadata, JSON with `about` and `digest`: safetensors writes several in any order."""
+DESCRIPTION = "description"
+"""The key of a model's description among the metadata, see pipeline.models.description."""
 
 
 def state_dict_hash(state: Mapping[str, torch.Tensor]) -> str:

@@ -13,7 +13,8 @@ from pipeline.common.files import atomic_write, remove_partial_files
 from pipeline.common.lock import kernel_lock
 from pipeline.config.paths import RUN_LOCK
 from pipeline.config.validation import fingerprint
-from pipeline.models.weights import load_weights, read_saved_weights, save_weights
+from pipeline.models.description import describe_model
+from pipeline.models.weights import DESCRIPTION, load_weights, read_saved_weights, save_weights
 from pipeline.training.identity import run_summary
 from pipeline.training.log import write_curve
 from pipeline.training.monitoring import validate
@@ -119,7 +120,8 @@ def train_and_publish(run: Run, folder: Path) -> None:
     metrics = train_to_completion(run)
     if Rank.init_process_group(run.device).rank:
         return
-    about = {"run": fingerprint(run.identity)}
+    description = describe_model(run.model, run.train.classes, run.size, run.crop).as_json()
+    about = {"run": fingerprint(run.identity), DESCRIPTION: description}
     publish(folder, lambda path: save_weights(path, run.model.model, about), metrics, run, metrics)
     figures = {key: value for key, value in metrics.items() if not isinstance(value, str)}
     print(f"{run.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
