@@ -66,7 +66,7 @@ SMALL = [
     "recipe.size=16", "teacher.model=regnety_002", "teacher.kwargs={depth: 8, output_stride: 8}", "teacher.epochs=1",
     "teacher.precision=float32", "teacher.min_top1=0", "teacher.workers=0", "teacher_logits.workers=0",
     "teacher_logits.views=12", "teacher_logits.precision=float32", "teacher_logits.top_k=2", "data.workers=1",
-    "evaluate.workers=0", "finetune.views=12",
+    "evaluate.workers=0", "finetune.views=12", "student.epochs=1", "student.warmup_epochs=0", "student.workers=0",
 ]  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def test_the_examples_in_python_read_what_the_store_holds(project):
 
 
 def test_python_stands_where_it_is_run():
-    assert [name for name in FILES if blocks(name, "python")] == ["store.md"]
+    assert [name for name in FILES if blocks(name, "python")] == ["store.md", "models.md"]
 
 
 @every_file
