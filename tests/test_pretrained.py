@@ -1,14 +1,17 @@
 """A teacher from pretrained weights of other classes: its classifier is replaced and trained."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from test_ranks import launch
 from test_training import CPU, Stop, loaded, taught, taught_template  # noqa: F401  (fixtures)
 
 from pipeline.common.errors import PipelineError, UsageError
+from pipeline.config.params import dump
 from pipeline.config.paths import student_folder, teacher_folder
 from pipeline.config.schema import Config
 from pipeline.models import pretrained
@@ -237,3 +240,24 @@ def test_a_timm_tag_is_fitted_like_a_file(taught, monkeypatch, classes, fits):  
     section = config.teacher.model_copy(update={"kwargs": {}})
     model, fitting = load_pretrained(section, [str(number) for number in range(classes)], Path("checksums"))
     assert fitting is fits and model.model.num_classes == classes
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_classifier_and_then_everything_as_one_does(taught):  # noqa: F811
+    options = "teacher.model=deit_tiny_patch16_224", "teacher.weights=vit.safetensors", "teacher.epochs=2"
+    options += "teacher.head_epochs=1", "teacher.warmup_epochs=0", "teacher.optimizer=sgd", "teacher.lr=1"
+    config = loaded(*options, "finetune.teacher_size=16")
+    config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"kwargs": VIT})})
+    source = build_teacher(config.teacher, 7).model
+    save_weights(Path("vit.safetensors"), source)
+    Path("params.yaml").write_text(dump(config))
+    weights = []
+    for ranks in (1, 2):
+        shutil.rmtree("work/state")
+        process = launch("teacher", nodes=("--standalone", f"--nproc-per-node={ranks}"))
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        weights.append(published(config))
+    one, two = weights
+    assert all(torch.allclose(tensor, two[name], rtol=0, atol=1e-5) for name, tensor in one.items())
+    assert not torch.allclose(one["pos_embed"], source.state_dict()["pos_embed"], rtol=0, atol=1e-3)
