@@ -4,13 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import picture, write_folders
 
+from pipeline.cli import released
 from pipeline.cli.annotated import annotate
 from pipeline.cli.choices import Choice, Facts, choose
 from pipeline.cli.durations import Rates, bytes_written, stage_seconds
-from pipeline.cli.init import configuration
+from pipeline.cli.init import configuration, gather
 from pipeline.cli.main import main
 from pipeline.cli.photos import Photos, experiment_name, find_splits, look, warnings
 from pipeline.common.errors import PipelineError, UsageError
@@ -32,7 +34,7 @@ def config(found: Facts) -> Config:
 
 
 SETS = [
-    facts(images=images, classes=classes, short_side=side, gpu=gpu, bfloat16=gpu)
+    facts(images=images, classes=classes, short_side=side, gpu=gpu, bfloat16=gpu, pretrained=side in (8, 128))
     for images, classes in ((20, 2), (1_649, 17), (2_000, 10), (12_345, 100), (200_000, 5_000))
     for side in (8, 64, 128, 3000)
     for gpu in (False, True)
@@ -74,6 +76,13 @@ def test_what_is_chosen_is_a_valid_configuration_whose_models_can_be_built(found
         ({"images": 100_000, "classes": 1_000}, "teacher_logits.kind", "argmax"),
         ({"classes": 2, "majority": 0.5}, "teacher.min_top1", 0.6),
         ({"majority": 0.9}, "teacher.min_top1", 0.92),
+        ({"pretrained": True}, "teacher.weights", "regnety_008_tv.tv2_in1k"),
+        ({"pretrained": True, "gpu": True}, "teacher.weights", "regnety_160.deit_in1k"),
+        ({"pretrained": True}, "teacher.model", "regnety_008_tv"),
+        ({"pretrained": True}, "teacher.epochs", 8),
+        ({"pretrained": True}, "teacher.head_epochs", 1),
+        ({"pretrained": True, "images": 1_000_000}, "teacher.epochs", 4),
+        ({"pretrained": True, "classes": 2, "majority": 0.5}, "teacher.min_top1", 0.7),
         ({}, "student.workers", 0),
         ({"images": 2_000}, "data.max_bad", 20),
         ({"images": 20}, "data.max_bad", 1),
@@ -82,6 +91,10 @@ def test_what_is_chosen_is_a_valid_configuration_whose_models_can_be_built(found
 def test_choices(changes, key, value):
     choice = choose(facts(**changes))[key]
     assert choice.value == value and choice.reason
+
+
+def test_without_pretrained_weights_there_are_none():
+    assert "teacher.weights" not in choose(TYPICAL) and config(TYPICAL).teacher.weights is None
 
 
 def test_large_images_and_gpus_have_loader_workers():
@@ -129,7 +142,7 @@ TINY = ("student.kwargs={patch_size: 16, embed_dim: 64, depth: 1, num_heads: 1}"
 
 
 def init(*arguments: str, code: int = 0) -> str:
-    return call("init", *arguments, "--device", "cpu", "--no-estimate", code=code)
+    return call("init", *arguments, "--device", "cpu", "--no-estimate", "--offline", code=code)
 
 
 def test_it_writes_params_yaml_and_names_the_next_command(project):
@@ -149,7 +162,40 @@ def test_what_it_writes_can_be_prepared_and_trained(project):
 
 
 def test_training_from_scratch_is_warned_of(project):
-    assert "from scratch" in init("My photos")
+    said = init("My photos")
+    assert "everything is trained from scratch" in said and "regnety_008_tv.tv2_in1k are not used" in said
+
+
+def test_a_teacher_is_pretrained_where_weights_can_be_had(project, monkeypatch):
+    monkeypatch.setattr("pipeline.cli.init.missing_weights", lambda tag, offline: "")
+    assert "the students are trained from scratch" in init("My photos")
+    assert load().teacher.weights == "regnety_008_tv.tv2_in1k"
+    call("prepare", "--set", "data.workers=1")
+    call("teacher", "--dry-run", "--device", "cpu")
+
+
+def test_weights_for_as_many_classes_as_imagenet_are_not_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pipeline.cli.init.missing_weights", lambda tag, offline: "")
+    found = photos([1] * 1_000, [1] * 1_000)
+    assert not gather(found, torch.device("cpu"), False).pretrained
+    assert "as many classes as ImageNet" in capsys.readouterr().out
+    assert gather(photos([1] * 999, [1] * 999), torch.device("cpu"), False).pretrained
+
+
+def test_weights_are_looked_for_in_the_cache_and_then_at_the_hub(monkeypatch):
+    asked, tag = [], "regnety_008_tv.tv2_in1k"
+    monkeypatch.setattr(released, "try_to_load_from_cache", lambda repository, name: None)
+    monkeypatch.setattr(released, "get_hf_file_metadata", lambda url, timeout: asked.append(url))
+    assert "local cache" in released.missing_weights(tag, offline=True) and not asked
+    assert released.missing_weights(tag, offline=False) == "" and tag in asked[0]
+
+    def unreachable(url: str, timeout: float) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(released, "get_hf_file_metadata", unreachable)
+    assert "ConnectionError" in released.missing_weights(tag, offline=False)
+    monkeypatch.setattr(released, "try_to_load_from_cache", lambda repository, name: f"/cache/{name}")
+    assert released.missing_weights(tag, offline=True) == ""
 
 
 def test_an_override_takes_the_place_of_a_choice_and_is_marked(project):
@@ -185,7 +231,7 @@ def test_its_own_params_yaml_is_written_again(project):
 
 def test_the_estimate_names_every_stage(project, monkeypatch):
     monkeypatch.setattr("pipeline.cli.durations.MEASURE", 0.0)
-    said = call("init", "My photos", "--device", "cpu", "recipe.size=32", *TINY)
+    said = call("init", "My photos", "--device", "cpu", "--offline", "recipe.size=32", *TINY)
     for stage in ("prepare", "teacher ", "teacher-logits", "train-student none", "train-student token", "evaluate", "disk"):
         assert stage in said
 

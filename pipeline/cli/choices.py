@@ -32,6 +32,8 @@ class Facts:
     gpu: bool = False
     bfloat16: bool = False
     """Whether the GPU computes in it."""
+    pretrained: bool = False
+    """Whether the weights of `released_teacher` can be had."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,14 @@ def student_epochs(facts: Facts) -> int:
     return -(-epochs // step) * step
 
 
+def released_teacher(gpu: bool) -> str:
+    """The timm tag of the pretrained teacher: DeiT's own, or a network of a twentieth of its cost."""
+    return "regnety_160.deit_in1k" if gpu else "regnety_008_tv.tv2_in1k"
+
+
 def teacher_epochs(facts: Facts) -> int:
+    if facts.pretrained:
+        return epochs_for(facts, 300_000, 10, 30) if facts.gpu else epochs_for(facts, 15_000, 4, 20)
     return epochs_for(facts, 1_500_000, 40, 120) if facts.gpu else epochs_for(facts, 40_000, 10, 60)
 
 
@@ -137,6 +146,8 @@ def _workers(section: str, facts: Facts) -> Choices:
 
 
 def _teacher(facts: Facts, size: int, batch: int) -> Choices:
+    if facts.pretrained:
+        return _pretrained_teacher(facts, batch)
     stride = 8 if size <= 32 else 16 if size <= 64 or facts.gpu else 32
     model = "regnety_008" if facts.gpu else "regnety_002"
     return {
@@ -145,6 +156,19 @@ def _teacher(facts: Facts, size: int, batch: int) -> Choices:
         **_learning("teacher", facts, teacher_epochs(facts), batch, 1e-3, _why(facts)),
         "teacher.drop_path": Choice(0.0, "a small model"),
         **_gate(facts, 0.2),
+    }
+
+
+def _pretrained_teacher(facts: Facts, batch: int) -> Choices:
+    tag, epochs = released_teacher(facts.gpu), teacher_epochs(facts)
+    cost = "DeiT's own teacher" if facts.gpu else "small enough to be fine-tuned on a CPU"
+    return {
+        "teacher.model": Choice(tag.partition(".")[0], f"a convolutional network, {cost}"),
+        "teacher.weights": Choice(tag, "pretrained on ImageNet; its classifier is replaced by one for your classes"),
+        **_learning("teacher", facts, epochs, batch, 3e-4, "fine-tuning needs few epochs"),
+        "teacher.head_epochs": Choice(1, "the new classifier alone first, so that it does not spoil what is pretrained"),
+        "teacher.drop_path": Choice(0.0, "a short training"),
+        **_gate(facts, 0.4),
     }
 
 

@@ -7,8 +7,9 @@ import torch
 
 from pipeline.cli import durations, photos
 from pipeline.cli.annotated import annotate
-from pipeline.cli.choices import Choice, Choices, Facts, choose
+from pipeline.cli.choices import Choice, Choices, Facts, choose, released_teacher
 from pipeline.cli.configure import KEYS, experiments
+from pipeline.cli.released import missing_weights
 from pipeline.common.cores import available_cores
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.files import atomic_write
@@ -16,15 +17,23 @@ from pipeline.config.params import load, resolve
 from pipeline.config.schema import Config
 
 FROM_SCRATCH = (
-    "everything is trained from scratch. A DeiT learns little from so few images: expect it to stay well below its"
-    " teacher. Released weights help far more than any setting here"
+    "{what} from scratch. A DeiT learns little from so few images: expect it to stay well below its teacher, and more"
+    " epochs to help"
 )
+IMAGENET_CLASSES = 1_000
 FEW = 100_000
 """Images below which training from scratch is warned of."""
 
 
 def run(
-    root: Path, overrides: tuple[str, ...], device: torch.device, output: Path, force: bool, with_estimate: bool
+    root: Path,
+    overrides: tuple[str, ...],
+    device: torch.device,
+    output: Path,
+    *,
+    offline: bool = False,
+    force: bool = False,
+    with_estimate: bool = True,
 ) -> None:
     """Write `output` and print what was found, warnings and the estimate.
 
@@ -34,7 +43,7 @@ def run(
     """
     found = photos.look(root)
     print(photos.describe(found))
-    facts = gather(found, device)
+    facts = gather(found, device, offline)
     choices = _named(root, found) | choose(facts)
     config = configuration(choices, overrides)
     if not force:
@@ -42,7 +51,8 @@ def run(
     for line in photos.warnings(found):
         print(f"warning: {line}")
     if facts.images < FEW:
-        print(f"warning: {FROM_SCRATCH}")
+        what = "the students are trained" if facts.pretrained else "everything is trained"
+        print(f"warning: {FROM_SCRATCH.format(what=what)}")
     if with_estimate:
         _print_estimate(config, found, device)
     command = shlex.join(["pipeline", "init", str(root), *overrides])
@@ -51,17 +61,23 @@ def run(
     print(f"{output}: {config.name}, with a reason for each choice; now run: dvc repro")
 
 
-def gather(found: photos.Photos, device: torch.device) -> Facts:
-    """The facts that choices depend on."""
-    gpu = device.type == "cuda"
+def gather(found: photos.Photos, device: torch.device, offline: bool) -> Facts:
+    """The facts that choices depend on; says so where there are no pretrained weights."""
+    gpu, classes = device.type == "cuda", len(found.train.classes)
+    missing = missing_weights(released_teacher(gpu), offline)
+    if classes == IMAGENET_CLASSES:
+        missing = "your set has as many classes as ImageNet, for which they would be used as they are"
+    if missing:
+        print(f"pretrained weights {released_teacher(gpu)} are not used: {missing}")
     return Facts(
         images=len(found.train.names),
-        classes=len(found.train.classes),
+        classes=classes,
         short_side=found.short_side,
         majority=found.majority,
         megapixels=found.megapixels,
         gpu=gpu,
         bfloat16=gpu and torch.cuda.get_device_capability(device) >= (8, 0),
+        pretrained=not missing,
     )
 
 
@@ -123,4 +139,4 @@ def _print_estimate(config: Config, found: photos.Photos, device: torch.device) 
     sizes = durations.bytes_written(config, rates, images, classes, found.bytes)
     print(durations.describe(seconds, sizes, device))
     if sum(seconds.values()) > 3600 and not gpu:
-        print("to shorten it: fewer epochs (student.epochs and teacher_logits.views together), a smaller recipe.size, a GPU")
+        print("to shorten it: fewer epochs (student.epochs with teacher_logits.views), a smaller recipe.size, a GPU")

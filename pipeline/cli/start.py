@@ -40,17 +40,19 @@ def configure(name: str | None, overrides: tuple[str, ...], as_list: bool, outpu
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+@click.option("--offline", is_flag=True, help="Use pretrained weights only if they are in the local cache.")
 @click.option("--force", is_flag=True, help="Overwrite a params.yaml that holds changes.")
 @click.option("--estimate/--no-estimate", "with_estimate", default=True, show_default=True,
               help="Measure this machine for a few seconds and print time and disk space.")  # fmt: skip
 @DEVICE
 @OUTPUT
-def init(folder: Path, overrides: tuple[str, ...], force: bool, with_estimate: bool, device: str, output: Path) -> None:
+def init(folder: Path, overrides: tuple[str, ...], device: str, output: Path, **options: bool) -> None:
     """Write a params.yaml that suits a folder of images, with the reason for each choice.
 
     FOLDER has a folder for training and one for validation (or test), each with one folder of images per
     class. Images and classes are counted, and sizes read from a sample; then image size, models, epochs,
-    batch size and kind of store are chosen for them and for this machine.
+    batch size and kind of store are chosen for them and for this machine. The teacher is fine-tuned from
+    pretrained weights if they can be had (local cache or download); otherwise it is trained from scratch.
 
     \b
     Examples:
@@ -59,7 +61,7 @@ def init(folder: Path, overrides: tuple[str, ...], force: bool, with_estimate: b
     """
     from pipeline.cli import init
 
-    init.run(folder, overrides, find_device(device), output, force, with_estimate)
+    init.run(folder, overrides, find_device(device), output, **options)
 
 
 @click.command()
