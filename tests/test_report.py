@@ -455,6 +455,20 @@ def test_settings_and_training_time_come_from_configuration_and_log(mini, monkey
     assert (rows["plain"].lr, rows["plain"].batch_size) == (f"{5e-4 * 8 / 512:.3g}", "8")
 
 
+@pytest.mark.parametrize(("metrics", "listed"), [({"run": "d" * 32}, True), ({"top1": 0.9}, False)])
+def test_pretrained_teacher_has_training_settings_only_if_it_was_trained_further(mini, metrics, listed):
+    config, _ = mini
+    pretrained = config.model_copy(update={"teacher": config.teacher.model_copy(update={"weights": "some.pth"})})
+    path = teacher_folder(config) / "metrics.json"
+    kept = path.read_bytes() if path.exists() else None
+    path.write_text(json.dumps(metrics))
+    try:
+        rows = training_rows(pretrained, list_entries(pretrained))
+    finally:
+        path.unlink() if kept is None else path.write_bytes(kept)
+    assert ("teacher" in [row.model for row in rows]) == listed
+
+
 def test_report_says_when_it_was_written_and_by_which_commit(tmp_path, monkeypatch):
     origin = describe_origin()["Report"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", origin["written"])

@@ -28,7 +28,7 @@ class Entry:
     crop: float
     precision: str
     training: Training | None = None
-    """How it was trained here; None for a teacher from elsewhere."""
+    """How it is trained, if it is: a teacher may be used as it is."""
     student: Student | None = None
     """None for the teacher."""
 
@@ -51,8 +51,7 @@ def _entry(config: Config, name: str, folder: Path) -> Entry:
     teacher, tuned, crop = config.teacher, config.finetune, config.evaluate.crop
     if name == TEACHER:
         model, size = teacher.weights or teacher.model, config.teacher_size("train-student")
-        trained = None if teacher.weights else teacher
-        return Entry(name, model, folder, "teacher", size, teacher.crop, teacher.precision, trained)
+        return Entry(name, model, folder, "teacher", size, teacher.crop, teacher.precision, teacher)
     if name.endswith(FINETUNED):
         source = name.removesuffix(f"-{FINETUNED}")
         student, crop, command = (

@@ -1,6 +1,5 @@
 """Facts about an experiment for the report."""
 
-import json
 import platform
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 
 from pipeline.config.paths import FINETUNED, teacher_folder
 from pipeline.config.schema import Config, Recipe, Student
-from pipeline.report.settings import objective
+from pipeline.report.settings import objective, trained_run
 from pipeline.shards.index import Index
 from pipeline.store.layout import library_versions
 from pipeline.store.reader import Store
@@ -29,7 +28,8 @@ def describe_experiment(
     teacher = config.teacher
     sections = {"Students": _describe_students(config)}
     if store:
-        trained = f"here, epochs: {teacher.epochs}" if _teacher_trained_here(config) else "elsewhere"
+        here = not teacher.weights or trained_run(teacher_folder(config))
+        trained = f"here, epochs: {teacher.epochs}" if here else "elsewhere"
         sections["Teacher"] = {"model": teacher.weights or teacher.model, "trained": trained}
         sections["Store of teacher predictions"] = _describe_store(store, summary)
     return sections | {
@@ -42,12 +42,6 @@ def describe_experiment(
         },
         "Evaluation": _describe_evaluation(config, device),
     }
-
-
-def _teacher_trained_here(config: Config) -> bool:
-    """Whether the teacher was trained on these shards, pretrained or not: its metrics then name the run."""
-    metrics = teacher_folder(config) / "metrics.json"
-    return not config.teacher.weights or (metrics.exists() and "run" in json.loads(metrics.read_text()))
 
 
 def _describe_students(config: Config) -> Terms:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.paths import index_path, state_folder
+from pipeline.config.paths import TEACHER, index_path, state_folder
 from pipeline.config.schema import Config, Student
 from pipeline.report.entries import Entry
 from pipeline.training.log import read_log
@@ -47,10 +47,11 @@ class TrainingRow:
 
 
 def training_rows(config: Config, entries: list[Entry]) -> list[TrainingRow]:
-    """A row per model that was trained here."""
+    """A row per model, without a pretrained teacher that was used as it is."""
     rows = []
     for entry in entries:
-        if settings := entry.training:
+        as_it_is = entry.name == TEACHER and config.teacher.weights and not trained_run(entry.folder)
+        if (settings := entry.training) and not as_it_is:
             rows.append(
                 TrainingRow(
                     entry.name,
@@ -74,10 +75,15 @@ def objective(student: Student | None) -> str:
     return f"{student.distillation} distillation, α {student.alpha:g}{soft}"
 
 
+def trained_run(folder: Path) -> str | None:
+    """The fingerprint of the run that trained the model in a folder; None if it was not trained here."""
+    metrics = folder / "metrics.json"
+    return json.loads(metrics.read_text()).get("run") if metrics.exists() else None
+
+
 def _training_time(config: Config, entry: Entry) -> str:
     """Training without validation, as the log of the run has it; empty if the log is gone."""
-    metrics = entry.folder / "metrics.json"
-    run = json.loads(metrics.read_text()).get("run") if metrics.exists() else None
+    run = trained_run(entry.folder)
     log = state_folder(config, run) / "log.jsonl" if run else None
     if log is None or not log.exists():
         return ""
