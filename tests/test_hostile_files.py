@@ -19,7 +19,7 @@ from pipeline.common.errors import PipelineError
 from pipeline.config.paths import index_path
 from pipeline.shards.index import Index
 from pipeline.store.manifest import read_manifest
-from pipeline.store.metadata import _digest as sealed_digest
+from pipeline.store.metadata import _checksum
 from pipeline.store.reader import Store
 from stages import train_student
 
@@ -91,7 +91,7 @@ def resealed(path: Path, value: Any) -> bytes:
         value["check"] = f"{zlib.crc32(json.dumps(value).encode()):08x}"
     if path.name == "zarr.json" and isinstance(value, dict) and isinstance(value.get("attributes"), dict):
         with contextlib.suppress(ValueError):  # of a number that is none
-            value["attributes"]["digest"] = sealed_digest(value)
+            value["attributes"]["digest"] = _checksum(value)
     return json.dumps(value).encode() + b"\n"
 
 
