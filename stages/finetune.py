@@ -11,8 +11,10 @@ import torch
 from pipeline.common.errors import NotReady, UsageError
 from pipeline.config.paths import digests_folder, finetune_folder, index_path, student_folder
 from pipeline.config.schema import Config
-from pipeline.models.adapt import load_resized_weights, replace_mismatched_heads
+from pipeline.models.adapt import load_resized_weights
 from pipeline.models.build import NormalizedModel, build_student
+from pipeline.models.pretrained import replace_classifiers
+from pipeline.models.teacher import check_input_size
 from pipeline.models.weights import read_external_weights, read_weights, weights_hash
 from pipeline.shards.index import Index
 from pipeline.training.completion import train_and_publish
@@ -34,6 +36,7 @@ def run(config: Config, device: torch.device, name: str, teacher: str = "stored"
     settings, recipe, student = config.finetune, config.finetune_recipe(), config.finetune_student(name)
     train, val = (Index(index_path(config, split)) for split in ("train", "val"))
     model = build_student(student, config.recipe, len(train.classes), settings.size)
+    check_input_size(model, settings.size, "choose another finetune.size, or another model", student.model)
     teaching, teacher_identity = NoTeacher(), None
     with print_if_not_ready(dry_run):
         load_initial_weights(model, config, name)
@@ -66,7 +69,7 @@ def load_initial_weights(model: NormalizedModel, config: Config, name: str) -> N
             kind, do = UsageError, "correct finetune.weights"
         raise kind(f"{source}: no student to start from", do=do)
     if external:
-        state, new = replace_mismatched_heads(model, read_external_weights(source, digests_folder(config)))
+        state, new = replace_classifiers(model.model, read_external_weights(source, digests_folder(config)))
         print(f"{source}: " + (f"{', '.join(new)} initialized from scratch" if new else "heads kept"))
     else:
         state = read_weights(source, own=True)

@@ -6,6 +6,7 @@ from pipeline.common.errors import UsageError
 from pipeline.config.paths import index_path, student_folder
 from pipeline.config.schema import Config, Student
 from pipeline.models.build import build_student
+from pipeline.models.teacher import check_input_size
 from pipeline.shards.index import Index
 from pipeline.training.completion import train_and_publish
 from pipeline.training.identity import configured_student
@@ -41,6 +42,7 @@ def run(
         )  # fmt: skip
     train, val = (Index(index_path(config, split)) for split in ("train", "val"))
     model = build_student(settings, config.recipe, len(train.classes), config.recipe.size)
+    check_input_size(model, config.recipe.size, "choose another recipe.size, or another model", settings.model)
     teaching, teacher_identity = NoTeacher(), None
     with print_if_not_ready(dry_run):
         teaching, teacher_identity = create_teacher(config, settings, "train-student", train, device, teacher, store)

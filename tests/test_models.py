@@ -14,10 +14,10 @@ from pipeline.config.schema import Recipe, Student, Teacher, TeacherLogits
 from pipeline.models.adapt import (
     fixres_modules,
     load_resized_weights,
-    replace_mismatched_heads,
     resize_position_embedding,
 )
 from pipeline.models.build import NormalizedModel, build, build_student, build_teacher, parameter_count
+from pipeline.models.pretrained import replace_classifiers
 from pipeline.models.teacher import TeacherForward, resize_pictures, teacher_logits
 from pipeline.models.weights import load_weights, read_saved_weights, read_weights, save_weights, weights_hash
 
@@ -247,7 +247,7 @@ def test_student_of_another_resolution_takes_every_weight_but_the_positions(sect
 def test_heads_of_another_number_of_classes_begin_anew_and_the_rest_is_kept(section):
     source, model = student(section, classes=5, size=32, seed=1), student(section, classes=7, size=48, seed=2)
     fresh = {name: value.clone() for name, value in model.model.state_dict().items()}
-    state, anew = replace_mismatched_heads(model, source.model.state_dict())
+    state, anew = replace_classifiers(model.model, source.model.state_dict())
     load_resized_weights(model, state, "source")
     found = model.model.state_dict()
     heads = {f"{head}.{part}" for head in ("head", "head_dist") for part in ("weight", "bias")} & set(found)
@@ -259,7 +259,7 @@ def test_heads_of_another_number_of_classes_begin_anew_and_the_rest_is_kept(sect
 
 def test_heads_of_as_many_classes_are_kept():
     source, model = student(seed=1), student(seed=2)
-    state, anew = replace_mismatched_heads(model, source.model.state_dict())
+    state, anew = replace_classifiers(model.model, source.model.state_dict())
     assert not anew and torch.equal(state["head.weight"], source.model.head.weight)
 
 

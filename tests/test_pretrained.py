@@ -216,17 +216,17 @@ MODELS = "test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_
 @pytest.mark.parametrize("name", MODELS)
 def test_only_the_classifier_of_a_model_is_replaced(name):
     source, own = (timm.create_model(name, num_classes=classes) for classes in (7, 3))
-    state, new = replace_classifiers(own, source.state_dict(), 3)
+    state, new = replace_classifiers(own, source.state_dict())
     own.load_state_dict(state)
     assert len(new) == 2
     assert all(torch.equal(state[key], value) for key, value in source.state_dict().items() if key not in new)
-    assert replace_classifiers(own, own.state_dict(), 3)[1] == []
+    assert replace_classifiers(own, own.state_dict())[1] == []
 
 
 def test_a_file_without_a_classifier_gets_a_new_one():
     own = timm.create_model("test_resnet", num_classes=3)
     state = timm.create_model("test_resnet", num_classes=0).state_dict()
-    assert replace_classifiers(own, state, 3)[1] == ["fc.weight", "fc.bias"]
+    assert replace_classifiers(own, state)[1] == ["fc.weight", "fc.bias"]
 
 
 @pytest.mark.parametrize(("classes", "fits"), [(1000, True), (3, False)])

@@ -12,6 +12,7 @@ from pipeline.config.schema import PURPOSES, Config, Student
 from pipeline.models.build import build_student, build_teacher
 from pipeline.models.class_map import check_range, class_numbers
 from pipeline.models.pretrained import fit_weights
+from pipeline.models.teacher import check_input_size
 from pipeline.models.weights import check_timm_tag, read_weights
 from pipeline.shards.index import Index
 
@@ -56,6 +57,7 @@ def check_teacher(config: Config, classes: Sequence[str] | None) -> None:
 
 
 def check_student(config: Config, student: Student, classes: int | None, size: int) -> None:
-    """Check that it can be built."""
-    with torch.device("meta"):
-        build_student(student, config.recipe, classes or 1000, size)
+    """Check that it can be built, and takes pictures of this size."""
+    with torch.device("meta"):  # only shapes
+        model = build_student(student, config.recipe, classes or 1000, size)
+        check_input_size(model, size, "choose another size, or another model", student.model)

@@ -51,7 +51,7 @@ class Training(Section):
     smoothing: FractionBelowOne = 0.1
     """Label smoothing of true labels; never of the teacher's."""
     dropout: FractionBelowOne = 0.0
-    """Dropout rate."""
+    """Dropout rate: after position embeddings, attention and MLP in ViT students, before the classifier in others."""
     drop_path: FractionBelowOne = 0.1
     """Stochastic depth: the rate of the last layer, from which it falls linearly to 0 in the first."""
     clip_grad: Annotated[float, Field(gt=0)] | None = None
@@ -146,7 +146,8 @@ class Student(Training):
     """A student; each entry of `variants` overrides some of these keys."""
 
     model: Model = "deit_tiny_distilled_patch16_224"
-    """A deit_* model of timm; the `_distilled` ones have a distillation token and head."""
+    """Any timm classifier, such as a deit_*, ResNet, ConvNeXt, Swin, TinyViT or MobileNet. The deit_*_distilled ones have
+    a distillation token and head; others are distilled through their class head."""
     kwargs: Arguments = {}
     """Passed to timm.create_model: patch_size, embed_dim, depth, num_heads, ..."""
     distillation: Literal["none", "soft", "hard"] = "hard"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
-from pipeline.common.errors import UsageError
+from pipeline.common.errors import PipelineError, UsageError
 from pipeline.models.build import NormalizedModel
 from pipeline.models.weights import load_weights
 
@@ -28,27 +28,27 @@ def load_resized_weights(model: NormalizedModel, state: dict[str, torch.Tensor],
     """Load a student's weights from another resolution; only the position embeddings change.
 
     Raises:
-        PipelineError: they are another model's.
+        PipelineError: they are another model's, or other tensors depend on the resolution.
     """
-    prefix = model.model.num_prefix_tokens
-    grid = round((model.model.pos_embed.shape[1] - prefix) ** 0.5)
-    patches = state["pos_embed"].shape[1] - prefix if "pos_embed" in state else -1
-    if patches > 0 and math.isqrt(patches) ** 2 == patches:  # otherwise load_weights reports another model
-        state = state | {"pos_embed": resize_position_embedding(state["pos_embed"], grid, prefix)}
+    grid = getattr(getattr(model.model, "patch_embed", None), "grid_size", None)
+    own, given = getattr(model.model, "pos_embed", None), state.get("pos_embed")
+    if grid is not None and own is not None and given is not None and own.ndim == given.ndim == 3:
+        prefix = own.shape[1] - grid[0] * grid[1]
+        patches = given.shape[1] - prefix
+        if patches > 0 and math.isqrt(patches) ** 2 == patches:  # otherwise load_weights reports another model
+            state = state | {"pos_embed": resize_position_embedding(given, grid[0], prefix)}
+    own_shapes, shapes = (
+        {name: tuple(each.shape) for name, each in part.items()} for part in (model.model.state_dict(), state)
+    )
+    if shapes.keys() == own_shapes.keys() and shapes != own_shapes:
+        others = [f"{name} {own} and {shapes[name]}" for name, own in own_shapes.items() if own != shapes[name]]
+        raise PipelineError(
+            f"{source}: weights for another input size, number of classes or model",
+            expected=f"the shapes of the configured {type(model.model).__name__}; only position embeddings are resized",
+            found="(configured, file) " + "; ".join(others[:3]),
+            do="use the input size that they were trained at, or name the file that belongs to this model",
+        )
     load_weights(model.model, state, source)
-
-
-def replace_mismatched_heads(
-    model: NormalizedModel, state: dict[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Replace heads for another number of classes by the model's own, freshly initialised.
-
-    Returns the state dict, and the names of the replaced tensors.
-    """
-    own = model.model.state_dict()
-    heads = [f"{head}.{part}" for head in ("head", "head_dist") for part in ("weight", "bias")]
-    replaced = [name for name in heads if name in own and name in state and own[name].shape != state[name].shape]
-    return state | {name: own[name] for name in replaced}, replaced
 
 
 def fixres_modules(model: Any) -> list[nn.Module]:

@@ -1,6 +1,7 @@
 """Build teachers and students with timm."""
 
 import difflib
+import re
 from typing import Any
 
 import timm
@@ -12,6 +13,9 @@ from pipeline.common.errors import UsageError
 from pipeline.config.schema import Recipe, Student, Teacher
 from pipeline.config.types import Triple
 from pipeline.models.linear import convert_linear
+
+INNER_DROPOUT = {"pos_drop_rate", "proj_drop_rate"}
+"""timm's arguments for dropout after position embeddings, and after attention and MLP."""
 
 
 class NormalizedModel(nn.Module):
@@ -36,7 +40,7 @@ class NormalizedModel(nn.Module):
         self.model = model
         self.float32_head = False
         """Whether pooling and classifier compute in float32 even under autocast."""
-        self.distilled = hasattr(model, "head_dist") and not joint
+        self.distilled = hasattr(model, "dist_token") and not joint  # LeViT has a second head, but no token for it
         self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std)[:, None, None], persistent=False)
 
@@ -64,32 +68,55 @@ def build(
     """Build the timm model that a teacher or student section names, with initial weights drawn from its seed.
 
     Args:
-        size: input height and width in pixels, for models with position embeddings (deit_*).
+        size: input height and width in pixels, for models that are built for one: ViT, Swin, MLP-Mixer, ...
         joint: average two heads; see NormalizedModel.
 
     Raises:
         UsageError: timm knows no such model, or it does not take these kwargs.
     """
-    kwargs: dict[str, Any] = {"drop_rate": section.dropout}
+    settings: dict[str, Any] = {"drop_rate": section.dropout}
     if size is not None:
         # dropout as in timm 0.3.2, which DeiT pins: after position embeddings, attention and MLP, not before the heads
-        kwargs = {"img_size": size, "pos_drop_rate": section.dropout, "proj_drop_rate": section.dropout}
-    kwargs |= section.kwargs
+        settings = {"img_size": size, "pos_drop_rate": section.dropout, "proj_drop_rate": section.dropout}
+    settings["drop_path_rate"] = section.drop_path
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(section.seed)
-        try:
-            model = timm.create_model(
-                section.model,
-                num_classes=classes,
-                drop_path_rate=section.drop_path,
-                **kwargs,
-            )
-        except Exception as error:  # timm's models reject arguments in many ways
-            raise _unsuitable(section.model, kwargs, error) from error
-        if hasattr(model, "cls_token"):
+        model = _create(section, classes, settings)
+        if getattr(model, "cls_token", None) is not None:
             trunc_normal_(model.cls_token, std=0.02)  # as in DeiT (timm 0.3.2); timm now uses 1e-6
-    own = {"img_size": size} if size is not None else {}
+    own = {"img_size": size} if "img_size" in settings else {}
     return NormalizedModel(model, mean, std, joint, section.model, own | section.kwargs)
+
+
+def _create(section: Teacher | Student, classes: int, settings: dict[str, Any]) -> nn.Module:
+    """Create the timm model, without those settings that it has no argument for.
+
+    Args:
+        settings: arguments that follow from the section; those that the model takes are left in it.
+    """
+    while True:
+        torch.manual_seed(section.seed)
+        kwargs = settings | section.kwargs
+        try:
+            return timm.create_model(section.model, num_classes=classes, **kwargs)
+        except Exception as error:  # timm's models reject arguments in many ways
+            unknown = re.search(r"unexpected keyword argument\D{1,6}'(\w+)'", str(error))
+            if unknown is None or unknown[1] not in settings.keys() - section.kwargs.keys():
+                raise _unsuitable(section.model, kwargs, error) from error
+            _omit(section, unknown[1], settings)
+
+
+def _omit(section: Teacher | Student, argument: str, settings: dict[str, Any]) -> None:
+    """Remove a setting that the model has no argument for; dropout is then applied before the classifier only."""
+    value = settings.pop(argument)
+    if argument in INNER_DROPOUT:
+        for name in INNER_DROPOUT & settings.keys():
+            del settings[name]
+        settings["drop_rate"] = value
+    elif value and argument != "img_size":
+        key = {"drop_path_rate": "drop_path", "drop_rate": "dropout"}[argument]
+        raise UsageError(
+            f"model {section.model!r}", expected=f"{key}: 0, as the model has none", found=value, do=f"set {key} to 0"
+        )
 
 
 def _unsuitable(model: str, kwargs: dict[str, Any], error: Exception) -> UsageError:
@@ -106,7 +133,7 @@ def _unsuitable(model: str, kwargs: dict[str, Any], error: Exception) -> UsageEr
 
 
 def build_student(section: Student, recipe: Recipe, classes: int, size: int) -> NormalizedModel:
-    """Build a deit_* student for `size` pixels, normalised with the recipe's mean and std."""
+    """Build a student for `size` pixels, normalised with the recipe's mean and std."""
     return build(section, classes, recipe.mean, recipe.std, size=size)
 
 

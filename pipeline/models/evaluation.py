@@ -81,7 +81,8 @@ def multiply_adds(model: NormalizedModel, size: int) -> int:
     device = next(model.parameters()).device
     model.eval()
     # plain matrix products: torch's counter knows only some fused attention kernels (in torch 2.11 none on a CPU)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    # with gradients: torch's counter fails without them if a parameter, such as a class token, is a module's input
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         model(torch.zeros(1, 3, size, size, device=device))
     return counter.get_total_flops() // 2
 

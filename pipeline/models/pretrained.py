@@ -56,7 +56,7 @@ def fit_weights(section: Teacher, model: nn.Module, state: State, classes: Seque
     source = str(section.weights)
     if section.class_map is not None:
         state = select_classes(state, classifier_names(model), class_numbers(section.class_map, classes), source)
-    state, new = replace_classifiers(model, state, len(classes))
+    state, new = replace_classifiers(model, state)
     load_weights(model, state, source)
     return not new
 
@@ -80,14 +80,14 @@ def read_source(section: Teacher, checksums: Path) -> State:
         ) from error
 
 
-def replace_classifiers(model: nn.Module, state: State, classes: int) -> tuple[State, list[str]]:
-    """A state dict for `classes` classes: a classifier of another number, or none, is replaced by the model's own.
+def replace_classifiers(model: nn.Module, state: State) -> tuple[State, list[str]]:
+    """A state dict for the model's classes: a classifier of another number, or none, is replaced by the model's own.
 
     Returns:
         The state dict, and the names of the parameters that are the model's own.
     """
     own, names = model.state_dict(), classifier_names(model)
-    new = [name for name in names if name not in state or len(state[name]) != classes]
+    new = [name for name in names if name not in state or state[name].shape != own[name].shape]
     if new:  # both heads of a distilled model are trained together
         new = names
     return state | {name: own[name] for name in new}, new

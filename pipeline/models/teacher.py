@@ -117,22 +117,22 @@ def load_teacher(config: Config, classes: int, device: torch.device, purpose: st
     return teacher.to(device).eval()
 
 
-def check_input_size(teacher: NormalizedModel, size: int, do: str) -> None:
-    """Check that a teacher accepts pictures of this size: position embeddings have a fixed one.
+def check_input_size(model: NormalizedModel, size: int, do: str, name: str = "the teacher") -> None:
+    """Check that a model accepts pictures of this size: position embeddings have a fixed one.
 
     Raises:
         UsageError: it does not; `do` says what to do.
     """
-    training = teacher.training
+    training = model.training
     try:
         with torch.no_grad():
-            teacher.eval()(torch.zeros(1, 3, size, size, device=teacher.mean.device))
+            model.eval()(torch.zeros(1, 3, size, size, device=model.mean.device))
     except (AssertionError, RuntimeError, ValueError) as error:  # raised by timm's and torch's layers
         raise UsageError(
-            f"the teacher with pictures of {size} px",
+            f"{name} with pictures of {size} px",
             expected="a model that accepts them",
             found=str(error).splitlines()[0] if str(error) else type(error).__name__,
             do=do,
         ) from error
     finally:
-        teacher.train(training)
+        model.train(training)

@@ -5,10 +5,12 @@ import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from pipeline.config.paths import TEACHER, index_path, state_folder
 from pipeline.config.schema import Config, Student
+from pipeline.models.build import build_student
 from pipeline.report.entries import Entry
 from pipeline.training.log import read_log
 
@@ -22,7 +24,7 @@ from safetensors.torch import load_file
 from timm.data import create_transform
 
 classes = json.loads(Path({index!r}).read_text())["classes"]
-model = timm.create_model({model!r}, num_classes=len(classes), {arguments})
+model = timm.create_model({model!r}, num_classes=len(classes){arguments})
 model.load_state_dict(load_file({weights!r}))
 transform = create_transform({size}, interpolation="bicubic", mean={mean}, std={std}, crop_pct={crop})
 picture = transform(Image.open("photo.jpg").convert("RGB"))[None]
@@ -122,10 +124,11 @@ def _git(*arguments: str) -> str:
 def loading_code(config: Config, entry: Entry) -> str:
     """Python code that loads a student with timm alone and classifies a picture with its joint classifier."""
     assert entry.student
-    arguments: dict[str, Any] = {"img_size": entry.size, **entry.student.kwargs}
+    with torch.device("meta"):  # only its arguments
+        arguments = build_student(entry.student, config.recipe, 1, entry.size).kwargs
     return LOADING.format(
         model=entry.model,
-        arguments=", ".join(f"{name}={value!r}" for name, value in arguments.items()),
+        arguments="".join(f", {name}={value!r}" for name, value in arguments.items()),
         weights=str(entry.weights),
         size=entry.size,
         mean=config.recipe.mean,
