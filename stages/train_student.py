@@ -3,10 +3,12 @@
 import torch
 
 from pipeline.common.errors import UsageError
-from pipeline.config.paths import index_path, student_folder
+from pipeline.config.paths import digests_folder, index_path, student_folder
 from pipeline.config.schema import Config, Student
-from pipeline.models.build import build_student
+from pipeline.models.build import NormalizedModel, build_student
+from pipeline.models.pretrained import load_student_weights
 from pipeline.models.teacher import check_input_size
+from pipeline.models.weights import weights_hash
 from pipeline.shards.index import Index
 from pipeline.training.completion import train_and_publish
 from pipeline.training.identity import configured_student
@@ -43,15 +45,29 @@ def run(
     train, val = (Index(index_path(config, split)) for split in ("train", "val"))
     model = build_student(settings, config.recipe, len(train.classes), config.recipe.size)
     check_input_size(model, config.recipe.size, "choose another recipe.size, or another model", settings.model)
+    if dry_run and settings.timm_tag:
+        print(f"student {name}: starts from {settings.timm_tag}, which a dry run does not download")
+        return
+    start = load_start(config, name, settings, model) if settings.weights else {}
     teaching, teacher_identity = NoTeacher(), None
     with print_if_not_ready(dry_run):
         teaching, teacher_identity = create_teacher(config, settings, "train-student", train, device, teacher, store)
     student_run = prepare_run(
         config, f"student {name}", configured_student(config, settings, train.fingerprint),
-        {"teacher": teacher_identity}, settings=settings, recipe=config.recipe, views=config.teacher_logits.views,
+        {"teacher": teacher_identity, **start}, settings=settings, recipe=config.recipe, views=config.teacher_logits.views,
         train=train, val=val, model=model, crop=config.evaluate.crop, teacher=teaching, distillation=settings,
         device=device,
     )  # fmt: skip
     print(describe_run(student_run))
     if not dry_run:
         train_and_publish(student_run, student_folder(config, name))
+
+
+def load_start(config: Config, name: str, settings: Student, model: NormalizedModel) -> dict[str, str]:
+    """Load `student.weights` into the model; returns their part of the run's identity."""
+    new = load_student_weights(settings, model, digests_folder(config))
+    print(
+        f"student {name}: starts from {settings.weights}"
+        + (f"; initialized from scratch: {', '.join(new)}" if new else "")
+    )
+    return {"start": weights_hash(model.model)}

@@ -89,11 +89,13 @@ def test_headline_names_students_that_are_as_good():
     assert compared({"none": 60, "soft": 80, "hard": 80}).lines()[0].startswith("best student: soft (as good: hard), ")
 
 
-@pytest.mark.parametrize("other", [{"model": "deit_small_patch16_224"}, {"epochs": 7}, {"kwargs": {"depth": 1}}])
+@pytest.mark.parametrize(
+    "other", [{"model": "deit_small_patch16_224"}, {"epochs": 7}, {"kwargs": {"depth": 1}}, {"weights": "own.pth"}]
+)
 def test_headline_compares_no_student_of_another_architecture_or_length_of_training(other):
     found = compared({"teacher": 95, "none": 70, "hard": 80}, {"none": other})
     assert [c.second for c in found.comparisons] == ["teacher"]
-    assert found.lines()[-1] == "  no student without distillation has the same architecture, size and epochs"
+    assert found.lines()[-1] == "  no student without distillation has the same architecture, initial weights, size and epochs"
 
 
 def test_distillation_token_is_no_other_architecture():

@@ -11,7 +11,7 @@ from pipeline.config.paths import index_path
 from pipeline.config.schema import PURPOSES, Config, Student
 from pipeline.models.build import build_student, build_teacher
 from pipeline.models.class_map import check_range, class_numbers
-from pipeline.models.pretrained import fit_weights
+from pipeline.models.pretrained import fit_student_weights, fit_weights
 from pipeline.models.teacher import check_input_size
 from pipeline.models.weights import check_timm_tag, read_weights
 from pipeline.shards.index import Index
@@ -34,6 +34,7 @@ def check(config: Config, command: str) -> None:
     if command in ("train-student", "evaluate"):
         for name in config.students:
             check_student(config, config.student_named(name), classes, config.recipe.size)
+            check_student_weights(config, config.student_named(name), classes)
     if command in ("finetune", "evaluate"):
         for name in config.finetune.students:
             check_student(config, config.finetune_student(name), classes, config.finetune.size)
@@ -57,7 +58,16 @@ def check_teacher(config: Config, classes: Sequence[str] | None) -> None:
 
 
 def check_student(config: Config, student: Student, classes: int | None, size: int) -> None:
-    """Check that it can be built, and takes pictures of this size."""
+    """Check that it can be built and takes pictures of this size."""
     with torch.device("meta"):  # only shapes
         model = build_student(student, config.recipe, classes or 1000, size)
         check_input_size(model, size, "choose another size, or another model", student.model)
+
+
+def check_student_weights(config: Config, student: Student, classes: int | None) -> None:
+    """Check that the weights that a student starts from exist, and local ones that they fit the model."""
+    if student.timm_tag and ":" not in student.timm_tag:
+        check_timm_tag(student.timm_tag, "student.weights")
+    elif student.weights and not student.timm_tag:
+        model = build_student(student, config.recipe, classes or 1000, config.recipe.size)
+        fit_student_weights(student, model, read_weights(student.weights))

@@ -27,6 +27,10 @@ from pipeline.config.types import (
 from pipeline.config.validation import Section
 
 
+def _timm_tag(weights: str | None) -> str | None:
+    return weights if weights and not weights.endswith(WEIGHTS_SUFFIXES) else None
+
+
 class Training(Section):
     """Settings of the training loop, shared by teacher, student and fine-tuning."""
 
@@ -119,7 +123,7 @@ class Teacher(Training):
     @property
     def timm_tag(self) -> str | None:
         """`weights` if they are not a local file: a timm tag, which names the model too."""
-        return self.weights if self.weights and not self.weights.endswith(WEIGHTS_SUFFIXES) else None
+        return _timm_tag(self.weights)
 
 
 class TeacherFinetune(Training):
@@ -150,6 +154,9 @@ class Student(Training):
     a distillation token and head; others are distilled through their class head."""
     kwargs: Arguments = {}
     """Passed to timm.create_model: patch_size, embed_dim, depth, num_heads, ..."""
+    weights: File | None = None
+    """Weights to start from: a timm tag such as deit_tiny_patch16_224.fb_in1k, or a local .safetensors / .pth file. Heads
+    of another number of classes are initialized from scratch, and position embeddings are resized. null: initial ones."""
     distillation: Literal["none", "soft", "hard"] = "hard"
     """What the student learns from: labels only (none), also the teacher's probabilities (soft) or its argmax (hard)."""
     alpha: Fraction = 0.5
@@ -158,6 +165,11 @@ class Student(Training):
     """Temperature of soft distillation (3 in the paper)."""
     soft_reduction: Literal["numel", "batchmean"] = "numel"
     """numel divides by batch x classes as DeiT's code does, batchmean by the batch."""
+
+    @property
+    def timm_tag(self) -> str | None:
+        """`weights` if they are not a local file; `model` names the model that they are loaded into."""
+        return _timm_tag(self.weights)
 
 
 class Finetune(Training):

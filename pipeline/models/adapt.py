@@ -51,6 +51,29 @@ def load_resized_weights(model: NormalizedModel, state: dict[str, torch.Tensor],
     load_weights(model.model, state, source)
 
 
+def convert_distillation_token(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Convert a DeiT's weights between models with and without a distillation token; other weights are unchanged.
+
+    A model without the token drops it, its position embedding and its head. In a model that has one, all three start as
+    copies of the class token's: both heads then begin with what the class head knows, and differ after the first step,
+    as one learns from labels and the other from the teacher.
+    """
+    wanted, present = hasattr(model, "dist_token"), "dist_token" in state
+    if wanted == present or not {"cls_token", "pos_embed"} <= state.keys():
+        return state
+    positions = state["pos_embed"]
+    if present:
+        kept = {
+            name: each for name, each in state.items() if name != "dist_token" and not name.startswith("head_dist.")
+        }
+        return kept | {"pos_embed": torch.cat([positions[:, :1], positions[:, 2:]], 1)}
+    if math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1:
+        return state  # the class token has no position embedding, as in DeiT III
+    heads = {f"head_dist.{part}": state[f"head.{part}"] for part in ("weight", "bias") if f"head.{part}" in state}
+    tokens = {"dist_token": state["cls_token"], "pos_embed": torch.cat([positions[:, :1], positions], 1)}
+    return state | heads | tokens
+
+
 def fixres_modules(model: Any) -> list[nn.Module]:
     """Modules of a convnet that FixRes fine-tunes: the classifier and the last batch norm.
 

@@ -1,4 +1,4 @@
-"""Pretrained weights of a teacher: read, and fitted to the classes of the index."""
+"""Pretrained weights of teachers and students: read, and fitted to the model and the classes of the index."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,8 @@ import timm
 from torch import nn
 
 from pipeline.common.errors import PipelineError
-from pipeline.config.schema import Teacher
+from pipeline.config.schema import Student, Teacher
+from pipeline.models.adapt import convert_distillation_token, load_resized_weights
 from pipeline.models.build import NormalizedModel, build_teacher
 from pipeline.models.class_map import State, class_numbers, select_classes
 from pipeline.models.weights import check_timm_tag, load_weights, read_external_weights
@@ -44,7 +45,7 @@ def load_pretrained(section: Teacher, classes: Sequence[str], checksums: Path) -
         UsageError: no such tag, or a class map for other classes.
         PipelineError: no network, or weights of another model.
     """
-    state = read_source(section, checksums)
+    state = read_source(section, checksums, **section.kwargs)
     if section.timm_tag:
         section = section.model_copy(update={"model": section.timm_tag})
     teacher = build_teacher(section, len(classes))
@@ -61,19 +62,44 @@ def fit_weights(section: Teacher, model: nn.Module, state: State, classes: Seque
     return not new
 
 
-def read_source(section: Teacher, checksums: Path) -> State:
-    """The state dict of `teacher.weights`: a local file, or a timm tag, which timm downloads."""
+def load_student_weights(section: Student, model: NormalizedModel, checksums: Path) -> list[str]:
+    """Load `student.weights` into the student; see `fit_student_weights`.
+
+    Raises:
+        UsageError: no such tag.
+        PipelineError: no network, or weights of another model.
+    """
+    return fit_student_weights(section, model, read_source(section, checksums))
+
+
+def fit_student_weights(section: Student, model: NormalizedModel, state: State) -> list[str]:
+    """Load a state dict into the student, with or without the distillation token, of any classes and resolution.
+
+    Returns:
+        The names of the parameters that keep their initial values: heads of another number of classes.
+    """
+    state, new = replace_classifiers(model.model, convert_distillation_token(model.model, state))
+    load_resized_weights(model, state, str(section.weights))
+    return new
+
+
+def read_source(section: Teacher | Student, checksums: Path, **kwargs: Any) -> State:
+    """The state dict of a section's `weights`: a local file, or a timm tag, which timm downloads.
+
+    Args:
+        kwargs: arguments of the tag's model.
+    """
     assert section.weights
-    tag = section.timm_tag
+    key, tag = f"{type(section).__name__.lower()}.weights", section.timm_tag
     if tag is None:
         return read_external_weights(Path(section.weights), checksums)
     if ":" not in tag:  # another hub's are known when they are downloaded
-        check_timm_tag(tag)
+        check_timm_tag(tag, key)
     try:
-        return timm.create_model(tag, pretrained=True, **section.kwargs).state_dict()
+        return timm.create_model(tag, pretrained=True, **kwargs).state_dict()
     except Exception as error:  # timm and the hub raise many kinds
         raise PipelineError(
-            f"teacher.weights {tag!r}",
+            f"{key} {tag!r}",
             expected="a timm tag that can be downloaded, or a local .safetensors or .pth file",
             found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             do="check the tag and the network, or download the file and name it",

@@ -216,8 +216,8 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], source: str) 
         ) from error
 
 
-def check_timm_tag(tag: str) -> int:
-    """The number of classes of timm's weights of this name.
+def check_timm_tag(tag: str, key: str = "teacher.weights") -> int:
+    """The number of classes of timm's weights of this name, which configuration key `key` has.
 
     Raises:
         UsageError: it has none.
@@ -228,7 +228,7 @@ def check_timm_tag(tag: str) -> int:
         known = None
     if known is None or not known.has_weights:
         raise UsageError(
-            f"teacher.weights {tag!r}",
+            f"{key} {tag!r}",
             expected="a timm tag such as regnety_160.deit_in1k, or a local .safetensors, .pth or .pt file",
             found="no such weights in timm",
             do="correct the tag: timm.list_pretrained() lists them",

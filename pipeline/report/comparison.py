@@ -108,7 +108,7 @@ def find_headline(entries: list[Entry], predictions: AllPredictions, labels: np.
         for first, second, about in pairs
     ]
     other = "without" if best.distilled else "with"
-    missing = "" if pair else f"no student {other} distillation has the same architecture, size and epochs"
+    missing = "" if pair else f"no student {other} distillation has the same architecture, initial weights, size and epochs"
     classifier, top1 = joint_classifier(predictions[best.name]), accuracy_interval(correct[best.name])
     return Headline(best, tied, classifier, top1, len(labels), comparisons, missing)
 
@@ -128,7 +128,7 @@ def _training(entry: Entry) -> tuple[object, ...]:
     """What two students must share to be compared; a distillation token is part of distillation."""
     assert entry.student
     model, fine_tuned = entry.student.model.replace("_distilled", ""), entry.name.endswith(FINETUNED)
-    return model, entry.student.kwargs, entry.student.epochs, entry.size, fine_tuned
+    return model, entry.student.kwargs, entry.student.weights, entry.student.epochs, entry.size, fine_tuned
 
 
 def compared_predictions(config: Config, predictions: AllPredictions, labels: np.ndarray) -> dict[str, np.ndarray]:

@@ -42,8 +42,12 @@ def configured_teacher_finetune(config: Config, index: str | None) -> dict[str, 
 
 def configured_student(config: Config, student: Student, index: str | None) -> dict[str, Any]:
     """That of `train-student`, with the settings of one student."""
-    views = config.teacher_logits.views
-    return {"student": result_fields(student), "views": views, **_views(config.recipe, index)}
+    settings = result_fields(student)
+    if student.weights is None:
+        del settings["weights"]  # as before there was such a key
+    elif not student.timm_tag:
+        settings["weights"] = "file"  # a run's identity has the initial weights themselves
+    return {"student": settings, "views": config.teacher_logits.views, **_views(config.recipe, index)}
 
 
 def configured_finetune(config: Config, student: Student, index: str | None) -> dict[str, Any]:
