@@ -29,7 +29,7 @@ HEAD_TOO = "bfloat16, its head too"
 def teachers_logits(config: Config, groups: int) -> tuple[dict[str, torch.Tensor], int]:
     """Float32 logits (samples, classes) of the first groups' first views by precision, and the number of classes."""
     index, recipe = Index(index_path(config, "train")), config.recipe
-    teacher = load_teacher(config, len(index.classes), torch.device("cpu"))
+    teacher = load_teacher(config, index.classes, torch.device("cpu"))
     size = config.teacher_size("train-student")
     settings = [TeacherLogits(precision=name, batch_groups=1) for name in ("float32", "bfloat16")]
     forwards = {chosen.precision: TeacherForward(teacher, chosen, size) for chosen in settings}

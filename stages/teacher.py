@@ -68,16 +68,16 @@ def teacher_or_run(
         NotReady: for finetune, there is no teacher yet.
         UsageError, PipelineError: no such weights, or weights of another model.
     """
-    section, classes = config.teacher, len(train.classes)
+    section = config.teacher
     if purpose == "finetune":
         adapted = config.teacher_finetune.epochs
-        return _finetuning_run(config, train, val, device) if adapted else load_teacher(config, classes, device)
+        return _finetuning_run(config, train, val, device) if adapted else load_teacher(config, train.classes, device)
     if not section.weights:
-        return _training_run(config, train, val, device, build_teacher(section, classes), {})
+        return _training_run(config, train, val, device, build_teacher(section, len(train.classes)), {})
     teacher, fits = load_pretrained(section, train.classes, digests_folder(config))
     if fits:
         return teacher
-    print(describe_transfer(section, classes))
+    print(describe_transfer(section, len(train.classes)))
     start = {"start": weights_hash(teacher.model)}
     return _training_run(config, train, val, device, teacher, start, section.head_epochs)
 
@@ -123,7 +123,7 @@ def describe_transfer(section: Teacher, classes: int) -> str:
 def _finetuning_run(config: Config, train: Index, val: Index, device: torch.device) -> Run:
     """FixRes: the classifier and the last batch norm are trained at the higher resolution, nothing else."""
     settings, recipe = config.teacher_finetune, config.teacher_finetune_recipe()
-    teacher = load_teacher(config, len(train.classes), device)
+    teacher = load_teacher(config, train.classes, device)
     return prepare_run(
         config, f"teacher at {recipe.size}", configured_teacher_finetune(config, train.fingerprint),
         {"start": describe_teacher(config.teacher, teacher, recipe.size)}, settings=settings, recipe=recipe,

@@ -44,7 +44,7 @@ def run(
     """
     index, spec = Index(index_path(config, "train")), store_spec(config, purpose)
     try:
-        teacher = load_teacher(config, len(index.classes), device, purpose)
+        teacher = load_teacher(config, index.classes, device, purpose)
     except NotReady as error:
         if not dry_run:
             raise

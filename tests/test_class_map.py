@@ -10,12 +10,13 @@ from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (f
 
 from pipeline.cli.dry_run import check
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.config.paths import teacher_folder
+from pipeline.config.paths import index_path, teacher_folder
 from pipeline.config.schema import Config
 from pipeline.models.build import NormalizedModel, build_teacher
 from pipeline.models.class_map import class_numbers
 from pipeline.models.teacher import describe_teacher, load_teacher, teacher_architecture
 from pipeline.models.weights import save_weights
+from pipeline.shards.index import Index
 from stages import teacher, teacher_logits
 
 CLASSES = ["cat", "dog", "eel"]
@@ -37,7 +38,7 @@ def test_the_published_teachers_logits_are_the_sources_of_these_classes(taught, 
     teacher.run(config, CPU)
     pictures = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 255
     with torch.no_grad():
-        found, every = load_teacher(config, 3, CPU)(pictures)[0], source(pictures)[0]
+        found, every = load_teacher(config, Index(index_path(config, "train")).classes, CPU)(pictures)[0], source(pictures)[0]
     assert torch.allclose(found, every[:, [6, 0, 3]], rtol=0, atol=1e-6) and every.std() > 1e-3
     assert "run" not in json.loads((teacher_folder(config) / "metrics.json").read_text())  # nothing was trained
 
@@ -57,7 +58,7 @@ def test_both_heads_of_a_teacher_with_a_token_are_restricted(taught):  # noqa: F
     teacher.run(config, CPU)
     pictures = torch.rand(2, 3, 16, 16) * 255
     with torch.no_grad():
-        found = load_teacher(config, 3, CPU)(pictures)[0]
+        found = load_teacher(config, Index(index_path(config, "train")).classes, CPU)(pictures)[0]
         assert torch.allclose(found, source(pictures)[0][:, [5, 1, 2]], rtol=0, atol=1e-6)
 
 
@@ -66,7 +67,7 @@ def test_another_class_map_is_another_teacher(taught):  # noqa: F811
     for class_map in ("[6, 0, 3]", "[6, 0, 2]"):
         config, _ = mapped(class_map)
         teacher.run(config, CPU)
-        described.append(describe_teacher(config.teacher, load_teacher(config, 3, CPU), 16))
+        described.append(describe_teacher(config.teacher, load_teacher(config, Index(index_path(config, "train")).classes, CPU), 16))
     first, second = described
     assert first["weights"] != second["weights"] and first["class_map"] == [6, 0, 3]
     with pytest.raises(PipelineError, match=r"(?s)another configuration.*class_map.*run: pipeline teacher"):

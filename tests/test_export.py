@@ -1,5 +1,6 @@
 """Trained models leave the project: descriptions, exports, predictions."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -26,7 +27,7 @@ MODELS = {
 def described(model: str) -> ModelDescription:
     return ModelDescription(
         model=model, kwargs=MODELS[model], classes=["ant", "bee", "cat"], size=32, mean=(0.4, 0.5, 0.6),
-        std=(0.2, 0.3, 0.25), crop=0.875,
+        std=(0.2, 0.3, 0.25), crop=0.875, heads="mean",
     )  # fmt: skip
 
 
@@ -79,6 +80,19 @@ def test_an_export_gives_the_models_logits_on_100_images(saved, tmp_path, format
     assert written.agreement == 1
     assert written.path.exists()
     assert not list((tmp_path / "out").glob(".partial*"))
+
+
+def test_a_head_that_was_not_trained_has_no_say(tmp_path):
+    description = dataclasses.replace(described("deit_tiny_distilled_patch16_224"), heads="class")
+    model, pictures = trained(description), 255 * torch.rand(4, 3, 32, 32)
+    before = model(pictures)[0]
+    with torch.no_grad():
+        model.model.head_dist.weight.add_(1)
+    assert torch.equal(model(pictures)[0], before)
+    (written,) = export(model, description, pictures, tmp_path, ("torch",))
+    assert written.agreement == 1
+    with pytest.raises(UsageError, match="not trained"):
+        export(model, description, pictures, tmp_path, ("timm",))
 
 
 def test_timm_loads_the_folder_with_its_labels_and_input_settings(saved, tmp_path):

@@ -222,7 +222,7 @@ def test_a_step_waits_for_nothing(own, gpu, name):
 
 def test_asking_the_teacher_waits_for_nothing(own, gpu):
     config, committed = loaded(), []
-    forward = TeacherForward(load_teacher(config, 3, gpu), config.teacher_logits, 16)
+    forward = TeacherForward(load_teacher(config, Index(index_path(config, "train")).classes, gpu), config.teacher_logits, 16)
     worker = UnitWorker(config.teacher_logits, stored(config), forward, gpu, lambda *unit: committed.append(unit))
     worker.compute([Unit(0, 0)])  # the first makes cuDNN choose
     forward = worker.forward

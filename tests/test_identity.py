@@ -10,11 +10,12 @@ import torch
 from test_training import CPU, Stop, loaded, taught, taught_template  # noqa: F401  (fixtures)
 
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.config.paths import student_folder, teacher_folder
+from pipeline.config.paths import index_path, student_folder, teacher_folder
 from pipeline.config.schema import Config
 from pipeline.models.build import build_teacher
 from pipeline.models.teacher import describe_teacher, load_teacher, save_teacher
 from pipeline.models.weights import read_weights, save_weights, weights_hash
+from pipeline.shards.index import Index
 from pipeline.training.identity import configured_runs, is_run_of
 from pipeline.training.trainer import Trainer
 from stages import finetune, teacher, teacher_logits, train_student
@@ -81,7 +82,7 @@ def test_an_online_teacher_that_answers_otherwise_is_another_run(taught, told, c
 )
 def test_the_same_weights_in_another_function_fill_another_store(taught, told, change):  # noqa: F811
     first, changed = told(teacher_logits.run, taught, CPU), loaded(change)
-    same = load_teacher(taught, 3, CPU)
+    same = load_teacher(taught, Index(index_path(taught, "train")).classes, CPU)
     save_teacher(teacher_folder(changed) / "weights.safetensors", changed.teacher, same)
     assert first != told(teacher_logits.run, changed, CPU)
 
@@ -102,7 +103,7 @@ def test_a_published_teacher_is_not_taken_for_another_function_of_the_same_weigh
 def test_another_function_of_the_same_weights_is_fine_tuned_anew(taught, told):  # noqa: F811
     tuned = "teacher_finetune.epochs=1", "teacher_finetune.batch_size=8", "teacher_finetune.workers=0"
     first, changed = told(teacher.run, loaded(*tuned), CPU, "finetune"), loaded(*tuned, "teacher.std=[0.5, 0.5, 0.5]")
-    same = load_teacher(taught, 3, CPU)
+    same = load_teacher(taught, Index(index_path(taught, "train")).classes, CPU)
     save_teacher(teacher_folder(changed) / "weights.safetensors", changed.teacher, same)
     assert first != told(teacher.run, changed, CPU, "finetune")
 
@@ -249,4 +250,11 @@ def test_a_teacher_of_given_weights_names_no_run_but_its_weights(taught):  # noq
     teacher.run(config, CPU)
     metrics = json.loads((teacher_folder(config) / "metrics.json").read_text())
     assert "run" not in metrics
-    assert metrics["weights"] == weights_hash(load_teacher(config, 3, CPU).model)
+    assert metrics["weights"] == weights_hash(load_teacher(config, Index(index_path(config, "train")).classes, CPU).model)
+
+
+def test_a_teacher_of_other_classes_is_refused_although_there_are_as_many(taught):  # noqa: F811
+    names = Index(index_path(taught, "train")).classes
+    load_teacher(taught, names, CPU)
+    with pytest.raises(PipelineError, match=r"(?s)other classes than the index.*class 1 being"):
+        load_teacher(taught, [names[0], "another", *names[2:]], CPU)

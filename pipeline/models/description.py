@@ -34,6 +34,9 @@ class ModelDescription:
     std: Triple
     crop: float
     """Fraction of the resized image's short side that the evaluation's centre crop keeps."""
+    heads: str
+    """`mean`: the prediction is the mean of both heads' logits where there are two. `class`: the class head alone, as
+    the distillation head was not trained."""
 
     def as_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))
@@ -72,18 +75,22 @@ class ModelDescription:
                 found=f"{type(error).__name__}: {error}",
                 do="install the timm version that trained it",
             ) from error
-        return NormalizedModel(model, self.mean, self.std, joint=True, name=self.model, kwargs=self.kwargs).eval()
+        return NormalizedModel(model, self.mean, self.std, joint=self.heads == "mean", name=self.model, kwargs=self.kwargs).eval()
 
 
-def describe_model(model: NormalizedModel, classes: list[str], size: int, crop: float) -> ModelDescription:
+def describe_model(
+    model: NormalizedModel, classes: list[str], size: int, crop: float, distilled: bool = True
+) -> ModelDescription:
     """The description of a model that `pipeline.models.build` made.
 
     Args:
         classes: names, in the order of the logits.
         size: height and width of its input in pixels.
         crop: of the evaluation's centre crop.
+        distilled: whether a distillation head, if the model has one, was trained.
     """
-    return ModelDescription(model.name, model.kwargs, classes, size, model.mean_std[0], model.mean_std[1], crop)
+    heads = "mean" if distilled or not model.distilled else "class"
+    return ModelDescription(model.name, model.kwargs, classes, size, *model.mean_std, crop, heads)
 
 
 def load_model(path: Path) -> tuple[NormalizedModel, ModelDescription, dict[str, Any]]:

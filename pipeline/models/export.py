@@ -98,6 +98,11 @@ def _compare(path: Path, found: torch.Tensor, expected: torch.Tensor) -> Export:
 
 def _write_timm(classifier: Classifier, description: ModelDescription, images: torch.Tensor, folder: Path) -> Path:
     """A folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
+    if description.heads == "class" and hasattr(classifier.model.model, "head_dist"):
+        raise UsageError(
+            "export to timm", expected="a model whose heads were both trained, as timm predicts with their mean",
+            found="a distillation head that was not trained", do="choose --format onnx or torch",
+        )  # fmt: skip
     target = folder / "timm"
     target.mkdir()
     state = {name: tensor.contiguous() for name, tensor in classifier.model.model.state_dict().items()}

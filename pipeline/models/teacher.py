@@ -1,6 +1,7 @@
 """The teacher: its weights, what identifies it, and its forward pass."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,13 @@ def save_teacher(path: Path, section: Teacher, teacher: NormalizedModel, descrip
     save_weights(path, teacher.model, teacher_architecture(section) | {DESCRIPTION: description or {}})
 
 
-def load_teacher(config: Config, classes: int, device: torch.device, purpose: str = "train-student") -> NormalizedModel:
+def load_teacher(
+    config: Config, classes: Sequence[str], device: torch.device, purpose: str = "train-student"
+) -> NormalizedModel:
     """Load the published teacher for a purpose, in eval mode on the device.
+
+    Args:
+        classes: names of the index, which the teacher must have been published with.
 
     Raises:
         NotReady: it has not been published.
@@ -105,6 +111,7 @@ def load_teacher(config: Config, classes: int, device: torch.device, purpose: st
         found = "a placeholder of dvc repro: no configured student is distilled"
         raise NotReady(f"{path}: no teacher", found=found, do=f"run: {command}")
     architecture = teacher_architecture(section)
+    described = metadata.get(DESCRIPTION)
     if others := differences({key: metadata[key] for key in metadata if key != DESCRIPTION}, architecture):
         raise PipelineError(
             f"{path}: the teacher of another configuration",
@@ -112,9 +119,22 @@ def load_teacher(config: Config, classes: int, device: torch.device, purpose: st
             found="(published, configured) " + "; ".join(others[:8]),
             do=f"run: {command}",
         )
-    teacher = build_teacher(section.model_copy(update={"drop_path": 0.0, "model": architecture["model"]}), classes)
+    if described and described["classes"] != list(classes):
+        raise _other_classes(path, described["classes"], list(classes), command)
+    teacher = build_teacher(section.model_copy(update={"drop_path": 0.0, "model": architecture["model"]}), len(classes))
     load_weights(teacher.model, state, str(path))
     return teacher.to(device).eval()
+
+
+def _other_classes(path: Path, published: list[str], classes: list[str], command: str) -> PipelineError:
+    number = next((i for i, pair in enumerate(zip(published, classes, strict=False)) if pair[0] != pair[1]), None)
+    at = "" if number is None else f", class {number} being {{}}"
+    return PipelineError(
+        f"{path}: a teacher of other classes than the index",
+        expected=f"{len(classes):,} classes" + at.format(repr(classes[number or 0])),
+        found=f"{len(published):,} classes" + at.format(repr(published[number or 0])),
+        do=f"run: {command}",
+    )
 
 
 def check_input_size(model: NormalizedModel, size: int, do: str, name: str = "the teacher") -> None:

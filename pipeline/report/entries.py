@@ -82,7 +82,7 @@ def require_weights(entries: list[Entry]) -> None:
 
 
 def load_model(
-    config: Config, entry: Entry, classes: int, device: torch.device, size: int | None = None
+    config: Config, entry: Entry, classes: list[str], device: torch.device, size: int | None = None
 ) -> NormalizedModel:
     """Load an entry's model in eval mode on the device, at `size` pixels instead of its own if given.
 
@@ -91,7 +91,7 @@ def load_model(
     """
     if entry.student is None:
         return load_teacher(config, classes, device)
-    model = build_student(entry.student, config.recipe, classes, size or entry.size)
+    model = build_student(entry.student, config.recipe, len(classes), size or entry.size)
     state, metadata = read_saved_weights(entry.weights)
     metrics = entry.folder / "metrics.json"
     if metrics.exists() and "run" in metadata and f'"{metadata["run"]}"' not in metrics.read_text(errors="replace"):

@@ -28,7 +28,7 @@ class Evaluator:
         self.labels = torch.from_numpy(self.val.labels())
 
     def load(self, entry: Entry, size: int | None = None) -> NormalizedModel:
-        return load_model(self.config, entry, len(self.val.classes), self.device, size)
+        return load_model(self.config, entry, self.val.classes, self.device, size)
 
     def results(self, entry: Entry, model: NormalizedModel) -> tuple[list[Result], dict[str, Predictions]]:
         """A row and the predictions per classifier."""

@@ -144,7 +144,7 @@ def recompute(
     Raises:
         PipelineError: the teacher is not the store's, or a unit is damaged.
     """
-    teacher = load_teacher(config, store.classes, device, spec.purpose)
+    teacher = load_teacher(config, store.index.classes, device, spec.purpose)
     described = describe_teacher(config.teacher, teacher, spec.teacher_size)
     if described != store.attributes["teacher"]:
         raise PipelineError(

@@ -120,7 +120,7 @@ def train_and_publish(run: Run, folder: Path) -> None:
     metrics = train_to_completion(run)
     if Rank.init_process_group(run.device).rank:
         return
-    description = describe_model(run.model, run.train.classes, run.size, run.crop).as_json()
+    description = describe_model(run.model, run.train.classes, run.size, run.crop, run.distilled).as_json()
     about = {"run": fingerprint(run.identity), DESCRIPTION: description}
     publish(folder, lambda path: save_weights(path, run.model.model, about), metrics, run, metrics)
     figures = {key: value for key, value in metrics.items() if not isinstance(value, str)}

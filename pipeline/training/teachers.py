@@ -141,6 +141,6 @@ def _online_teacher(
     config: Config, purpose: str, index: Index, device: torch.device
 ) -> tuple[OnlineTeacher, dict[str, Any]]:
     settings, size = config.teacher_logits, config.teacher_size(purpose)
-    model = load_teacher(config, len(index.classes), device, purpose)
+    model = load_teacher(config, index.classes, device, purpose)
     online = OnlineTeacher(TeacherForward(model, settings, size))
     return online, {"online": describe_teacher(config.teacher, model, size), "precision": settings.precision}
