@@ -18,6 +18,7 @@ from pipeline.models.build import NormalizedModel, build_teacher, parameter_coun
 from pipeline.models.description import describe_model
 from pipeline.models.evaluation import classifiers, predict, top_k_accuracy
 from pipeline.models.pretrained import classifier_modules, load_pretrained
+from pipeline.models.provenance import teacher_architecture, teacher_source
 from pipeline.models.teacher import check_input_size, describe_teacher, load_teacher, save_teacher
 from pipeline.models.weights import check_timm_tag, save_weights, weights_hash
 from pipeline.shards.index import Index
@@ -49,8 +50,9 @@ def run(config: Config, device: torch.device, purpose: str = "train-student", dr
     print(describe_run(training) if training else f"teacher: {source}, {size} px")
     check_input_size(teacher, size, _size_advice(config, purpose))
     if not dry_run:
+        origin = describe_origin(config, purpose)  # the file may be replaced during training
         last_epoch = train_to_completion(training) if training else None
-        evaluate_and_publish(config, purpose, teacher, val, device, training, last_epoch)
+        evaluate_and_publish(config, purpose, teacher, val, device, origin, training, last_epoch)
 
 
 def mark_unneeded(config: Config, purpose: str) -> None:
@@ -144,12 +146,14 @@ def evaluate_and_publish(
     teacher: NormalizedModel,
     val: Index,
     device: torch.device,
+    origin: dict[str, Any],
     training: Run | None = None,
     last_epoch: dict[str, Any] | None = None,
 ) -> None:
     """Evaluate the teacher; refuse it, or write weights, curve and metrics.
 
     Args:
+        origin: what metrics.json says in addition; see `describe_origin`.
         training: the run that trained it, with the metrics of its last epoch.
     """
     size, finetune_size = config.teacher_size(purpose), config.teacher_size("finetune")
@@ -163,7 +167,18 @@ def evaluate_and_publish(
     print(f"teacher: top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f} on {len(val):,} images at {size} px")
     folder, description = teacher_folder(config, purpose), describe_model(teacher, val.classes, size, config.teacher.crop)
     save = lambda path: save_teacher(path, config.teacher, teacher, description.as_json())  # noqa: E731
-    publish(folder, save, metrics, training, last_epoch)
+    publish(folder, save, metrics | origin, training, last_epoch)
+
+
+def describe_origin(config: Config, purpose: str) -> dict[str, Any]:
+    """The configured architecture and source of the weights, by which `pipeline status` recognises the teacher.
+
+    A teacher for fine-tuning comes from the one of train-student, whose metrics.json has its origin.
+    """
+    if purpose == "finetune":
+        return {}
+    source = teacher_source(config.teacher, digests_folder(config))
+    return {"architecture": teacher_architecture(config.teacher), "source": source}
 
 
 def _size_advice(config: Config, purpose: str) -> str:

@@ -14,7 +14,8 @@ from pipeline.config.paths import index_path, teacher_folder
 from pipeline.config.schema import Config
 from pipeline.models.build import NormalizedModel, build_teacher
 from pipeline.models.class_map import class_numbers
-from pipeline.models.teacher import describe_teacher, load_teacher, teacher_architecture
+from pipeline.models.provenance import teacher_architecture
+from pipeline.models.teacher import describe_teacher, load_teacher
 from pipeline.models.weights import save_weights
 from pipeline.shards.index import Index
 from stages import teacher, teacher_logits

@@ -11,7 +11,6 @@ a training run, and `prepare`, while its newest file is less than ten minutes ol
 import contextlib
 import re
 import time
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import click
 
 from pipeline.batches.plan import training_plan
 from pipeline.cli.failures import failure_path
+from pipeline.cli.matching import foreign_teachers, is_foreign, is_own_store
 from pipeline.cli.scan import (
     is_store_of,
     latest,
@@ -49,7 +49,7 @@ from pipeline.config.paths import (
     student_folder,
     teacher_folder,
 )
-from pipeline.config.schema import PURPOSES, Config, Training
+from pipeline.config.schema import PURPOSES, Config, Teacher, Training
 from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.training.identity import configured_runs, is_run_of
 
@@ -123,6 +123,7 @@ class Experiment:
         self.names = [shard["name"] for shard in self.indices["train"].get("shards", [])]
         self.samples = [shard["samples"] for shard in self.indices["train"].get("shards", [])]
         self.stores, self.runs = list_stores(config.work), configured_runs(config, self.index)
+        self.foreign_teachers = foreign_teachers(config)
         # a folder without run.json may belong to any configuration
         found = [path for path in (local_work(config.work) / "state").glob("*") if FINGERPRINT.fullmatch(path.name)]
         folders = [(folder, read_json(folder / "run.json")) for folder in found]
@@ -151,11 +152,11 @@ class Experiment:
 def gather(experiment: Experiment) -> list[Facts]:
     """The facts of every stage that is needed, in the order of `dvc repro`."""
     config = experiment.config
-    teacher, tuned, adapted = config.teacher, config.finetune, config.teacher_finetune
+    tuned, adapted, folder = config.finetune, config.teacher_finetune, teacher_folder(config)
     facts = [_prepare(experiment)]
     if any(map(config.needs_teacher, PURPOSES)):
-        trained_here = not teacher.weights or experiment.states_of("teacher")  # or its classes are not the index's
-        facts.append(_training(experiment, "teacher", teacher if trained_here else None, teacher_folder(config)))
+        settings, other = _teacher_training(experiment), "train-student" in experiment.foreign_teachers
+        facts.append(_training(experiment, "teacher", settings, folder, other))
     if config.needs_teacher("train-student"):
         facts.append(_store(experiment, "teacher-logits", store_spec(config, "train-student")))
     for name in config.students:
@@ -163,7 +164,8 @@ def gather(experiment: Experiment) -> list[Facts]:
         facts.append(_training(experiment, f"train-student@{name}", settings, folder))
     if config.needs_teacher("finetune"):
         folder = teacher_folder(config, "finetune")
-        facts.append(_training(experiment, "teacher-finetune", adapted if adapted.epochs else None, folder))
+        settings, other = adapted if adapted.epochs else None, "finetune" in experiment.foreign_teachers
+        facts.append(_training(experiment, "teacher-finetune", settings, folder, other))
         facts.append(_store(experiment, "teacher-logits-finetune", store_spec(config, "finetune")))
     if config.students or tuned.weights:
         for name in tuned.students:
@@ -193,13 +195,26 @@ def _prepare(experiment: Experiment) -> Facts:
     )  # fmt: skip
 
 
-def _training(experiment: Experiment, stage: str, settings: Training | None, folder: Path) -> Facts:
-    """A run that publishes into `folder`; without settings, the weights come from elsewhere."""
+def _teacher_training(experiment: Experiment) -> Teacher | None:
+    """The teacher's settings if it is trained: without weights, or if their classes are not the index's."""
+    teacher, run = experiment.config.teacher, read_json(teacher_folder(experiment.config) / "metrics.json").get("run")
+    return teacher if not teacher.weights or run or experiment.states_of("teacher") else None
+
+
+def _training(
+    experiment: Experiment, stage: str, settings: Training | None, folder: Path, other: bool = False
+) -> Facts:
+    """A run that publishes into `folder`; without settings, the weights come from elsewhere.
+
+    Args:
+        other: what is published there is known to be another configuration's.
+    """
     metrics = read_json(folder / "metrics.json") if (folder / "weights.safetensors").exists() else {}
     own = experiment.states_of(stage) if settings else []
     published, own_runs = metrics.get("run"), [state.folder.name for state in own]
-    foreign = bool(metrics) and isinstance(published, str) != bool(settings)  # trained here, or weights from elsewhere
-    foreign |= isinstance(published, str) and _is_foreign(published, own_runs, {x.folder.name for x in experiment.states})
+    # trained here, or weights from elsewhere
+    foreign = bool(metrics) and (other or isinstance(published, str) != bool(settings))
+    foreign |= isinstance(published, str) and is_foreign(published, own_runs, {x.folder.name for x in experiment.states})
     total, images = experiment.steps(settings) if settings else (None, None)
     state = max(own, key=lambda state: state.modified, default=None)
     log: dict[str, Any] = {"top1": number(headline_top1(metrics))}
@@ -222,15 +237,6 @@ def _training(experiment: Experiment, stage: str, settings: Training | None, fol
     )  # fmt: skip
 
 
-def _is_foreign(published: object, own: Collection[str], known: set[str]) -> bool:
-    """Whether a published fingerprint belongs to another configuration, or is not what this one has computed since.
-
-    Args:
-        own: the fingerprints below `work` that are this configuration's, out of all that are `known`.
-    """
-    return published not in own and (bool(own) or published in known)
-
-
 def _store(experiment: Experiment, stage: str, spec: StoreSpec) -> Facts:
     """A store, and its published manifest."""
     samples = [samples for samples in experiment.samples if samples]
@@ -239,12 +245,14 @@ def _store(experiment: Experiment, stage: str, spec: StoreSpec) -> Facts:
     own = {
         str(attributes.get("fingerprint")): written_units(path, spec.kind, spec.blocks)
         for path, attributes in experiment.stores
-        if is_store_of(spec.recipe, experiment.index, attributes)
-        and _same_teacher(experiment.config, spec, attributes.get("teacher"))
+        if spec.purpose not in experiment.foreign_teachers
+        and is_store_of(spec.recipe, experiment.index, attributes)
+        and is_own_store(experiment.config, spec, attributes)
     }
     known = {str(attributes.get("fingerprint")) for _, attributes in experiment.stores}
     same = (manifest.get("views"), manifest.get("kind")) == (spec.views, spec.kind)
-    foreign = published and (not same or _is_foreign(fingerprint, own, known))
+    other = not same or spec.purpose in experiment.foreign_teachers
+    foreign = published and (other or is_foreign(fingerprint, own, known))
     units = max(own.values(), key=lambda units: units.modified, default=None)
     total = spec.blocks * len(samples) if samples else None
     note = f"{units.writers} writers" if units and units.writers > 1 else ""
@@ -262,15 +270,6 @@ def _store(experiment: Experiment, stage: str, spec: StoreSpec) -> Facts:
         images_per_unit=spec.recipe.block * sum(samples) / len(samples) if samples else None,
         note=note,
     )  # fmt: skip
-
-
-def _same_teacher(config: Config, spec: StoreSpec, teacher: object) -> bool:
-    """Whether a store's teacher is the published one; before one is published, whether it can be."""
-    if not isinstance(teacher, dict) or teacher.get("size") != spec.teacher_size:
-        return False
-    weights = read_json(spec.teacher_folder / "metrics.json").get("weights")
-    configured = teacher.get("model") in (config.teacher.model, config.teacher.weights)
-    return configured and weights in (None, teacher.get("weights"))
 
 
 def _evaluate(experiment: Experiment) -> Facts:

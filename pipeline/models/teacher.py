@@ -1,6 +1,5 @@
 """The teacher: its weights, what identifies it, and its forward pass."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from pipeline.config.schema import Config, Teacher, TeacherLogits
 from pipeline.config.validation import differences
 from pipeline.models.build import NormalizedModel, build_teacher
 from pipeline.models.compiling import compile_model
+from pipeline.models.provenance import teacher_architecture
 from pipeline.models.weights import (
     DESCRIPTION,
     load_weights,
@@ -64,15 +64,6 @@ def resize_pictures(pictures: torch.Tensor, size: int | None) -> torch.Tensor:
     if size is None or pictures.shape[-1] == size:
         return pictures
     return interpolate(pictures, (size, size), mode="bilinear", antialias=True)
-
-
-def teacher_architecture(section: Teacher) -> dict[str, Any]:
-    """Model, arguments and normalisation, as JSON values: the same weights may fit other arguments."""
-    model = section.timm_tag or section.model
-    described = {"model": model, "kwargs": section.kwargs, "mean": section.mean, "std": section.std}
-    if section.class_map is not None:
-        described["class_map"] = section.class_map
-    return json.loads(json.dumps(described))
 
 
 def describe_teacher(section: Teacher, teacher: NormalizedModel, size: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch import nn
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.files import atomic_write, file_sha256
 from pipeline.config.validation import fingerprint
+from pipeline.models.provenance import checksum_record
 
 DIGEST = "digest"
 """The only entry of a file's metadata, JSON with `about` and `digest`: safetensors writes several in any order."""
@@ -98,7 +99,7 @@ def read_external_weights(path: Path, checksums: Path) -> dict[str, torch.Tensor
     state = read_weights(path)
     stat, sha256 = path.stat(), file_sha256(path)
     found = {"path": str(path.resolve()), "size": stat.st_size, "time_ns": stat.st_mtime_ns, "sha256": sha256}
-    record = checksums / f"{fingerprint(found['path'])}.json"
+    record = checksum_record(path, checksums)
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a damaged record is no record
         was = json.loads(record.read_bytes())
         if (was["size"], was["time_ns"]) == (stat.st_size, stat.st_mtime_ns) and was["sha256"] != sha256:

@@ -1,0 +1,60 @@
+"""Whether what is published or stored is a configuration's own, for `pipeline status`.
+
+Fields that an earlier version did not write are not compared.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+from pipeline.cli.scan import read_json
+from pipeline.config.paths import digests_folder, teacher_folder
+from pipeline.config.schema import PURPOSES, Config
+from pipeline.config.store_spec import StoreSpec
+from pipeline.models.provenance import teacher_architecture, teacher_source
+
+
+def is_foreign(published: object, own: Collection[str], known: Collection[str]) -> bool:
+    """Whether a published fingerprint belongs to another configuration, or is not what this one has computed since.
+
+    Args:
+        own: the fingerprints below `work` that are this configuration's, out of all that are `known`.
+    """
+    return published not in own and (bool(own) or published in known)
+
+
+def foreign_teachers(config: Config) -> set[str]:
+    """The purposes whose published teacher is another than the configured one, according to its metrics.json."""
+    published = {purpose: read_json(teacher_folder(config, purpose) / "metrics.json") for purpose in PURPOSES}
+    first, second = published.values()
+    if _differ({"architecture": teacher_architecture(config.teacher)}, first) or _is_other_source(config, first):
+        return {*PURPOSES}
+    found = {purpose for purpose in PURPOSES if _differ({"size": config.teacher_size(purpose)}, published[purpose])}
+    if "weights" in first and not config.teacher_finetune.epochs and _differ({"weights": first["weights"]}, second):
+        found.add("finetune")  # it was published from another one
+    return found
+
+
+def _is_other_source(config: Config, published: dict[str, Any]) -> bool:
+    """Whether a teacher's weights were read from elsewhere; False while the configured file is not there."""
+    if "source" not in published:
+        return False
+    try:
+        return published["source"] != teacher_source(config.teacher, digests_folder(config))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def is_own_store(config: Config, spec: StoreSpec, attributes: dict[str, Any]) -> bool:
+    """Whether a store's teacher is the published one, before one is published whether it can be; and the precision."""
+    teacher = attributes.get("teacher")
+    if not isinstance(teacher, dict) or attributes.get("precision") != spec.precision:
+        return False
+    weights = read_json(spec.teacher_folder / "metrics.json").get("weights")
+    expected = {"class_map": None, **teacher_architecture(config.teacher), "size": spec.teacher_size}
+    configured = all(teacher.get(key) == value for key, value in expected.items())
+    return configured and weights in (None, teacher.get("weights"))
+
+
+def _differ(expected: dict[str, Any], published: dict[str, Any]) -> bool:
+    """Whether fields are published with other values."""
+    return any(published.get(key, value) != value for key, value in expected.items())

@@ -1,0 +1,45 @@
+"""Where a teacher comes from, according to the configuration. No module imported here needs torch."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.common.files import file_sha256
+from pipeline.config.schema import Teacher
+from pipeline.config.validation import fingerprint
+
+
+def teacher_architecture(section: Teacher) -> dict[str, Any]:
+    """Model, arguments and normalisation, as JSON values: the same weights may fit other arguments."""
+    model = section.timm_tag or section.model
+    described = {"model": model, "kwargs": section.kwargs, "mean": section.mean, "std": section.std}
+    if section.class_map is not None:
+        described["class_map"] = section.class_map
+    return json.loads(json.dumps(described))
+
+
+def teacher_source(section: Teacher, checksums: Path) -> str | None:
+    """What `teacher.weights` names: a timm tag, or `sha256:` and the digest of a file. None: initial weights.
+
+    Args:
+        checksums: folder of the checksums of external files. A file is not read if its size and modification time are
+            those of its record.
+
+    Raises:
+        OSError: the file does not exist or cannot be read.
+    """
+    if section.weights is None or section.timm_tag:
+        return section.timm_tag
+    path, recorded = Path(section.weights), None
+    stat = path.stat()
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # a damaged record is no record
+        record = json.loads(checksum_record(path, checksums).read_bytes())
+        if (record["size"], record["time_ns"]) == (stat.st_size, stat.st_mtime_ns):
+            recorded = record["sha256"]
+    return f"sha256:{recorded or file_sha256(path)}"
+
+
+def checksum_record(path: Path, checksums: Path) -> Path:
+    """The JSON file with the path, size, modification time (ns) and SHA-256 of an external file."""
+    return checksums / f"{fingerprint(str(path.resolve()))}.json"
