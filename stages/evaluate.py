@@ -19,7 +19,7 @@ from pipeline.report.examples import draw_examples, example_section, training_ex
 from pipeline.report.facts import describe_experiment
 from pipeline.report.html import Report, write_report
 from pipeline.report.plots import Curve, plot_curves, plot_disagreement
-from pipeline.report.settings import describe_origin, loading_code, objective, training_rows
+from pipeline.report.settings import describe_origin, loading_code, objective, published_as, training_rows
 from pipeline.report.tables import Result, SizeResult, format_sizes, format_table, write_comparisons, write_tables
 from pipeline.shards.index import Index
 from pipeline.store.manifest import read_manifest, read_summary
@@ -50,6 +50,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
         entry.name: Curve(objective(entry.student), logged[entry.name]) for entry in entries if entry.name in logged
     }
     training = training_rows(config, entries)
+    identities = {entry.name: published_as(entry.folder) for entry in entries}
     evaluator, results, predictions, sizes = Evaluator(config, val, device), [], {}, []
     for entry in entries:
         rows, predictions[entry.name] = evaluator.results(entry, evaluator.load(entry))
@@ -58,7 +59,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     if Rank.init_process_group(device).rank:
         return  # rank 0 writes
     analysis, folder = analyze(config, entries, predictions, val), evaluation_folder(config)
-    write_tables(folder, results, analysis.intervals, sizes, analysis.disagreement)
+    write_tables(folder, results, analysis.intervals, sizes, analysis.disagreement, identities)
     write_comparisons(folder, analysis.headline.comparisons, analysis.classes, analysis.confusions)
     plot_disagreement(folder / "disagreement.png", analysis.disagreement)
     plot_curves(folder / "curves.png", curves)

@@ -26,7 +26,7 @@ from pipeline.shards.index import Index
 from pipeline.store.reader import Store
 from pipeline.training.log import read_log
 from pipeline.training.trainer import Trainer
-from stages import train_student
+from stages import evaluate, train_student
 
 ROOT = Path(__file__).parent.parent
 NOW = 1_000_000.0
@@ -314,6 +314,38 @@ def test_an_evaluation_of_other_students_is_of_another_configuration(taught):  #
     row = told()["evaluate"]
     assert (row.state, row.done, row.top1) == ("done", 5, 0.5)
     assert told("students=[hard]")["evaluate"].state == "done, of another configuration"
+
+
+def evaluated(*overrides: str) -> status.Row:
+    return told("students=[hard]", "finetune.from=[]", *overrides)["evaluate"]
+
+
+def test_an_evaluation_is_done_until_a_model_is_trained_again(taught):  # noqa: F811
+    options = "students=[hard]", "finetune.from=[]"
+    train_student.run(loaded(*options), CPU, "hard")
+    evaluate.run(loaded(*options), CPU)
+    assert evaluated().state == "done"
+    assert evaluated("student.lr=0.01").state == "done, of another configuration"
+    train_student.run(loaded(*options, "student.lr=0.01"), CPU, "hard")
+    assert told(*options, "student.lr=0.01")["train-student@hard"].state == "done"
+    assert evaluated("student.lr=0.01").state == "done, of another configuration"
+    evaluate.run(loaded(*options, "student.lr=0.01"), CPU)
+    assert evaluated("student.lr=0.01").state == "done"
+    shutil.rmtree("work")
+    assert evaluated("student.lr=0.01").state == "done"
+    shutil.rmtree(student_folder(taught, "hard"))
+    assert evaluated("student.lr=0.01").state == "done, of another configuration"
+
+
+def test_an_evaluation_names_the_runs_and_weights_of_its_models(taught):  # noqa: F811
+    options = "students=[hard]", "finetune.from=[]"
+    train_student.run(loaded(*options), CPU, "hard")
+    evaluate.run(loaded(*options), CPU)
+    metrics = json.loads(Path("outputs/small/evaluation/metrics.json").read_text())
+    teachers = json.loads(Path("outputs/small/teacher/metrics.json").read_text())
+    students = json.loads((student_folder(taught, "hard") / "metrics.json").read_text())
+    assert (metrics["teacher"]["run"], metrics["teacher"]["weights"]) == (teachers["run"], teachers["weights"])
+    assert metrics["hard"]["run"] == students["run"]
 
 
 def test_a_stage_that_failed_says_over_what_until_it_ends_well(taught):  # noqa: F811

@@ -4,6 +4,7 @@ Fields that an earlier version did not write are not compared.
 """
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from pipeline.cli.scan import read_json
@@ -53,6 +54,20 @@ def is_own_store(config: Config, spec: StoreSpec, attributes: dict[str, Any]) ->
     expected = {"class_map": None, **teacher_architecture(config.teacher), "size": spec.teacher_size}
     configured = all(teacher.get(key) == value for key, value in expected.items())
     return configured and weights in (None, teacher.get("weights"))
+
+
+def have_changed(evaluated: dict[str, Any], models: dict[str, Path]) -> bool:
+    """Whether other weights than the evaluated ones are published, or none.
+
+    Args:
+        evaluated: the evaluation's metrics.json.
+        models: the folder of each model.
+    """
+    for name, folder in models.items():
+        published, then = read_json(folder / "metrics.json"), evaluated.get(name)
+        if isinstance(then, dict) and _differ({key: published.get(key) for key in ("run", "weights")}, then):
+            return True
+    return False
 
 
 def _differ(expected: dict[str, Any], published: dict[str, Any]) -> bool:

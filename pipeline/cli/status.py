@@ -19,7 +19,7 @@ import click
 
 from pipeline.batches.plan import training_plan
 from pipeline.cli.failures import failure_path
-from pipeline.cli.matching import foreign_teachers, is_foreign, is_own_store
+from pipeline.cli.matching import foreign_teachers, have_changed, is_foreign, is_own_store
 from pipeline.cli.scan import (
     is_store_of,
     latest,
@@ -170,7 +170,8 @@ def gather(experiment: Experiment) -> list[Facts]:
     if config.students or tuned.weights:
         for name in tuned.students:
             facts.append(_training(experiment, f"finetune@{name}", tuned, finetune_folder(config, name)))
-    return [*facts, _evaluate(experiment)]
+    models = [fact for fact in facts if fact.stage.partition("@")[0] in ("teacher", "train-student", "finetune")]
+    return [*facts, _evaluate(experiment, any(fact.foreign for fact in models))]
 
 
 def _prepare(experiment: Experiment) -> Facts:
@@ -272,13 +273,18 @@ def _store(experiment: Experiment, stage: str, spec: StoreSpec) -> Facts:
     )  # fmt: skip
 
 
-def _evaluate(experiment: Experiment) -> Facts:
-    """All models at once, written at the end; the top-1 accuracy is the last model's."""
+def _evaluate(experiment: Experiment, other_models: bool) -> Facts:
+    """All models at once, written at the end; the top-1 accuracy is the last model's.
+
+    Args:
+        other_models: one of the published models belongs to another configuration.
+    """
     config, folder = experiment.config, evaluation_folder(experiment.config)
     models = evaluated_models(config)
     metrics = read_json(folder / "metrics.json") if (folder / "table.txt").exists() else {}
     known = {TEACHER, *config.variants, *(f"{name}-{FINETUNED}" for name in config.variants)}
-    foreign = bool(metrics) and metrics.keys() & known != models.keys()
+    other = other_models or metrics.keys() & known != models.keys() or have_changed(metrics, models)
+    foreign = bool(metrics) and other
     untrained = [name for name, where in models.items() if not (where / "weights.safetensors").exists()]
     last = metrics.get(next(reversed(models), ""))
     heads = [last.get(head) for head in ("mean", "class")] if isinstance(last, dict) else []

@@ -79,8 +79,14 @@ def objective(student: Student | None) -> str:
 
 def trained_run(folder: Path) -> str | None:
     """The fingerprint of the run that trained the model in a folder; None if it was not trained here."""
-    metrics = folder / "metrics.json"
-    return json.loads(metrics.read_text()).get("run") if metrics.exists() else None
+    return published_as(folder).get("run")
+
+
+def published_as(folder: Path) -> dict[str, str]:
+    """What identifies the published weights of a model, from its metrics.json: `run`, and `weights` of a teacher."""
+    path = folder / "metrics.json"
+    metrics = json.loads(path.read_text()) if path.exists() else {}
+    return {key: metrics[key] for key in ("run", "weights") if key in metrics}
 
 
 def _training_time(config: Config, entry: Entry) -> str:

@@ -120,16 +120,18 @@ def write_tables(
     intervals: dict[tuple[str, str], Estimate],
     sizes: list[SizeResult],
     disagreement: dict[str, dict[str, float]],
+    identities: dict[str, dict[str, str]],
 ) -> None:
     """Write metrics.json, throughput.json, accuracy.csv, sizes.csv and disagreement.csv.
 
     Args:
+        identities: what identifies each model's weights, as metrics.json names it.
         intervals: of top-1, by model and classifier.
     """
     metrics: dict[str, dict[str, Any]] = {}
     for row in results:
-        cost = {"parameters": row.parameters, "gmacs": row.macs / 1e9}
-        metrics.setdefault(row.model, cost)[row.classifier] = {"top1": row.top1, "top5": row.top5}
+        about = {**identities[row.model], "parameters": row.parameters, "gmacs": row.macs / 1e9}
+        metrics.setdefault(row.model, about)[row.classifier] = {"top1": row.top1, "top5": row.top5}
     _write_json(folder / "metrics.json", metrics)
     speeds = {row.model: {"images_per_second": round(row.throughput, 1)} for row in results}
     _write_json(folder / "throughput.json", speeds)
