@@ -114,7 +114,10 @@ def test_a_command_is_run_by_a_test_or_says_what_it_needs(name):
             assert text in (ROOT / file).read_text(), command
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(FILES) if any("pipeline" in line for line in commands(name))])
+SHELL = [name for name in sorted(FILES) if any("pipeline" in line for line in commands(name))]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "models.md")) for name in SHELL])
 def test_the_commands_of_the_pipeline_run_in_their_order(name, project):
     for command in commands(name):
         if command.startswith("pipeline init "):

@@ -40,7 +40,7 @@ def trained(description: ModelDescription) -> NormalizedModel:
     return model
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name == "regnety_002")) for name in MODELS])
 def saved(request, tmp_path):
     description = described(request.param)
     model = trained(description)

@@ -129,6 +129,7 @@ def test_ema_averages_statistics_of_batch_norm_and_copies_its_counter():
     assert not torch.equal(averaged.running_mean, own.running_mean) and averaged.running_mean.any()
 
 
+@pytest.mark.slow
 def test_a_student_with_batch_norm_is_distilled_resumed_fine_tuned_and_evaluated(taught, monkeypatch):  # noqa: F811
     config = loaded("student.model=test_resnet", "student.kwargs={}", "students=[hard]", "evaluate.sizes=[16]")
     undisturbed = config.model_copy(update={"work": "undisturbed", "name": "undisturbed"})

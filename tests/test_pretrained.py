@@ -90,6 +90,7 @@ def test_the_classifier_is_trained_first_and_then_everything(taught, monkeypatch
     assert "stem.conv.weight" in changed_names(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_run_that_is_stopped_in_either_phase_ends_with_the_same_weights(taught, monkeypatch, optimizer):  # noqa: F811
     options = "teacher.head_epochs=1", f"teacher.optimizer={optimizer}", "teacher.checkpoint_minutes=0"
