@@ -4,17 +4,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from click.testing import CliRunner
 from conftest import picture, write_folders
 
 from pipeline.cli import released
 from pipeline.cli.annotated import annotate
-from pipeline.cli.choices import Choice, Facts, choose
+from pipeline.cli.choices import Choice, choose, released_student
 from pipeline.cli.durations import Rates, bytes_written, stage_seconds
-from pipeline.cli.init import configuration, gather
+from pipeline.cli.init import configuration, gather, parse_overrides, scratch_warnings
 from pipeline.cli.main import main
 from pipeline.cli.photos import Photos, experiment_name, find_splits, look, warnings
+from pipeline.cli.plan import Facts, make_plan
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.params import load, parse_yaml, resolve
 from pipeline.config.schema import Config, Data
@@ -29,16 +31,18 @@ def facts(**changes) -> Facts:
     return Facts(**{**vars(TYPICAL), **changes})
 
 
-def config(found: Facts) -> Config:
-    return configuration({"data.train": Choice("train", ""), "data.val": Choice("val", "")} | choose(found), ())
+def config(found: Facts, *overrides: str) -> Config:
+    choices = choose(found, parse_overrides(overrides))
+    return configuration({"data.train": Choice("train", ""), "data.val": Choice("val", "")} | choices, overrides)
 
 
 SETS = [
-    facts(images=images, classes=classes, short_side=side, gpu=gpu, bfloat16=gpu, pretrained=side in (8, 128))
-    for images, classes in ((20, 2), (1_649, 17), (2_000, 10), (12_345, 100), (200_000, 5_000))
+    facts(images=images, classes=classes, short_side=side, gpu=gpu, bfloat16=gpu, pretrained=side in (8, 128),
+          pretrained_student=side in (8, 3000))
+    for images, classes in ((20, 2), (100, 10), (400, 4), (1_649, 17), (2_000, 10), (12_345, 100), (200_000, 5_000))
     for side in (8, 64, 128, 3000)
     for gpu in (False, True)
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("found", SETS, ids=str)
@@ -62,8 +66,8 @@ def test_what_is_chosen_is_a_valid_configuration_whose_models_can_be_built(found
         ({"short_side": 70}, "student.kwargs", {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 2}),
         ({"gpu": True}, "student.kwargs", {"patch_size": 8}),
         ({"short_side": 32}, "teacher.kwargs", {"output_stride": 8}),
-        ({}, "student.epochs", 24),
-        ({"images": 100}, "student.epochs", 90),
+        ({}, "student.epochs", 36),
+        ({"images": 100}, "student.epochs", 144),
         ({"images": 10_000_000}, "student.epochs", 15),
         ({"gpu": True, "images": 10_000}, "student.epochs", 300),
         ({}, "teacher.batch_size", 64),
@@ -84,6 +88,22 @@ def test_what_is_chosen_is_a_valid_configuration_whose_models_can_be_built(found
         ({"pretrained": True, "images": 1_000_000}, "teacher.epochs", 4),
         ({"pretrained": True, "classes": 2, "majority": 0.5}, "teacher.min_top1", 0.7),
         ({}, "student.workers", 0),
+        ({"images": 100}, "teacher.batch_size", 16),
+        ({"images": 300}, "teacher.batch_size", 32),
+        ({"images": 100}, "recipe.group_size", 8),
+        ({"images": 100, "majority": 0.1}, "teacher.min_top1", 0.19),
+        ({"images": 200, "classes": 100, "majority": 0.01}, "teacher.min_top1", 0.02),
+        ({"images": 60, "classes": 2, "majority": 0.5}, "teacher.min_top1", 0.55),
+        ({"images": 60, "classes": 3, "majority": 0.33}, "teacher.min_top1", 0.4),
+        ({"images": 100, "pretrained": True}, "teacher.min_top1", 0.46),
+        ({"pretrained_student": True}, "student.weights", "deit_tiny_patch16_224.fb_in1k"),
+        ({"pretrained_student": True, "gpu": True}, "student.weights", "deit_small_patch16_224.fb_in1k"),
+        ({"pretrained_student": True, "gpu": True}, "student.model", "deit_small_distilled_patch16_224"),
+        ({"pretrained_student": True}, "student.epochs", 12),
+        ({"pretrained_student": True}, "teacher_logits.views", 12),
+        ({"pretrained_student": True}, "student.lr", 0.0008),
+        ({"pretrained_student": True}, "recipe.size", 128),
+        ({"pretrained_student": True, "gpu": True}, "recipe.size", 224),
         ({"images": 2_000}, "data.max_bad", 20),
         ({"images": 20}, "data.max_bad", 1),
     ],
@@ -91,6 +111,106 @@ def test_what_is_chosen_is_a_valid_configuration_whose_models_can_be_built(found
 def test_choices(changes, key, value):
     choice = choose(facts(**changes))[key]
     assert choice.value == value and choice.reason
+
+
+@pytest.mark.parametrize("found", SETS, ids=str)
+def test_a_training_has_enough_steps(found):
+    chosen = config(found)
+    for section, pretrained in ((chosen.teacher, found.pretrained), (chosen.student, found.pretrained_student)):
+        steps = section.epochs * -(-found.images // section.batch_size)
+        assert steps >= (250 if pretrained else 1_000)
+
+
+@pytest.mark.parametrize("overrides", [
+    ("recipe.size=32",), ("recipe.size=100",), ("recipe.size=224",), ("recipe.size=28",), ("recipe.size=384",),
+    ("student.epochs=300",), ("student.epochs=1", "teacher.epochs=1"), ("student.epochs=100",), ("student.epochs=31",),
+    ("student.batch_size=32",), ("teacher.batch_size=50",), ("student.batch_size=48", "teacher.batch_size=64"),
+    ("recipe.block=15",), ("teacher_logits.views=10", "recipe.repeats=1"), ("recipe.repeats=4",),
+    ("teacher_logits.views=9",), ("recipe.group_size=24",), ("student.weights=null", "teacher.weights=null"),
+    ("recipe={size: 48}", "student={epochs: 20}"),
+], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("images", [100, 2_000])
+def test_choices_suit_what_is_given(overrides, gpu, images):
+    chosen = config(facts(images=images, gpu=gpu, pretrained="teacher.weights=null" in overrides), *overrides)
+    size, patch = chosen.recipe.size, chosen.student.kwargs["patch_size"]
+    assert size % patch == 0 and 5 <= size // patch <= 24
+    assert chosen.teacher_logits.views <= 1.2 * chosen.student.epochs + 3
+    assert chosen.teacher_logits.views >= chosen.student.epochs or "views" in overrides[0]
+    for section in (chosen.teacher, chosen.student):
+        assert section.batch_size >= 2 * chosen.recipe.group_size or chosen.recipe.group_size == 24
+        assert section.warmup_epochs < section.epochs
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "reason"),
+    [
+        (("recipe.size=32",), "student.kwargs", "8 x 8 patches, half"),
+        (("recipe.size=100",), "student.kwargs", "10 x 10 patches, half"),
+        (("recipe.size=48", "student.kwargs.patch_size=4"), "student.kwargs", "12 x 12 patches, half"),
+        (("recipe.size=32",), "teacher.kwargs", "4 x 4"),
+        (("student.epochs=300",), "student.warmup_epochs", "5 at most"),
+        (("student.epochs=100",), "teacher_logits.views", "about one view per epoch"),
+        (("student.epochs=90",), "teacher_logits.views", "one view per epoch"),
+        (("student.batch_size=20",), "student.lr", "0.001 at this batch size"),
+        (("teacher.batch_size=20",), "student.batch_size", "100 steps per epoch"),
+        (("student.batch_size=2",), "recipe.group_size", "a divisor"),
+    ],
+)
+def test_reasons_are_true_of_what_is_given(overrides, key, reason):
+    assert f" {reason}" in f" {choose(TYPICAL, parse_overrides(overrides))[key].reason}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "said"),
+    [
+        ({}, ("recipe.size=97",), "recipe.size=112 or 96"),
+        ({"pretrained_student": True}, ("recipe.size=100",), "recipe.size=112 or 96"),
+        ({}, ("recipe.size=96", "student.kwargs.patch_size=20"), "recipe.size=100 or 80"),
+    ],
+)
+def test_a_size_that_is_no_multiple_of_the_patch_size_is_refused(changes, overrides, said):
+    with pytest.raises(UsageError, match=said):
+        choose(facts(**changes), parse_overrides(overrides))
+
+
+@pytest.mark.parametrize("text", ["recipe.size=abc", "student.epochs=-3", "student.batch_size=true", "recipe=3", "recipe.size=1.5"])
+def test_values_that_are_invalid_are_refused_by_the_configuration(text):
+    with pytest.raises(UsageError, match=text.partition("=")[0]):
+        config(TYPICAL, text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"images": 400}, "everything is trained from scratch on 40 images per class, which is hopeless"),
+        ({"images": 400, "pretrained": True}, "use pretrained weights (student.weights)"),
+        ({"images": 400, "pretrained_student": True}, "use pretrained weights (teacher.weights)"),
+        ({}, "everything is trained from scratch. A DeiT learns little"),
+        ({"pretrained": True}, "the students are trained from scratch. A DeiT learns little"),
+    ],
+)
+def test_training_from_scratch_on_few_images_is_warned_of(changes, said):
+    found = facts(**changes)
+    assert said in scratch_warnings(found, make_plan(found, {}))[0]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"images": 400, "pretrained": True, "pretrained_student": True}, {"pretrained_student": True}]
+)
+def test_pretrained_students_are_not_warned_of(changes):
+    found = facts(**changes)
+    assert not scratch_warnings(found, make_plan(found, {}))
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_weights_of_students_exist_in_timm(gpu):
+    chosen = config(facts(gpu=gpu, pretrained_student=True))
+    assert chosen.student.weights == released_student(gpu) in timm.list_pretrained("deit*")
+    for name in chosen.variants:
+        student = chosen.student_named(name)
+        assert student.model.replace("_distilled", "") == released_student(gpu).partition(".")[0]
+        assert student.weights == chosen.student.weights  # students are compared only with others of the same weights
 
 
 def test_without_pretrained_weights_there_are_none():
@@ -166,12 +286,14 @@ def test_training_from_scratch_is_warned_of(project):
     assert "everything is trained from scratch" in said and "regnety_008_tv.tv2_in1k are not used" in said
 
 
-def test_a_teacher_is_pretrained_where_weights_can_be_had(project, monkeypatch):
+def test_models_are_pretrained_where_weights_can_be_had(project, monkeypatch):
     monkeypatch.setattr("pipeline.cli.init.missing_weights", lambda tag, offline: "")
-    assert "the students are trained from scratch" in init("My photos")
+    assert "from scratch" not in init("My photos")
     assert load().teacher.weights == "regnety_008_tv.tv2_in1k"
+    assert load().student.weights == "deit_tiny_patch16_224.fb_in1k"
     call("prepare", "--set", "data.workers=1")
     call("teacher", "--dry-run", "--device", "cpu")
+    call("train-student", "--dry-run", "--device", "cpu")
 
 
 def test_weights_for_as_many_classes_as_imagenet_are_not_used(tmp_path, monkeypatch, capsys):
@@ -202,6 +324,14 @@ def test_an_override_takes_the_place_of_a_choice_and_is_marked(project):
     init("My photos", "recipe.size=48")
     assert load().recipe.size == 48
     assert "  # given on the command line\n  size: 48\n" in (project / "params.yaml").read_text()
+
+
+def test_a_part_of_a_choice_that_is_given_is_marked(project):
+    init("My photos", "student.kwargs.depth=2", "recipe={size: 48}")
+    assert load().student.kwargs == {"patch_size": 6, "embed_dim": 128, "depth": 2, "num_heads": 2}
+    written = (project / "params.yaml").read_text()
+    assert "  # in part given on the command line\n  kwargs:" in written
+    assert "  # given on the command line\n  size: 48\n" in written
 
 
 def test_an_override_that_is_none_is_refused_and_nothing_is_written(project):
@@ -335,8 +465,8 @@ RATES = Rates(
 def test_durations_add_up_work_per_view():
     chosen = config(TYPICAL)
     seconds = stage_seconds(chosen, RATES, 2_000, 100, cores=2, gpu=False)
-    assert seconds["teacher"] == pytest.approx(10 + 2_000 * 20 * (0.03 + 0.001 + 0.003 / 3))
-    assert seconds["teacher-logits"] == pytest.approx(10 + 2_000 * 24 * (0.01 + 0.001 + 0.003 / 24))
+    assert seconds["teacher"] == pytest.approx(10 + 2_000 * 32 * (0.03 + 0.001 + 0.003 / 3))
+    assert seconds["teacher-logits"] == pytest.approx(10 + 2_000 * 36 * (0.01 + 0.001 + 0.003 / 18))
     assert seconds["train-student token"] > seconds["train-student none"]
 
 
@@ -353,4 +483,4 @@ def test_workers_render_beside_the_model_and_take_cores_from_it():
 def test_bytes_are_those_of_shards_store_and_checkpoints():
     sizes = bytes_written(config(TYPICAL), RATES, 2_000, 10, 12_345)
     assert sizes["shards"] == 12_345 and sizes["checkpoints"] == 24 * 2_100_000
-    assert sizes["store"] >= 2_000 * 24 * (2 * 10 + 2)
+    assert sizes["store"] >= 2_000 * 36 * (2 * 10 + 2)

@@ -2,24 +2,22 @@
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline.cli import durations, photos
 from pipeline.cli.annotated import annotate
-from pipeline.cli.choices import Choice, Choices, Facts, choose, released_teacher
+from pipeline.cli.choices import Choice, Choices, choose, released_student, released_teacher
 from pipeline.cli.configure import KEYS, experiments
+from pipeline.cli.plan import FEW_PER_CLASS, Facts, Given, Plan, make_plan
 from pipeline.cli.released import missing_weights
 from pipeline.common.cores import available_cores
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.files import atomic_write
-from pipeline.config.params import load, resolve
+from pipeline.config.params import load, override, resolve
 from pipeline.config.schema import Config
 
-FROM_SCRATCH = (
-    "{what} from scratch. A DeiT learns little from so few images: expect it to stay well below its teacher, and more"
-    " epochs to help"
-)
 IMAGENET_CLASSES = 1_000
 FEW = 100_000
 """Images below which training from scratch is warned of."""
@@ -38,21 +36,19 @@ def run(
     """Write `output` and print what was found, warnings and the estimate.
 
     Raises:
-        UsageError: no folders for training and validation, or `output` holds changes.
+        UsageError: no folders for training and validation, an override that is invalid, or `output` holds changes.
         PipelineError: no images, or classes that differ.
     """
     found = photos.look(root)
     print(photos.describe(found))
     facts = gather(found, device, offline)
-    choices = _named(root, found) | choose(facts)
+    given = parse_overrides(overrides)
+    choices = _named(root, found) | choose(facts, given)
     config = configuration(choices, overrides)
     if not force:
         refuse_changed(output, config)
-    for line in photos.warnings(found):
+    for line in photos.warnings(found) + scratch_warnings(facts, make_plan(facts, given)):
         print(f"warning: {line}")
-    if facts.images < FEW:
-        what = "the students are trained" if facts.pretrained else "everything is trained"
-        print(f"warning: {FROM_SCRATCH.format(what=what)}")
     if with_estimate:
         _print_estimate(config, found, device)
     command = shlex.join(["pipeline", "init", str(root), *overrides])
@@ -64,11 +60,13 @@ def run(
 def gather(found: photos.Photos, device: torch.device, offline: bool) -> Facts:
     """The facts that choices depend on; says so where there are no pretrained weights."""
     gpu, classes = device.type == "cuda", len(found.train.classes)
-    missing = missing_weights(released_teacher(gpu), offline)
+    missing = {tag: missing_weights(tag, offline) for tag in (released_teacher(gpu), released_student(gpu))}
     if classes == IMAGENET_CLASSES:
-        missing = "your set has as many classes as ImageNet, for which they would be used as they are"
-    if missing:
-        print(f"pretrained weights {released_teacher(gpu)} are not used: {missing}")
+        reason = "your set has as many classes as ImageNet, for which they would be used as they are"
+        missing[released_teacher(gpu)] = reason
+    for tag, reason in missing.items():
+        if reason:
+            print(f"pretrained weights {tag} are not used: {reason}")
     return Facts(
         images=len(found.train.names),
         classes=classes,
@@ -77,8 +75,42 @@ def gather(found: photos.Photos, device: torch.device, offline: bool) -> Facts:
         megapixels=found.megapixels,
         gpu=gpu,
         bfloat16=gpu and torch.cuda.get_device_capability(device) >= (8, 0),
-        pretrained=not missing,
+        pretrained=not missing[released_teacher(gpu)],
+        pretrained_student=not missing[released_student(gpu)],
     )
+
+
+def scratch_warnings(facts: Facts, plan: Plan) -> list[str]:
+    """What to expect of models that are trained from scratch on these images."""
+    scratch = [name for name in ("teacher", "student") if not plan.pretrained[name]]
+    if not scratch or facts.images >= FEW:
+        return []
+    what = "everything is" if len(scratch) == 2 else "the students are" if scratch == ["student"] else "the teacher is"
+    if facts.few:
+        return [
+            f"{what} trained from scratch on {facts.images / facts.classes:.0f} images per class, which is hopeless below"
+            f" about {FEW_PER_CLASS}: use pretrained weights ({', '.join(f'{name}.weights' for name in scratch)}) or add"
+            " images"
+        ]
+    if scratch == ["teacher"]:
+        return []
+    return [
+        f"{what} trained from scratch. A DeiT learns little from so few images: expect it to stay well below its teacher,"
+        " and more epochs to help"
+    ]
+
+
+def parse_overrides(overrides: tuple[str, ...]) -> Given:
+    """The values of overrides by section.key; deeper keys are in the mapping that section.key then is.
+
+    Raises:
+        UsageError: one is not of the form section.key=value.
+    """
+    values: dict[str, Any] = {}
+    for text in overrides:
+        values = override(values, text)
+    sections = {name: section for name, section in values.items() if isinstance(section, dict)}
+    return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
 
 
 def _named(root: Path, found: photos.Photos) -> Choices:
@@ -103,9 +135,12 @@ def configuration(choices: Choices, overrides: tuple[str, ...]) -> Config:
 
 
 def _unchanged(choices: Choices, overrides: tuple[str, ...]) -> Choices:
-    """The choices, with another reason where an override has taken their place."""
-    given = [text.partition("=")[0] for text in overrides]
-    own = {key: Choice(None, "given on the command line") for key in given if key.count(".") <= 1}
+    """The choices, with another reason where an override has taken their place, or a part of it."""
+    names = [text.partition("=")[0].split(".") for text in overrides]
+    replaced = {".".join(name) for name in names} | set(parse_overrides(overrides))
+    changed = {name[0] for name in names if len(name) > 1} | {".".join(name[:2]) for name in names if len(name) > 2}
+    own = {key: Choice(None, "given on the command line") for key in replaced}
+    own |= {key: Choice(None, "in part given on the command line") for key in changed}
     return {key: own.get(key, choice) for key, choice in choices.items()}
 
 
