@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from pipeline.cli.plan import Facts, Given, Plan, make_plan
+from pipeline.cli.plan import Facts, Given, Plan, make_plan, steps_per_epoch
 from pipeline.config.schema import Config
 from pipeline.shards.advice import padding
 
@@ -98,13 +98,13 @@ def _learning(section: str, facts: Facts, plan: Plan, rate: float, why: str) -> 
     precision = "bfloat16" if facts.bfloat16 else "float32"
     where = "a GPU that computes in bfloat16" if facts.bfloat16 else "no faster format on this machine"
     epochs, batch = plan.epochs[section], plan.batches[section]
-    steps = -(-facts.images // batch)
+    steps = steps_per_epoch(facts.images, batch)
     return {
-        f"{section}.epochs": Choice(epochs, f"{epochs * steps:,} steps in all; {why}"),
+        f"{section}.epochs": Choice(epochs, f"about {epochs * steps:,} steps in all; {why}"),
         f"{section}.warmup_epochs": Choice(
             min(5, max(1, epochs // 10), epochs - 1), "about a tenth of the epochs, 5 at most"
         ),
-        f"{section}.batch_size": Choice(batch, f"{steps:,} steps per epoch"),
+        f"{section}.batch_size": Choice(batch, f"about {steps:,} steps per epoch"),
         f"{section}.lr": Choice(round(rate * 512 / batch, 6), f"{rate:g} at this batch size: lr is for a batch of 512"),
         f"{section}.ema_decay": Choice(None, "no average of the weights: DeiT's spans some 25,000 steps"),
         f"{section}.precision": Choice(precision, where),

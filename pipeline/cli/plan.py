@@ -165,7 +165,12 @@ def _epochs(facts: Facts, section: str, pretrained: bool, batch: int) -> int:
     """Epochs in which about so many images are seen in all, and enough steps are made."""
     images, least, most = (SEEN_PRETRAINED if pretrained else SEEN)[section]["gpu" if facts.gpu else "cpu"]
     steps = FINE_TUNING_STEPS if pretrained else SCRATCH_STEPS
-    return max(min(max(round(images / facts.images), least), most), -(-steps // -(-facts.images // batch)))
+    return max(min(max(round(images / facts.images), least), most), -(-steps // steps_per_epoch(facts.images, batch)))
+
+
+def steps_per_epoch(images: int, batch: int) -> int:
+    """About as many as the training makes, which rounds groups per batch and has a few unused slots."""
+    return max(1, round(images / batch))
 
 
 def views_and_block(epochs: int, given: Given) -> tuple[int, int]:
