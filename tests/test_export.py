@@ -157,6 +157,11 @@ def test_folders_stand_for_the_images_below_them(tmp_path):
         image_files([tmp_path / "empty"])
 
 
+def test_a_missing_image_is_bad_use(saved, tmp_path):
+    with pytest.raises(UsageError, match="no such file"):
+        list(predict_files(*saved[1:], [tmp_path / "a.jpg"]))
+
+
 def test_a_file_that_is_no_image_is_named(saved, tmp_path):
     _, model, description = saved
     (tmp_path / "a.jpg").write_bytes(b"no image")

@@ -37,7 +37,8 @@ def main() -> None:
 
     The other commands: init writes settings for a folder of images, configure chooses an experiment, doctor
     checks the machine, status shows how far every stage has got, views draws what a recipe produces, store
-    inspects and repairs stores, prune frees disk space.
+    inspects and repairs stores, predict classifies images with a trained model, export writes it for timm,
+    ONNX Runtime and torch.export, prune frees disk space.
 
     \b
     Example:

@@ -36,6 +36,8 @@ def read_image(path: Path) -> np.ndarray:
     """
     try:
         data = path.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file", expected="an image, or a folder of images", found="nothing") from None
     except OSError as error:
         raise unreadable(str(path), error) from error
     try:

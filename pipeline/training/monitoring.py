@@ -34,8 +34,9 @@ def accuracy_warning(run: Run, metrics: dict[str, Any]) -> str:
     if early or metrics.get("val_top1_class", 1.0) > 1.5 * chance:
         return ""
     return (
-        f"{run.name}: validation is at chance ({chance:.2%}) after a third of the run: check the learning rate, the"
-        " views (pipeline views), and whether train and val have the same classes"
+        f"{run.name}: top-1 {metrics['val_top1_class']:.2%} at epoch {metrics['epoch']} of {run.settings.epochs} is hardly"
+        f" better than chance ({chance:.2%}): check the learning rate, the views (pipeline views), and whether train and"
+        " val have the same classes"
     )
 
 
