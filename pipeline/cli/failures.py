@@ -11,10 +11,16 @@ from pipeline.common.files import atomic_write
 from pipeline.common.signals import Interrupted
 from pipeline.config.paths import outputs
 from pipeline.config.schema import Config
+from pipeline.config.validation import fingerprint
 
 
 def failure_path(config: Config, stage: str) -> Path:
     return outputs(config) / "failed" / f"{stage}.json"
+
+
+def settings_digest(config: Config) -> str:
+    """Names all settings: a failure under others says nothing about these."""
+    return fingerprint(config.model_dump(mode="json", by_alias=True))
 
 
 @contextlib.contextmanager
@@ -28,6 +34,7 @@ def recorded(config: Config, stage: str) -> Iterator[None]:
     except Exception as error:
         what = error.what if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(PipelineError), atomic_write(path) as temporary:
-            temporary.write_text(json.dumps({"time": time.time(), "what": what.partition("\n")[0][:500]}) + "\n")
+            failure = {"time": time.time(), "what": what.partition("\n")[0][:500], "settings": settings_digest(config)}
+            temporary.write_text(json.dumps(failure) + "\n")
         raise
     path.unlink(missing_ok=True)

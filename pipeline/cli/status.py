@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from pipeline.batches.plan import training_plan
-from pipeline.cli.failures import failure_path
+from pipeline.cli.failures import failure_path, settings_digest
 from pipeline.cli.matching import foreign_teachers, have_changed, is_foreign, is_own_store
 from pipeline.cli.scan import (
     is_store_of,
@@ -82,8 +82,9 @@ def survey(config: Config, now: float) -> list[Row]:
 
 
 def _with_failure(facts: Facts, config: Config) -> Facts:
-    """Add the error of the stage's last command, unless something was written after it."""
-    failures = [read_json(failure_path(config, name)) for name in {facts.stage, facts.stage.partition("@")[0]}]
+    """Add the error of the stage's last command with these settings, unless something was written after it."""
+    found = [read_json(failure_path(config, name)) for name in {facts.stage, facts.stage.partition("@")[0]}]
+    failures = [failure for failure in found if failure.get("settings") == settings_digest(config)] or [{}]
     errors = {number(failure.get("time")) or 0.0: str(failure.get("what")) for failure in failures}
     last = max(errors)
     return replace(facts, failure=errors[last]) if last > max(facts.modified or 0.0, 1.0) - 1.0 else facts
