@@ -45,6 +45,7 @@ SETS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("found", SETS, ids=str)
 def test_what_is_chosen_is_a_valid_configuration_whose_models_can_be_built(found):
     chosen = config(found)
@@ -54,6 +55,14 @@ def test_what_is_chosen_is_a_valid_configuration_whose_models_can_be_built(found
         build_student(chosen.student_named(name), chosen.recipe, found.classes, chosen.recipe.size)
     assert chosen.teacher_logits.views == chosen.student.epochs
     assert chosen.student.warmup_epochs < chosen.student.epochs
+
+
+@pytest.mark.parametrize("found", SETS[:: len(SETS) // 3], ids=str)
+def test_the_models_of_some_choices_can_be_built(found):
+    chosen = config(found)
+    build_teacher(chosen.teacher, found.classes)
+    for name in chosen.students:
+        build_student(chosen.student_named(name), chosen.recipe, found.classes, chosen.recipe.size)
 
 
 @pytest.mark.parametrize(
