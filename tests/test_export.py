@@ -114,6 +114,12 @@ def test_an_exported_program_names_its_classes(saved, tmp_path):
     assert (tmp_path / "classes.txt").read_text() == "ant\nbee\ncat\n"
 
 
+def test_what_a_killed_export_left_is_removed(saved, tmp_path):
+    (tmp_path / ".partial-killed").mkdir()
+    export(saved[1], saved[2], 255 * torch.rand(2, 3, 32, 32), tmp_path, ())
+    assert [path.name for path in tmp_path.glob(".partial*")] == []
+
+
 def test_a_wrong_export_is_refused_and_leaves_nothing(saved, tmp_path, monkeypatch):
     from pipeline.models import export as module
 

@@ -114,7 +114,8 @@ def _weights(config: Config, name: str | None) -> Path:
     models = evaluated_models(config)
     name = name or list(models)[-1]
     if name not in models:
-        raise UsageError(f"--student {name}", expected=f"one of {', '.join(models)}", found="no such model in params.yaml")
+        raise UsageError(f"--student {name}", expected=f"one of {', '.join(models)}", found="no such model in params.yaml",
+                         do="name one of these, or list it in students")  # fmt: skip
     weights = models[name] / "weights.safetensors"
     if not weights.exists():
         raise NotReady(f"{weights}: not trained yet", do="run: dvc repro")

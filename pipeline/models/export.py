@@ -54,6 +54,8 @@ def export(
         PipelineError: an export gives other logits; nothing of it is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".partial-*"):  # by an export that was killed
+        shutil.rmtree(left)
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in description.classes))
     classifier, writers = Classifier(model).eval(), {"timm": _write_timm, "onnx": _write_onnx, "torch": _write_program}
     images = pictures / 255
