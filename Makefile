@@ -3,6 +3,9 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
+# One process per core; the tests of one file stay together, as they share what is expensive to prepare
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+
 .PHONY: demo test lint slow install
 
 demo: install
@@ -11,7 +14,7 @@ demo: install
 	@cat outputs/$$(sed -n 's/^name: //p' params.yaml)/evaluation/table.txt
 
 test: install
-	pytest
+	pytest $(PARALLEL)
 
 # Style and types; the settings are in pyproject.toml
 lint: install
@@ -19,7 +22,7 @@ lint: install
 	basedpyright --level error
 
 slow: install
-	pytest -m slow
+	pytest -m slow $(PARALLEL)
 
 install: .venv/installed
 
