@@ -21,7 +21,7 @@ from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.params import load, parse_yaml, resolve
 from pipeline.config.schema import Config, Data
 from pipeline.models.build import build_student, build_teacher
-from pipeline.shards.sources import Listing
+from pipeline.shards.listing import Listing
 
 ROOT = Path(__file__).parent.parent
 TYPICAL = Facts(images=2_000, classes=10, short_side=375, majority=0.1)
@@ -390,12 +390,32 @@ def test_val_is_preferred_to_test(tmp_path):
     assert Path(find_splits(tmp_path).val).name == "val"
 
 
-@pytest.mark.parametrize("folders", [[], ["train"], ["cat", "dog"]])
-def test_a_folder_without_splits_is_refused(tmp_path, folders):
-    for name in folders:
-        write_folders(tmp_path / name, {"a": 1})
-    with pytest.raises(UsageError, match="training .train, training. and validation"):
+@pytest.mark.parametrize(
+    "files", [[], ["a.png"], ["cat/a.png"], ["val/cat/a.png"], ["train/a.png", "val/a.png"], ["cat/a.png", "Test/a.png"]]
+)
+def test_a_folder_without_class_folders_is_refused(tmp_path, files):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UsageError, match="one folder of images per class, either here or in"):
         find_splits(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["", "train"])
+def test_without_a_folder_for_validation_a_part_of_each_class_is_used(project, where):
+    write_folders(project / "flat" / where, {"cat": 6, "dog": 10})
+    said = init("flat")
+    assert "13 training images" in said and "3 for validation: 20% of each class" in said
+    data = load().data
+    assert (Path(data.train), data.val, data.val_fraction) == (Path("flat") / where, "", 0.2)
+    call("prepare", "--set", "data.workers=1", "--dry-run")
+
+
+def test_of_many_images_a_smaller_part_is_for_validation(tmp_path, monkeypatch):
+    write_folders(tmp_path, {"cat": 10, "dog": 10})
+    monkeypatch.setattr("pipeline.cli.photos.ENOUGH", 20)
+    found = look(tmp_path)
+    assert (found.data.val_fraction, len(found.val.names)) == (0.1, 2)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):

@@ -27,7 +27,7 @@ from pipeline.config.paths import index_path
 from pipeline.shards import advice, build, contents, indexing, splits
 from pipeline.shards.index import Index
 from pipeline.shards.indexing import write_shard
-from pipeline.shards.sources import sample_keys
+from pipeline.shards.listing import sample_keys
 from stages import prepare
 
 ROOT = Path(__file__).parent.parent
@@ -756,14 +756,14 @@ def test_one_bad_image_more_than_tolerated_stops_preparation(in_tmp):
 
 def test_image_that_vanishes_while_shards_are_written_is_named(in_tmp, monkeypatch):
     config = written(in_tmp)
-    listed = splits.list_split
+    listed = splits.list_splits
 
-    def list_then_lose(data, split):
-        listing = listed(data, split)
+    def list_then_lose(data):
+        listings = listed(data)
         (in_tmp / "train" / "cat" / "000.png").unlink(missing_ok=True)
-        return listing
+        return listings
 
-    monkeypatch.setattr(splits, "list_split", list_then_lose)
+    monkeypatch.setattr(splits, "list_splits", list_then_lose)
     assert str(in_tmp / "train" / "cat" / "000.png") in refusal(config)
     assert not list(in_tmp.rglob("*.partial"))
 

@@ -29,7 +29,7 @@ from pipeline.config.validation import fingerprint
 from pipeline.shards.images import Undecodable, decode, decode_trusted
 from pipeline.shards.index import MAX_CLASSES, Index
 from pipeline.shards.indexing import index_shard, shard_signature, write_index, write_shard
-from pipeline.shards.sources import expand
+from pipeline.shards.patterns import expand
 from pipeline.shards.tar import Tar
 
 property_settings = settings(

@@ -25,7 +25,7 @@ from pipeline.config.paths import index_path, local_work
 from pipeline.config.schema import PURPOSES, Config
 from pipeline.config.store_spec import store_spec
 from pipeline.shards.index import Index
-from pipeline.shards.sources import list_split
+from pipeline.shards.sources import list_splits
 from pipeline.store.estimate import equal_shards, estimate
 
 SLOW_DISK = 50e6
@@ -127,7 +127,7 @@ def needed_bytes(config: Config) -> int:
     elif config.data.source == "shards":
         raise PipelineError("the shards are not indexed; run: pipeline prepare")
     else:
-        splits = [list_split(config.data, split) for split in ("train", "val")]
+        splits = [*list_splits(config.data).values()]
         shards = sum(signature[0] for split in splits for signature in split.signatures)
         samples, classes = equal_shards(len(splits[0].names), config.data.shard_samples), len(splits[0].classes)
     wanted = [store_spec(config, purpose) for purpose in PURPOSES if config.needs_teacher(purpose)]

@@ -12,8 +12,8 @@ from pipeline.common.cores import available_cores, resolve_workers
 from pipeline.config.schema import Config, Training
 from pipeline.config.store_spec import store_spec
 from pipeline.models.build import NormalizedModel, build_student, build_teacher, parameter_count
+from pipeline.shards.conversion import FOLDER_FORMATS
 from pipeline.shards.images import Undecodable, decode
-from pipeline.shards.sources import FOLDER_FORMATS
 from pipeline.store.estimate import equal_shards, estimate
 from pipeline.views.draw import draw_view
 from pipeline.views.render import render

@@ -36,7 +36,7 @@ def run(
     """Write `output` and print what was found, warnings and the estimate.
 
     Raises:
-        UsageError: no folders for training and validation, an override that is invalid, or `output` holds changes.
+        UsageError: no class folders, an override that is invalid, or `output` holds changes.
         PipelineError: no images, or classes that differ.
     """
     found = photos.look(root)
@@ -114,11 +114,14 @@ def parse_overrides(overrides: tuple[str, ...]) -> Given:
 
 
 def _named(root: Path, found: photos.Photos) -> Choices:
-    return {
+    data, val = found.data, f"{len(found.val.names):,} images"
+    choices = {
         "name": Choice(photos.experiment_name(root), "the folder's name; results go to outputs/<name>/"),
-        "data.train": Choice(found.data.train, f"{len(found.train.names):,} images"),
-        "data.val": Choice(found.data.val, f"{len(found.val.names):,} images"),
+        "data.train": Choice(data.train, f"{len(found.train.names):,} images"),
     }
+    if data.val_fraction:
+        return choices | {"data.val_fraction": Choice(data.val_fraction, f"{val} for validation: there is no folder of them")}
+    return choices | {"data.val": Choice(data.val, val)}
 
 
 def configuration(choices: Choices, overrides: tuple[str, ...]) -> Config:

@@ -10,12 +10,18 @@ from PIL import Image
 
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.schema import Data
-from pipeline.shards.sources import FOLDER_FORMATS, Listing, count_by_extension, list_split, split_folder
+from pipeline.shards.conversion import FOLDER_FORMATS
+from pipeline.shards.listing import Listing, count_by_extension
+from pipeline.shards.sources import list_splits
 
 TRAIN = ("train", "training")
 VAL = ("val", "valid", "validation", "dev", "test", "testing")
 SAMPLE = 200
 """Files whose headers are read."""
+FEW, MANY = 0.2, 0.1
+"""The fraction of the images that is used for validation if there is no folder for it, below ENOUGH images and from then
+on."""
+ENOUGH = 4_000
 
 
 @dataclass(frozen=True)
@@ -49,18 +55,21 @@ class Photos:
 
     def sample(self, count: int) -> list[Path]:
         """Training files, spread evenly over the list."""
-        return sample_files(self.data, self.train, count)
+        return sample_files(self.train, count)
 
 
 def look(root: Path) -> Photos:
     """List a folder's splits and read the headers of a sample.
 
     Raises:
-        UsageError: no such folder, or no validation images.
+        UsageError: no such folder, or no class folders.
         PipelineError: no classes or no images, classes that differ between the splits, or no readable header.
     """
     data = find_splits(root)
-    train, val = list_split(data, "train"), list_split(data, "val")
+    train, val = list_splits(data).values()
+    if data.val_fraction and len(train.names) + len(val.names) >= ENOUGH:
+        data = data.model_copy(update={"val_fraction": MANY})
+        train, val = list_splits(data).values()
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise PipelineError(
@@ -69,38 +78,43 @@ def look(root: Path) -> Photos:
             found=f"only in one of them: {', '.join(odd[:5])}",
             do="add or remove these folders",
         )
-    return Photos(data, train, val, header_sizes(sample_files(data, train, SAMPLE)))
+    return Photos(data, train, val, header_sizes(sample_files(train, SAMPLE)))
 
 
 def find_splits(root: Path) -> Data:
-    """The data section for a folder: its train and validation folders.
+    """The data section for a folder: its train and validation folders, or a part of its images for validation.
 
     Raises:
-        UsageError: no such folder, or no folder for validation.
+        UsageError: no such folder, or no class folders where they are looked for.
     """
     if not root.is_dir():
         raise UsageError(f"{root}", expected="a folder of images", found="no such folder", do="correct the path")
     folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir() and _has_folders(path)}
     train, val = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, VAL))
-    if train is None or val is None:
+    if train and val:
+        return Data(train=str(train), val=str(val))
+    classes = {path.name.lower() for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    if train is None and len(classes) > 1 and not classes & {*TRAIN, *VAL}:
+        train = root
+    if train is None:
         raise UsageError(
             f"{root}",
-            expected=f"folders for training ({', '.join(TRAIN)}) and validation ({', '.join(VAL)}), each with one"
-            " folder of images per class",
+            expected=f"one folder of images per class, either here or in folders for training ({', '.join(TRAIN)}) and"
+            f" validation ({', '.join(VAL)})",
             found=", ".join(str(path.name) for path in sorted(root.iterdir())[:5]) or "an empty folder",
-            do="put a part of the images, a tenth for example, into a folder for validation",
+            do="put the images of each class into a folder of its own, or name the folder that holds the class folders",
         )
-    return Data(train=str(train), val=str(val))
+    return Data(train=str(train), val_fraction=FEW)
 
 
 def _has_folders(path: Path) -> bool:
     return any(each.is_dir() and not each.name.startswith(".") for each in path.iterdir())
 
 
-def sample_files(data: Data, listing: Listing, count: int) -> list[Path]:
+def sample_files(listing: Listing, count: int) -> list[Path]:
     """Files of the training split, spread evenly over the list."""
     chosen = np.linspace(0, len(listing.names) - 1, min(count, len(listing.names))).astype(int)
-    return [split_folder(data, "train") / listing.names[number] for number in chosen]
+    return [listing.root / listing.names[number] for number in chosen]
 
 
 def header_sizes(files: list[Path]) -> np.ndarray:
@@ -137,8 +151,8 @@ def describe(photos: Photos) -> str:
     counts = Counter(train.labels)
     fewest, most = min(counts.values()), max(counts.values())
     lines = [
-        f"{len(train.names):,} training images in {photos.data.train}, {len(val.names):,} for validation in"
-        f" {photos.data.val}",
+        f"{len(train.names):,} training images in {photos.data.train}, {len(val.names):,} for validation"
+        + (f" in {photos.data.val}" if photos.data.val else f": {photos.data.val_fraction:.0%} of each class"),
         f"{len(train.classes):,} classes of {fewest:,} to {most:,} training images",
         f"{photos.megapixels:.2g} megapixels on average, {photos.short_side} px the median of the shorter side"
         f" (headers of {len(photos.sizes)} files)",

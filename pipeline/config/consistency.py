@@ -15,6 +15,7 @@ def conflicting_settings(config: "Config") -> Iterator[str]:
     yield from _views(config)
     yield from _batches(config)
     yield from _names(config)
+    yield from _val_fraction(config)
     yield from _shards(config)
     yield from _students(config)
     yield from _teacher_sizes(config)
@@ -51,6 +52,14 @@ def _names(config: "Config") -> Iterator[str]:
                 f"variants.{name}: a name of letters, digits and ._- that does not begin with . or -, does not end in"
                 " `finetuned`, and is neither truth nor teacher"
             )
+
+
+def _val_fraction(config: "Config") -> Iterator[str]:
+    data = config.data
+    if data.val_fraction and data.source != "folder":
+        yield f"data.val_fraction must be 0 with data.source {data.source}, which has its own split: {data.val_fraction}"
+    if data.val_fraction and data.val:
+        yield f"data.val must be empty with data.val_fraction, which divides data.train: found {data.val!r}"
 
 
 def _shards(config: "Config") -> Iterator[str]:

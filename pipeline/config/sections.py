@@ -11,6 +11,7 @@ from pipeline.config.types import (
     Alpha,
     Count,
     Fraction,
+    FractionBelowOne,
     NonNegative,
     Pixels,
     Positive,
@@ -32,9 +33,12 @@ class Data(Section):
     """folder: the root of the training class folders. shards: a path or URL; {0000..1023} and * are expanded, ~ is
     your home folder."""
     val: str = ""
-    """The same for validation."""
+    """The same for validation; empty with val_fraction."""
+    val_fraction: FractionBelowOne = 0.0
+    """Use this fraction of the training images of each class for validation instead (folder only). Which ones follows
+    from data.seed and their paths below data.train: an added image moves at most one other of its class."""
     seed: int = 0
-    """Determines the order of samples in the shards."""
+    """Determines the order of samples in the shards, and the images that val_fraction chooses."""
     shard_samples: Positive = 1280
     """Largest number of samples per shard; samples are spread evenly, so shard sizes differ by at most one. A multiple
     of recipe.group_size, or slightly less, wastes nothing; see `pipeline prepare --dry-run`."""

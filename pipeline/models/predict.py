@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 from pipeline.common.errors import UsageError, unreadable
 from pipeline.models.build import NormalizedModel
 from pipeline.models.description import ModelDescription
+from pipeline.shards.conversion import FOLDER_FORMATS
 from pipeline.shards.images import MAX_PIXELS, Undecodable, open_image, to_rgb
-from pipeline.shards.sources import FOLDER_FORMATS
 from pipeline.views.render import center_view
 
 BATCH = 64

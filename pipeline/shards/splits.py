@@ -17,20 +17,13 @@ from pipeline.config.schema import Config, Data
 from pipeline.config.validation import fingerprint
 from pipeline.shards.advice import report_padding
 from pipeline.shards.contents import digest, file_digests
+from pipeline.shards.conversion import FOLDER_FORMATS
 from pipeline.shards.index import ShardIndex
 from pipeline.shards.indexing import index_shard, write_shard
-from pipeline.shards.sources import (
-    FOLDER_FORMATS,
-    Listing,
-    count_by_extension,
-    expand,
-    list_split,
-    load_sample,
-    sample_keys,
-    split_folder,
-)
+from pipeline.shards.listing import Listing, count_by_extension, sample_keys
+from pipeline.shards.patterns import expand
+from pipeline.shards.sources import SPLITS, list_splits, load_sample
 
-SPLITS = ("train", "val")
 SHARD_SETTINGS = {"source", "seed", "shard_samples", "max_pixels", "exif_orientation"}
 """The fields of `Data` that the contents of written shards depend on."""
 
@@ -77,14 +70,14 @@ class WrittenShards(ShardSet):
     digests: list[str]
 
     def tasks(self, wanted: dict[str, bool]) -> list[Task]:
-        listing, count = self.listing, len(self.names)
+        data, listing, count = self.data, self.listing, len(self.names)
         keys = sample_keys(listing.names)
         samples = [
             (keys[i], listing.names[i], self.digests[i], listing.labels[i])
-            for i in permutation(stream_key(self.data.seed, "shards", self.split), len(listing.names))
+            for i in permutation(stream_key(data.seed, "shards", self.split), len(listing.names))
         ]
         return [
-            partial(_write_and_index, self.data, self.split, self.root / name, samples[number::count], wanted[name])
+            partial(_write_and_index, data, listing.root, self.root / name, samples[number::count], wanted[name])
             for number, name in enumerate(self.names)
             if name in wanted
         ]
@@ -94,12 +87,12 @@ class WrittenShards(ShardSet):
         return dict(zip(sample_keys(self.listing.names), self.listing.names, strict=True))
 
     def source_file(self, key: str) -> str:
-        return str(split_folder(self.data, self.split) / self._names_by_key[key]) if self.listing.signatures else ""
+        return str(self.listing.root / self._names_by_key[key]) if self.listing.signatures else ""
 
 
-def _write_and_index(data: Data, split: str, path: Path, samples: list[tuple], overwrite: bool) -> ShardIndex:
+def _write_and_index(data: Data, root: Path, path: Path, samples: list[tuple], overwrite: bool) -> ShardIndex:
     if overwrite or not path.exists():
-        images = ((key, *load_sample(data, split, name, expected), label) for key, name, expected, label in samples)
+        images = ((key, *load_sample(data, root, name, expected), label) for key, name, expected, label in samples)
         write_shard(path, images)
     return index_shard(str(path.parent), path.name, data.max_pixels, FOLDER_FORMATS)
 
@@ -126,10 +119,11 @@ def plan_splits(config: Config, dry_run: bool, quick: bool) -> Iterator[ShardSet
 
 def _written_shards(config: Config, dry_run: bool, quick: bool) -> Iterator[ShardSet]:
     data = config.data
-    listings = {split: list_split(data, split) for split in SPLITS}
+    listings = list_splits(data)
     _check_classes(data, listings)
-    if data.source == "folder" and len({split_folder(data, split).resolve() for split in SPLITS}) == 1:
-        raise _same_split(data, str(split_folder(data, "val")))
+    shared = len({listing.root.resolve() for listing in listings.values()}) == 1
+    if data.source == "folder" and shared and not data.val_fraction:
+        raise _same_split(data, str(listings["val"].root))
     digests: dict[str, list[str]] = {}
     for split, listing in listings.items():
         count = -(-len(listing.names) // data.shard_samples)
@@ -142,7 +136,7 @@ def _written_shards(config: Config, dry_run: bool, quick: bool) -> Iterator[Shar
         if dry_run:
             print(summary)
             continue
-        digests[split] = _digests(config, split, listing, quick)
+        digests[split] = _digests(config, listing, split if shared else "", quick)
         if split == "val":
             _warn_of_copies(listing.names, digests)
         # of this split alone, and of nothing that shards do not depend on
@@ -154,17 +148,22 @@ def _written_shards(config: Config, dry_run: bool, quick: bool) -> Iterator[Shar
         yield WrittenShards(data, split, root, str(root), names, listing.classes, listing, digests[split])
 
 
-def cache_file(config: Config, folder: Path) -> Path:
-    """What is known of a folder's files, for `quick`; may be deleted at any time."""
-    return local_work(config.work) / "data" / "seen" / f"{fingerprint(str(folder.absolute()))}.json"
+def cache_file(config: Config, folder: Path, split: str = "") -> Path:
+    """What is known of a folder's files, for `quick`; may be deleted at any time.
+
+    Args:
+        split: the one that the files are of, in a folder of several.
+    """
+    of = [str(folder.absolute()), split] if split else str(folder.absolute())
+    return local_work(config.work) / "data" / "seen" / f"{fingerprint(of)}.json"
 
 
-def _digests(config: Config, split: str, listing: Listing, quick: bool) -> list[str]:
+def _digests(config: Config, listing: Listing, split: str, quick: bool) -> list[str]:
     """The digest of every image; empty ones for the digits, which never change."""
     if not listing.signatures:
         return [""] * len(listing.names)
-    folder, threads = split_folder(config.data, split), config.data.workers or available_cores()
-    return file_digests(folder, listing.names, listing.signatures, cache_file(config, folder), quick, threads)
+    cache, threads = cache_file(config, listing.root, split), config.data.workers or available_cores()
+    return file_digests(listing.root, listing.names, listing.signatures, cache, quick, threads)
 
 
 def _warn_of_copies(names: list[str], digests: dict[str, list[str]]) -> None:

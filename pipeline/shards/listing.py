@@ -1,0 +1,58 @@
+"""What a data source lists: a split's samples, their classes and their keys."""
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.common.files import StatSignature
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A split's samples, in an order that depends only on their names."""
+
+    classes: list[str]
+    names: list[str]
+    """Path below `root`, or the sample's number (digits)."""
+    labels: list[int]
+    signatures: list[StatSignature]
+    """Of each file; empty for digits."""
+    ignored: list[str]
+    """Other files, which are not taken for images, and links to folders."""
+    root: Path = Path()
+    """The folder that names are below."""
+
+
+def sample_keys(names: list[str]) -> list[str]:
+    """A key for each name: its path without extension, in [A-Za-z0-9_/-], unique.
+
+    A dot would end a WebDataset key, so other characters become `_`. Names that would then get the same key each get a
+    hash of the name appended: a key depends on its own name and the set of names, not on their order.
+    """
+    keys = [re.sub(r"[^A-Za-z0-9_/-]", "_", name.rpartition(".")[0] or name) for name in names]
+    counts: dict[str, int] = {}
+    for key in keys:
+        counts[key] = counts.get(key, 0) + 1
+    return [
+        key if counts[key] == 1 else f"{key}_{hashlib.blake2b(os.fsencode(name), digest_size=6).hexdigest()}"
+        for key, name in zip(keys, names, strict=True)
+    ]
+
+
+def extension(name: str) -> str:
+    """A name's extension in lower case, without the dot; empty if there is none."""
+    return name.rpartition("/")[2].rpartition(".")[2].lower() if "." in name else ""
+
+
+def count_by_extension(names: list[str]) -> str:
+    """Count files per extension, with an example each: `12 .heic (cat/IMG_1.heic), 1 .txt (cat/a.txt)`."""
+    examples: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for name in names:
+        label = f".{extension(name)}" if extension(name) else "without an extension"
+        counts[label] = counts.get(label, 0) + 1
+        examples.setdefault(label, name)
+    commonest = sorted(counts, key=lambda label: -counts[label])
+    return ", ".join(f"{counts[label]:,} {label} ({examples[label]})" for label in commonest)
