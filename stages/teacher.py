@@ -16,6 +16,7 @@ from pipeline.config.schema import Config, Recipe, Teacher, Training
 from pipeline.models.adapt import fixres_modules
 from pipeline.models.build import NormalizedModel, build_teacher, parameter_count
 from pipeline.models.description import describe_model
+from pipeline.models.ensemble import Ensemble, join, load_members
 from pipeline.models.evaluation import classifiers, predict, top_k_accuracy
 from pipeline.models.pretrained import classifier_modules, load_pretrained
 from pipeline.models.provenance import teacher_architecture, teacher_source
@@ -39,7 +40,7 @@ def run(config: Config, device: torch.device, purpose: str = "train-student", dr
     train, val = (Index(index_path(config, split)) for split in ("train", "val"))
     size, found = config.teacher_size(purpose), None
     if dry_run and purpose == "train-student" and config.teacher.timm_tag:
-        print(describe_tag(config, len(train.classes)))  # without downloading it
+        print(describe_tag(config, len(train.classes)), *describe_members(config.teacher), sep="\n")  # no download
         return
     with print_if_not_ready(dry_run):
         found = teacher_or_run(config, purpose, train, val, device)
@@ -47,12 +48,33 @@ def run(config: Config, device: torch.device, purpose: str = "train-student", dr
         return
     training, teacher = (found, found.model) if isinstance(found, Run) else (None, found)
     source = config.teacher.weights or "not trained further"
-    print(describe_run(training) if training else f"teacher: {source}, {size} px")
+    lines = [describe_run(training) if training else f"teacher: {source}, {size} px", *describe_members(config.teacher)]
+    print(*lines, sep="\n")
     check_input_size(teacher, size, _size_advice(config, purpose))
     if not dry_run:
         origin = describe_origin(config, purpose)  # the file may be replaced during training
+        others = further_teachers(config, train.classes) if purpose == "train-student" else []  # else part of it
         last_epoch = train_to_completion(training) if training else None
+        teacher = join(config.teacher, [teacher, *others]) if others else teacher
         evaluate_and_publish(config, purpose, teacher, val, device, origin, training, last_epoch)
+
+
+def describe_members(section: Teacher) -> list[str]:
+    """A line about each further teacher of the ensemble."""
+    return [f"  averaged with {member.weights}" for member in section.ensemble]
+
+
+def further_teachers(config: Config, classes: list[str]) -> list[NormalizedModel]:
+    """The further teachers of the ensemble, checked to take pictures of their size.
+
+    Raises:
+        UsageError, PipelineError: as `load_members`, or one does not take them.
+    """
+    models = load_members(config.teacher, classes, digests_folder(config))
+    for number, (member, model) in enumerate(zip(config.teacher.ensemble, models, strict=True)):
+        key, size = f"teacher.ensemble[{number}]", member.size or config.teacher_size("train-student")
+        check_input_size(model, size, f"set {key}.size to the size that it takes", f"{key} {member.weights}")
+    return models
 
 
 def mark_unneeded(config: Config, purpose: str) -> None:
@@ -157,7 +179,9 @@ def evaluate_and_publish(
         training: the run that trained it, with the metrics of its last epoch.
     """
     size, finetune_size = config.teacher_size(purpose), config.teacher_size("finetune")
-    metrics = accuracy_or_refusal(config, teacher, val, size, device)
+    metrics: dict[str, Any] = dict(accuracy_or_refusal(config, teacher, val, size, device))
+    if isinstance(teacher, Ensemble):
+        metrics["members"] = evaluate_members(config, teacher, val, size, device)
     reused = purpose == "train-student" and config.needs_teacher("finetune") and not config.teacher_finetune.epochs
     if reused and finetune_size != size:  # refuse before students are trained, not after
         check_input_size(teacher, finetune_size, _size_advice(config, "finetune"))
@@ -168,6 +192,21 @@ def evaluate_and_publish(
     folder, description = teacher_folder(config, purpose), describe_model(teacher, val.classes, size, config.teacher.crop)
     save = lambda path: save_teacher(path, config.teacher, teacher, description.as_json())  # noqa: E731
     publish(folder, save, metrics | origin, training, last_epoch)
+
+
+def evaluate_members(
+    config: Config, teacher: Ensemble, val: Index, size: int, device: torch.device
+) -> dict[str, dict[str, float | str | int]]:
+    """Each member's accuracy on the pictures that the ensemble is evaluated on, by its number and weights."""
+    found = {}
+    pairs = zip(config.teacher.members, teacher.members, teacher.sizes, strict=True)
+    for number, (section, member, own_size) in enumerate(pairs):
+        metrics, name = _evaluate(config, Ensemble([member], [own_size]), val, size, device), section.title
+        if Rank.init_process_group(device).rank == 0:
+            low = "; below teacher.min_top1" * (float(metrics["top1"]) < config.teacher.min_top1)
+            print(f"teacher {number}, {name}: top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f}{low}")
+        found[f"{number}: {name}"] = {key: metrics[key] for key in ("top1", "top5", "parameters")}
+    return found
 
 
 def describe_origin(config: Config, purpose: str) -> dict[str, Any]:
@@ -206,7 +245,7 @@ def accuracy_or_refusal(
         do = f"it is poor at a size other than its own: set finetune.teacher_size to {trained} or null, or adapt it"
         do += " with teacher_finetune.epochs"
     raise PipelineError(
-        f"teacher {section.weights or section.model} at {size} px: top-1 on {val.path}",
+        f"teacher {section.title} at {size} px: top-1 on {val.path}",
         expected=f"at least {section.min_top1:.4f} (teacher.min_top1)",
         found=f"{metrics['top1']:.4f}",
         do=do,

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from pipeline.config.paths import index_path
-from pipeline.config.schema import PURPOSES, Config, Student
+from pipeline.config.schema import PURPOSES, Config, Student, Teacher
 from pipeline.models.build import build_student, build_teacher
 from pipeline.models.class_map import check_range, class_numbers
+from pipeline.models.ensemble import other_classes
 from pipeline.models.pretrained import fit_student_weights, fit_weights
 from pipeline.models.teacher import check_input_size
 from pipeline.models.weights import check_timm_tag, read_weights
@@ -43,18 +44,33 @@ def check(config: Config, command: str) -> None:
 
 
 def check_teacher(config: Config, classes: Sequence[str] | None) -> None:
-    """Check that it can be built, and that its weights exist and fit the model, but for its classifier."""
-    section, weights, tag = config.teacher, config.teacher.weights, config.teacher.timm_tag
+    """Check every teacher of the ensemble, and that further ones have the classes of the index."""
+    first, *others = config.teacher.members
+    check_one_teacher(first, classes)
+    for number, member in enumerate(others):
+        if not check_one_teacher(member, classes):
+            raise other_classes(number, str(member.weights), len(classes or ()))
+
+
+def check_one_teacher(section: Teacher, classes: Sequence[str] | None) -> bool:
+    """Check that it can be built, and that its weights exist and fit the model, but for its classifier.
+
+    Returns:
+        Whether the classifier of its weights, if it has any, fits the index, as far as is known.
+    """
+    weights, tag, fits = section.weights, section.timm_tag, True
     state = read_weights(weights) if weights and not tag else None
     if tag and ":" not in tag:
         has = check_timm_tag(tag)
         if section.class_map is not None and classes:
             check_range(class_numbers(section.class_map, classes), has)
+        fits = section.class_map is not None or not classes or has == len(classes)
         section = section.model_copy(update={"model": tag})
     with torch.device("meta"):  # only shapes
         teacher = build_teacher(section, len(classes or range(1000)))
     if state is not None and classes:
-        fit_weights(section, teacher.model.to_empty(device="cpu"), state, classes)
+        fits = fit_weights(section, teacher.model.to_empty(device="cpu"), state, classes)
+    return fits
 
 
 def check_student(config: Config, student: Student, classes: int | None, size: int) -> None:

@@ -11,7 +11,8 @@ import torch
 from pipeline.common.cores import available_cores, resolve_workers
 from pipeline.config.schema import Config, Training
 from pipeline.config.store_spec import store_spec
-from pipeline.models.build import NormalizedModel, build_student, build_teacher, parameter_count
+from pipeline.models.build import NormalizedModel, build_student, parameter_count
+from pipeline.models.ensemble import build_ensemble
 from pipeline.shards.conversion import FOLDER_FORMATS
 from pipeline.shards.images import Undecodable, decode
 from pipeline.store.estimate import equal_shards, estimate
@@ -43,7 +44,7 @@ class Rates:
 
 def measure(config: Config, files: list[Path], classes: int, device: torch.device) -> Rates:
     """Measure every model of the experiment, decoding and rendering, each for about `MEASURE` seconds."""
-    models = {"teacher": build_teacher(config.teacher, classes)}
+    models = {"teacher": build_ensemble(config.teacher, classes)}
     models |= {
         name: build_student(config.student_named(name), config.recipe, classes, config.recipe.size)
         for name in config.students

@@ -7,7 +7,8 @@ import inspect
 import json
 from typing import Any
 
-from pipeline.config.schema import Config, Training
+from pipeline.config.schema import Config, Teacher, Training
+from pipeline.config.training_sections import TeacherMember
 from pipeline.config.validation import Section
 
 INTRODUCTION = """# Configuration keys
@@ -38,6 +39,8 @@ def reference() -> str:
             parts.append(_part("Training", Training, note))
         note = "Also the keys of [Training](#training), with these changes and additions:" * (name in trained)
         parts.append(_part(f"`{name}`", section, note, inherited=Training if name in trained else None))
+        if section is Teacher:
+            parts.append(_part("`teacher.ensemble`", TeacherMember))
     return "\n".join(parts)
 
 
@@ -56,8 +59,8 @@ def _part(
         if key in (exclude or ()) or _same(found, was):
             continue
         meaning = found.get("description") or was.get("description", "")
-        default = json.dumps(found["default"], ensure_ascii=False)
-        cells = (f"`{key}`", describe_type(found), f"`{default}`", " ".join(meaning.split()))
+        default = f"`{json.dumps(found['default'], ensure_ascii=False)}`" if "default" in found else "required"
+        cells = (f"`{key}`", describe_type(found), default, " ".join(meaning.split()))
         rows.append("| " + " | ".join(_escape(cell) for cell in cells) + " |\n")
     text = inspect.cleandoc(section.__doc__ or "")
     return f"## {heading}\n\n{text}\n\n" + f"{note}\n\n" * bool(note) + HEADER + "".join(rows)
@@ -88,7 +91,7 @@ def describe_type(schema: dict[str, Any]) -> str:
         if "prefixItems" in schema:
             return f"{len(schema['prefixItems'])} numbers"
         items = schema["items"]
-        return f"list of {items['type']}s{_range(items)}"
+        return f"list of {items.get('type', 'mapping')}s{_range(items)}"
     if kind in ("integer", "number"):
         return kind + _range(schema)
     return {"object": "mapping"}.get(kind, kind)

@@ -20,6 +20,7 @@ def conflicting_settings(config: "Config") -> Iterator[str]:
     yield from _students(config)
     yield from _teacher_sizes(config)
     yield from _teacher_head(config)
+    yield from _ensemble(config)
     yield from _finetuned_students(config)
 
 
@@ -112,6 +113,14 @@ def _teacher_head(config: "Config") -> Iterator[str]:
         yield "teacher.class_map must be null without teacher.weights: a teacher that is trained has the index's classes"
     if teacher.class_map is not None and teacher.head_epochs:
         yield f"teacher.head_epochs must be 0 with teacher.class_map, which keeps the classifier: {teacher.head_epochs}"
+
+
+def _ensemble(config: "Config") -> Iterator[str]:
+    if config.teacher.ensemble and config.teacher_finetune.epochs:
+        yield (
+            "teacher_finetune.epochs must be 0 with teacher.ensemble, as only a single teacher is adapted: found"
+            f" {config.teacher_finetune.epochs}"
+        )
 
 
 def _finetuned_students(config: "Config") -> Iterator[str]:

@@ -91,6 +91,26 @@ class Training(Section):
     """Steps between two entries in log.jsonl."""
 
 
+class TeacherMember(Section):
+    """A further teacher of an ensemble, used as it is."""
+
+    model: Model = "regnety_160"
+    """Any timm classifier; a timm tag in `weights` names its model itself."""
+    kwargs: Arguments = {}
+    """Passed to timm.create_model."""
+    weights: File
+    """A timm tag, or a local file, of as many classes as the index unless there is a class_map. To fine-tune a member,
+    make it the teacher of another experiment, and name the weights.safetensors that this publishes."""
+    class_map: ClassMap | None = None
+    """As `teacher.class_map`."""
+    mean: Triple = IMAGENET_MEAN
+    """Normalisation of its input."""
+    std: Triple = IMAGENET_STD
+    """Standard deviation of the same."""
+    size: Pixels | None = None
+    """Its input size; the images that the first teacher is given are resized to it on the device. null: their size."""
+
+
 class Teacher(Training):
     """The teacher: pretrained weights, or a model trained here."""
 
@@ -119,6 +139,20 @@ class Teacher(Training):
     and it is trained at this size, if at all. null: the size of the images."""
     min_top1: Fraction = 0.5
     """A teacher with a lower top-1 accuracy on val is refused: a wrong teacher must not label a million images."""
+    ensemble: list[TeacherMember] = []
+    """Further teachers. The predicted probabilities are the mean of all teachers' (the logits are its logarithm), also
+    for `min_top1`. Their order counts as part of the teacher."""
+
+    @property
+    def members(self) -> list["Teacher"]:
+        """The teachers of the ensemble, this one first, each as a teacher by itself."""
+        others = [Teacher(**member.model_dump(), drop_path=0.0) for member in self.ensemble]
+        return [self.model_copy(update={"ensemble": []}), *others]
+
+    @property
+    def title(self) -> str:
+        """The model, or the weights that name it, of every teacher."""
+        return " + ".join(member.weights or member.model for member in self.members)
 
     @property
     def timm_tag(self) -> str | None:

@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import json
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -89,6 +89,9 @@ def short_repr(value: Any) -> str:
 def _valid_keys(kind: type[BaseModel], location: list[str]) -> list[str]:
     """The keys of the section that contains `location`."""
     for part in location[:-1]:
+        if part.isdigit():
+            continue  # an item of the list
         by_name = {(field.alias or name): field for name, field in kind.model_fields.items()}
-        kind = cast(type[BaseModel], by_name[part].annotation)
+        annotation = by_name[part].annotation
+        kind = cast(type[BaseModel], next(iter(get_args(annotation)), annotation))
     return [field.alias or name for name, field in kind.model_fields.items()]

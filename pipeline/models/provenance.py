@@ -16,11 +16,28 @@ def teacher_architecture(section: Teacher) -> dict[str, Any]:
     described = {"model": model, "kwargs": section.kwargs, "mean": section.mean, "std": section.std}
     if section.class_map is not None:
         described["class_map"] = section.class_map
+    if section.ensemble:
+        described["ensemble"] = [
+            teacher_architecture(member) | {"size": member.size} for member in section.members[1:]
+        ]
     return json.loads(json.dumps(described))
 
 
-def teacher_source(section: Teacher, checksums: Path) -> str | None:
-    """What `teacher.weights` names: a timm tag, or `sha256:` and the digest of a file. None: initial weights.
+def teacher_source(section: Teacher, checksums: Path) -> str | list[str | None] | None:
+    """What `teacher.weights` names, a list of these for an ensemble.
+
+    Args:
+        checksums: see `weights_source`.
+
+    Raises:
+        OSError: a file does not exist or cannot be read.
+    """
+    sources = [weights_source(member, checksums) for member in section.members]
+    return sources if section.ensemble else sources[0]
+
+
+def weights_source(section: Teacher, checksums: Path) -> str | None:
+    """What the `weights` of one teacher name: a timm tag, or `sha256:` and the digest of a file. None: initial weights.
 
     Args:
         checksums: folder of the checksums of external files. A file is not read if its size and modification time are

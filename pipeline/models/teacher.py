@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import interpolate
 
 from pipeline.common.errors import NotReady, PipelineError, UsageError
 from pipeline.config.paths import NOT_NEEDED, teacher_folder
@@ -14,6 +13,7 @@ from pipeline.config.schema import Config, Teacher, TeacherLogits
 from pipeline.config.validation import differences
 from pipeline.models.build import NormalizedModel, build_teacher
 from pipeline.models.compiling import compile_model
+from pipeline.models.ensemble import Ensemble, join, resize_pictures
 from pipeline.models.provenance import teacher_architecture
 from pipeline.models.weights import (
     DESCRIPTION,
@@ -33,7 +33,8 @@ class TeacherForward:
     def __init__(self, teacher: NormalizedModel, settings: TeacherLogits, size: int | None = None):
         """`size` is the height and width of the teacher's input; views of another size are resized. None: any."""
         self.settings, self.size = settings, size
-        teacher.float32_head = True
+        for model in teacher.members if isinstance(teacher, Ensemble) else [teacher]:
+            model.float32_head = True
         if settings.channels_last:
             teacher = teacher.to(memory_format=torch.channels_last)
         self.teacher = compile_model(teacher) if settings.compile else teacher
@@ -57,13 +58,6 @@ def teacher_logits(teacher: nn.Module, pictures: torch.Tensor, slots: int, group
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
         logits = [teacher(part)[0].float() for part in pictures.split(slots * groups)]
     return torch.cat(logits)
-
-
-def resize_pictures(pictures: torch.Tensor, size: int | None) -> torch.Tensor:
-    """Resize pictures (N, 3, P, P) to the teacher's input size if it differs: bilinear, antialiased."""
-    if size is None or pictures.shape[-1] == size:
-        return pictures
-    return interpolate(pictures, (size, size), mode="bilinear", antialias=True)
 
 
 def describe_teacher(section: Teacher, teacher: NormalizedModel, size: int) -> dict[str, Any]:
@@ -112,7 +106,10 @@ def load_teacher(
         )
     if described and described["classes"] != list(classes):
         raise _other_classes(path, described["classes"], list(classes), command)
-    teacher = build_teacher(section.model_copy(update={"drop_path": 0.0, "model": architecture["model"]}), len(classes))
+    members = [
+        member.model_copy(update={"drop_path": 0.0, "model": member.timm_tag or member.model}) for member in section.members
+    ]
+    teacher = join(section, [build_teacher(member, len(classes)) for member in members])
     load_weights(teacher.model, state, str(path))
     return teacher.to(device).eval()
 

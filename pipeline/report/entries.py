@@ -50,7 +50,7 @@ def list_entries(config: Config) -> list[Entry]:
 def _entry(config: Config, name: str, folder: Path) -> Entry:
     teacher, tuned, crop = config.teacher, config.finetune, config.evaluate.crop
     if name == TEACHER:
-        model, size = teacher.weights or teacher.model, config.teacher_size("train-student")
+        model, size = teacher.title, config.teacher_size("train-student")
         return Entry(name, model, folder, "teacher", size, teacher.crop, teacher.precision, teacher)
     if name.endswith(FINETUNED):
         source = name.removesuffix(f"-{FINETUNED}")

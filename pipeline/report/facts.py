@@ -30,7 +30,7 @@ def describe_experiment(
     if store:
         here = not teacher.weights or trained_run(teacher_folder(config))
         trained = f"here, epochs: {teacher.epochs}" if here else "elsewhere"
-        sections["Teacher"] = {"model": teacher.weights or teacher.model, "trained": trained}
+        sections["Teacher"] = {"model": teacher.title, "trained": trained}
         sections["Store of teacher predictions"] = _describe_store(store, summary)
     return sections | {
         "Recipe": _describe_recipe(config.recipe),

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import StoreSpec
-from pipeline.models.build import build_student, build_teacher
+from pipeline.models.build import build_student
+from pipeline.models.ensemble import build_ensemble
 from pipeline.models.evaluation import multiply_adds
 from pipeline.store.encoding import payload_width, row_bytes
 from pipeline.store.layout import Dimensions
@@ -104,7 +105,7 @@ def describe_break_even(config: Config, spec: StoreSpec, classes: int) -> str:
         epochs = config.finetune.epochs
         if config.finetune.students:
             student = config.finetune_student(config.finetune.students[0])
-    teacher = multiply_adds(build_teacher(config.teacher, classes), spec.teacher_size)
+    teacher = multiply_adds(build_ensemble(config.teacher, classes), spec.teacher_size)
     own = multiply_adds(build_student(student, config.recipe, classes, spec.recipe.size), spec.recipe.size)
     return (
         f"  pays   after {spec.views / epochs:.2f} students of {epochs} epochs: the store takes {spec.views} forwards of\n"

@@ -24,8 +24,8 @@ def configured_teacher(config: Config, index: str | None) -> dict[str, Any]:
         index: fingerprint of the training index.
     """
     settings = result_fields(config.teacher)
-    for evaluation_only in ("min_top1", "crop"):
-        del settings[evaluation_only]
+    for other in ("min_top1", "crop", "ensemble"):  # of evaluation; the ensemble's other members do not teach this one
+        del settings[other]
     for key in ("head_epochs", "class_map"):
         if not settings[key]:
             del settings[key]  # as before there was such a key
