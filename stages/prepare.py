@@ -19,7 +19,8 @@ def run(config: Config, dry_run: bool = False, quick: bool = False) -> None:
 
     Args:
         quick: files whose size and times have not changed since the last run count as unchanged; without it every
-            image and every shard is read.
+            image and every shard is read. Either way, only shards that have changed are decoded again, and none that an
+            interrupted run was done with.
 
     Raises:
         UsageError, PipelineError: see pipeline.shards.splits and pipeline.shards.build.

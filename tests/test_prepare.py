@@ -287,7 +287,7 @@ def test_quick_run_reads_no_image_and_no_shard_and_leaves_the_published_index(in
     prepare.run(config)
     prepare.run(config, quick=True)  # the shards were new
     before = times(in_tmp)
-    for module, name in ((contents, "_file_digest"), (build, "file_sha256"), (splits, "index_shard")):
+    for module, name in ((contents, "_file_digest"), (build, "shard_sha256"), (splits, "index_shard")):
         monkeypatch.setattr(module, name, reading_anything)
     prepare.run(config, quick=True)
     assert times(in_tmp) == before

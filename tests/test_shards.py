@@ -269,7 +269,7 @@ def test_pickle_in_a_shard_is_never_opened(tmp_path):
         ([("a.cls", b"1")], "'a'"),
         ([("a.png", FEW[0][2]), ("a.cls", b"")], "None"),
         ([("a.png", FEW[0][2]), ("a.cls", b"cat")], "None"),
-        ([("a.png", FEW[0][2]), ("a.cls", b"-1")], "None"),
+        ([("a.png", FEW[0][2]), ("a.cls", b"-1")], "class -1"),
         ([("a.png", FEW[0][2]), ("a.cls", b"1.5")], "None"),
         ([("a.png", FEW[0][2]), ("a.cls", str(MAX_CLASSES).encode())], "None"),
         ([("a.png", FEW[0][2]), ("a.cls", b"9" * 5000)], "None"),
@@ -445,7 +445,8 @@ class ClientError(Exception):
 def test_error_of_a_server_s_client_is_reported_plainly(tmp_path, monkeypatch, method, call):
     from fsspec.implementations.memory import MemoryFileSystem
 
-    shard = indexed(tmp_path).shard(0)
+    indexed(tmp_path)
+    shard = index_shard(str(tmp_path), "000000.tar")
     MemoryFileSystem().pipe_file("/shards/000000.tar", (tmp_path / "000000.tar").read_bytes())
     write_index(tmp_path / "at-url.json", "memory://shards", ["0", "1", "2"], [shard])
     index = Index(tmp_path / "at-url.json")

@@ -6,20 +6,22 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from pipeline.common.cores import available_cores
 from pipeline.common.errors import PipelineError
-from pipeline.common.files import file_sha256, remove_partial_files
+from pipeline.common.files import remove_partial_files
 from pipeline.common.lock import kernel_lock
 from pipeline.common.progress import progress
 from pipeline.common.signals import exit_with_parent
 from pipeline.config.paths import DATA_LOCK, local_work
 from pipeline.config.schema import Config
 from pipeline.shards.contents import load_cache, save_cache
-from pipeline.shards.index import Index, ShardIndex
-from pipeline.shards.indexing import shard_signature, write_index
+from pipeline.shards.finished import Finished, load_finished, remove_finished, save_finished
+from pipeline.shards.index import Index, ShardIndex, row_type
+from pipeline.shards.indexing import shard_sha256, shard_signature, write_index
 from pipeline.shards.splits import ShardSet, Task, cache_file
 
 REQUESTS = 8  # files that are checked at a time
@@ -28,9 +30,12 @@ REQUESTS = 8  # files that are checked at a time
 def build(config: Config, shards: ShardSet, classes: list[str], quick: bool) -> Index:
     """Write the missing shards of a split and index them.
 
+    Shards that match an existing index by their SHA-256, or that an indexing was done with before it was killed, are not
+    decoded again.
+
     Args:
         classes: those that the index must have; empty if labels decide.
-        quick: trust shards whose size and times have not changed; otherwise shards written here are read and compared.
+        quick: trust shards whose size and times have not changed; otherwise all are read and compared.
 
     Raises:
         PipelineError: a shard or image cannot be read, too many images do not decode, a worker was killed.
@@ -45,12 +50,17 @@ def build(config: Config, shards: ShardSet, classes: list[str], quick: bool) -> 
         with kernel_lock(lock, f"{shards.split}: waiting for another process, which prepares data there") as locked:
             if locked:
                 remove_partial_files(shards.root)
-            _make(shards, path, classes, index, unchanged)
+            _make(shards, path, classes, index, unchanged, signatures)
         index = Index(path)
+    remove_finished(_finished_folder(shards))
     if known := {name: at for name, at in signatures.items() if at is not None}:
         save_cache(cache, known)
     _check_refused(shards, index.refused)
     return index
+
+
+def _finished_folder(shards: ShardSet) -> Path:
+    return shards.root / "finished"
 
 
 def _existing_index(shards: ShardSet, path: Path) -> Index | None:
@@ -77,36 +87,66 @@ def _signatures(shards: ShardSet) -> dict[str, Any]:
 
 
 def _unchanged(shards: ShardSet, index: Index, signatures: dict[str, Any], known: dict[str, Any]) -> set[str]:
-    """The shards that match the index: by a known signature or, if written here, by their SHA-256."""
+    """The shards that match the index: by a known signature or by their SHA-256."""
+    entries = [(shard["name"], shard["bytes"], shard["sha256"], known.get(shard["name"])) for shard in index.shards]
+    return _matching(shards, entries, signatures, f"check {shards.location}")
 
-    def matches(shard: dict[str, Any]) -> bool:
-        name = shard["name"]
-        if signatures.get(name) is not None and known.get(name) == signatures[name]:
+
+def _matching(
+    shards: ShardSet, entries: list[tuple[str, int, str, Any]], signatures: dict[str, Any], title: str
+) -> set[str]:
+    """The shards that are what an earlier indexing read.
+
+    Args:
+        entries: name, bytes, SHA-256 and trusted signature of each; the last None if only its contents may tell.
+        signatures: the current ones.
+    """
+
+    def matches(entry: tuple[str, int, str, Any]) -> bool:
+        name, size, sha256, trusted = entry
+        if name not in signatures:
+            return False  # it does not exist
+        current = signatures[name]
+        if current is not None and current == trusted:
             return True
-        return shards.written_here and name in signatures and file_sha256(shards.root / name) == shard["sha256"]
+        if current is not None and current[0] not in (None, size):
+            return False
+        return shard_sha256(shards.location, name) == sha256
 
-    unchanged = set()
-    with ThreadPoolExecutor(REQUESTS) as pool, progress(len(index.shards), f"check {shards.root}", "shard") as bar:
-        for shard, equal in zip(index.shards, pool.map(matches, index.shards), strict=True):
+    found = set()
+    with ThreadPoolExecutor(REQUESTS) as pool, progress(len(entries), title, "shard", enabled=bool(entries)) as bar:
+        for entry, equal in zip(entries, pool.map(matches, entries), strict=True):
             bar.update()
             if equal:
-                unchanged.add(shard["name"])
-    return unchanged
+                found.add(entry[0])
+    return found
 
 
-def _make(shards: ShardSet, path: Path, classes: list[str], index: Index | None, unchanged: set[str]) -> None:
+def _make(
+    shards: ShardSet,
+    path: Path,
+    classes: list[str],
+    index: Index | None,
+    unchanged: set[str],
+    signatures: dict[str, Any],
+) -> None:
     """Write and index the shards that are not `unchanged` since `index`, and write the new index."""
-    if index is None or index.keyed_by_shard:  # whose keys are no longer those in the shards
-        found: dict[str, ShardIndex] = {}
-    else:
-        found = {name: index.shard(number) for number, name in enumerate(index.names) if name in unchanged}
-    # overwrite those that an index lists but that do not match it: they are damaged
-    wanted = {name: index is not None and name not in unchanged for name in shards.names if name not in found}
+    found: dict[str, ShardIndex] = {}
+    if index is not None:
+        found = {name: _indexed_before(index, n) for n, name in enumerate(index.names) if name in unchanged}
+    kept = _finished_before(shards, [name for name in shards.names if name not in found])
+    entries = [(name, done.shard.bytes, done.shard.sha256, done.signature) for name, done in kept.items()]
+    found |= {name: kept[name].shard for name in _matching(shards, entries, signatures, "resume the indexing")}
+    # overwrite those that were indexed but do not match it: they are damaged
+    wanted = {name: index is not None or name in kept for name in shards.names if name not in found}
     workers = min(shards.data.workers or available_cores(), len(wanted))
     with process_map(workers) as map_tasks, progress(
         len(wanted), f"{shards.split} shards", "shard", enabled=bool(wanted)
     ) as bar:
-        for shard in map_tasks(_run, shards.tasks(wanted)):
+        # of a shard that is written now, only the contents will tell whether it is unchanged
+        stamps = [None if overwrite else signatures.get(name) for name, overwrite in wanted.items()]
+        folder, settings = _finished_folder(shards), shards.indexing_settings
+        for shard in map_tasks(_run, shards.tasks(wanted), repeat(folder), repeat(settings), stamps):
             found[shard.name] = shard
             _check_refused(shards, [image for done in found.values() for image in done.refused])
             bar.update()
@@ -116,8 +156,33 @@ def _make(shards: ShardSet, path: Path, classes: list[str], index: Index | None,
         print(f"{shards.split}: duplicate key {duplicate}: every sample is named SHARD/KEY")
 
 
-def _run(task: Task) -> ShardIndex:
-    return task()
+def _indexed_before(index: Index, number: int) -> ShardIndex:
+    """What indexing a shard yielded, as if it were indexed again: with the keys and the key length of that shard alone.
+
+    Raises:
+        PipelineError: the table is missing or damaged.
+    """
+    entry, rows = index.shards[number], index.rows(number)
+    keys = rows["key"].tolist()
+    if index.keyed_by_shard:
+        keys = [key[len(entry["name"].encode()) + 1 :] for key in keys]
+    alone = rows.astype(row_type(max(map(len, keys), default=1)))
+    alone["key"] = keys
+    refused = [bad for bad in index.refused if bad["shard"] == entry["name"]]
+    return ShardIndex(entry["name"], alone, entry["bytes"], entry["sha256"], refused)
+
+
+def _finished_before(shards: ShardSet, names: list[str]) -> dict[str, Finished]:
+    """The shards that an unfinished indexing was done with, by name."""
+    folder, settings = _finished_folder(shards), shards.indexing_settings
+    found = {name: load_finished(folder, settings, name) for name in names}
+    return {name: finished for name, finished in found.items() if finished}
+
+
+def _run(task: Task, folder: Path, settings: str, signature: Any) -> ShardIndex:
+    shard = task()
+    save_finished(folder, settings, shard, signature)
+    return shard
 
 
 def _check_refused(shards: ShardSet, refused: list[dict[str, str]]) -> None:

@@ -24,6 +24,7 @@ from pipeline.config.validation import fingerprint
 from pipeline.shards.images import MAX_PIXELS, Undecodable, decode_trusted
 
 MAX_CLASSES = 65535  # class numbers are uint16 in the store, whose fill value is 65535
+UNLABELLED = -1  # the label of a sample that has none
 FORMAT = 1
 PATHS = ("location", "table")  # the keys of index.json that hold paths
 OPEN = 64  # shards whose rows and files are kept: a few times Training.open_shards
@@ -73,6 +74,8 @@ def _invalid(content: dict[str, Any]) -> str:
         return f"samples: {content['samples']!r}"
     if not 0 < len(content["classes"]) <= MAX_CLASSES or not all(isinstance(c, str) for c in content["classes"]):
         return "classes"
+    if not number(content.get("unlabelled", 0), content["samples"] + 1):
+        return f"unlabelled: {content['unlabelled']!r}"
     if not all(isinstance(bad[key], str) for bad in content["refused"] for key in ("shard", "key", "reason")):
         return "refused"
     return ""
@@ -129,6 +132,7 @@ class Index:
         self.fingerprint: str = claimed
         self.classes: list[str] = content["classes"]
         self.keyed_by_shard: bool = "keys" in content
+        self.unlabelled: int = content.get("unlabelled", 0)  # samples
         self.refused: list[dict[str, str]] = content["refused"]
         self.shards: list[dict] = content["shards"]
         self.names = [shard["name"] for shard in self.shards]
@@ -196,9 +200,9 @@ class Index:
 
     def _invalid_row(self, shard: int, rows: np.ndarray) -> str:
         """A value in the rows that no shard can have; empty if there is none."""
-        ends = rows["offset"] + rows["size"]
+        ends, least = rows["offset"] + rows["size"], UNLABELLED if self.unlabelled else 0
         valid = {
-            "label": (rows["label"] >= 0) & (rows["label"] < len(self.classes)),
+            "label": (rows["label"] >= least) & (rows["label"] < len(self.classes)),
             "size": rows["size"] > 0,
             "offset": (rows["offset"] >= np.concatenate([[0], ends[:-1]])) & (ends <= self.shards[shard]["bytes"]),
             "key": rows["key"] != b"",
@@ -209,23 +213,17 @@ class Index:
                 return f"{field_name} {row[field_name]} of sample {row['key']!r}"
         return ""
 
-    def shard(self, number: int) -> ShardIndex:
-        """What indexing a shard yielded.
-
-        Raises:
-            PipelineError: the table is missing or damaged.
-        """
-        entry = self.shards[number]
-        refused = [bad for bad in self.refused if bad["shard"] == entry["name"]]
-        return ShardIndex(entry["name"], self.rows(number), entry["bytes"], entry["sha256"], refused)
-
     def locate(self, row: int) -> tuple[int, int]:
         """Shard and position of a sample's row in the table."""
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1
         return shard, row - int(self.starts[shard])
 
+    def class_name(self, label: int) -> str:
+        """The name of a label's class."""
+        return "unlabelled" if label == UNLABELLED else self.classes[label]
+
     def labels(self) -> np.ndarray:
-        """All samples' labels in index order, int64 (samples,)."""
+        """All samples' labels in index order, int64 (samples,); UNLABELLED where a sample has none."""
         return np.concatenate([self.rows(shard)["label"] for shard in range(len(self.names))]).astype(np.int64)
 
     def read(self, shard: int, position: int) -> bytes:

@@ -6,11 +6,11 @@ substituted or skipped silently: images that do not decode are listed in the ind
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -22,12 +22,12 @@ from webdataset.writer import TarWriter
 from pipeline.common.errors import PipelineError, is_io_error, reason
 from pipeline.common.files import atomic_write, is_conclusive, stat_signature
 from pipeline.config.validation import fingerprint
-from pipeline.shards.images import FORMATS, MAX_PIXELS, Undecodable, decode
-from pipeline.shards.index import FORMAT, MAX_CLASSES, Index, ShardIndex, row_type
-from pipeline.shards.tar import InvalidTar, Member, Tar
+from pipeline.shards.images import FORMATS, MAX_PIXELS
+from pipeline.shards.index import FORMAT, UNLABELLED, Index, ShardIndex, row_type
+from pipeline.shards.samples import Labels, read_samples, sample_row
+from pipeline.shards.tar import CHUNK, InvalidTar, Tar
 
-IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
-BYTES_PER_PIXEL = 8  # of an image file at most: 16 bits of each of red, green, blue and alpha, uncompressed
+LABELS = Labels()
 VERSIONS = ("ETag", "LastModified", "Last-Modified", "Content-MD5", "last_modified", "updated", "mtime", "created")
 """Names under which fsspec's file systems report a version or modification time of a file."""
 
@@ -40,7 +40,11 @@ def write_shard(path: Path, samples: Iterable[tuple[str, str, bytes, int]]) -> N
 
 
 def index_shard(
-    location: str, name: str, max_pixels: int = MAX_PIXELS, source_formats: tuple[str, ...] = FORMATS
+    location: str,
+    name: str,
+    max_pixels: int = MAX_PIXELS,
+    source_formats: tuple[str, ...] = FORMATS,
+    labels: Labels = LABELS,
 ) -> ShardIndex:
     """Read a shard once: find every sample, decode its image strictly, hash its bytes.
 
@@ -48,6 +52,7 @@ def index_shard(
         max_pixels: an image of more is refused before it is decoded.
         source_formats: what the images were before the shard was written. One that could not be converted is stored
             as it was, and the reason why it is refused is the one found when reading it in its own format.
+        labels: where the class numbers are.
 
     Raises:
         PipelineError: no such shard, damaged tar, a sample without label or image, a duplicate key.
@@ -58,8 +63,8 @@ def index_shard(
     seen: set[str] = set()
     with _reading(where), fsspec.open(where, "rb") as file:
         tar = Tar(cast(BinaryIO, file))
-        for key, fields in _samples(tar, max_pixels, source_formats):
-            row = _row(where, key, fields, key in seen)
+        for key, fields in read_samples(tar, max_pixels, source_formats, labels):
+            row = sample_row(where, key, fields, key in seen, labels)
             seen.add(key)
             if isinstance(row, str):
                 refused.append({"shard": name, "key": key, "reason": row})
@@ -85,78 +90,17 @@ def _reading(where: str) -> Iterator[None]:
         ) from error
 
 
-@dataclass
-class _Image:
-    """Where an image is stored and its checksum, or why it does not decode."""
+def shard_sha256(location: str, name: str) -> str:
+    """The SHA-256 of a shard's bytes, all of which are read.
 
-    offset: int
-    size: int
-    crc32c: int = 0
-    refused: str = ""
-
-
-_Fields = dict[str, _Image | int | None]
-"""A sample by extension: its image, its class (None if that is no number), None for anything else."""
-
-
-def _samples(tar: Tar, max_pixels: int, source_formats: tuple[str, ...]) -> Iterator[tuple[str, _Fields]]:
-    """Yield (key, fields) in tar order, with members grouped as webdataset groups them."""
-    last, fields = None, {}
-    for member in tar:
-        folder, _, base = member.name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        if not stem or not extension:
-            continue  # README, ._x.jpg: webdataset does not take them for samples either
-        key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
-        if key != last or extension in fields:
-            if last is not None:
-                yield last, fields
-            last, fields = key, {}
-        fields[extension] = None
-        if extension in IMAGE_TYPES:
-            fields[extension] = _check_image(tar, member, max_pixels, source_formats)
-        elif extension == "cls" and member.size < 64:
-            text = tar.read(member.size).strip()
-            fields[extension] = int(text) if text.isdigit() and len(text) < 6 and int(text) < MAX_CLASSES else None
-    if last is not None:
-        yield last, fields
-
-
-def _check_image(tar: Tar, member: Member, max_pixels: int, source_formats: tuple[str, ...]) -> _Image:
-    if member.size > min(2**31 - 1, BYTES_PER_PIXEL * max_pixels + 2**20):
-        refused = f"{member.size:,} bytes: more than an image of {max_pixels:,} pixels (data.max_pixels) can have"
-        return _Image(member.offset, member.size, refused=refused)
-    data = tar.read(member.size)
-    try:
-        decode(data, max_pixels)
-    except Undecodable as error:
-        return _Image(member.offset, member.size, refused=_refusal(data, max_pixels, source_formats) or str(error))
-    return _Image(member.offset, member.size, google_crc32c.value(data))
-
-
-def _refusal(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> str:
-    """Why an image of one of the formats does not decode; empty if it does, or if shards hold no other formats."""
-    if formats != FORMATS:
-        try:
-            decode(data, max_pixels, formats)
-        except Undecodable as error:
-            return str(error)
-    return ""
-
-
-def _row(where: str, key: str, fields: _Fields, duplicate: bool) -> tuple[bytes, int, int, int, int] | str:
-    """A sample's row, or why its image was refused."""
-    images = [value for value in fields.values() if isinstance(value, _Image)]
-    label = fields.get("cls")
-    if len(images) != 1 or not isinstance(label, int) or duplicate:
-        raise PipelineError(
-            f"{where}: sample {key!r}",
-            expected=f"one image ({', '.join(IMAGE_TYPES)}), a .cls with a class number, a unique key",
-            found="a duplicate key" if duplicate else f"members {sorted(fields)}, class {label}",
-            do="repair the shard",
-        )
-    image = images[0]
-    return image.refused or (key.encode(), image.offset, image.size, label, image.crc32c)
+    Raises:
+        PipelineError: no such shard, or no response.
+    """
+    where, found = f"{location}/{name}", hashlib.sha256()
+    with _reading(where), fsspec.open(where, "rb") as file:
+        while data := cast(BinaryIO, file).read(CHUNK):
+            found.update(data)
+    return found.hexdigest()
 
 
 def shard_signature(location: str, name: str) -> Any:
@@ -216,6 +160,8 @@ def write_index(
     }
     if duplicate:
         content["keys"] = "SHARD/KEY"
+    if unlabelled := int((rows["label"] == UNLABELLED).sum()):
+        content["unlabelled"] = unlabelled
     content["fingerprint"] = fingerprint(content)
     _write_json(path, content, location, path.with_suffix(".npy"), max_pixels)
     return duplicate
@@ -232,7 +178,7 @@ def _check_rows(location: str, rows: np.ndarray, classes: int) -> None:
             f"{location}: sample {key!r}",
             expected=f"a label below {classes}, the number of training classes",
             found=str(rows["label"].max()),
-            do="give validation the classes of training",
+            do="give validation the classes of training, or correct data.class_names",
         )
 
 

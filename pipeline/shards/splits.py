@@ -18,6 +18,7 @@ from pipeline.config.validation import fingerprint
 from pipeline.shards.advice import report_padding
 from pipeline.shards.contents import digest, file_digests
 from pipeline.shards.conversion import FOLDER_FORMATS
+from pipeline.shards.finished import indexing_settings
 from pipeline.shards.index import ShardIndex
 from pipeline.shards.indexing import index_shard, write_shard
 from pipeline.shards.listing import Listing, count_by_extension, sample_keys
@@ -47,6 +48,11 @@ class ShardSet(ABC):
     @property
     def written_here(self) -> bool:
         return self.location == str(self.root)
+
+    @property
+    def indexing_settings(self) -> str:
+        """Identifies everything but a shard's bytes that indexing it depends on."""
+        return indexing_settings(self.data.max_pixels)
 
     @abstractmethod
     def tasks(self, wanted: dict[str, bool]) -> list[Task]:
