@@ -14,7 +14,7 @@ from pipeline.config.schema import Config
 ROOT = Path(__file__).parent.parent
 
 # A package imports only packages listed above it; stages stand between `report` and `cli`.
-ORDER = ("common", "config", "shards", "views", "batches", "models", "store", "training", "report", "cli")
+ORDER = ("common", "config", "shards", "views", "batches", "models", "store", "training", "api", "report", "cli")
 
 MAX_MODULE, MAX_FUNCTION = 300, 50  # lines
 

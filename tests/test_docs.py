@@ -149,8 +149,15 @@ def test_the_examples_in_python_read_what_the_store_holds(project):
     assert found["histogram"].sum() == 8 and len(found["histogram"]) == 3
 
 
+def test_the_example_of_another_training_loop_trains(project):
+    found: dict = {}
+    (block,) = blocks("python.md", "python")
+    exec(block, found)
+    assert found["batch"].step == 1 and found["loss"].isfinite()
+
+
 def test_python_stands_where_it_is_run():
-    assert [name for name in FILES if blocks(name, "python")] == ["store.md", "models.md"]
+    assert {name for name in FILES if blocks(name, "python")} == {"store.md", "models.md", "python.md"}
 
 
 @every_file
@@ -183,7 +190,7 @@ def test_a_configuration_key_in_the_text_exists(name):
 
 @every_file
 def test_a_path_that_is_named_exists(name):
-    for path in re.findall(r"(?<![\w/.-])(?:pipeline|stages|configs|docs|tests|bench|\.ci)/[\w./-]*", TEXTS[name]):
+    for path in re.findall(r"(?<![\w/.-])(?:pipeline|stages|configs|docs|tests|bench|examples|\.ci)/[\w./-]*", TEXTS[name]):
         assert (ROOT / path.rstrip(".")).exists(), path
 
 
