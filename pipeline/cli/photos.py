@@ -11,11 +11,9 @@ from PIL import Image
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.schema import Data
 from pipeline.shards.conversion import FOLDER_FORMATS
-from pipeline.shards.listing import Listing, count_by_extension
+from pipeline.shards.listing import TRAIN_NAMES, VAL_NAMES, Listing, count_by_extension
 from pipeline.shards.sources import list_splits
 
-TRAIN = ("train", "training")
-VAL = ("val", "valid", "validation", "dev", "test", "testing")
 SAMPLE = 200
 """Files whose headers are read."""
 FEW, MANY = 0.2, 0.1
@@ -90,17 +88,17 @@ def find_splits(root: Path) -> Data:
     if not root.is_dir():
         raise UsageError(f"{root}", expected="a folder of images", found="no such folder", do="correct the path")
     folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir() and _has_folders(path)}
-    train, val = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, VAL))
+    train, val = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN_NAMES, VAL_NAMES))
     if train and val:
         return Data(train=str(train), val=str(val))
     classes = {path.name.lower() for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    if train is None and len(classes) > 1 and not classes & {*TRAIN, *VAL}:
+    if train is None and len(classes) > 1 and not classes & {*TRAIN_NAMES, *VAL_NAMES}:
         train = root
     if train is None:
         raise UsageError(
             f"{root}",
-            expected=f"one folder of images per class, either here or in folders for training ({', '.join(TRAIN)}) and"
-            f" validation ({', '.join(VAL)})",
+            expected=f"one folder of images per class, either here or in folders for training ({', '.join(TRAIN_NAMES)}) and"
+            f" validation ({', '.join(VAL_NAMES)})",
             found=", ".join(str(path.name) for path in sorted(root.iterdir())[:5]) or "an empty folder",
             do="put the images of each class into a folder of its own, or name the folder that holds the class folders",
         )

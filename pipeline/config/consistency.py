@@ -57,7 +57,7 @@ def _names(config: "Config") -> Iterator[str]:
 
 def _val_fraction(config: "Config") -> Iterator[str]:
     data = config.data
-    if data.val_fraction and data.source != "folder":
+    if data.val_fraction and data.source in ("digits", "shards"):
         yield f"data.val_fraction must be 0 with data.source {data.source}, which has its own split: {data.val_fraction}"
     if data.val_fraction and data.val:
         yield f"data.val must be empty with data.val_fraction, which divides data.train: found {data.val!r}"

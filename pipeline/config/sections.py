@@ -27,16 +27,17 @@ from pipeline.config.validation import Section
 class Data(Section):
     """Where images come from and how they are divided into shards."""
 
-    source: Literal["digits", "folder", "shards"] = "folder"
-    """`digits` (bundled with scikit-learn), `folder` (one folder per class) or `shards` (existing WebDataset tars)."""
+    source: Literal["digits", "folder", "shards", "table"] = "folder"
+    """`digits` (bundled with scikit-learn), `folder` (one folder per class), `table` (a CSV, TSV, JSON Lines or Parquet
+    file of paths and labels) or `shards` (existing WebDataset tars)."""
     train: str = ""
-    """folder: the root of the training class folders. shards: a path or URL; {0000..1023} and * are expanded, ~ is
-    your home folder."""
+    """folder: the root of the training class folders. table: the file. shards: a path or URL; {0000..1023} and * are
+    expanded. ~ is your home folder."""
     val: str = ""
-    """The same for validation; empty with val_fraction."""
+    """The same for validation; empty with val_fraction, or if the table of data.train has a column `split`."""
     val_fraction: FractionBelowOne = 0.0
-    """Use this fraction of the training images of each class for validation instead (folder only). Which ones follows
-    from data.seed and their paths below data.train: an added image moves at most one other of its class."""
+    """Use this fraction of the training images of each class for validation instead (not with digits and shards). Which
+    ones follows from data.seed and their paths: an added image moves at most one other of its class."""
     seed: int = 0
     """Determines the order of samples in the shards, and the images that val_fraction chooses."""
     shard_samples: Positive = 1280
@@ -47,10 +48,10 @@ class Data(Section):
     max_pixels: Annotated[int, Field(ge=1, le=2**30)] = 50_000_000
     """Larger images are refused before they are decoded; decoding takes 10 (JPEG, PNG) to 22 (WebP) bytes per pixel."""
     exif_orientation: bool = True
-    """Apply the EXIF orientation (folder only); rotated images are stored as PNG. Turn it off to reproduce published
+    """Apply the EXIF orientation (not with shards); rotated images are stored as PNG. Turn it off to reproduce published
     results: torchvision and timm ignore the tag."""
     max_per_class: Positive | None = None
-    """Use only the first N images of each class (folder only), for quick trials."""
+    """Use only the first N images of each class (not with digits and shards), for quick trials."""
     workers: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Processes that write and index shards; null: one per core."""
 

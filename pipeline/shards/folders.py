@@ -37,7 +37,7 @@ def list_folder(data: Data, split: str) -> Listing:
                 found=count_by_extension(others) or "none",
                 do="add images, or convert what is there, or remove the folder",
             )
-        for image, signature in images[: data.max_per_class]:
+        for image, signature in images:
             names.append(image)
             labels.append(label)
             signatures.append(signature)

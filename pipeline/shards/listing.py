@@ -6,7 +6,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.common.errors import PipelineError
 from pipeline.common.files import StatSignature
+
+TRAIN_NAMES = ("train", "training")
+VAL_NAMES = ("val", "valid", "validation", "dev", "test", "testing")
+"""How data sets call their splits; the first that there is counts."""
+NUMBER = "0|[1-9][0-9]{0,17}"
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,8 @@ class Listing:
     """Other files, which are not taken for images, and links to folders."""
     root: Path = Path()
     """The folder that names are below."""
+    left_out: tuple[str, ...] = ()
+    """What else is there and is not used, for messages."""
 
 
 def sample_keys(names: list[str]) -> list[str]:
@@ -56,3 +64,27 @@ def count_by_extension(names: list[str]) -> str:
         examples.setdefault(label, name)
     commonest = sorted(counts, key=lambda label: -counts[label])
     return ", ".join(f"{counts[label]:,} {label} ({examples[label]})" for label in commonest)
+
+
+def number_classes(where: str, labels: list[str]) -> dict[str, int]:
+    """Number the classes, by name and in order.
+
+    If all labels are whole numbers, class n is called n. Otherwise labels are names, which are numbered in the order of
+    their Unicode code points, as class folders are.
+
+    Raises:
+        PipelineError: numbers with gaps: a class without images, or numbers that do not begin with 0.
+    """
+    names = set(labels)
+    if not all(re.fullmatch(NUMBER, name) for name in names):
+        return {name: number for number, name in enumerate(sorted(names))}
+    last = max(map(int, names))
+    if last >= len(names):
+        missing = next(str(number) for number in range(last) if str(number) not in names)
+        raise PipelineError(
+            f"{where}: classes",
+            expected=f"labels that are names, or all numbers from 0 to {last} (the largest one found)",
+            found=f"{len(names):,} numbers; no training image is of class {missing}",
+            do="number the classes from 0 without gaps, or write names, for example class7 instead of 7",
+        )
+    return {str(number): number for number in range(last + 1)}

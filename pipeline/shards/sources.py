@@ -1,6 +1,7 @@
 """Where the images of written shards come from: list the splits of a source, load one sample."""
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 from pipeline.common.errors import PipelineError
@@ -10,6 +11,7 @@ from pipeline.shards.conversion import NATIVE, stored_form
 from pipeline.shards.digits import digit_png, list_digits
 from pipeline.shards.folders import list_folder
 from pipeline.shards.listing import Listing
+from pipeline.shards.tables import list_tables
 from pipeline.shards.validation_split import chosen_for_validation
 
 SPLITS = ("train", "val")
@@ -24,9 +26,14 @@ def list_splits(data: Data) -> dict[str, Listing]:
     """
     if data.source == "digits":
         return {split: list_digits(split) for split in SPLITS}
-    if data.val_fraction:
-        return divide(list_folder(data, "train"), data.seed, data.val_fraction)
-    return {split: list_folder(data, split) for split in SPLITS}
+    if data.source == "table":
+        listings = list_tables(data)
+    else:
+        wanted = ("train",) if data.val_fraction else SPLITS
+        listings = {split: list_folder(data, split) for split in wanted}
+    if data.max_per_class:
+        listings = {split: _first(listing, data.max_per_class) for split, listing in listings.items()}
+    return divide(listings["train"], data.seed, data.val_fraction) if data.val_fraction else listings
 
 
 def divide(listing: Listing, seed: int, fraction: float) -> dict[str, Listing]:
@@ -44,15 +51,26 @@ def divide(listing: Listing, seed: int, fraction: float) -> dict[str, Listing]:
             do="add images",
         )
     val = [name in chosen for name in listing.names]
-    return {"train": _select(listing, [not each for each in val], listing.ignored), "val": _select(listing, val, [])}
+    train = _select(listing, [not each for each in val])
+    return {"train": train, "val": dataclasses.replace(_select(listing, val), ignored=[], left_out=())}
 
 
-def _select(listing: Listing, wanted: list[bool], ignored: list[str]) -> Listing:
+def _first(listing: Listing, count: int) -> Listing:
+    """The first images of each class."""
+    seen: Counter[int] = Counter()
+    wanted = []
+    for label in listing.labels:
+        wanted.append(seen[label] < count)
+        seen[label] += 1
+    return _select(listing, wanted)
+
+
+def _select(listing: Listing, wanted: list[bool]) -> Listing:
     def of(values: list) -> list:
         return [value for value, keep in zip(values, wanted, strict=True) if keep]
 
     names, labels, signatures = of(listing.names), of(listing.labels), of(listing.signatures)
-    return dataclasses.replace(listing, names=names, labels=labels, signatures=signatures, ignored=ignored)
+    return dataclasses.replace(listing, names=names, labels=labels, signatures=signatures)
 
 
 def load_sample(data: Data, root: Path, name: str, expected: str) -> tuple[str, bytes]:

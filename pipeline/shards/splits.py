@@ -137,6 +137,8 @@ def _written_shards(config: Config, dry_run: bool, quick: bool) -> Iterator[Shar
         summary = f"{split}: {len(listing.names):,} images of {len(listing.classes)} classes in {count} shards{size}"
         if listing.ignored:
             print(f"{split}: left out, not read as images: {count_by_extension(listing.ignored)}")
+        for text in listing.left_out:
+            print(f"{split}: left out: {text}")
         if split == "train":
             report_padding(len(listing.names), count, config.recipe.group_size)
         if dry_run:
