@@ -5,8 +5,12 @@ contents of all the split's images, so nothing is ever overwritten; `outputs/<na
 to them.
 """
 
+import json
+
+from pipeline.common.code import source_digest
+from pipeline.common.files import atomic_write
 from pipeline.common.signals import raise_on_sigterm
-from pipeline.config.paths import index_path
+from pipeline.config.paths import code_path, index_path
 from pipeline.config.schema import Config
 from pipeline.shards.advice import report_order
 from pipeline.shards.build import build
@@ -37,3 +41,14 @@ def run(config: Config, dry_run: bool = False, quick: bool = False) -> None:
                 report_order(index, config.recipe.group_size)
             publish_index(index, index_path(config, shards.split))
         classes = index.classes
+    if not dry_run:
+        record_code(config)
+
+
+def record_code(config: Config) -> None:
+    """Write the digests of the source of models of one's own: DVC cannot depend on files that it does not know."""
+    path, digests = code_path(config), {model: source_digest(model) for model in config.own_models()}
+    text = json.dumps(digests, indent=1) + "\n"
+    if not path.exists() or path.read_text(errors="replace") != text:
+        with atomic_write(path) as temporary:
+            temporary.write_text(text)

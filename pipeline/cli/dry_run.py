@@ -3,12 +3,15 @@
 No data set is needed: before there is an index, the number of classes is unknown and is not checked.
 """
 
+import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from pipeline.config.paths import index_path
 from pipeline.config.schema import PURPOSES, Config, Student, Teacher
+from pipeline.config.types import is_own_model
 from pipeline.models.build import build_student, build_teacher
 from pipeline.models.class_map import check_range, class_numbers
 from pipeline.models.ensemble import other_classes
@@ -46,13 +49,14 @@ def check(config: Config, command: str) -> None:
 def check_teacher(config: Config, classes: Sequence[str] | None) -> None:
     """Check every teacher of the ensemble, and that further ones have the classes of the index."""
     first, *others = config.teacher.members
-    check_one_teacher(first, classes)
+    size = config.teacher_size("train-student")
+    check_one_teacher(first, classes, size)
     for number, member in enumerate(others):
-        if not check_one_teacher(member, classes):
+        if not check_one_teacher(member, classes, member.size or size):
             raise other_classes(number, str(member.weights), len(classes or ()))
 
 
-def check_one_teacher(section: Teacher, classes: Sequence[str] | None) -> bool:
+def check_one_teacher(section: Teacher, classes: Sequence[str] | None, size: int) -> bool:
     """Check that it can be built, and that its weights exist and fit the model, but for its classifier.
 
     Returns:
@@ -66,16 +70,23 @@ def check_one_teacher(section: Teacher, classes: Sequence[str] | None) -> bool:
             check_range(class_numbers(section.class_map, classes), has)
         fits = section.class_map is not None or not classes or has == len(classes)
         section = section.model_copy(update={"model": tag})
-    with torch.device("meta"):  # only shapes
+    with only_shapes(section.model):
         teacher = build_teacher(section, len(classes or range(1000)))
+    if is_own_model(section.model):
+        check_input_size(teacher, size, "correct the model, or choose another size", section.model)
     if state is not None and classes:
         fits = fit_weights(section, teacher.model.to_empty(device="cpu"), state, classes)
     return fits
 
 
+def only_shapes(model: str) -> contextlib.AbstractContextManager[Any]:
+    """Inside, tensors have no contents; but a model of one's own is built as it is, as its code may need them."""
+    return contextlib.nullcontext() if is_own_model(model) else torch.device("meta")
+
+
 def check_student(config: Config, student: Student, classes: int | None, size: int) -> None:
     """Check that it can be built and takes pictures of this size."""
-    with torch.device("meta"):  # only shapes
+    with only_shapes(student.model):
         model = build_student(student, config.recipe, classes or 1000, size)
         check_input_size(model, size, "choose another size, or another model", student.model)
 

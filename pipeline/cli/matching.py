@@ -51,7 +51,7 @@ def is_own_store(config: Config, spec: StoreSpec, attributes: dict[str, Any]) ->
     if not isinstance(teacher, dict) or attributes.get("precision") != spec.precision:
         return False
     weights = read_json(spec.teacher_folder / "metrics.json").get("weights")
-    expected = {"class_map": None, "ensemble": None, **teacher_architecture(config.teacher), "size": spec.teacher_size}
+    expected = {"class_map": None, "ensemble": None, "code": None, **teacher_architecture(config.teacher), "size": spec.teacher_size}
     configured = all(teacher.get(key) == value for key, value in expected.items())
     return configured and weights in (None, teacher.get("weights"))
 

@@ -52,15 +52,16 @@ def export(
     from pipeline.config.params import load
     from pipeline.config.paths import outputs
     from pipeline.models.description import load_model
-    from pipeline.models.export import FORMATS, export
+    from pipeline.models.export import FORMATS, export, is_timm_model
     from pipeline.report.model_card import write_model_card
 
     config = load(path, overrides)
     weights = weights or _weights(config, name)
-    model, description, about = load_model(weights)
+    model, description, about = load_model(weights, config.own_models)
     folder = output or outputs(config) / "export" / weights.parent.name
     pictures, source = _comparison_pictures(config, description)
-    exports = export(model, description, pictures, folder, formats or FORMATS)
+    formats = formats or tuple(name for name in FORMATS if name != "timm" or is_timm_model(description))
+    exports = export(model, description, pictures, folder, formats)
     write_model_card(folder / "README.md", weights, model, description, about, [written.path for written in exports])
     for written in exports:
         print(
@@ -93,7 +94,8 @@ def predict(
     from pipeline.models.description import load_model
     from pipeline.models.predict import image_files, predict_files
 
-    model, description, _ = load_model(weights or _weights(load(path, overrides), name))
+    weights = weights or _weights(load(path, overrides), name)
+    model, description, _ = load_model(weights, lambda: load(path, overrides).own_models())
     for prediction in predict_files(model, description, image_files(list(images)), top):
         pairs = list(zip(prediction.classes, prediction.probabilities, strict=True))
         if as_json:

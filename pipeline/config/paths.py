@@ -34,6 +34,11 @@ def needed_path(config: Config) -> Path:
     return outputs(config) / "needed.json"
 
 
+def code_path(config: Config) -> Path:
+    """Digests of the source of models of one's own, on which DVC's stages depend."""
+    return outputs(config) / "code.json"
+
+
 def index_path(config: Config, split: str) -> Path:
     return outputs(config) / "data" / split / "index.json"
 

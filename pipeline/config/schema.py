@@ -13,7 +13,7 @@ from pipeline.common.errors import UsageError
 from pipeline.config.consistency import conflicting_settings
 from pipeline.config.sections import Data, Evaluate, Recipe, TeacherLogits
 from pipeline.config.training_sections import Finetune, Student, Teacher, TeacherFinetune, Training
-from pipeline.config.types import NAME, Work
+from pipeline.config.types import NAME, Work, is_own_model
 from pipeline.config.validation import Section, validate
 
 __all__ = [
@@ -80,6 +80,11 @@ class Config(Section):
         """Whether any student of train-student or finetune is distilled."""
         names = self.students if purpose == "train-student" else self.finetune.students
         return any(self.student_named(name).distillation != "none" for name in names)
+
+    def own_models(self) -> list[str]:
+        """The models of one's own that teachers and students name, sorted."""
+        students = [self.student, *map(self.student_named, self.variants)]
+        return sorted({each.model for each in [*self.teacher.members, *students] if is_own_model(each.model)})
 
     def teacher_size(self, purpose: str) -> int:
         """Height and width of the teacher's input in pixels, for the store of train-student or finetune."""

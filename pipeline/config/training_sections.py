@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.types import (
     IMAGENET_MEAN,
@@ -23,6 +23,7 @@ from pipeline.config.types import (
     Seed,
     Triple,
     Workers,
+    check_own_model,
 )
 from pipeline.config.validation import Section
 
@@ -95,7 +96,7 @@ class TeacherMember(Section):
     """A further teacher of an ensemble, used as it is."""
 
     model: Model = "regnety_160"
-    """Any timm classifier; a timm tag in `weights` names its model itself."""
+    """As `teacher.model`; a timm tag in `weights` names its model itself."""
     kwargs: Arguments = {}
     """Passed to timm.create_model."""
     weights: File
@@ -110,14 +111,20 @@ class TeacherMember(Section):
     size: Pixels | None = None
     """Its input size; the images that the first teacher is given are resized to it on the device. null: their size."""
 
+    @model_validator(mode="after")
+    def _own_model(self):
+        check_own_model(self.model, self.kwargs, _timm_tag(self.weights))
+        return self
+
 
 class Teacher(Training):
     """The teacher: pretrained weights, or a model trained here."""
 
     model: Model = "regnety_160"
-    """Any timm classifier. Without weights it is trained on the shards."""
+    """Any timm classifier, or a function of your own, mypackage.models:build, that is called with num_classes and kwargs.
+    Without weights it is trained on the shards."""
     kwargs: Arguments = {}
-    """Passed to timm.create_model."""
+    """Passed to timm.create_model, or to the function."""
     weights: File | None = None
     """A timm tag such as regnety_160.deit_in1k, or a local .safetensors / .pth file. With as many classes as the
     index they are used as they are; otherwise the classifier is replaced, and the teacher is trained for `epochs`."""
@@ -142,6 +149,11 @@ class Teacher(Training):
     ensemble: list[TeacherMember] = []
     """Further teachers. The predicted probabilities are the mean of all teachers' (the logits are its logarithm), also
     for `min_top1`. Their order counts as part of the teacher."""
+
+    @model_validator(mode="after")
+    def _own_model(self):
+        check_own_model(self.model, self.kwargs, _timm_tag(self.weights))
+        return self
 
     @property
     def members(self) -> list["Teacher"]:
@@ -185,9 +197,10 @@ class Student(Training):
 
     model: Model = "deit_tiny_distilled_patch16_224"
     """Any timm classifier, such as a deit_*, ResNet, ConvNeXt, Swin, TinyViT or MobileNet. The deit_*_distilled ones have
-    a distillation token and head; others are distilled through their class head."""
+    a distillation token and head; others are distilled through their class head. Or a function of your own, mypackage.models:build, that is called with
+    num_classes and kwargs."""
     kwargs: Arguments = {}
-    """Passed to timm.create_model: patch_size, embed_dim, depth, num_heads, ..."""
+    """Passed to timm.create_model, or to the function: patch_size, embed_dim, depth, num_heads, ..."""
     weights: File | None = None
     """Weights to start from: a timm tag such as deit_tiny_patch16_224.fb_in1k, or a local .safetensors / .pth file. Heads
     of another number of classes are initialized from scratch, and position embeddings are resized. null: initial ones."""
@@ -199,6 +212,11 @@ class Student(Training):
     """Temperature of soft distillation (3 in the paper)."""
     soft_reduction: Literal["numel", "batchmean"] = "numel"
     """numel divides by batch x classes as DeiT's code does, batchmean by the batch."""
+
+    @model_validator(mode="after")
+    def _own_model(self):
+        check_own_model(self.model, self.kwargs, _timm_tag(self.weights))
+        return self
 
     @property
     def timm_tag(self) -> str | None:

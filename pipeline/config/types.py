@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
@@ -12,7 +13,21 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$"
 """Names of experiments and students: they must work as a folder name and never look like a command-line option."""
+OWN_MODEL = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+"""A function of one's own that builds a model: module, colon, name."""
 FORBIDDEN_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+
+
+def check_own_model(model: str, kwargs: dict[str, Any], tag: str | None) -> None:
+    """Check what applies to models of one's own only.
+
+    Raises:
+        ValueError: weights that timm has for a model of its own, or an argument that is passed anyway.
+    """
+    if is_own_model(model) and tag:
+        raise InvalidValue("weights in a local file with a model of your own", tag)
+    if is_own_model(model) and "num_classes" in kwargs:
+        raise InvalidValue("kwargs without num_classes, which is passed anyway", kwargs)
 
 
 class InvalidValue(ValueError):
@@ -62,9 +77,15 @@ def _check_work(value: str) -> str:
     return value
 
 
+def is_own_model(model: str) -> bool:
+    """Whether it is the dotted path of a function of one's own, not the name of a timm model."""
+    return ":" in model
+
+
 def _check_model(value: str) -> str:
-    if ":" in value or "/" in value:  # hf-hub:NAME would be downloaded each time
-        raise InvalidValue("the name of a model built into timm", value)
+    # hf-hub:NAME would be downloaded each time
+    if (":" in value or "/" in value) and not re.fullmatch(OWN_MODEL, value):
+        raise InvalidValue("the name of a model built into timm, or a function of your own, mypackage.models:build", value)
     return value
 
 

@@ -83,9 +83,9 @@ def fixres_modules(model: Any) -> list[nn.Module]:
         UsageError: the model has no batch norm.
     """
     norms = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
+    if not norms or not hasattr(model, "get_classifier"):
         raise UsageError(
-            f"model {type(model).__name__}", expected="a convnet with batch norms", found="none",
+            f"model {type(model).__name__}", expected="a convnet of timm's with batch norms", found="none",
             do="set teacher_finetune.epochs to 0: there is nothing to adapt",
         )  # fmt: skip
     last = norms[-2:] if "downsample" in norms[-1][0] else norms[-1:]

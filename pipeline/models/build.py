@@ -9,9 +9,10 @@ import torch
 from timm.layers.weight_init import trunc_normal_
 from torch import nn
 
+from pipeline.common.code import import_function
 from pipeline.common.errors import UsageError
 from pipeline.config.schema import Recipe, Student, Teacher
-from pipeline.config.types import Triple
+from pipeline.config.types import Triple, is_own_model
 from pipeline.models.linear import convert_linear
 
 INNER_DROPOUT = {"pos_drop_rate", "proj_drop_rate"}
@@ -62,6 +63,53 @@ class NormalizedModel(nn.Module):
         return self.model.head(tokens[:, 0]), self.model.head_dist(tokens[:, 1])
 
 
+class OwnModel(NormalizedModel):
+    """A model of one's own, from pictures to logits; it is distilled through its output as the class head.
+
+    Under autocast the entire model computes in bfloat16, its classifier included.
+    """
+
+    def __init__(self, model: nn.Module, mean: Triple, std: Triple, name: str, kwargs: dict[str, Any], classes: int):
+        super().__init__(model, mean, std, True, name, kwargs)
+        self.classes = classes
+
+    def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (N, classes) of float pictures (N, 3, P, P) in 0..255, twice: there is one head.
+
+        Raises:
+            UsageError: the output has another shape.
+        """
+        logits = self.model((pictures - self.mean) / self.std)
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or logits.shape[1] != self.classes:
+            found = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise UsageError(
+                f"the output of model {self.name!r}", expected=f"logits: a tensor of shape (images, {self.classes})",
+                found=found, do="return the logits of all classes, num_classes, alone",
+            )  # fmt: skip
+        return logits, logits
+
+
+def build_own(model: str, kwargs: dict[str, Any], classes: int, mean: Triple, std: Triple) -> OwnModel:
+    """Build a model of one's own: FUNCTION(num_classes=classes, **kwargs), for a dotted path MODULE:FUNCTION.
+
+    Raises:
+        UsageError: there is no such function, or it does not return a module for these arguments.
+    """
+    function = import_function(model, "model")
+    try:
+        built = function(num_classes=classes, **kwargs)
+    except Exception as error:  # whatever its code raises
+        built, found = None, f"{type(error).__name__}: {error}"
+    else:
+        found = type(built).__name__
+    if not isinstance(built, nn.Module):
+        raise UsageError(
+            f"model {model!r}", expected=f"a torch.nn.Module from {model}(num_classes={classes}, **{kwargs})",
+            found=found, do="correct the function or kwargs",
+        )  # fmt: skip
+    return OwnModel(built, mean, std, model, kwargs, classes)
+
+
 def build(
     section: Teacher | Student, classes: int, mean: Triple, std: Triple, *, size: int | None = None, joint: bool = False
 ) -> NormalizedModel:
@@ -74,6 +122,8 @@ def build(
     Raises:
         UsageError: timm knows no such model, or it does not take these kwargs.
     """
+    if is_own_model(section.model):
+        return _build_own_section(section, classes, mean, std)
     settings: dict[str, Any] = {"drop_rate": section.dropout}
     if size is not None:
         # dropout as in timm 0.3.2, which DeiT pins: after position embeddings, attention and MLP, not before the heads
@@ -85,6 +135,19 @@ def build(
             trunc_normal_(model.cls_token, std=0.02)  # as in DeiT (timm 0.3.2); timm now uses 1e-6
     own = {"img_size": size} if "img_size" in settings else {}
     return NormalizedModel(model, mean, std, joint, section.model, own | section.kwargs)
+
+
+def _build_own_section(section: Teacher | Student, classes: int, mean: Triple, std: Triple) -> OwnModel:
+    """Build the model of one's own that a section names, with initial weights drawn from its seed by torch."""
+    for key in ("dropout", "drop_path"):
+        if value := getattr(section, key):
+            raise UsageError(
+                f"model {section.model!r}", expected=f"{key}: 0 with a model of your own, to which it is not passed",
+                found=f"{value:g}", do=f"set {key} to 0, and pass what the function takes in kwargs",
+            )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(section.seed)
+        return build_own(section.model, section.kwargs, classes, mean, std)
 
 
 def _create(section: Teacher | Student, classes: int, settings: dict[str, Any]) -> nn.Module:

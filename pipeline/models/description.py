@@ -4,16 +4,20 @@ With it a file can be loaded, exported or asked for predictions without the conf
 """
 
 import json
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import timm
 import torch
 
+from pipeline.common.code import source_digest, source_file
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.config.types import Triple
-from pipeline.models.build import NormalizedModel
+from pipeline.config.types import OWN_MODEL, Triple, is_own_model
+from pipeline.models.build import NormalizedModel, OwnModel, build_own
+from pipeline.models.ensemble import Ensemble
 from pipeline.models.weights import DESCRIPTION, load_weights, read_saved_weights
 
 
@@ -22,9 +26,9 @@ class ModelDescription:
     """Everything that is needed to build a model, load its weights and prepare its input."""
 
     model: str
-    """A timm model."""
+    """A timm model; or one of one's own, module:function; or a name for several `members`."""
     kwargs: dict[str, Any]
-    """Arguments of `timm.create_model`, the input size among them where the model takes one."""
+    """Arguments of `timm.create_model` or the function, the input size among them where the model takes one."""
     classes: list[str]
     """Names, in the order of the logits."""
     size: int
@@ -37,9 +41,21 @@ class ModelDescription:
     heads: str
     """`mean`: the prediction is the mean of both heads' logits where there are two. `class`: the class head alone, as
     the distillation head was not trained."""
+    code: str | None = None
+    """SHA-256 of the source file of a model of one's own."""
+    members: list[dict[str, Any]] | None = None
+    """Of an ensemble: model, kwargs, mean, std, size and code of each, by the same rules; size null: that of the
+    ensemble's input."""
 
     def as_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))
+        """The fields as JSON values, without optional ones that are not used."""
+        fields = json.loads(json.dumps(asdict(self)))
+        return {key: value for key, value in fields.items() if value is not None}
+
+    def own_models(self) -> list[str]:
+        """The models of one's own that it names."""
+        named = [self.model, *(str(member["model"]) for member in self.members or [])]
+        return [name for name in named if re.fullmatch(OWN_MODEL, name)]
 
     @classmethod
     def from_json(cls, values: Any, source: str) -> Self:
@@ -48,10 +64,12 @@ class ModelDescription:
         Raises:
             PipelineError: fields are missing or unknown.
         """
-        if not isinstance(values, dict) or values.keys() != cls.__dataclass_fields__.keys():
+        fields = cls.__dataclass_fields__
+        required = {name for name, field in fields.items() if field.default is MISSING}
+        if not isinstance(values, dict) or not required <= values.keys() <= fields.keys():
             raise PipelineError(
                 f"{source}: the description of the model",
-                expected=", ".join(cls.__dataclass_fields__),
+                expected=", ".join(required),
                 found=", ".join(values) if isinstance(values, dict) else "none",
                 do="run the command that made the file again; weights of an earlier version carry no description",
             )
@@ -64,24 +82,46 @@ class ModelDescription:
         """The model with fresh weights, in eval mode.
 
         Raises:
-            UsageError: the installed timm does not have the model, or refuses its arguments.
+            UsageError: the installed timm does not have the model, or refuses its arguments; no such function.
+            PipelineError: the source of a model of one's own has changed.
         """
-        try:
-            model = timm.create_model(self.model, num_classes=len(self.classes), **self.kwargs)
-        except Exception as error:  # each of timm's models has its own way to refuse arguments
-            raise UsageError(
-                f"model {self.model!r} with {self.kwargs}",
-                expected="a model of the installed timm",
-                found=f"{type(error).__name__}: {error}",
-                do="install the timm version that trained it",
-            ) from error
-        return NormalizedModel(model, self.mean, self.std, joint=self.heads == "mean", name=self.model, kwargs=self.kwargs).eval()
+        if not self.members:
+            joint = self.heads == "mean"
+            return _build(self.model, self.kwargs, len(self.classes), self.mean, self.std, self.code, joint).eval()
+        models = [
+            _build(each["model"], each["kwargs"], len(self.classes), each["mean"], each["std"], each["code"], True)
+            for each in self.members
+        ]
+        return Ensemble(models, [each["size"] for each in self.members], self.model).eval()
+
+
+def _build(
+    name: str, kwargs: dict[str, Any], classes: int, mean: Triple, std: Triple, code: str | None, joint: bool
+) -> NormalizedModel:
+    """A model with fresh weights; see ModelDescription."""
+    if is_own_model(name):
+        if source_digest(name) != code:
+            raise PipelineError(
+                f"model {name!r}", expected=f"the source that it was trained with, SHA-256 {code}",
+                found=f"{source_file(name)}: {source_digest(name)}", do="restore that file, or train the model again",
+            )  # fmt: skip
+        return build_own(name, kwargs, classes, mean, std)
+    try:
+        model = timm.create_model(name, num_classes=classes, **kwargs)
+    except Exception as error:  # each of timm's models has its own way to refuse arguments
+        raise UsageError(
+            f"model {name!r} with {kwargs}",
+            expected="a model of the installed timm",
+            found=f"{type(error).__name__}: {error}",
+            do="install the timm version that trained it",
+        ) from error
+    return NormalizedModel(model, mean, std, joint=joint, name=name, kwargs=kwargs)
 
 
 def describe_model(
     model: NormalizedModel, classes: list[str], size: int, crop: float, distilled: bool = True
 ) -> ModelDescription:
-    """The description of a model that `pipeline.models.build` made.
+    """The description of a model that `pipeline.models` built.
 
     Args:
         classes: names, in the order of the logits.
@@ -90,25 +130,55 @@ def describe_model(
         distilled: whether a distillation head, if the model has one, was trained.
     """
     heads = "mean" if distilled or not model.distilled else "class"
-    return ModelDescription(model.name, model.kwargs, classes, size, *model.mean_std, crop, heads)
+    members = None
+    if isinstance(model, Ensemble):
+        pairs = zip(model.members, model.sizes, strict=True)
+        members = [_describe_member(member, own_size) for member, own_size in pairs]
+    code = source_digest(model.name) if isinstance(model, OwnModel) else None
+    return ModelDescription(model.name, model.kwargs, classes, size, *model.mean_std, crop, heads, code, members)
 
 
-def load_model(path: Path) -> tuple[NormalizedModel, ModelDescription, dict[str, Any]]:
+def _describe_member(model: NormalizedModel, size: int | None) -> dict[str, Any]:
+    mean, std = model.mean_std
+    code = source_digest(model.name) if isinstance(model, OwnModel) else None
+    return {"model": model.name, "kwargs": model.kwargs, "mean": mean, "std": std, "size": size, "code": code}
+
+
+def load_model(
+    path: Path, own_models: Callable[[], Collection[str]] = tuple
+) -> tuple[NormalizedModel, ModelDescription, dict[str, Any]]:
     """A trained model from a weights file of this project alone.
+
+    Args:
+        own_models: the models of one's own that may be imported. A file from elsewhere may name any function, so it is
+            not enough that the file names one.
 
     Returns:
         The model in eval mode on the CPU, its description, and all that the file says about its weights.
 
     Raises:
         PipelineError: the file is missing or damaged, or has no description.
+        UsageError: it needs a function that is not among `own_models`.
     """
     if not path.exists():
         raise UsageError(f"{path}: no weights", expected="weights.safetensors of a student or teacher", found="nothing")
     state, about = read_saved_weights(path)
     description = ModelDescription.from_json(about.get(DESCRIPTION), str(path))
+    if named := description.own_models():
+        _check_allowed(path, named, own_models())
     model = description.build()
     load_weights(model.model, state, str(path))
     return model, description, about
+
+
+def _check_allowed(path: Path, named: list[str], allowed: Collection[str]) -> None:
+    if foreign := [name for name in named if name not in allowed]:
+        raise UsageError(
+            f"{path}: a model of {foreign[0]}",
+            expected="a timm model, or a function that the configuration names too, since it is imported and run",
+            found="a configuration that does not name it",
+            do="choose the experiment's configuration with --config, if you trust this code",
+        )
 
 
 class Classifier(torch.nn.Module):

@@ -18,6 +18,7 @@ import timm
 import torch
 
 from pipeline.common.errors import PipelineError, UsageError
+from pipeline.config.types import is_own_model
 from pipeline.models.build import NormalizedModel
 from pipeline.models.description import Classifier, ModelDescription
 
@@ -100,6 +101,10 @@ def _compare(path: Path, found: torch.Tensor, expected: torch.Tensor) -> Export:
 
 def _write_timm(classifier: Classifier, description: ModelDescription, images: torch.Tensor, folder: Path) -> Path:
     """A folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
+    if not is_timm_model(description):
+        raise UsageError(
+            "export to timm", expected="a model of timm's", found=description.model, do="choose --format onnx or torch"
+        )
     if description.heads == "class" and hasattr(classifier.model.model, "head_dist"):
         raise UsageError(
             "export to timm", expected="a model whose heads were both trained, as timm predicts with their mean",
@@ -111,6 +116,11 @@ def _write_timm(classifier: Classifier, description: ModelDescription, images: t
     safetensors.torch.save_file(state, target / "model.safetensors", {"format": "pt"})
     (target / "config.json").write_text(json.dumps(timm_config(description), indent=2) + "\n")
     return target
+
+
+def is_timm_model(description: ModelDescription) -> bool:
+    """Whether timm can build it: not a model of one's own, nor an ensemble."""
+    return not description.members and not is_own_model(description.model)
 
 
 def timm_config(description: ModelDescription) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from pipeline.models.weights import check_timm_tag, load_weights, read_external_
 
 
 def classifier_modules(model: Any) -> list[nn.Module]:
-    """The classifiers of a timm model: one, or that of each head."""
+    """The classifiers of a timm model: one, or that of each head. None is known of a model of one's own."""
+    if not hasattr(model, "get_classifier"):
+        return []
     found = model.get_classifier()
     return list(found) if isinstance(found, tuple | list) else [found]
 

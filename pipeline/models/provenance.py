@@ -5,15 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.common.code import source_digest
 from pipeline.common.files import file_sha256
 from pipeline.config.schema import Teacher
+from pipeline.config.types import is_own_model
 from pipeline.config.validation import fingerprint
 
 
 def teacher_architecture(section: Teacher) -> dict[str, Any]:
     """Model, arguments and normalisation, as JSON values: the same weights may fit other arguments."""
     model = section.timm_tag or section.model
-    described = {"model": model, "kwargs": section.kwargs, "mean": section.mean, "std": section.std}
+    described = {"model": model, "kwargs": section.kwargs, "mean": section.mean, "std": section.std, **code_of(model)}
     if section.class_map is not None:
         described["class_map"] = section.class_map
     if section.ensemble:
@@ -21,6 +23,11 @@ def teacher_architecture(section: Teacher) -> dict[str, Any]:
             teacher_architecture(member) | {"size": member.size} for member in section.members[1:]
         ]
     return json.loads(json.dumps(described))
+
+
+def code_of(model: str) -> dict[str, str | None]:
+    """The digest of the source of a model of one's own, for identities; nothing for timm's models."""
+    return {"code": source_digest(model)} if is_own_model(model) else {}
 
 
 def teacher_source(section: Teacher, checksums: Path) -> str | list[str | None] | None:

@@ -11,7 +11,7 @@ from pipeline.common.errors import NotReady, PipelineError, UsageError
 from pipeline.config.paths import NOT_NEEDED, teacher_folder
 from pipeline.config.schema import Config, Teacher, TeacherLogits
 from pipeline.config.validation import differences
-from pipeline.models.build import NormalizedModel, build_teacher
+from pipeline.models.build import NormalizedModel, OwnModel, build_teacher
 from pipeline.models.compiling import compile_model
 from pipeline.models.ensemble import Ensemble, join, resize_pictures
 from pipeline.models.provenance import teacher_architecture
@@ -135,7 +135,12 @@ def check_input_size(model: NormalizedModel, size: int, do: str, name: str = "th
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, size, size, device=model.mean.device))
-    except (AssertionError, RuntimeError, ValueError) as error:  # raised by timm's and torch's layers
+    except PipelineError:
+        raise
+    except Exception as error:
+        # those of timm's and torch's layers; a model of one's own may raise any
+        if not isinstance(error, AssertionError | RuntimeError | ValueError) and not isinstance(model, OwnModel):
+            raise
         raise UsageError(
             f"{name} with pictures of {size} px",
             expected="a model that accepts them",

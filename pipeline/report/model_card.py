@@ -55,11 +55,12 @@ def model_card(
         if isinstance(results.get(key), float)
     ]  # fmt: skip
     names = ", ".join(description.classes[:20]) + (", ..." if len(description.classes) > 20 else "")
+    kind = "ensemble" if description.members else "own model" if description.code else "timm"
     lines = [
         f"# {description.model}", "",
         f"An image classifier for {len(description.classes):,} classes: {names}.", "",
         "| | |", "| --- | --- |",
-        f"| architecture | timm `{description.model}`, `{json.dumps(description.kwargs)}` |",
+        f"| architecture | {kind} `{description.model}`, `{json.dumps(description.kwargs)}` |",
         f"| parameters | {parameters:,} |",
         f"| input | RGB, {description.size} x {description.size} px, centre crop {description.crop:g} |",
         f"| mean, std | {description.mean}, {description.std} |",

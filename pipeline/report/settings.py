@@ -10,6 +10,7 @@ import torch
 
 from pipeline.config.paths import TEACHER, index_path, state_folder
 from pipeline.config.schema import Config, Student
+from pipeline.config.types import is_own_model
 from pipeline.models.build import build_student
 from pipeline.report.entries import Entry
 from pipeline.training.log import read_log
@@ -17,14 +18,14 @@ from pipeline.training.log import read_log
 LOADING = """\
 import json
 from pathlib import Path
-import timm
+{imports}
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform
 
 classes = json.loads(Path({index!r}).read_text())["classes"]
-model = timm.create_model({model!r}, num_classes=len(classes){arguments})
+model = {function}num_classes=len(classes){arguments})
 model.load_state_dict(load_file({weights!r}))
 transform = create_transform({size}, interpolation="bicubic", mean={mean}, std={std}, crop_pct={crop})
 picture = transform(Image.open("photo.jpg").convert("RGB"))[None]
@@ -128,12 +129,18 @@ def _git(*arguments: str) -> str:
 
 
 def loading_code(config: Config, entry: Entry) -> str:
-    """Python code that loads a student with timm alone and classifies a picture with its joint classifier."""
+    """Python code that loads a student with timm alone, or a function of one's own, and classifies a picture with its joint classifier."""
     assert entry.student
-    with torch.device("meta"):  # only its arguments
-        arguments = build_student(entry.student, config.recipe, 1, entry.size).kwargs
+    if is_own_model(entry.model):
+        module, _, name = entry.model.partition(":")
+        imports, function, arguments = f"from {module} import {name}", f"{name}(", entry.student.kwargs
+    else:
+        imports, function = "import timm", f"timm.create_model({entry.model!r}, "
+        with torch.device("meta"):  # only its arguments
+            arguments = build_student(entry.student, config.recipe, 1, entry.size).kwargs
     return LOADING.format(
-        model=entry.model,
+        imports=imports,
+        function=function,
         arguments="".join(f", {name}={value!r}" for name, value in arguments.items()),
         weights=str(entry.weights),
         size=entry.size,

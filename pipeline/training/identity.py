@@ -8,6 +8,7 @@ No module imported here needs torch.
 from typing import Any
 
 from pipeline.config.schema import Config, Recipe, Student, Training, finetune_fields, result_fields
+from pipeline.models.provenance import code_of
 from pipeline.views.draw import recipe_fingerprint
 
 TRAINING_VERSION = 4  # bump on any change of what a step computes, or finished runs would be taken for it
@@ -31,7 +32,7 @@ def configured_teacher(config: Config, index: str | None) -> dict[str, Any]:
             del settings[key]  # as before there was such a key
     if config.teacher.weights and not config.teacher.timm_tag:
         del settings["weights"]  # a run's identity has the initial weights themselves
-    return {"teacher_settings": settings, **_views(config.teacher_recipe(), index)}
+    return {"teacher_settings": settings | code_of(config.teacher.model), **_views(config.teacher_recipe(), index)}
 
 
 def configured_teacher_finetune(config: Config, index: str | None) -> dict[str, Any]:
@@ -47,12 +48,12 @@ def configured_student(config: Config, student: Student, index: str | None) -> d
         del settings["weights"]  # as before there was such a key
     elif not student.timm_tag:
         settings["weights"] = "file"  # a run's identity has the initial weights themselves
-    return {"student": settings, "views": config.teacher_logits.views, **_views(config.recipe, index)}
+    return {"student": settings | code_of(student.model), "views": config.teacher_logits.views, **_views(config.recipe, index)}
 
 
 def configured_finetune(config: Config, student: Student, index: str | None) -> dict[str, Any]:
     """That of `finetune`, with the settings of one student."""
-    inherited = {key: getattr(student, key) for key in INHERITED_FIELDS}
+    inherited = {key: getattr(student, key) for key in INHERITED_FIELDS} | code_of(student.model)
     settings = finetune_fields(config.finetune)
     return {"finetune": settings, "student": inherited, **_views(config.finetune_recipe(), index)}
 
