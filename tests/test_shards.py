@@ -17,6 +17,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import pytest
+import timm
 import webdataset
 from conftest import full_disk, picture
 from hypothesis import HealthCheck, given, settings
@@ -122,6 +123,16 @@ def test_webdataset_reads_the_same_samples(tmp_path, samples):
     assert [(s["__key__"], next(s[t] for t in s if t in dict(PICTURES)), int(s["cls"])) for s in read] == [
         (key, image, label) for key, _, image, label in samples
     ]
+
+
+@leaky
+def test_timm_s_webdataset_reader_reads_the_same_samples(small_set):
+    _, index = small_set
+    shards = f"{{000000..{len(index.names) - 1:06d}}}.tar|{len(index)}"
+    read = list(timm.data.create_dataset("wds/ours", root=index.location, split=shards))
+    expected = [index.image(*index.locate(row)) for row in range(len(index))]
+    assert [label for _, label in read] == index.labels().tolist()
+    assert all(np.array_equal(np.asarray(image), pixels) for (image, _), pixels in zip(read, expected, strict=True))
 
 
 def test_samples_of_several_shards_are_read_by_shard_and_position(tmp_path):

@@ -13,7 +13,7 @@ STORE = click.option("--store", "named", metavar="PATH", help="A store named by 
 
 @click.group()
 def store() -> None:
-    """Estimate, describe, verify and repair a store.
+    """Estimate, describe, verify, repair and export a store.
 
     \b
     Example:
@@ -116,6 +116,30 @@ def repair(path: str, overrides: tuple[str, ...], purpose: str, named: str | Non
     config = load(path, overrides)
     spec = store_spec(config, purpose)
     maintenance.repair(find_store(config, spec, named), spec)
+
+
+@store.command()
+@click.option("--parquet", "file", required=True, metavar="FILE", type=click.Path(dir_okay=False, path_type=Path),
+              help="The Parquet file to write; needs the extra `parquet`.")  # fmt: skip
+@WHICH_STORE
+@STORE
+@config_options
+def export(path: str, overrides: tuple[str, ...], purpose: str, named: str | None, file: Path) -> None:
+    """Write a complete store as a table: a row per image and view with key, label, argmax and the top-k logits.
+
+    \b
+    Example:
+      pipeline store export --parquet predictions.parquet
+    """
+    from pipeline.cli.find_store import find_store
+    from pipeline.config.params import load
+    from pipeline.config.store_spec import store_spec
+    from pipeline.store.parquet import export_parquet
+
+    config = load(path, overrides)
+    spec = store_spec(config, purpose)
+    rows = export_parquet(find_store(config, spec, named), spec, file)
+    click.echo(f"{file}: {rows:,} rows, {file.stat().st_size / 1e6:,.1f} MB")
 
 
 @click.command()
