@@ -7,7 +7,7 @@ import torch
 
 from pipeline.common.distributed import Rank
 from pipeline.common.files import atomic_write
-from pipeline.config.paths import evaluation_folder, index_path, store_path, teacher_logits_folder
+from pipeline.config.paths import evaluation_folder, store_path, teacher_logits_folder
 from pipeline.config.schema import Config
 from pipeline.models.adapt import load_resized_weights
 from pipeline.models.build import build_student
@@ -22,6 +22,7 @@ from pipeline.report.plots import Curve, plot_curves, plot_disagreement
 from pipeline.report.settings import describe_origin, loading_code, objective, published_as, training_rows
 from pipeline.report.tables import Result, SizeResult, format_sizes, format_table, write_comparisons, write_tables
 from pipeline.shards.index import Index
+from pipeline.shards.published import open_index
 from pipeline.store.manifest import read_manifest, read_summary
 from pipeline.store.reader import Store
 from pipeline.training.log import read_curve
@@ -35,7 +36,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     Raises:
         PipelineError: a model was not trained yet, or the store is missing or damaged.
     """
-    train, val = (Index(index_path(config, split)) for split in ("train", "val"))
+    train, val = (open_index(config, split) for split in ("train", "val"))
     entries = list_entries(config)
     print_entries(entries, val)
     if dry_run:
@@ -99,7 +100,7 @@ def run_weights(
     Raises:
         UsageError, PipelineError: no such model, or the weights are for another one.
     """
-    val = Index(index_path(config, "val"))
+    val = open_index(config, "val")
     student = config.student if model is None else config.student.model_copy(update={"model": model, "kwargs": {}})
     built = build_student(student, config.recipe, len(val.classes), size)
     load_resized_weights(built, read_weights(weights), weights)

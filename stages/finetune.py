@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from pipeline.common.errors import NotReady, UsageError
-from pipeline.config.paths import digests_folder, finetune_folder, index_path, student_folder
+from pipeline.config.paths import digests_folder, finetune_folder, student_folder
 from pipeline.config.schema import Config
 from pipeline.models.adapt import load_resized_weights
 from pipeline.models.build import NormalizedModel, build_student
 from pipeline.models.pretrained import replace_classifiers
 from pipeline.models.teacher import check_input_size
 from pipeline.models.weights import read_external_weights, read_weights, weights_hash
-from pipeline.shards.index import Index
+from pipeline.shards.published import open_index
 from pipeline.training.completion import train_and_publish
 from pipeline.training.identity import configured_finetune
 from pipeline.training.run import NoTeacher, describe_run, prepare_run, print_if_not_ready
@@ -34,7 +34,7 @@ def run(config: Config, device: torch.device, name: str, teacher: str = "stored"
         PipelineError: there are no weights to start from; otherwise as train-student.
     """
     settings, recipe, student = config.finetune, config.finetune_recipe(), config.finetune_student(name)
-    train, val = (Index(index_path(config, split)) for split in ("train", "val"))
+    train, val = (open_index(config, split) for split in ("train", "val"))
     model = build_student(student, config.recipe, len(train.classes), settings.size)
     check_input_size(model, settings.size, "choose another finetune.size, or another model", student.model)
     teaching, teacher_identity = NoTeacher(), None

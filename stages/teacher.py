@@ -11,7 +11,7 @@ from torch import nn
 from pipeline.batches.plan import training_plan
 from pipeline.common.distributed import Rank
 from pipeline.common.errors import PipelineError
-from pipeline.config.paths import NOT_NEEDED, digests_folder, index_path, teacher_folder
+from pipeline.config.paths import NOT_NEEDED, digests_folder, teacher_folder
 from pipeline.config.schema import Config, Recipe, Teacher, Training
 from pipeline.models.adapt import fixres_modules
 from pipeline.models.build import NormalizedModel, build_teacher, parameter_count
@@ -23,6 +23,7 @@ from pipeline.models.provenance import teacher_architecture, teacher_source
 from pipeline.models.teacher import check_input_size, describe_teacher, load_teacher, save_teacher
 from pipeline.models.weights import check_timm_tag, save_weights, weights_hash
 from pipeline.shards.index import Index
+from pipeline.shards.published import open_index
 from pipeline.training.completion import publish, train_to_completion
 from pipeline.training.identity import configured_teacher, configured_teacher_finetune
 from pipeline.training.run import Run, describe_run, prepare_run, print_if_not_ready
@@ -37,7 +38,7 @@ def run(config: Config, device: torch.device, purpose: str = "train-student", dr
     Raises:
         PipelineError: its top-1 on val is below `teacher.min_top1`; nothing is published then.
     """
-    train, val = (Index(index_path(config, split)) for split in ("train", "val"))
+    train, val = (open_index(config, split) for split in ("train", "val"))
     size, found = config.teacher_size(purpose), None
     if dry_run and purpose == "train-student" and config.teacher.timm_tag:
         print(describe_tag(config, len(train.classes)), *describe_members(config.teacher), sep="\n")  # no download

@@ -15,11 +15,12 @@ from pipeline.batches.plan import Unit
 from pipeline.common.errors import NotReady
 from pipeline.common.files import atomic_write
 from pipeline.common.lease import part_lease, part_lease_path
-from pipeline.config.paths import NOT_NEEDED, index_path, store_path, teacher_logits_folder
+from pipeline.config.paths import NOT_NEEDED, store_path, teacher_logits_folder
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.models.teacher import TeacherForward, describe_teacher, load_teacher
 from pipeline.shards.index import Index
+from pipeline.shards.published import open_index
 from pipeline.store.estimate import estimate
 from pipeline.store.labelling import UnitWorker
 from pipeline.store.maintenance import remove_damaged
@@ -42,7 +43,7 @@ def run(
         PipelineError: damaged shards, a full disk, or logits that are not finite.
         UsageError: another process writes the same part, or divides the store into another number of parts.
     """
-    index, spec = Index(index_path(config, "train")), store_spec(config, purpose)
+    index, spec = open_index(config, "train"), store_spec(config, purpose)
     try:
         teacher = load_teacher(config, index.classes, device, purpose)
     except NotReady as error:

@@ -3,13 +3,13 @@
 import torch
 
 from pipeline.common.errors import UsageError
-from pipeline.config.paths import digests_folder, index_path, student_folder
+from pipeline.config.paths import digests_folder, student_folder
 from pipeline.config.schema import Config, Student
 from pipeline.models.build import NormalizedModel, build_student
 from pipeline.models.pretrained import load_student_weights
 from pipeline.models.teacher import check_input_size
 from pipeline.models.weights import weights_hash
-from pipeline.shards.index import Index
+from pipeline.shards.published import open_index
 from pipeline.training.completion import train_and_publish
 from pipeline.training.identity import configured_student
 from pipeline.training.run import NoTeacher, describe_run, prepare_run, print_if_not_ready
@@ -42,7 +42,7 @@ def run(
             f"student {name}: soft distillation", expected="teacher_logits.kind topk, dense8 or dense", found="argmax",
             do="run teacher-logits with such a kind; or use hard distillation, or --teacher online",
         )  # fmt: skip
-    train, val = (Index(index_path(config, split)) for split in ("train", "val"))
+    train, val = (open_index(config, split) for split in ("train", "val"))
     model = build_student(settings, config.recipe, len(train.classes), config.recipe.size)
     check_input_size(model, config.recipe.size, "choose another recipe.size, or another model", settings.model)
     if dry_run and settings.timm_tag:

@@ -2,10 +2,10 @@
 
 from pipeline.cli.scan import is_store_of, list_stores
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.config.paths import index_path, store_path
+from pipeline.config.paths import store_path
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import StoreSpec
-from pipeline.shards.index import Index
+from pipeline.shards.published import open_index
 from pipeline.store.manifest import read_manifest
 from pipeline.store.reader import Store
 
@@ -17,7 +17,7 @@ def find_store(config: Config, spec: StoreSpec, named: str | None = None) -> Sto
         PipelineError: there is none, or it is damaged.
         UsageError: there are several.
     """
-    index, published = Index(index_path(config, "train")), spec.folder / "manifest.json"
+    index, published = open_index(config, "train"), spec.folder / "manifest.json"
     if named:
         return Store.open(named, index, spec.recipe)
     if published.exists():

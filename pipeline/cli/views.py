@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from pipeline.config.paths import index_path
 from pipeline.config.schema import Config
 from pipeline.report.contact_sheet import (
     MIN_SIDE,
@@ -13,7 +12,7 @@ from pipeline.report.contact_sheet import (
     sample_section,
 )
 from pipeline.report.grid import draw_grid
-from pipeline.shards.index import Index
+from pipeline.shards.published import open_index
 
 
 def run(
@@ -33,7 +32,7 @@ def run(
         PipelineError: there is no index yet.
         UsageError: there is no sample with that key.
     """
-    index, recipe = Index(index_path(config, split)), config.recipe
+    index, recipe = open_index(config, split), config.recipe
     shard, position = random_sample(index, seed) if key is None else find_sample(index, key)
     if ops:
         sections = [op_section(index, recipe, shard, position)]

@@ -82,6 +82,11 @@ def local_work(work: str) -> Path:
     return Path("work" if "://" in work else work)
 
 
+def shard_cache_folder(config: Config) -> Path:
+    """Local copies of shards at URLs; may be deleted at any time."""
+    return Path(config.data.cache) if config.data.cache else local_work(config.work) / "cache"
+
+
 def digests_folder(config: Config) -> Path:
     """Digests of external weight files, recorded when each was first read."""
     return local_work(config.work) / "weights"

@@ -12,6 +12,7 @@ from pipeline.config.types import (
     Count,
     Fraction,
     FractionBelowOne,
+    LocalFolder,
     NonNegative,
     Pixels,
     Positive,
@@ -54,6 +55,11 @@ class Data(Section):
     """Use only the first N images of each class (not with digits and shards), for quick trials."""
     workers: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Processes that write and index shards; null: one per core."""
+    cache: LocalFolder | None = None
+    """Folder for local copies of shards at URLs, best on a local disk; null: `cache` in the work folder."""
+    cache_gb: Annotated[float, Field(ge=0, le=1e6)] = 10.0
+    """Limit of the total size of these copies in GB (1e9 bytes); the least recently used are deleted first. At least
+    2 x student.open_shards shards, or all, should fit. 0: no copies, every image read is a request."""
 
 
 class Recipe(Section):

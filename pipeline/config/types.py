@@ -82,6 +82,13 @@ def is_own_model(model: str) -> bool:
     return ":" in model
 
 
+def _check_local_folder(value: str) -> str:
+    value = _expand_user(value)
+    if "://" in value:
+        raise InvalidValue("a local folder", value)
+    return value
+
+
 def _check_model(value: str) -> str:
     # hf-hub:NAME would be downloaded each time
     if (":" in value or "/" in value) and not re.fullmatch(OWN_MODEL, value):
@@ -117,6 +124,7 @@ Range = Annotated[tuple[float, float], Field(strict=False)]
 Arguments = Annotated[dict[str, Any], AfterValidator(_check_arguments)]
 """Keyword arguments of timm.create_model."""
 File = Annotated[str, AfterValidator(_expand_user)]
+LocalFolder = Annotated[str, AfterValidator(_check_local_folder)]
 Model = Annotated[str, AfterValidator(_check_model)]
 ClassMap = Annotated[str | list[int] | dict[str, int], AfterValidator(_check_class_map)]
 """Class numbers of the teacher: in the index's order, by class name, or by the name of a label set that timm knows."""

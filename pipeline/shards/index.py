@@ -21,6 +21,7 @@ import numpy as np
 
 from pipeline.common.errors import NotReady, PipelineError, is_io_error, reason
 from pipeline.config.validation import fingerprint
+from pipeline.shards.cache import ShardCache, is_remote
 from pipeline.shards.images import MAX_PIXELS, Undecodable, decode_trusted
 
 MAX_CLASSES = 65535  # class numbers are uint16 in the store, whose fill value is 65535
@@ -105,8 +106,11 @@ class Index:
     Cheap to pickle: a worker opens table and shards itself.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, cache: ShardCache | None = None):
         """
+        Args:
+            cache: for copies of shards at a URL; None: every sample is read at the URL.
+
         Raises:
             NotReady: `path` is missing.
             PipelineError: it is of another format, or was altered.
@@ -129,6 +133,7 @@ class Index:
                 found=reason(error) if isinstance(error, OSError) else str(error)[:500],
                 do="run: pipeline prepare",
             ) from error
+        self.cache = cache if is_remote(self.location) else None
         self.fingerprint: str = claimed
         self.classes: list[str] = content["classes"]
         self.keyed_by_shard: bool = "keys" in content
@@ -235,7 +240,9 @@ class Index:
         row = self.rows(shard)[position]
         offset, size = int(row["offset"]), int(row["size"])
         try:
-            data = self._pread(shard, offset, size)
+            data = self._read_copy(shard, row)
+            if data is None:
+                data = self._pread(shard, offset, size)
         except Exception as error:
             if not is_io_error(error):
                 raise
@@ -253,6 +260,12 @@ class Index:
                 do="restore the shard, or run: pipeline prepare",
             )
         return data
+
+    def _read_copy(self, shard: int, row: np.ndarray) -> bytes | None:
+        if self.cache is None:
+            return None
+        where = int(row["offset"]), int(row["size"]), int(row["crc32c"])
+        return self.cache.read(self.location, self.shards[shard], *where)
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
         where = f"{self.location}/{self.names[shard]}"

@@ -1,0 +1,47 @@
+"""Open the indices that `prepare` published, and say whether the cache of remote shards is large enough."""
+
+import numpy as np
+
+from pipeline.config.paths import index_path, shard_cache_folder
+from pipeline.config.schema import Config
+from pipeline.shards.cache import GB, ShardCache
+from pipeline.shards.index import Index
+
+
+def open_index(config: Config, split: str) -> Index:
+    """The index of `train` or `val`, with the configured cache for shards at a URL.
+
+    Raises:
+        NotReady, PipelineError: see `Index`.
+    """
+    limit = int(config.data.cache_gb * GB)
+    index = Index(index_path(config, split), ShardCache(shard_cache_folder(config).absolute(), limit) if limit else None)
+    if index.cache and (larger := sum(shard["bytes"] > limit for shard in index.shards)):
+        print(
+            f"{split}: warning: {larger} of {len(index.shards)} shards at {index.location} exceed data.cache_gb"
+            f" {limit / GB:g}: their images are read one by one"
+        )
+    return index
+
+
+def plan_cache(index: Index, open_shards: int) -> str:
+    """Decide whether remote shards that are read `open_shards` at a time are copied; without room, they are not.
+
+    Their groups are read in random order. A cache of fewer shards would download each one many times; as workers run
+    ahead of one another, only twice as many are certain to be downloaded once per cycle.
+
+    Returns:
+        a line that says so; empty if all is well.
+    """
+    if index.cache is None:
+        return ""
+    sizes = np.sort([shard["bytes"] for shard in index.shards])[::-1]
+    needed, useful = int(sizes[:open_shards].sum()), int(sizes[: 2 * open_shards].sum())
+    limit = index.cache.limit
+    if limit >= useful:
+        return ""
+    found = f"data.cache_gb is {limit / GB:g}, and {min(2 * open_shards, len(sizes))} shards have {useful / GB:.2f} GB"
+    if limit >= needed:
+        return f"train: warning: {found}: some shards at {index.location} are downloaded several times per cycle"
+    index.cache = None
+    return f"train: warning: {found}: no local copies of shards at {index.location}, images are read one by one"
