@@ -47,6 +47,7 @@ from pipeline.config.paths import index_path, student_folder, teacher_folder, te
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import store_spec
 from pipeline.models.weights import read_weights, state_dict_hash
+from pipeline.shards.cache import ShardCache
 from pipeline.shards.index import Index
 from pipeline.shards.indexing import index_shard
 from pipeline.shards.splits import SPLITS
@@ -404,6 +405,16 @@ def test_samples_at_s3_are_those_written(both, uploaded):
 def test_images_at_s3_are_the_local_ones(both):
     local, remote = both
     assert same_images(Images(remote), local)
+
+
+@pytest.mark.parametrize("room", [1, 10])
+def test_forked_workers_read_copies_of_shards_at_s3(room, both, in_tmp):
+    local, remote = both
+    size = max(shard["bytes"] for shard in remote.shards)
+    remote = Index(remote.path, ShardCache(in_tmp / "copies", room * size))
+    remote.image(0, 0)
+    assert same_images(by_forked_workers(Images(remote)), local)
+    assert len(list((in_tmp / "copies").glob("*.tar"))) == min(room, 3)
 
 
 def test_forked_workers_read_s3_after_their_parent_did(both):

@@ -132,12 +132,13 @@ class ShardCache:
         """
         copies, total = [], size
         for file in self.folder.iterdir():
-            with suppress(FileNotFoundError):
-                status = file.stat()
-                if file.suffix == PARTIAL:
-                    if file != own and not _remove_abandoned(file, status.st_mtime):
-                        total += int(file.suffixes[-2][1:])
-                elif file.suffix == ".tar":
+            if file.suffix == PARTIAL:
+                # counted even if it has just disappeared: by now it may be a copy, which this listing lacks
+                if file != own and not _remove_abandoned(file):
+                    total += int(file.suffixes[-2][1:])
+            elif file.suffix == ".tar":
+                with suppress(FileNotFoundError):
+                    status = file.stat()
                     copies.append((status.st_mtime, status.st_size, file))
                     total += status.st_size
         for _, freed, file in sorted(copies):
@@ -173,17 +174,15 @@ def _read_copy(path: Path, expected: int, offset: int, size: int) -> bytes:
         os.close(descriptor)
 
 
-def _remove_abandoned(partial: Path, modified: float) -> bool:
+def _remove_abandoned(partial: Path) -> bool:
     """Delete the partial file of a killed process; returns whether it was one."""
-    if time.time() - modified < STALE_SECONDS:
-        return False
-    try:
-        with kernel_lock(partial) as locked:
-            if locked:
-                partial.unlink(missing_ok=True)
-            return locked
-    except BlockingIOError:
-        return False
+    with suppress(FileNotFoundError, BlockingIOError):
+        if time.time() - partial.stat().st_mtime > STALE_SECONDS:
+            with kernel_lock(partial) as locked:
+                if locked:
+                    partial.unlink()
+                return locked
+    return False
 
 
 _warned: set[str] = set()
