@@ -45,7 +45,7 @@ from pipeline.batches.plan import Plan
 from pipeline.config.schema import Recipe
 from pipeline.shards.cache import ShardCache
 from pipeline.shards.index import Index
-from pipeline.shards.indexing import write_index
+from pipeline.shards.indexing import index_shard, write_index
 
 SHARDS, SAMPLES, OPEN_SHARDS = 12, 256, 4
 RECIPE = Recipe()
@@ -124,7 +124,7 @@ def main(rounds: int, latency: float, bandwidth: float):
         server = context.Process(target=serve, args=arguments, daemon=True)
         server.start()
         location = f"http://127.0.0.1:{port.get()}"
-        shards = [local.shard(number) for number in range(SHARDS)]
+        shards = [index_shard(local.location, name) for name in local.names]
         write_index(root / "at-url.json", location, local.classes, shards)
         plan = Plan(RECIPE, tuple(local.names), (SAMPLES,) * SHARDS, RECIPE.block, 16, open_shards=OPEN_SHARDS)
         cache = ShardCache(copies, 10**12)

@@ -17,7 +17,7 @@ from pipeline.shards import cache as cache_module
 from pipeline.shards.cache import ShardCache
 from pipeline.shards.index import Index
 from pipeline.shards.indexing import index_shard, write_index, write_shard
-from pipeline.shards.published import open_index, plan_cache
+from pipeline.shards.published import check_cache, open_index
 from pipeline.training.identity import configured_student
 
 FORK = multiprocessing.get_context("fork")
@@ -230,9 +230,10 @@ def test_processes_share_copies_that_are_deleted_all_the_time(remote, room):
     (3, 3, "", True), (2.9, 3, "no local copies", False), (2.9, 2, "several times", True), (2, 1, "", True),
     (1.9, 1, "several times", True), (0.9, 1, "no local copies", False),
 ])  # fmt: skip
-def test_cache_that_is_too_small_for_the_plan_is_named(remote, room, open_shards, words, copied):
+def test_cache_that_is_too_small_for_the_plan_is_named(remote, room, open_shards, words, copied, capsys):
     index = remote.open(room)
-    note = plan_cache(index, open_shards)
+    check_cache(index, open_shards)
+    note = capsys.readouterr().out
     assert words in note and bool(words) == bool(note)
     assert (index.cache is not None) == copied
 
@@ -241,7 +242,7 @@ def test_cache_that_is_too_small_for_the_plan_is_named(remote, room, open_shards
     ("s3://bucket/x", True), ("https://host/x", True), ("file:///x", False), ("/x", False), ("simplecache::s3://b", False),
 ])  # fmt: skip
 def test_only_shards_at_a_url_are_copied(remote, location, copied):
-    write_index(remote.root / "other.json", location, [*"01234"], [remote.open().shard(0)])
+    write_index(remote.root / "other.json", location, [*"01234"], [index_shard(str(remote.root / "shards"), "0.tar")])
     index = Index(remote.root / "other.json", ShardCache(remote.copies, 1))
     assert (index.cache is not None) == copied
 

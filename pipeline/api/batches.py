@@ -13,12 +13,12 @@ from pipeline.batches.transfer import on_device
 from pipeline.common.cores import allow_open_files, resolve_workers
 from pipeline.common.errors import UsageError
 from pipeline.config.params import load
-from pipeline.config.paths import index_path
 from pipeline.config.schema import PURPOSES, Config, Recipe, Student, Training
 from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.config.types import Triple
 from pipeline.config.validation import fingerprint
 from pipeline.shards.index import Index
+from pipeline.shards.published import check_cache, open_index
 from pipeline.training.identity import TRAINING_VERSION
 from pipeline.training.run import TeacherOutput
 from pipeline.training.teachers import create_teacher
@@ -170,8 +170,9 @@ def open_batches(
         raise UsageError("open_batches: dtype", expected="torch.float32 or torch.uint8", found=str(dtype))
     if logits is not None and distilled.distillation != "none":
         distilled = distilled.model_copy(update={"distillation": "soft" if logits else "hard"})
-    spec, index, device = store_spec(config, purpose), Index(index_path(config, "train")), torch.device(device)
+    spec, index, device = store_spec(config, purpose), open_index(config, "train"), torch.device(device)
     _check_kind(spec, distilled, student)
+    check_cache(index, settings.open_shards)
     teacher, teacher_identity = create_teacher(config, distilled, purpose, index, device, store=store)
     return Batches(
         training_plan(index, recipe, settings, spec.views), index, teacher, settings,

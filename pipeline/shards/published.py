@@ -24,24 +24,24 @@ def open_index(config: Config, split: str) -> Index:
     return index
 
 
-def plan_cache(index: Index, open_shards: int) -> str:
-    """Decide whether remote shards that are read `open_shards` at a time are copied; without room, they are not.
+def check_cache(index: Index, open_shards: int) -> None:
+    """Warn where the cache has no room for remote shards of which `open_shards` are read in turns.
 
-    Their groups are read in random order. A cache of fewer shards would download each one many times; as workers run
-    ahead of one another, only twice as many are certain to be downloaded once per cycle.
-
-    Returns:
-        a line that says so; empty if all is well.
+    Their groups are read in random order. A cache of fewer shards would download each one many times, so there are then
+    no copies; as workers run ahead of one another, only twice as many are certain to be downloaded once per cycle.
     """
     if index.cache is None:
-        return ""
+        return
     sizes = np.sort([shard["bytes"] for shard in index.shards])[::-1]
     needed, useful = int(sizes[:open_shards].sum()), int(sizes[: 2 * open_shards].sum())
     limit = index.cache.limit
     if limit >= useful:
-        return ""
-    found = f"data.cache_gb is {limit / GB:g}, and {min(2 * open_shards, len(sizes))} shards have {useful / GB:.2f} GB"
-    if limit >= needed:
-        return f"train: warning: {found}: some shards at {index.location} are downloaded several times per cycle"
-    index.cache = None
-    return f"train: warning: {found}: no local copies of shards at {index.location}, images are read one by one"
+        return
+    consequence = f"some shards at {index.location} are downloaded several times per cycle"
+    if limit < needed:
+        consequence = f"no local copies of shards at {index.location}, images are read one by one"
+        index.cache = None
+    print(
+        f"train: warning: data.cache_gb is {limit / GB:g}, and {min(2 * open_shards, len(sizes))} shards have"
+        f" {useful / GB:.2f} GB: {consequence}"
+    )

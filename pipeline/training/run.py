@@ -18,7 +18,7 @@ from pipeline.config.schema import Config, Recipe, Student, Training
 from pipeline.config.validation import fingerprint
 from pipeline.models.build import NormalizedModel, parameter_count
 from pipeline.shards.index import Index
-from pipeline.shards.published import plan_cache
+from pipeline.shards.published import check_cache
 from pipeline.training.identity import run_identity
 
 CPU = torch.device("cpu")
@@ -126,8 +126,7 @@ def prepare_run(
         views: the number of views per image that the plan cycles through.
         fields: further fields of Run.
     """
-    if note := plan_cache(train, settings.open_shards):
-        print(note)
+    check_cache(train, settings.open_shards)
     partly = trainable and thaw_epoch is None
     in_training = trainable if partly else [model] if train_mode else []
     identity = run_identity(configured, settings, has_batch_norm(in_training), **dependencies)
