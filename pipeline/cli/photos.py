@@ -44,7 +44,7 @@ class Photos:
 
     @property
     def bytes(self) -> int:
-        return sum(signature[0] for listing in (self.train, self.val) for signature in listing.signatures)
+        return self.train.bytes + self.val.bytes
 
     @property
     def majority(self) -> float:

@@ -28,12 +28,13 @@ from pipeline.config.validation import Section
 class Data(Section):
     """Where images come from and how they are divided into shards."""
 
-    source: Literal["digits", "folder", "shards", "table"] = "folder"
+    source: Literal["digits", "folder", "parquet", "shards", "table"] = "folder"
     """`digits` (bundled with scikit-learn), `folder` (one folder per class), `table` (a CSV, TSV, JSON Lines or Parquet
-    file of paths and labels) or `shards` (existing WebDataset tars)."""
+    file of paths and labels), `parquet` (Parquet files of images and labels, as on the Hugging Face Hub) or `shards`
+    (existing WebDataset tars)."""
     train: str = ""
-    """folder: the root of the training class folders. table: the file. shards: a path or URL; {0000..1023} and * are
-    expanded. ~ is your home folder."""
+    """folder: the root of the training class folders. table: the file. parquet: the files; shards: paths or a URL;
+    {0000..1023} and * are expanded. ~ is your home folder."""
     val: str = ""
     """The same for validation; empty with val_fraction, or if the table of data.train has a column `split`."""
     val_fraction: FractionBelowOne = 0.0

@@ -140,13 +140,13 @@ def _make(
     # overwrite those that were indexed but do not match it: they are damaged
     wanted = {name: index is not None or name in kept for name in shards.names if name not in found}
     workers = min(shards.data.workers or available_cores(), len(wanted))
-    with process_map(workers) as map_tasks, progress(
+    with shards.tasks(wanted) as tasks, process_map(workers) as map_tasks, progress(
         len(wanted), f"{shards.split} shards", "shard", enabled=bool(wanted)
     ) as bar:
         # of a shard that is written now, only the contents will tell whether it is unchanged
         stamps = [None if overwrite else signatures.get(name) for name, overwrite in wanted.items()]
         folder, settings = _finished_folder(shards), shards.indexing_settings
-        for shard in map_tasks(_run, shards.tasks(wanted), repeat(folder), repeat(settings), stamps):
+        for shard in map_tasks(_run, tasks, repeat(folder), repeat(settings), stamps):
             found[shard.name] = shard
             _check_refused(shards, [image for done in found.values() for image in done.refused])
             bar.update()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -24,25 +24,45 @@ def digest(data: bytes) -> str:
 def file_digests(
     root: Path, names: list[str], signatures: list[StatSignature], cache: Path, trust: bool, threads: int
 ) -> list[str]:
-    """The `digest` of each file below `root`.
-
-    Args:
-        signatures: taken before this call.
-        cache: a file that keeps digests by name and signature.
-        trust: use the cached digest of a file whose signature is unchanged; otherwise everything is read.
+    """The `digest` of each file below `root`, see `cached_digests`.
 
     Raises:
         PipelineError: a file cannot be read.
+    """
+
+    def read(missing: list[str]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        with progress(len(missing), f"read {root}", "file") as bar:
+            for chunk in _read(root, missing, threads):
+                found |= chunk
+                bar.update(len(chunk))
+        return found
+
+    return cached_digests(names, signatures, cache, trust, read)
+
+
+def cached_digests(
+    names: list[str],
+    signatures: list[StatSignature],
+    cache: Path,
+    trust: bool,
+    read: Callable[[list[str]], dict[str, str]],
+) -> list[str]:
+    """The `digest` of each image.
+
+    Args:
+        signatures: of the files that hold them, taken before this call.
+        cache: a file that keeps digests by name and signature.
+        trust: use the cached digest of an image whose file's signature is unchanged; otherwise everything is read.
+        read: returns the digests of the images with these names.
     """
     start = time.time()
     known = (load_cache(cache) or {}) if trust else {}
     entries = list(zip(names, signatures, strict=True))
     found = {name: known[name][1] for name, signature in entries if known.get(name, [0])[0] == [*signature]}
     missing = [name for name in names if name not in found]
-    with progress(len(missing), f"read {root}", "file", enabled=bool(missing)) as bar:
-        for chunk in _read(root, missing, threads):
-            found |= chunk
-            bar.update(len(chunk))
+    if missing:
+        found |= read(missing)
     if missing or len(known) != len(names):
         save_cache(cache, {name: [at, found[name]] for name, at in entries if is_conclusive(at, start)})
     return [found[name] for name in names]
@@ -65,7 +85,7 @@ def _file_digest(path: Path) -> str:
         raise unreadable_image(path, error) from error
 
 
-def unreadable_image(path: Path, error: OSError) -> PipelineError:
+def unreadable_image(path: Path | str, error: OSError) -> PipelineError:
     return PipelineError(
         f"{path}: the image cannot be read",
         found=reason(error),

@@ -5,14 +5,16 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import StatSignature
+from pipeline.shards.containers import Container
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation", "dev", "test", "testing")
 """How data sets call their splits; the first that there is counts."""
-NUMBER = "0|[1-9][0-9]{0,17}"
+NUMBER = "(0|[1-9][0-9]{0,17})"
 
 
 @dataclass(frozen=True)
@@ -21,16 +23,25 @@ class Listing:
 
     classes: list[str]
     names: list[str]
-    """Path below `root`, or the sample's number (digits)."""
+    """Path below `root`, the name in the container, or the sample's number (digits)."""
     labels: list[int]
     signatures: list[StatSignature]
-    """Of each file; empty for digits."""
+    """Of each image's file; empty for digits."""
     ignored: list[str]
     """Other files, which are not taken for images, and links to folders."""
     root: Path = Path()
     """The folder that names are below."""
     left_out: tuple[str, ...] = ()
     """What else is there and is not used, for messages."""
+    container: Container | None = None
+    """What holds the images if they are not files of their own; signatures are then those of the files that hold them."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of the images; 0 for digits, an estimate for a part of a container."""
+        if self.container:
+            return self.container.total_bytes * len(self.names) // max(self.container.count, 1)
+        return sum(signature[0] for signature in self.signatures)
 
 
 def sample_keys(names: list[str]) -> list[str]:
@@ -73,11 +84,20 @@ def number_classes(where: str, labels: list[str]) -> dict[str, int]:
     their Unicode code points, as class folders are.
 
     Raises:
-        PipelineError: numbers with gaps: a class without images, or numbers that do not begin with 0.
+        PipelineError: no labels, a negative number, or numbers with gaps: a class without images.
     """
     names = set(labels)
-    if not all(re.fullmatch(NUMBER, name) for name in names):
+    if not names:
+        raise PipelineError(f"{where}: classes", expected="at least one image", found="none", do="add images")
+    if not all(re.fullmatch(f"-?{NUMBER}", name) for name in names):
         return {name: number for number, name in enumerate(sorted(names))}
+    if negative := sorted(name for name in names if name.startswith("-")):
+        raise PipelineError(
+            f"{where}: classes",
+            expected="labels that are names, or numbers from 0",
+            found=f"label {negative[0]}",
+            do="leave out images without labels",
+        )
     last = max(map(int, names))
     if last >= len(names):
         missing = next(str(number) for number in range(last) if str(number) not in names)
@@ -88,3 +108,26 @@ def number_classes(where: str, labels: list[str]) -> dict[str, int]:
             do="number the classes from 0 without gaps, or write names, for example class7 instead of 7",
         )
     return {str(number): number for number in range(last + 1)}
+
+
+def label_numbers(where: str, labels: list[str], numbers: dict[str, int]) -> list[int]:
+    """The class number of each label.
+
+    Raises:
+        PipelineError: a label is of no class.
+    """
+    if unknown := sorted(set(labels) - numbers.keys()):
+        raise PipelineError(
+            f"{where}: labels",
+            expected=f"those of the {len(numbers)} classes of training",
+            found=f"not in training: {unknown[:5]}",
+            do="correct these labels, add training images of them, or leave these images out",
+        )
+    return [numbers[label] for label in labels]
+
+
+def as_text(label: Any) -> str:
+    """A label that is a name or a whole number, as text; empty for anything else."""
+    if isinstance(label, bool) or not isinstance(label, int | str):
+        return ""
+    return str(label).strip()

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from pipeline.common.errors import PipelineError
 from pipeline.config.schema import Data
+from pipeline.shards.containers import Extent
 from pipeline.shards.contents import digest, unreadable_image
 from pipeline.shards.conversion import NATIVE, stored_form
 from pipeline.shards.digits import digit_png, list_digits
 from pipeline.shards.folders import list_folder
-from pipeline.shards.listing import Listing
+from pipeline.shards.listing import Listing, extension
+from pipeline.shards.parquet import list_parquet
 from pipeline.shards.tables import list_tables
 from pipeline.shards.validation_split import chosen_for_validation
 
@@ -28,6 +30,8 @@ def list_splits(data: Data) -> dict[str, Listing]:
         return {split: list_digits(split) for split in SPLITS}
     if data.source == "table":
         listings = list_tables(data)
+    elif data.source == "parquet":
+        listings = list_parquet(data)
     else:
         wanted = ("train",) if data.val_fraction else SPLITS
         listings = {split: list_folder(data, split) for split in wanted}
@@ -73,23 +77,24 @@ def _select(listing: Listing, wanted: list[bool]) -> Listing:
     return dataclasses.replace(listing, names=names, labels=labels, signatures=signatures)
 
 
-def load_sample(data: Data, root: Path, name: str, expected: str) -> tuple[str, bytes]:
+def load_sample(data: Data, root: Path, name: str | Extent, expected: str) -> tuple[str, bytes]:
     """A sample's image type (jpg, png, webp) and encoded bytes, as shards store them.
 
     Args:
         root: the folder that `name` is below.
+        name: path below `root`, where the image of a container was copied to, or the number of a digit.
         expected: digest of its file; empty for digits.
 
     Raises:
         PipelineError: the file is gone or changed.
     """
     if data.source == "digits":
-        return "png", digit_png(int(name))
-    path = root / name
+        return "png", digit_png(int(str(name)))
+    path = name if isinstance(name, Extent) else root / name
     try:
         encoded = path.read_bytes()
     except OSError as error:
-        raise unreadable_image(path, error) from error
+        raise unreadable_image(str(path), error) from error
     if digest(encoded) != expected:
         raise PipelineError(
             f"{path}: the image",
@@ -98,4 +103,4 @@ def load_sample(data: Data, root: Path, name: str, expected: str) -> tuple[str, 
             do="run: pipeline prepare",
         )
     stored = stored_form(encoded, data.max_pixels, data.exif_orientation)
-    return stored or (NATIVE.get(path.suffix[1:].lower(), "png"), encoded)
+    return stored or (NATIVE.get(extension(str(name)), "png"), encoded)

@@ -5,6 +5,7 @@ Samples are shuffled by a seed, so every shard is a fair sample of its split, an
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipeline.config.paths import local_work
 from pipeline.config.schema import Config, Data
 from pipeline.config.validation import fingerprint
 from pipeline.shards.advice import report_padding
+from pipeline.shards.containers import container_digests, unpacked
 from pipeline.shards.contents import digest, file_digests
 from pipeline.shards.conversion import FOLDER_FORMATS
 from pipeline.shards.finished import indexing_settings
@@ -55,11 +57,11 @@ class ShardSet(ABC):
         return indexing_settings(self.data.max_pixels)
 
     @abstractmethod
-    def tasks(self, wanted: dict[str, bool]) -> list[Task]:
-        """What makes and indexes the wanted shards, by name; true: overwrite one that exists."""
+    def tasks(self, wanted: dict[str, bool]) -> AbstractContextManager[list[Task]]:
+        """What makes and indexes the wanted shards, by name, inside the block; true: overwrite one that exists."""
 
     def source_file(self, key: str) -> str:
-        """The file that a sample was made from; empty if only its shard is known."""
+        """The image that a sample was made from; empty if only its shard is known."""
         return ""
 
     def describe(self, refused: dict[str, str]) -> str:
@@ -75,17 +77,26 @@ class WrittenShards(ShardSet):
     listing: Listing
     digests: list[str]
 
-    def tasks(self, wanted: dict[str, bool]) -> list[Task]:
-        data, listing, count = self.data, self.listing, len(self.names)
-        keys = sample_keys(listing.names)
-        samples = [
-            (keys[i], listing.names[i], self.digests[i], listing.labels[i])
-            for i in permutation(stream_key(data.seed, "shards", self.split), len(listing.names))
-        ]
+    @contextmanager
+    def tasks(self, wanted: dict[str, bool]) -> Iterator[list[Task]]:
+        samples = self._samples()
+        samples = {name: samples[n :: len(self.names)] for n, name in enumerate(self.names) if name in wanted}
+        with ExitStack() as stack:
+            if self.listing.container and samples:
+                images = {sample[1] for each in samples.values() for sample in each}
+                extents = stack.enter_context(unpacked(self.listing.container, images, self.root))
+                samples = {name: [(s[0], extents[s[1]], *s[2:]) for s in each] for name, each in samples.items()}
+            yield [
+                partial(_write_and_index, self.data, self.listing.root, self.root / name, each, wanted[name])
+                for name, each in samples.items()
+            ]
+
+    def _samples(self) -> list[tuple[str, str, str, int]]:
+        """Key, name, digest and label of every sample, in random order."""
+        keys, listing = sample_keys(self.listing.names), self.listing
         return [
-            partial(_write_and_index, data, listing.root, self.root / name, samples[number::count], wanted[name])
-            for number, name in enumerate(self.names)
-            if name in wanted
+            (keys[i], listing.names[i], self.digests[i], listing.labels[i])
+            for i in permutation(stream_key(self.data.seed, "shards", self.split), len(listing.names))
         ]
 
     @cached_property
@@ -93,6 +104,8 @@ class WrittenShards(ShardSet):
         return dict(zip(sample_keys(self.listing.names), self.listing.names, strict=True))
 
     def source_file(self, key: str) -> str:
+        if self.listing.container:
+            return f"{self.listing.root}: image {self._names_by_key[key]}"
         return str(self.listing.root / self._names_by_key[key]) if self.listing.signatures else ""
 
 
@@ -107,8 +120,8 @@ def _write_and_index(data: Data, root: Path, path: Path, samples: list[tuple], o
 class ExistingShards(ShardSet):
     """Shards that someone else wrote; they may be read-only and at a URL."""
 
-    def tasks(self, wanted: dict[str, bool]) -> list[Task]:
-        return [partial(index_shard, self.location, name, self.data.max_pixels) for name in wanted]
+    def tasks(self, wanted: dict[str, bool]) -> AbstractContextManager[list[Task]]:
+        return nullcontext([partial(index_shard, self.location, name, self.data.max_pixels) for name in wanted])
 
 
 def plan_splits(config: Config, dry_run: bool, quick: bool) -> Iterator[ShardSet]:
@@ -133,7 +146,7 @@ def _written_shards(config: Config, dry_run: bool, quick: bool) -> Iterator[Shar
     digests: dict[str, list[str]] = {}
     for split, listing in listings.items():
         count = -(-len(listing.names) // data.shard_samples)
-        size = f", {sum(at[0] for at in listing.signatures) / 1e6:,.1f} MB" if listing.signatures else ""
+        size = f", {listing.bytes / 1e6:,.1f} MB" if listing.signatures else ""
         summary = f"{split}: {len(listing.names):,} images of {len(listing.classes)} classes in {count} shards{size}"
         if listing.ignored:
             print(f"{split}: left out, not read as images: {count_by_extension(listing.ignored)}")
@@ -171,6 +184,8 @@ def _digests(config: Config, listing: Listing, split: str, quick: bool) -> list[
     if not listing.signatures:
         return [""] * len(listing.names)
     cache, threads = cache_file(config, listing.root, split), config.data.workers or available_cores()
+    if listing.container:
+        return container_digests(listing.container, listing.names, listing.signatures, cache, quick)
     return file_digests(listing.root, listing.names, listing.signatures, cache, quick, threads)
 
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from pipeline.common.errors import PipelineError, UsageError, reason
 from pipeline.common.files import StatSignature, stat_signature
 from pipeline.config.schema import Data
-from pipeline.shards.listing import TRAIN_NAMES, VAL_NAMES, Listing, number_classes
+from pipeline.shards.listing import TRAIN_NAMES, VAL_NAMES, Listing, as_text, label_numbers, number_classes
+from pipeline.shards.parquet import open_parquet
 
 PATHS = ("path", "file_name")
 """Columns that may hold the path; the second is that of Hugging Face's metadata.csv and metadata.jsonl."""
@@ -108,19 +109,12 @@ def _check_unique(tables: dict[str, Path], kept: dict[str, list[Row]]) -> None:
 
 
 def _listing(table: Path, rows: list[Row], numbers: dict[str, int], left_out: list[str]) -> Listing:
-    if unknown := sorted({row.label for row in rows} - numbers.keys()):
-        raise PipelineError(
-            f"{table}: classes of validation",
-            expected=f"the {len(numbers)} classes of training",
-            found=f"not in training: {unknown[:5]}",
-            do="correct these labels, add training images of them, or remove the rows",
-        )
     root = os.path.abspath(table.parent)
     if not all(row.path.startswith(os.path.join(root, "")) for row in rows):
         root = os.path.commonpath([os.path.dirname(row.path) for row in rows])
     named = sorted((tuple(os.path.relpath(row.path, root).split("/")), row) for row in rows)
     names = ["/".join(parts) for parts, _ in named]
-    labels = [numbers[row.label] for _, row in named]
+    labels = label_numbers(str(table), [row.label for _, row in named], numbers)
     signatures = [_signature(table, row.path) for _, row in named]
     return Listing([*numbers], names, labels, signatures, [], Path(root), tuple(left_out))
 
@@ -148,7 +142,7 @@ def _read(table: Path) -> list[Row]:
             path = next((row[name] for name in PATHS if name in row), None)
             split = row.get("split")
             values = {"path": path, "label": row.get("label")} | ({"split": split} if "split" in row else {})
-            texts = {name: _text(value) for name, value in values.items()}
+            texts = {name: as_text(value) for name, value in values.items()}
             if missing := [name for name, text in texts.items() if not text]:
                 raise PipelineError(
                     f"{table}: row {number}",
@@ -169,13 +163,6 @@ def _read(table: Path) -> list[Row]:
     if len({bool(row.split) for row in rows}) > 1:
         raise PipelineError(f"{table}: split", expected="it in every row or in none", do="correct the table")
     return rows
-
-
-def _text(value: Any) -> str:
-    """A name or a whole number as text; empty for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        return ""
-    return str(value).strip()
 
 
 def _split_name(table: Path, number: int, name: str) -> str:
@@ -208,8 +195,6 @@ def _records(table: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parquet_records(table: Path) -> Iterator[dict[str, Any]]:
-    from pipeline.shards.parquet import open_parquet
-
     file = open_parquet(table)
     columns = [name for name in (*PATHS, "label", "split") if name in file.schema_arrow.names]
     for batch in file.iter_batches(columns=columns):
