@@ -12,7 +12,7 @@ from pipeline.common.files import atomic_write
 from pipeline.common.signals import raise_on_sigterm
 from pipeline.config.paths import code_path, index_path
 from pipeline.config.schema import Config
-from pipeline.shards.advice import report_order
+from pipeline.shards.advice import report_counts, report_order
 from pipeline.shards.build import build
 from pipeline.shards.indexing import publish_index
 from pipeline.shards.splits import plan_splits
@@ -37,6 +37,8 @@ def run(config: Config, dry_run: bool = False, quick: bool = False) -> None:
             index = build(config, shards, shards.classes or classes, quick)
             for image in index.refused:
                 print(f"{shards.split}: refused {shards.describe(image)}")
+            if not shards.written_here:
+                report_counts(shards.split, index)
             if shards.split == "train" and not shards.written_here:
                 report_order(index, config.recipe.group_size)
             publish_index(index, index_path(config, shards.split))

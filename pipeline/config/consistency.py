@@ -65,6 +65,9 @@ def _val_fraction(config: "Config") -> Iterator[str]:
 
 def _shards(config: "Config") -> Iterator[str]:
     if config.data.source != "shards":
+        for key in ("label_key", "class_names"):
+            if value := getattr(config.data, key):
+                yield f"data.{key} must be empty unless data.source is shards: found {value!r}, {config.data.source}"
         return
     for split in ("train", "val"):
         text = getattr(config.data, split)

@@ -40,6 +40,12 @@ class Data(Section):
     val_fraction: FractionBelowOne = 0.0
     """Use this fraction of the training images of each class for validation instead (not with digits and shards). Which
     ones follows from data.seed and their paths: an added image moves at most one other of its class."""
+    label_key: str = ""
+    """shards: the field of each sample's KEY.json that holds its class number, as in img2dataset's output. Empty: KEY.cls
+    holds it."""
+    class_names: str = ""
+    """shards: a file with the class names in the order of their numbers: one per line, or JSON (a list, or names with
+    numbers). Empty: the classes are named by their numbers."""
     seed: int = 0
     """Determines the order of samples in the shards, and the images that val_fraction chooses."""
     shard_samples: Positive = 1280

@@ -1,7 +1,10 @@
 """Warn about shards whose sizes waste computation or whose order mixes samples poorly."""
 
+from collections import Counter
+
 import numpy as np
 
+from pipeline.shards.adjacent import COUNTS, read_sample_counts
 from pipeline.shards.index import Index
 
 PADDING, SORTED = 0.01, 0.2  # thresholds of the warnings
@@ -34,6 +37,19 @@ def report_order(index: Index, group: int) -> None:
         print(
             f"train: warning: the shards seem to be sorted by class ({excess:.0%}): samples are mixed and trained on"
             " with others of their shard. Write them again, shuffled: for example with data.source=folder"
+        )
+
+
+def report_counts(split: str, index: Index) -> None:
+    """Warn about shards that do not have as many samples as the `_info.json` next to them says."""
+    counts = read_sample_counts(index.location)
+    refused = Counter(image["shard"] for image in index.refused)
+    found = {name: int(count) + refused[name] for name, count in zip(index.names, index.samples, strict=True)}
+    if wrong := [name for name in index.names if counts.get(name, found[name]) != found[name]]:
+        name = wrong[0]
+        print(
+            f"{split}: warning: {COUNTS} has another number of samples for {len(wrong)} of {len(found)} shards: for"
+            f" {name} {counts[name]:,}, which has {found[name]:,}"
         )
 
 

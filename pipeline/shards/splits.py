@@ -3,6 +3,7 @@
 Samples are shuffled by a seed, so every shard is a fair sample of its split, and spread evenly over the shards.
 """
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -16,15 +17,18 @@ from pipeline.common.streams import permutation, stream_key
 from pipeline.config.paths import local_work
 from pipeline.config.schema import Config, Data
 from pipeline.config.validation import fingerprint
+from pipeline.shards.adjacent import read_class_names
 from pipeline.shards.advice import report_padding
 from pipeline.shards.containers import container_digests, unpacked
 from pipeline.shards.contents import digest, file_digests
 from pipeline.shards.conversion import FOLDER_FORMATS
 from pipeline.shards.finished import indexing_settings
+from pipeline.shards.images import FORMATS
 from pipeline.shards.index import ShardIndex
 from pipeline.shards.indexing import index_shard, write_shard
 from pipeline.shards.listing import Listing, count_by_extension, sample_keys
 from pipeline.shards.patterns import expand
+from pipeline.shards.samples import Labels
 from pipeline.shards.sources import SPLITS, list_splits, load_sample
 
 SHARD_SETTINGS = {"source", "seed", "shard_samples", "max_pixels", "exif_orientation"}
@@ -54,7 +58,12 @@ class ShardSet(ABC):
     @property
     def indexing_settings(self) -> str:
         """Identifies everything but a shard's bytes that indexing it depends on."""
-        return indexing_settings(self.data.max_pixels)
+        return indexing_settings(self.data.max_pixels, dataclasses.astuple(self.labels))
+
+    @property
+    def labels(self) -> Labels:
+        """Where the class numbers are in the shards."""
+        return Labels()
 
     @abstractmethod
     def tasks(self, wanted: dict[str, bool]) -> AbstractContextManager[list[Task]]:
@@ -120,8 +129,13 @@ def _write_and_index(data: Data, root: Path, path: Path, samples: list[tuple], o
 class ExistingShards(ShardSet):
     """Shards that someone else wrote; they may be read-only and at a URL."""
 
+    @property
+    def labels(self) -> Labels:
+        return Labels(self.data.label_key)
+
     def tasks(self, wanted: dict[str, bool]) -> AbstractContextManager[list[Task]]:
-        return nullcontext([partial(index_shard, self.location, name, self.data.max_pixels) for name in wanted])
+        settings = self.data.max_pixels, FORMATS, self.labels
+        return nullcontext([partial(index_shard, self.location, name, *settings) for name in wanted])
 
 
 def plan_splits(config: Config, dry_run: bool, quick: bool) -> Iterator[ShardSet]:
@@ -219,16 +233,20 @@ def _same_split(data: Data, found: str) -> UsageError:
 
 def _existing_shards(config: Config) -> Iterator[ShardSet]:
     train_paths: set[str] = set()
+    class_names = read_class_names(config.data.class_names) if config.data.class_names else []
     for split in SPLITS:
         paths = _shard_paths(config.data, split)
         if split == "train":
             train_paths = set(paths)
         elif both := sorted(train_paths & set(paths)):
             raise _same_split(config.data, ", ".join(both[:5]))
-        location = paths[0].rpartition("/")[0] or "."
+        location, names = paths[0].rpartition("/")[0] or ".", [path.rpartition("/")[2] for path in paths]
         print(f"{split}: {len(paths)} shards at {location}")
-        root = local_work(config.work) / "data" / fingerprint([paths, config.data.max_pixels]) / split
-        yield ExistingShards(config.data, split, root, location, [path.rpartition("/")[2] for path in paths], [])
+        shards = ExistingShards(config.data, split, Path(), location, names, class_names)
+        identity = [paths, config.data.max_pixels]
+        if shards.labels != Labels():
+            identity.append(dataclasses.astuple(shards.labels))
+        yield dataclasses.replace(shards, root=local_work(config.work) / "data" / fingerprint(identity) / split)
 
 
 def _shard_paths(data: Data, split: str) -> list[str]:
