@@ -37,6 +37,8 @@ def run(config: Config, dry_run: bool = False, quick: bool = False) -> None:
             index = build(config, shards, shards.classes or classes, quick)
             for image in index.refused:
                 print(f"{shards.split}: refused {shards.describe(image)}")
+            if index.unlabelled:
+                print(f"{shards.split}: {index.unlabelled:,} of {len(index):,} images have no label")
             if not shards.written_here:
                 report_counts(shards.split, index)
             if shards.split == "train" and not shards.written_here:

@@ -15,7 +15,7 @@ import torch
 from pipeline.batches.buffers import empty_images
 from pipeline.batches.plan import Item, group_members
 from pipeline.config.schema import Recipe
-from pipeline.shards.index import Index
+from pipeline.shards.index import UNLABELLED, Index
 from pipeline.views.draw import Mix, draw_mix, draw_view
 from pipeline.views.render import render
 
@@ -163,16 +163,23 @@ def _shares(batch: Batch, size: int) -> torch.Tensor:
 
 
 def targets(batch: Batch, classes: int, smoothing: float) -> torch.Tensor:
-    """Smoothed, mixed labels, float32 (G * S, classes): timm.data.mixup.mixup_target."""
+    """Smoothed, mixed labels, float32 (G * S, classes): timm.data.mixup.mixup_target.
+
+    Where a label is UNLABELLED, its share of the target is 0 for every class: it adds nothing to a cross-entropy.
+    """
     off, on = smoothing / classes, 1 - smoothing + smoothing / classes
     own = batch.labels
     other = own.gather(1, batch.partner)
     lam = batch.lam[:, None, None]
-    smooth = [
-        torch.full((*labels.shape, classes), off, device=labels.device).scatter_(2, labels[..., None], on)
-        for labels in (own, other)
-    ]
+    smooth = [_smoothed(labels, classes, off, on) for labels in (own, other)]
     return (smooth[0] * lam + smooth[1] * (1 - lam)).flatten(0, 1)
+
+
+def _smoothed(labels: torch.Tensor, classes: int, off: float, on: float) -> torch.Tensor:
+    """`on` for the label's class and `off` for the others, float32 (..., classes); 0 for all if it is UNLABELLED."""
+    known = (labels != UNLABELLED)[..., None]
+    values = torch.where(known, off, 0.0).expand(*labels.shape, classes).clone()
+    return values.scatter_(-1, labels[..., None].clamp(min=0), torch.where(known, on, 0.0))
 
 
 def checked_member(group: int, view: int, members: int) -> int:

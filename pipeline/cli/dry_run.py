@@ -19,6 +19,7 @@ from pipeline.models.pretrained import fit_student_weights, fit_weights
 from pipeline.models.teacher import check_input_size
 from pipeline.models.weights import check_timm_tag, read_weights
 from pipeline.shards.index import Index
+from pipeline.training.unlabelled import check_unlabelled
 
 
 def check(config: Config, command: str) -> None:
@@ -50,7 +51,8 @@ def check_teacher(config: Config, classes: Sequence[str] | None) -> None:
     """Check every teacher of the ensemble, and that further ones have the classes of the index."""
     first, *others = config.teacher.members
     size = config.teacher_size("train-student")
-    check_one_teacher(first, classes, size)
+    if not check_one_teacher(first, classes, size):
+        check_unlabelled(unlabelled_images(config), f"teacher {first.weights}: trained with a new classifier", None, False)
     for number, member in enumerate(others):
         if not check_one_teacher(member, classes, member.size or size):
             raise other_classes(number, str(member.weights), len(classes or ()))
@@ -84,11 +86,18 @@ def only_shapes(model: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if is_own_model(model) else torch.device("meta")
 
 
+def unlabelled_images(config: Config) -> int:
+    """The number of training images without a label; before there is an index, 1 if there may be any."""
+    path = index_path(config, "train")
+    return Index(path).unlabelled if path.exists() else int(config.data.unlabelled)
+
+
 def check_student(config: Config, student: Student, classes: int | None, size: int) -> None:
     """Check that it can be built and takes pictures of this size."""
     with only_shapes(student.model):
         model = build_student(student, config.recipe, classes or 1000, size)
         check_input_size(model, size, "choose another size, or another model", student.model)
+    check_unlabelled(unlabelled_images(config), f"student {student.model}", student, model.distilled)
 
 
 def check_student_weights(config: Config, student: Student, classes: int | None) -> None:

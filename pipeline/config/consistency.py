@@ -17,6 +17,7 @@ def conflicting_settings(config: "Config") -> Iterator[str]:
     yield from _names(config)
     yield from _val_fraction(config)
     yield from _shards(config)
+    yield from _unlabelled(config)
     yield from _students(config)
     yield from _teacher_sizes(config)
     yield from _teacher_head(config)
@@ -73,6 +74,26 @@ def _shards(config: "Config") -> Iterator[str]:
         text = getattr(config.data, split)
         if not _balanced(text):
             yield f"data.{split}: balanced braces, as in train-{{0000..1023}}.tar, not {text!r}"
+
+
+def _unlabelled(config: "Config") -> Iterator[str]:
+    if not config.data.unlabelled:
+        return
+    if config.data.source not in ("folder", "shards"):
+        yield f"data.unlabelled must be false unless data.source is folder or shards: found {config.data.source}"
+    if not config.teacher.weights:
+        yield "teacher.weights must be set with data.unlabelled: a teacher cannot be trained on images without labels"
+    if config.teacher_finetune.epochs:
+        yield (
+            "teacher_finetune.epochs must be 0 with data.unlabelled: a teacher cannot be trained on images without"
+            f" labels; found {config.teacher_finetune.epochs}"
+        )
+    for name in dict.fromkeys([*config.students, *config.finetune.students]):
+        if (student := config.student_named(name)).uses_labels:
+            yield (
+                "data.unlabelled needs students that learn from the teacher alone, with soft or hard distillation and"
+                f" alpha 1: student {name} has distillation {student.distillation}, alpha {student.alpha:g}"
+            )
 
 
 def _balanced(text: str) -> bool:

@@ -46,6 +46,9 @@ class Data(Section):
     class_names: str = ""
     """shards: a file with the class names in the order of their numbers: one per line, or JSON (a list, or names with
     numbers). Empty: the classes are named by their numbers."""
+    unlabelled: bool = False
+    """Train on images without labels too, by distillation alone: those in the folder `unlabelled` of `train`; of shards,
+    samples without a label or with -1. Needs a pretrained teacher, alpha 1 and students without a distillation token."""
     seed: int = 0
     """Determines the order of samples in the shards, and the images that val_fraction chooses."""
     shard_samples: Positive = 1280

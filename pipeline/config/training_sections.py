@@ -219,6 +219,11 @@ class Student(Training):
         return self
 
     @property
+    def uses_labels(self) -> bool:
+        """Whether its loss depends on the images' labels."""
+        return self.distillation == "none" or self.alpha < 1
+
+    @property
     def timm_tag(self) -> str | None:
         """`weights` if they are not a local file; `model` names the model that they are loaded into."""
         return _timm_tag(self.weights)

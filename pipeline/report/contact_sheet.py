@@ -74,7 +74,7 @@ def sample_section(index: Index, recipe: Recipe, shard: int, position: int, view
     """The original, and each of its views with its parameters."""
     row, image = index.rows(shard)[position], index.image(shard, position)
     key, (height, width) = row["key"].decode(), image.shape[:2]
-    label = shorten(index.classes[row["label"]], 24)
+    label = shorten(index.class_name(row["label"]), 24)
     cells = [Cell(center_view(image, recipe.size, 1.0).transpose(1, 2, 0), f"{label}, {width} x {height}\n(center crop)")]
     for view in views:
         params = draw_view(recipe, key, view, width, height)
@@ -90,7 +90,7 @@ def group_section(index: Index, recipe: Recipe, shard: int, position: int, view:
     mix = draw_mix(recipe, index.names[shard], number, view, len(members))
     rendered = Renderer(index, recipe).render([Item(shard, number, view)])
     pictures = mixed_pictures(rendered)
-    names = [shorten(index.classes[label], 24) for label in rendered.labels[0, : len(members)]]
+    names = [shorten(index.class_name(int(label)), 24) for label in rendered.labels[0, : len(members)]]
     first = int(np.flatnonzero(members == position)[0])
     slots = [first, *(slot for slot in range(len(members)) if slot != first)][:count]
     cells = []

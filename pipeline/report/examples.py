@@ -62,7 +62,7 @@ def training_examples(
     """
     renderer, labels = Renderer(index, config.recipe), index.rows(0)["label"]
     positions = [int(position) for position in renderer.members(Item(0, 0, 0))[:EXAMPLES]]
-    examples = {p: Example(index.classes[labels[p]], index.image(0, p), []) for p in positions}
+    examples = {p: Example(index.class_name(labels[p]), index.image(0, p), []) for p in positions}
     views = manifest["views"] if manifest else config.teacher_logits.views
     for view in range(min(VIEWS, views)):
         # groups change from block to block, so these samples may be spread over several
@@ -100,7 +100,7 @@ def _views(
             mixed=pictures[slot],
             method="none" if alone else "cutmix" if cutmix else "mixup",
             lam=1.0 if alone else lam,
-            partner=index.classes[batch.labels[0, partner]],
+            partner=index.class_name(int(batch.labels[0, partner])),
             prediction=prediction,
             probability=probability,
         )

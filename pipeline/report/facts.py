@@ -58,13 +58,17 @@ def _describe_student(student: Student) -> str:
 
 def _describe_store(store: Store, summary: dict[str, Any]) -> Terms:
     rows, views, size = summary["rows"], summary["views"], summary["bytes"]
+    agreement = summary["agreement_with_labels"]
+    agrees = "unknown: no image has a label"
+    if agreement is not None:
+        agrees = f"{agreement:.1%} of predicted classes are the image's own label"
     return {
         "images": f"{rows:,}",
         "views per image": f"{views:,}",
         "kind": summary["kind"],
         "size": f"{size / 1e6:,.1f} MB, {size / (rows * views):.1f} bytes per view",
         "precision": str(store.attributes["precision"]),
-        "agreement": f"{summary['agreement_with_labels']:.1%} of predicted classes are the image's own label",
+        "agreement": agrees,
         "fingerprint": store.fingerprint,
     }
 

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 
 from pipeline.shards.adjacent import COUNTS, read_sample_counts
-from pipeline.shards.index import Index
+from pipeline.shards.index import UNLABELLED, Index
 
 PADDING, SORTED = 0.01, 0.2  # thresholds of the warnings
 
@@ -59,7 +59,7 @@ def sortedness(index: Index) -> float:
 
     def same_class(some: np.ndarray) -> float:
         """Ordered pairs of different samples that are of one class."""
-        counts = np.bincount(some, minlength=len(index.classes))
+        counts = np.bincount(some - UNLABELLED)  # images without a label count as a class
         return float((counts * (counts - 1)).sum())
 
     pairs = float((index.samples * (index.samples - 1)).sum())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.cores import available_cores
-from pipeline.common.errors import PipelineError
+from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.files import remove_partial_files
 from pipeline.common.lock import kernel_lock
 from pipeline.common.progress import progress
@@ -152,6 +152,12 @@ def _make(
             bar.update()
     indexed = [found[name] for name in shards.names]
     classes = classes or [str(n) for n in range(1 + max(shard.rows["label"].max(initial=-1) for shard in indexed))]
+    if not classes and any(len(shard.rows) for shard in indexed):
+        raise UsageError(
+            f"data.{shards.split}: no sample has a label",
+            expected="class names, as the labels do not tell how many classes there are",
+            do="set data.class_names to a file with the classes of the teacher",
+        )
     if duplicate := write_index(path, shards.location, classes, indexed, shards.data.max_pixels):
         print(f"{shards.split}: duplicate key {duplicate}: every sample is named SHARD/KEY")
 

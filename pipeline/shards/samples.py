@@ -122,14 +122,14 @@ def sample_row(
     """
     images = [value for value in fields.values() if isinstance(value, Image)]
     label: Any = fields.get(labels.member, UNLABELLED if labels.optional else None)
-    unlabelled = label == UNLABELLED and not labels.optional
+    unlabelled = not labels.optional and (label == UNLABELLED or labels.member not in fields)
     if len(images) != 1 or not isinstance(label, int) or unlabelled or duplicate:
         field = f" as {labels.key!r} (data.label_key)" if labels.key else ""
         raise PipelineError(
             f"{where}: sample {key!r}",
             expected=f"one image ({', '.join(IMAGE_TYPES)}), a .{labels.member} with a class number{field}, a unique key",
             found="a duplicate key" if duplicate else f"members {sorted(fields)}, class {label}",
-            do="repair the shard",
+            do="repair the shard" + "; or for training images without labels, set data.unlabelled" * unlabelled,
         )
     image = images[0]
     return image.refused or (key.encode(), image.offset, image.size, label, image.crc32c)

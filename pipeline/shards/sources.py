@@ -4,19 +4,21 @@ import dataclasses
 from collections import Counter
 from pathlib import Path
 
-from pipeline.common.errors import PipelineError
+from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.schema import Data
 from pipeline.shards.containers import Extent
 from pipeline.shards.contents import digest, unreadable_image
 from pipeline.shards.conversion import NATIVE, stored_form
 from pipeline.shards.digits import digit_png, list_digits
 from pipeline.shards.folders import list_folder
+from pipeline.shards.index import UNLABELLED
 from pipeline.shards.listing import Listing, extension
 from pipeline.shards.parquet import list_parquet
 from pipeline.shards.tables import list_tables
 from pipeline.shards.validation_split import chosen_for_validation
 
 SPLITS = ("train", "val")
+UNLABELLED_FOLDER = "unlabelled"
 
 
 def list_splits(data: Data) -> dict[str, Listing]:
@@ -35,9 +37,32 @@ def list_splits(data: Data) -> dict[str, Listing]:
     else:
         wanted = ("train",) if data.val_fraction else SPLITS
         listings = {split: list_folder(data, split) for split in wanted}
+    if data.unlabelled:
+        listings["train"] = without_labels(listings["train"])
+        if "val" in listings and not listings["train"].classes:
+            listings["train"] = dataclasses.replace(listings["train"], classes=listings["val"].classes)
     if data.max_per_class:
         listings = {split: _first(listing, data.max_per_class) for split, listing in listings.items()}
     return divide(listings["train"], data.seed, data.val_fraction) if data.val_fraction else listings
+
+
+def without_labels(listing: Listing) -> Listing:
+    """A listing of class folders, of which the one named `unlabelled` is no class: its images have no label.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    if UNLABELLED_FOLDER not in listing.classes:
+        raise UsageError(
+            f"data.unlabelled: {listing.root}",
+            expected=f"a folder {UNLABELLED_FOLDER} of images without labels, next to those of the classes",
+            found="no such folder",
+            do="add it, or set data.unlabelled to false",
+        )
+    classes = [name for name in listing.classes if name != UNLABELLED_FOLDER]
+    numbers = {name: number for number, name in enumerate(classes)} | {UNLABELLED_FOLDER: UNLABELLED}
+    labels = [numbers[listing.classes[label]] for label in listing.labels]
+    return dataclasses.replace(listing, classes=classes, labels=labels)
 
 
 def divide(listing: Listing, seed: int, fraction: float) -> dict[str, Listing]:
@@ -46,7 +71,9 @@ def divide(listing: Listing, seed: int, fraction: float) -> dict[str, Listing]:
     Raises:
         PipelineError: no class has two images.
     """
-    chosen = chosen_for_validation(listing.names, listing.labels, seed, fraction)
+    names = [name for name, label in zip(listing.names, listing.labels, strict=True) if label != UNLABELLED]
+    labels = [label for label in listing.labels if label != UNLABELLED]
+    chosen = chosen_for_validation(names, labels, seed, fraction)
     if not chosen:
         raise PipelineError(
             f"{listing.root}: no images for validation",

@@ -24,7 +24,7 @@ from pipeline.shards.contents import digest, file_digests
 from pipeline.shards.conversion import FOLDER_FORMATS
 from pipeline.shards.finished import indexing_settings
 from pipeline.shards.images import FORMATS
-from pipeline.shards.index import ShardIndex
+from pipeline.shards.index import UNLABELLED, ShardIndex
 from pipeline.shards.indexing import index_shard, write_shard
 from pipeline.shards.listing import Listing, count_by_extension, sample_keys
 from pipeline.shards.patterns import expand
@@ -63,7 +63,7 @@ class ShardSet(ABC):
     @property
     def labels(self) -> Labels:
         """Where the class numbers are in the shards."""
-        return Labels()
+        return Labels(self.data.label_key, self.data.unlabelled and self.split == "train")
 
     @abstractmethod
     def tasks(self, wanted: dict[str, bool]) -> AbstractContextManager[list[Task]]:
@@ -95,8 +95,9 @@ class WrittenShards(ShardSet):
                 images = {sample[1] for each in samples.values() for sample in each}
                 extents = stack.enter_context(unpacked(self.listing.container, images, self.root))
                 samples = {name: [(s[0], extents[s[1]], *s[2:]) for s in each] for name, each in samples.items()}
+            write = partial(_write_and_index, self.data, self.listing.root)
             yield [
-                partial(_write_and_index, self.data, self.listing.root, self.root / name, each, wanted[name])
+                partial(write, self.root / name, self.labels, each, wanted[name])
                 for name, each in samples.items()
             ]
 
@@ -118,20 +119,18 @@ class WrittenShards(ShardSet):
         return str(self.listing.root / self._names_by_key[key]) if self.listing.signatures else ""
 
 
-def _write_and_index(data: Data, root: Path, path: Path, samples: list[tuple], overwrite: bool) -> ShardIndex:
+def _write_and_index(
+    data: Data, root: Path, path: Path, labels: Labels, samples: list[tuple], overwrite: bool
+) -> ShardIndex:
     if overwrite or not path.exists():
         images = ((key, *load_sample(data, root, name, expected), label) for key, name, expected, label in samples)
         write_shard(path, images)
-    return index_shard(str(path.parent), path.name, data.max_pixels, FOLDER_FORMATS)
+    return index_shard(str(path.parent), path.name, data.max_pixels, FOLDER_FORMATS, labels)
 
 
 @dataclass(frozen=True)
 class ExistingShards(ShardSet):
     """Shards that someone else wrote; they may be read-only and at a URL."""
-
-    @property
-    def labels(self) -> Labels:
-        return Labels(self.data.label_key)
 
     def tasks(self, wanted: dict[str, bool]) -> AbstractContextManager[list[Task]]:
         settings = self.data.max_pixels, FORMATS, self.labels
@@ -162,6 +161,8 @@ def _written_shards(config: Config, dry_run: bool, quick: bool) -> Iterator[Shar
         count = -(-len(listing.names) // data.shard_samples)
         size = f", {listing.bytes / 1e6:,.1f} MB" if listing.signatures else ""
         summary = f"{split}: {len(listing.names):,} images of {len(listing.classes)} classes in {count} shards{size}"
+        if unlabelled := listing.labels.count(UNLABELLED):
+            summary += f", {unlabelled:,} of them unlabelled"
         if listing.ignored:
             print(f"{split}: left out, not read as images: {count_by_extension(listing.ignored)}")
         for text in listing.left_out:

@@ -172,18 +172,23 @@ def publish(spec: StoreSpec, store: Store, verified: Collection[Unit] = ()) -> N
     size, agreement = store_bytes(store.path), _agreement(store, spec.views)
     summary = {"rows": rows, "views": spec.views, "kind": spec.kind, "bytes": size, "agreement_with_labels": agreement}
     write_summary(spec.folder / "summary.json", summary)
+    agrees = "" if agreement is None else f"the teacher agrees with the label on {agreement:.1%} of the (mixed) views; "
     print(
-        f"store complete: {rows:,} rows x {spec.views} views, {size / 1e6:,.1f} MB; the teacher agrees with the label"
-        f" on {agreement:.1%} of the (mixed) views; verified in {time.monotonic() - start:.1f} s"
+        f"store complete: {rows:,} rows x {spec.views} views, {size / 1e6:,.1f} MB; {agrees}verified in"
+        f" {time.monotonic() - start:.1f} s"
     )
 
 
-def _agreement(store: Store, views: int) -> float:
-    """Share of views whose own label is the teacher's argmax; reads every unit, comparing checksums."""
+def _agreement(store: Store, views: int) -> float | None:
+    """Share of the labelled samples' views whose own label is the teacher's argmax; None if no sample has a label.
+
+    Reads every unit, comparing checksums.
+    """
     agree = 0
     for unit in store.units(views):
         agree += int((store.read_unit(unit) == store.index.rows(unit.shard)["label"]).sum())
-    return agree / (len(store.index) * views)
+    labelled = len(store.index) - store.index.unlabelled
+    return agree / (labelled * views) if labelled else None
 
 
 def _maker(path: Path) -> str:

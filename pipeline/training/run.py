@@ -20,6 +20,7 @@ from pipeline.models.build import NormalizedModel, parameter_count
 from pipeline.shards.index import Index
 from pipeline.shards.published import check_cache
 from pipeline.training.identity import run_identity
+from pipeline.training.unlabelled import check_unlabelled
 
 CPU = torch.device("cpu")
 
@@ -125,8 +126,12 @@ def prepare_run(
         dependencies: the other part, see `run_identity`.
         views: the number of views per image that the plan cycles through.
         fields: further fields of Run.
+
+    Raises:
+        UsageError: it needs labels, and there are images without.
     """
     check_cache(train, settings.open_shards)
+    check_unlabelled(train.unlabelled, name, fields.get("distillation"), model.distilled)
     partly = trainable and thaw_epoch is None
     in_training = trainable if partly else [model] if train_mode else []
     identity = run_identity(configured, settings, has_batch_norm(in_training), **dependencies)
