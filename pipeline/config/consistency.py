@@ -16,6 +16,7 @@ def conflicting_settings(config: "Config") -> Iterator[str]:
     yield from _batches(config)
     yield from _names(config)
     yield from _val_fraction(config)
+    yield from _torchvision(config)
     yield from _shards(config)
     yield from _unlabelled(config)
     yield from _students(config)
@@ -62,6 +63,18 @@ def _val_fraction(config: "Config") -> Iterator[str]:
         yield f"data.val_fraction must be 0 with data.source {data.source}, which has its own split: {data.val_fraction}"
     if data.val_fraction and data.val:
         yield f"data.val must be empty with data.val_fraction, which divides data.train: found {data.val!r}"
+
+
+def _torchvision(config: "Config") -> Iterator[str]:
+    data, wanted = config.data, config.data.source == "torchvision"
+    if wanted and not data.dataset:
+        yield "data.dataset must be the name of a data set with data.source torchvision: found none"
+    if data.dataset and not wanted:
+        yield f"data.dataset must be empty with data.source {data.source}: found {data.dataset}"
+    if data.download and not wanted:
+        yield f"data.download must be false with data.source {data.source}: found true"
+    if wanted and data.val:
+        yield f"data.val must be empty with data.source torchvision, whose files are in data.train: found {data.val!r}"
 
 
 def _shards(config: "Config") -> Iterator[str]:

@@ -28,15 +28,20 @@ from pipeline.config.validation import Section
 class Data(Section):
     """Where images come from and how they are divided into shards."""
 
-    source: Literal["digits", "folder", "parquet", "shards", "table"] = "folder"
+    source: Literal["digits", "folder", "parquet", "shards", "table", "torchvision"] = "folder"
     """`digits` (bundled with scikit-learn), `folder` (one folder per class), `table` (a CSV, TSV, JSON Lines or Parquet
-    file of paths and labels), `parquet` (Parquet files of images and labels, as on the Hugging Face Hub) or `shards`
-    (existing WebDataset tars)."""
+    file of paths and labels), `parquet` (Parquet files of images and labels, as on the Hugging Face Hub),
+    `torchvision` (one of its data sets) or `shards` (existing WebDataset tars)."""
+    dataset: str = ""
+    """torchvision: the name of its class, for example CIFAR10, Flowers102, Food101 or OxfordIIITPet."""
+    download: bool = False
+    """torchvision: download the data set to data.train if it is not there."""
     train: str = ""
     """folder: the root of the training class folders. table: the file. parquet: the files; shards: paths or a URL;
-    {0000..1023} and * are expanded. ~ is your home folder."""
+    {0000..1023} and * are expanded. torchvision: the folder that holds the data set's files. ~ is your home folder."""
     val: str = ""
-    """The same for validation; empty with val_fraction, or if the table of data.train has a column `split`."""
+    """The same for validation; empty with val_fraction, with torchvision, or if the table of data.train has a column
+    `split`."""
     val_fraction: FractionBelowOne = 0.0
     """Use this fraction of the training images of each class for validation instead (not with digits and shards). Which
     ones follows from data.seed and their paths: an added image moves at most one other of its class."""

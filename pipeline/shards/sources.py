@@ -9,6 +9,7 @@ from pipeline.config.schema import Data
 from pipeline.shards.containers import Extent
 from pipeline.shards.contents import digest, unreadable_image
 from pipeline.shards.conversion import NATIVE, stored_form
+from pipeline.shards.datasets import list_dataset
 from pipeline.shards.digits import digit_png, list_digits
 from pipeline.shards.folders import list_folder
 from pipeline.shards.index import UNLABELLED
@@ -34,6 +35,8 @@ def list_splits(data: Data) -> dict[str, Listing]:
         listings = list_tables(data)
     elif data.source == "parquet":
         listings = list_parquet(data)
+    elif data.source == "torchvision":
+        listings = list_dataset(data)
     else:
         wanted = ("train",) if data.val_fraction else SPLITS
         listings = {split: list_folder(data, split) for split in wanted}

@@ -22,6 +22,7 @@ from pipeline.shards.advice import report_padding
 from pipeline.shards.containers import container_digests, unpacked
 from pipeline.shards.contents import digest, file_digests
 from pipeline.shards.conversion import FOLDER_FORMATS
+from pipeline.shards.datasets import download
 from pipeline.shards.finished import indexing_settings
 from pipeline.shards.images import FORMATS
 from pipeline.shards.index import UNLABELLED, ShardIndex
@@ -151,6 +152,8 @@ def plan_splits(config: Config, dry_run: bool, quick: bool) -> Iterator[ShardSet
 
 def _written_shards(config: Config, dry_run: bool, quick: bool) -> Iterator[ShardSet]:
     data = config.data
+    if data.download and not dry_run:
+        download(data)
     listings = list_splits(data)
     _check_classes(data, listings)
     shared = len({listing.root.resolve() for listing in listings.values()}) == 1
@@ -172,7 +175,7 @@ def _written_shards(config: Config, dry_run: bool, quick: bool) -> Iterator[Shar
         if dry_run:
             print(summary)
             continue
-        digests[split] = _digests(config, listing, split if shared else "", quick)
+        digests[split] = _digests(config, listing, f"{data.dataset} {split}".strip() if shared else "", quick)
         if split == "val":
             _warn_of_copies(listing.names, digests)
         # of this split alone, and of nothing that shards do not depend on
@@ -184,21 +187,21 @@ def _written_shards(config: Config, dry_run: bool, quick: bool) -> Iterator[Shar
         yield WrittenShards(data, split, root, str(root), names, listing.classes, listing, digests[split])
 
 
-def cache_file(config: Config, folder: Path, split: str = "") -> Path:
+def cache_file(config: Config, folder: Path, part: str = "") -> Path:
     """What is known of a folder's files, for `quick`; may be deleted at any time.
 
     Args:
-        split: the one that the files are of, in a folder of several.
+        part: what of the folder, if it holds several data sets or splits.
     """
-    of = [str(folder.absolute()), split] if split else str(folder.absolute())
+    of = [str(folder.absolute()), part] if part else str(folder.absolute())
     return local_work(config.work) / "data" / "seen" / f"{fingerprint(of)}.json"
 
 
-def _digests(config: Config, listing: Listing, split: str, quick: bool) -> list[str]:
+def _digests(config: Config, listing: Listing, part: str, quick: bool) -> list[str]:
     """The digest of every image; empty ones for the digits, which never change."""
     if not listing.signatures:
         return [""] * len(listing.names)
-    cache, threads = cache_file(config, listing.root, split), config.data.workers or available_cores()
+    cache, threads = cache_file(config, listing.root, part), config.data.workers or available_cores()
     if listing.container:
         return container_digests(listing.container, listing.names, listing.signatures, cache, quick)
     return file_digests(listing.root, listing.names, listing.signatures, cache, quick, threads)
