@@ -33,7 +33,7 @@ class StudentBatch(NamedTuple):
     pictures: torch.Tensor
     """The mixed views, float32 or uint8 (N, 3, P, P) in 0..255, RGB."""
     targets: torch.Tensor
-    """Smoothed, mixed labels, float32 (N, classes)."""
+    """Smoothed, mixed labels, float32 (N, classes); an image without a label has a share of 0."""
     argmax: torch.Tensor | None
     """The teacher's class for each picture, int64 (N,); None for a student without distillation."""
     logits: torch.Tensor | None
