@@ -26,7 +26,7 @@ FILES = {path.name: path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob(
 TEXTS = {name: path.read_text() for name, path in FILES.items()}
 every_file = pytest.mark.parametrize("name", sorted(FILES))
 
-NEEDS = re.compile(r"# needs (a GPU|\d+ GPUs|a cluster|the released weights)$")
+NEEDS = re.compile(r"# needs (a GPU|\d+ GPUs|a cluster|a network|a browser|the released weights)$")
 ELSEWHERE = {  # command: a file, and what in it runs the command or makes it work
     "make install": ("Makefile", "demo: install"),
     "make demo": (".ci/run", "make demo"),

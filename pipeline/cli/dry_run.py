@@ -19,6 +19,7 @@ from pipeline.models.pretrained import fit_student_weights, fit_weights
 from pipeline.models.teacher import check_input_size
 from pipeline.models.weights import check_timm_tag, read_weights
 from pipeline.shards.index import Index
+from pipeline.training.trackers import check_trackers
 from pipeline.training.unlabelled import check_unlabelled
 
 
@@ -34,12 +35,15 @@ def check(config: Config, command: str) -> None:
     path = index_path(config, "train")
     names = Index(path).classes if path.exists() else None
     classes = len(names) if names else None
+    if command in ("teacher", "train-student", "finetune"):
+        check_trackers(config.logging)
     if command in ("teacher", "teacher-logits", "evaluate") and any(map(config.needs_teacher, PURPOSES)):
         check_teacher(config, names)
     if command in ("train-student", "evaluate"):
         for name in config.students:
-            check_student(config, config.student_named(name), classes, config.recipe.size)
-            check_student_weights(config, config.student_named(name), classes)
+            student = config.student_named(name)
+            check_student(config, student, classes, config.recipe.size)
+            check_student_weights(config, student, classes)
     if command in ("finetune", "evaluate"):
         for name in config.finetune.students:
             check_student(config, config.finetune_student(name), classes, config.finetune.size)

@@ -62,6 +62,11 @@ def finetune_folder(config: Config, name: str) -> Path:
     return student_folder(config, f"{name}-{FINETUNED}")
 
 
+def tensorboard_folder(config: Config, run: str) -> Path:
+    """TensorBoard's event files of a run."""
+    return outputs(config) / "tensorboard" / run
+
+
 def evaluated_models(config: Config) -> dict[str, Path]:
     """Models in the order of the tables of `pipeline evaluate`, with the folders of their weights."""
     models = {}

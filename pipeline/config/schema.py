@@ -11,13 +11,13 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.common.errors import UsageError
 from pipeline.config.consistency import conflicting_settings
-from pipeline.config.sections import Data, Evaluate, Recipe, TeacherLogits
+from pipeline.config.sections import Data, Evaluate, Logging, Recipe, TeacherLogits
 from pipeline.config.training_sections import Finetune, Student, Teacher, TeacherFinetune, Training
 from pipeline.config.types import NAME, Work, is_own_model
 from pipeline.config.validation import Section, validate
 
 __all__ = [
-    "EXECUTION_ONLY", "PURPOSES", "Config", "Data", "Evaluate", "Finetune", "Recipe", "Student", "Teacher",
+    "EXECUTION_ONLY", "PURPOSES", "Config", "Data", "Evaluate", "Finetune", "Logging", "Recipe", "Student", "Teacher",
     "TeacherFinetune", "TeacherLogits", "Training", "finetune_fields", "result_fields",
 ]  # fmt: skip
 
@@ -45,6 +45,7 @@ class Config(Section):
     """Overrides of `student` for each named student; kwargs are merged key by key (null: timm's default)."""
     finetune: Finetune = Finetune()
     evaluate: Evaluate = Evaluate()
+    logging: Logging = Logging()
 
     @field_validator("finetune", mode="before")
     @classmethod

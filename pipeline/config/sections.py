@@ -158,6 +158,17 @@ class TeacherLogits(Section):
     """Use torch.compile."""
 
 
+class Logging(Section):
+    """Experiment trackers that training logs to, besides log.jsonl; they change no result."""
+
+    tensorboard: bool = False
+    """Write event files to outputs/NAME/tensorboard; needs the package tensorboard."""
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    """Project at Weights & Biases, or of another `module`; null: none."""
+    module: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")] = "wandb"
+    """Module that `wandb` logs with: wandb, or one with the same functions init, log and finish, such as trackio."""
+
+
 class Evaluate(Section):
     """How models are evaluated on the validation set."""
 

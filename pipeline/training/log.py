@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ class Log:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def write(self, kind: str, step: int, **values: Any) -> None:
+    def write(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
+        """Append a line, with the time; returns its values."""
+        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
         try:
             with open(self.path, "a") as file:
-                file.write(_line({"kind": kind, "step": step, **values}))
+                file.write(_line(line))
         except OSError as error:
             raise unwritable(f"{self.path}:", error) from error
+        return line
 
     def sync(self) -> None:
         """Flush to disk; called before a checkpoint is written, so that no run resumes after epochs that were lost."""
@@ -115,7 +119,7 @@ def _validated_as(last: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
     return line if same else {key: value for key, value in line.items() if "val_" not in key}
 
 
-LOG_ONLY_KEYS = ("kind", "step", "speed", "validation")
+LOG_ONLY_KEYS = ("kind", "step", "time", "speed", "validation")
 EMPTY_HEADER = ["epoch", "loss"]  # columns of a curve without epochs
 
 

@@ -20,6 +20,7 @@ from pipeline.models.build import NormalizedModel, parameter_count
 from pipeline.shards.index import Index
 from pipeline.shards.published import check_cache
 from pipeline.training.identity import run_identity
+from pipeline.training.trackers import Trackers, configured_trackers
 from pipeline.training.unlabelled import check_unlabelled
 
 CPU = torch.device("cpu")
@@ -68,6 +69,8 @@ class Run:
     """Only these modules are trained and in training mode; empty: the entire model is."""
     thaw_epoch: int | None = None
     """From the start of this epoch on the entire model is trained, not only `trainable`; None: never."""
+    trackers: Trackers = field(default_factory=dict)
+    """What the log is copied to."""
 
     @property
     def steps(self) -> int:
@@ -135,8 +138,10 @@ def prepare_run(
     partly = trainable and thaw_epoch is None
     in_training = trainable if partly else [model] if train_mode else []
     identity = run_identity(configured, settings, has_batch_norm(in_training), **dependencies)
+    folder = state_folder(config, fingerprint(identity))
     return Run(
-        name=name, folder=state_folder(config, fingerprint(identity)), identity=identity, settings=settings,
+        name=name, folder=folder, identity=identity, settings=settings,
+        trackers=configured_trackers(config, name, identity, folder),
         plan=training_plan(train, recipe, settings, views), train=train, model=model, size=recipe.size,
         train_mode=train_mode, trainable=list(trainable), thaw_epoch=thaw_epoch, **fields,
     )  # fmt: skip

@@ -20,19 +20,18 @@ from pipeline.batches.batch import Batch, mixed, targets
 from pipeline.batches.loader import step_loader
 from pipeline.batches.transfer import DeviceToHostCopy, on_device
 from pipeline.common.arithmetic import deterministic_kernels
-from pipeline.common.cores import resolve_workers
 from pipeline.common.distributed import Rank
 from pipeline.common.errors import PipelineError
-from pipeline.common.progress import print_line, progress
+from pipeline.common.progress import progress
 from pipeline.common.signals import Interrupted, SignalRecorder
 from pipeline.models.build import NormalizedModel
 from pipeline.training import checkpoint
-from pipeline.training.log import Log
 from pipeline.training.losses import distillation_losses
-from pipeline.training.meters import Throughput, loader_warning, reset_peak_memory
-from pipeline.training.monitoring import accuracy_warning, check_step, describe_epoch, validate
+from pipeline.training.meters import Throughput, reset_peak_memory
+from pipeline.training.monitoring import check_step, validate
 from pipeline.training.optim import ModelEma, add_momentum_buffers, build_optimizer, build_schedule, scheduled_epoch
 from pipeline.training.parallel import parallel_model, set_trainable
+from pipeline.training.recorder import Recorder
 from pipeline.training.run import Run
 from pipeline.training.seeding import seed_step
 
@@ -51,7 +50,7 @@ def train(run: Run) -> dict[str, Any]:
     with deterministic_kernels(run.settings.deterministic):
         trainer = Trainer(run)
         trainer.resume()
-        with SignalRecorder() as trainer.signals:
+        with SignalRecorder() as trainer.signals, contextlib.closing(trainer.recorder):
             return trainer.train()
 
 
@@ -90,12 +89,11 @@ class Trainer:
         self.ema = ModelEma(run.model, settings.ema_decay) if settings.ema_decay else None
         self.step, self.epoch_loss, self.first_loss = 0, 0.0, None
         self.metrics: dict[str, Any] = {}  # of the last completed epoch
-        self.log = Log(run.folder / "log.jsonl") if self.rank.rank == 0 else None
+        self.recorder = Recorder(run, self.rank.rank)
         self.throughput, self.epoch_throughput = Throughput(), Throughput()
         self.pending: PendingValues | None = None
         self.signals = SignalRecorder()
         self.stop, self.last_loss = False, math.nan
-        self.warned: set[str] = set()
         self.select_modules()
 
     def select_modules(self) -> None:
@@ -121,8 +119,7 @@ class Trainer:
         # rank 0 says which: on a network file system the others may see an older one as the newest
         newest = self.rank.broadcast_object(checkpoint.newest(run.folder) if self.rank.rank == 0 else None)
         if newest is None:
-            if self.log:
-                self.log.truncate(0)  # an earlier attempt ended before its first checkpoint
+            self.recorder.start(0)  # an earlier attempt may have ended before its first checkpoint
             return
         state = checkpoint.load(run.folder, run.checkpoint_identity, run.device, newest)
         run.model.model.load_state_dict(state["model"])
@@ -133,15 +130,13 @@ class Trainer:
         self.metrics = state["metrics"]
         if self.trained != run.trained_modules(self.step):
             self.select_modules()
-        if self.log:
-            self.log.truncate(self.step)
-            print(f"{run.name}: resumes at step {self.step} of {run.steps}")
+        self.recorder.start(self.step)
 
     def save(self) -> None:
         """Write a checkpoint, on rank 0."""
         self.collect_values()
-        if self.log:
-            self.log.sync()
+        if self.rank.rank == 0:
+            self.recorder.sync()
             state = {"model": self.run.model.model.state_dict(), "optimizer": self.optimizer.state_dict()}
             state |= {"epoch_loss": self.epoch_loss, "first_loss": self.first_loss, "metrics": self.metrics}
             if self.ema:
@@ -159,7 +154,7 @@ class Trainer:
             while self.step < run.steps:
                 values = self.train_step(batches)
                 self.collect_values()
-                logged = self.log is not None and self.step % settings.log_steps == 0
+                logged = self.rank.rank == 0 and self.step % settings.log_steps == 0
                 fields = {"lr": self.lr(), **self.throughput.snapshot()} if logged else {}
                 self.pending = PendingValues(self.step, fields, DeviceToHostCopy(values))
                 self.step += 1
@@ -254,8 +249,8 @@ class Trainer:
         self.stop |= values.pop("terminated") > 0
         if not self.run.distilled:
             del values["loss_label"], values["loss_distillation"]
-        if log_fields and self.log:
-            self.log.write("step", step, epoch=self.run.plan.epoch(step), **values, **log_fields)
+        if log_fields:
+            self.recorder.write_step(step, values | log_fields)
 
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
@@ -271,22 +266,11 @@ class Trainer:
             if self.ema:
                 metrics |= self.validate(self.ema.module, "ema_")
         self.metrics = metrics
-        if self.log:
-            self.log.write("epoch", self.step, **metrics, speed=speed)
-            if "validation" in metrics:
-                print_line(describe_epoch(run, metrics))
-            self.warn("loader", loader_warning(speed, resolve_workers(settings.workers, run.device.type == "cuda")))
-            self.warn("accuracy", accuracy_warning(run, metrics))
+        self.recorder.write_epoch(self.step, metrics, speed)
         self.rank.barrier()
         for throughput in (self.throughput, self.epoch_throughput):
             throughput.snapshot()  # the time of validation does not count
         reset_peak_memory()
-
-    def warn(self, kind: str, text: str) -> None:
-        """Print a warning, if there is one, the first time that it occurs."""
-        if text and kind not in self.warned:
-            self.warned.add(kind)
-            print_line(f"warning: {text}")
 
     def validate(self, model: NormalizedModel, prefix: str = "") -> dict[str, float]:
         """Metrics of the model as rank 0 has it: until here, each rank has its own statistics of batch norm."""
