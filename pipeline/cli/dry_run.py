@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from pipeline.config.paths import index_path
-from pipeline.config.schema import PURPOSES, Config, Student, Teacher
+from pipeline.config.schema import PURPOSES, Config, Finetune, Student, Teacher, Training
 from pipeline.config.types import is_own_model
 from pipeline.models.build import build_student, build_teacher
 from pipeline.models.class_map import check_range, class_numbers
 from pipeline.models.ensemble import other_classes
 from pipeline.models.pretrained import fit_student_weights, fit_weights
+from pipeline.models.recomputation import checkpoint_activations
 from pipeline.models.teacher import check_input_size
 from pipeline.models.weights import check_timm_tag, read_weights
 from pipeline.shards.index import Index
@@ -42,11 +43,11 @@ def check(config: Config, command: str) -> None:
     if command in ("train-student", "evaluate"):
         for name in config.students:
             student = config.student_named(name)
-            check_student(config, student, classes, config.recipe.size)
+            check_student(config, student, classes, config.recipe.size, student)
             check_student_weights(config, student, classes)
     if command in ("finetune", "evaluate"):
         for name in config.finetune.students:
-            check_student(config, config.finetune_student(name), classes, config.finetune.size)
+            check_student(config, config.finetune_student(name), classes, config.finetune.size, config.finetune)
         if config.finetune.weights and config.finetune.students:
             read_weights(config.finetune.weights)
 
@@ -80,6 +81,8 @@ def check_one_teacher(section: Teacher, classes: Sequence[str] | None, size: int
         teacher = build_teacher(section, len(classes or range(1000)))
     if is_own_model(section.model):
         check_input_size(teacher, size, "correct the model, or choose another size", section.model)
+    if section.checkpoint_activations and not weights:
+        checkpoint_activations(teacher, [teacher])
     if state is not None and classes:
         fits = fit_weights(section, teacher.model.to_empty(device="cpu"), state, classes)
     return fits
@@ -96,11 +99,14 @@ def unlabelled_images(config: Config) -> int:
     return Index(path).unlabelled if path.exists() else int(config.data.unlabelled)
 
 
-def check_student(config: Config, student: Student, classes: int | None, size: int) -> None:
-    """Check that it can be built and takes pictures of this size."""
+def check_student(config: Config, student: Student, classes: int | None, size: int, training: Training) -> None:
+    """Check that it can be built, takes pictures of this size, and can be trained as `training` says."""
     with only_shapes(student.model):
         model = build_student(student, config.recipe, classes or 1000, size)
         check_input_size(model, size, "choose another size, or another model", student.model)
+    if training.checkpoint_activations:
+        trained = not isinstance(training, Finetune) or training.train_mode
+        checkpoint_activations(model, [model] if trained else [])
     check_unlabelled(unlabelled_images(config), f"student {student.model}", student, model.distilled)
 
 

@@ -8,12 +8,14 @@ from pipeline.config.types import NAME
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
+    from pipeline.config.training_sections import Training
 
 
 def conflicting_settings(config: "Config") -> Iterator[str]:
     """Yield a message for each conflict between settings, with the keys' full names."""
     yield from _views(config)
     yield from _batches(config)
+    yield from _compiled(config)
     yield from _names(config)
     yield from _val_fraction(config)
     yield from _torchvision(config)
@@ -34,18 +36,28 @@ def _views(config: "Config") -> Iterator[str]:
             yield f"{section}.views must be a multiple of recipe.block: {views} views, block {block}"
 
 
-def _batches(config: "Config") -> Iterator[str]:
-    group = config.recipe.group_size
+def _trainings(config: "Config") -> dict[str, "Training"]:
     runs = {"teacher": config.teacher, "student": config.student, "finetune": config.finetune}
     runs |= {f"variants.{name}": config.student_named(name) for name in config.variants}
     if config.teacher_finetune.epochs:
         runs["teacher_finetune"] = config.teacher_finetune
-    for key, run in runs.items():
+    return runs
+
+
+def _batches(config: "Config") -> Iterator[str]:
+    group = config.recipe.group_size
+    for key, run in _trainings(config).items():
         groups, rest = divmod(run.batch_size, group)
         if rest:
             yield f"{key}.batch_size must be a multiple of recipe.group_size: {run.batch_size}, group_size {group}"
         elif groups % run.accumulation:
             yield f"{key}.accumulation must divide the {groups} groups of a batch: {run.accumulation}"
+
+
+def _compiled(config: "Config") -> Iterator[str]:
+    for key, run in _trainings(config).items():
+        if run.compile and run.checkpoint_activations:
+            yield f"{key}.checkpoint_activations must be false with {key}.compile: found true"
 
 
 def _names(config: "Config") -> Iterator[str]:

@@ -172,13 +172,13 @@ def resolve(values: Any, overrides: tuple[str, ...], source: str) -> Config:
 def dump(config: Config) -> str:
     """The complete configuration as YAML; `resolve(parse_yaml(dump(c)))` equals c."""
     values = config.model_dump(mode="json", by_alias=True)
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=88)
 
 
 def dump_key(key: str, value: Any) -> str:
     """One key with its value, as lines of YAML."""
     style = None if isinstance(value, dict | list) else False
-    return yaml.dump({key: value}, Dumper=_Dumper, sort_keys=False, default_flow_style=style, width=100)
+    return yaml.dump({key: value}, Dumper=_Dumper, sort_keys=False, default_flow_style=style, width=88)
 
 
 def record(config: Config) -> None:

@@ -118,7 +118,7 @@ class Config(Section):
 # How a run is carried out, not what it computes: these change no result and no fingerprint.
 EXECUTION_ONLY = {
     "workers", "accumulation", "checkpoint_minutes", "checkpoint_steps", "stop_above", "log_steps", "eval_epochs",
-    "compile", "channels_last", "deterministic",
+    "compile", "channels_last", "checkpoint_activations", "deterministic",
 }  # fmt: skip
 
 

@@ -67,6 +67,9 @@ class Training(Section):
     """float32 is IEEE 754, never TF32; bfloat16 is autocast of the forward pass."""
     compile: bool = False
     """Use torch.compile."""
+    checkpoint_activations: bool = False
+    """Keep only some activations for the backward pass and compute the others again: less memory, more time, the same
+    result. Not with `compile`, nor for models with batch norm."""
     channels_last: bool = False
     """Use the channels_last memory format."""
     deterministic: bool = False

@@ -17,6 +17,7 @@ from pipeline.config.paths import state_folder
 from pipeline.config.schema import Config, Recipe, Student, Training
 from pipeline.config.validation import fingerprint
 from pipeline.models.build import NormalizedModel, parameter_count
+from pipeline.models.recomputation import checkpoint_activations
 from pipeline.shards.index import Index
 from pipeline.shards.published import check_cache
 from pipeline.training.identity import run_identity
@@ -131,7 +132,7 @@ def prepare_run(
         fields: further fields of Run.
 
     Raises:
-        UsageError: it needs labels, and there are images without.
+        UsageError: it needs labels, and there are images without; or its model cannot checkpoint activations.
     """
     check_cache(train, settings.open_shards)
     check_unlabelled(train.unlabelled, name, fields.get("distillation"), model.distilled)
@@ -139,6 +140,8 @@ def prepare_run(
     in_training = trainable if partly else [model] if train_mode else []
     identity = run_identity(configured, settings, has_batch_norm(in_training), **dependencies)
     folder = state_folder(config, fingerprint(identity))
+    if settings.checkpoint_activations:
+        checkpoint_activations(model, in_training)
     return Run(
         name=name, folder=folder, identity=identity, settings=settings,
         trackers=configured_trackers(config, name, identity, folder),
