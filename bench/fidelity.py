@@ -46,7 +46,7 @@ def teachers_logits(config: Config, groups: int) -> tuple[dict[str, torch.Tensor
             found[name].append(forward.logits(pictures, recipe.group_size)[:members])
         teacher.float32_head = False
         pictures = resize_pictures(pictures, size)
-        found[HEAD_TOO].append(teacher_logits(teacher, pictures, recipe.group_size, 1, True)[:members])
+        found[HEAD_TOO].append(teacher_logits(teacher, pictures, recipe.group_size, 1, "bfloat16")[:members])
         teacher.float32_head = True
     return {name: torch.cat(parts) for name, parts in found.items()}, len(index.classes)
 

@@ -3,6 +3,7 @@
 import errno
 import importlib.metadata
 import os
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -161,14 +162,34 @@ class _Gpu:
         self.name, self.major = "Some GPU", major
 
 
-@pytest.mark.parametrize(("major", "free", "level"), [(8, 1.0, Level.OK), (7, 1.0, Level.WARN), (9, 0.2, Level.WARN)])
-def test_gpus_that_are_old_or_in_use_are_warned_of(monkeypatch, major, free, level):
+@pytest.mark.parametrize(("major", "free", "level"), [(8, 1.0, Level.OK), (7, 1.0, Level.OK), (9, 0.2, Level.WARN)])
+def test_gpus_that_are_in_use_are_warned_of(monkeypatch, major, free, level):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: _Gpu(major))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (int(free * 2**34), 2**34))
     (found,) = machine.check_gpus()
     assert isinstance(found, Finding) and found.level is level
+
+
+@pytest.mark.parametrize(
+    ("major", "precision", "level", "said"),
+    [
+        (9, "bfloat16", Level.OK, "bfloat16 suits this GPU"),
+        (9, "float16", Level.OK, "bfloat16 suits this GPU"),
+        (7, "bfloat16", Level.WARN, "teacher.precision bfloat16, .*student.precision bfloat16: may be slower than float16"),
+        (7, "float16", Level.OK, "float16 suits this GPU"),
+        (6, "float16", Level.WARN, "may be slower than float32 on this GPU"),
+        (None, "float16", Level.WARN, "may be slower than float32 on a CPU"),
+        (None, "float32", Level.OK, "float32 suits a CPU"),
+    ],
+)
+def test_a_precision_that_the_device_does_not_have_is_warned_of(monkeypatch, major, precision, level, said):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: _Gpu(major))
+    values = {section: {"precision": precision} for section in ("teacher", "teacher_logits", "student")}
+    device = torch.device("cuda", 0) if major else torch.device("cpu")
+    found = doctor.check_precision(resolve(values, (), "test"), device)
+    assert found.level is level and re.search(said, found.text)
 
 
 @pytest.mark.parametrize(("missing", "level"), [(".git", Level.WARN), ("dvc.yaml", Level.FAIL), ("", Level.OK)])

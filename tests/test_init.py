@@ -37,8 +37,8 @@ def config(found: Facts, *overrides: str) -> Config:
 
 
 SETS = [
-    facts(images=images, classes=classes, short_side=side, gpu=gpu, bfloat16=gpu, pretrained=side in (8, 128),
-          pretrained_student=side in (8, 3000))
+    facts(images=images, classes=classes, short_side=side, gpu=gpu, precision="bfloat16" if gpu else "float32",
+          pretrained=side in (8, 128), pretrained_student=side in (8, 3000))
     for images, classes in ((20, 2), (100, 10), (400, 4), (1_649, 17), (2_000, 10), (12_345, 100), (200_000, 5_000))
     for side in (8, 64, 128, 3000)
     for gpu in (False, True)
@@ -83,7 +83,8 @@ def test_the_models_of_some_choices_can_be_built(found):
         ({"gpu": True}, "teacher.batch_size", 128),
         ({"gpu": True, "images": 50_000}, "teacher.batch_size", 256),
         ({}, "teacher.lr", 0.008),
-        ({"gpu": True, "bfloat16": True}, "student.precision", "bfloat16"),
+        ({"gpu": True, "precision": "bfloat16"}, "student.precision", "bfloat16"),
+        ({"gpu": True, "precision": "float16"}, "teacher_logits.precision", "float16"),
         ({"gpu": True}, "student.precision", "float32"),
         ({}, "teacher_logits.kind", "dense"),
         ({"images": 100_000, "classes": 1_000}, "teacher_logits.kind", "argmax"),

@@ -160,7 +160,7 @@ def test_a_distilled_teacher_answers_with_the_mean_of_its_heads_as_timm_does(mod
     section = Teacher(model=DISTILLED.model, kwargs=SMALL | {"img_size": 32}, drop_path=0.0)
     teacher = build_teacher(section, 5).train(mode)
     own, taught = student(DISTILLED).eval()(pictures())  # of the same seed, so with the same weights
-    answered = teacher_logits(teacher, pictures(), 4, 1, False)
+    answered = teacher_logits(teacher, pictures(), 4, 1, "float32")
     torch.testing.assert_close(answered, (own + taught) / 2, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(own, taught, atol=1e-3)
 
@@ -168,22 +168,23 @@ def test_a_distilled_teacher_answers_with_the_mean_of_its_heads_as_timm_does(mod
 def test_teacher_answers_a_group_alone_as_among_others():
     teacher = build_teacher(Teacher(model="resnet10t"), 5).eval()
     many = pictures(12)
-    together = teacher_logits(teacher, many, 4, 1, False)
-    alone = [teacher_logits(teacher, group, 4, 1, False) for group in many.split(4)]
+    together = teacher_logits(teacher, many, 4, 1, "float32")
+    alone = [teacher_logits(teacher, group, 4, 1, "float32") for group in many.split(4)]
     assert torch.equal(together, torch.cat(alone)) and together.dtype == torch.float32
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["resnet10t", "deit_tiny_distilled_patch16_224"])
-def test_in_bfloat16_a_teachers_head_computes_in_float32(name):
-    asked = TeacherLogits(precision="bfloat16")
+def test_under_autocast_a_teachers_head_computes_in_float32(name, precision):
+    asked, half = TeacherLogits(precision=precision), getattr(torch, precision)
     size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2} if "deit" in name else {}
     teacher = build_teacher(Teacher(model=name, kwargs=size), 50).eval()
     logits = TeacherForward(teacher, asked).logits(pictures(), 3)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", half):
         features = teacher.model.forward_features((pictures() - teacher.mean) / teacher.std)
     with torch.no_grad():
         assert torch.equal(logits, teacher.heads(features.float())[0])
-    assert (logits != logits.bfloat16()).float().mean() > 0.9
+    assert (logits != logits.to(half)).float().mean() > 0.9
 
 
 def test_a_teacher_that_is_asked_answers_in_float32_as_its_model_does():

@@ -21,6 +21,7 @@ from pipeline.store import labelling
 from pipeline.store.encoding import payload_width
 from pipeline.training import teachers as teaching
 from pipeline.training.run import NoTeacher, Run
+from pipeline.training.scaling import SCALER_VALUES
 from pipeline.training.teachers import OnlineTeacher, StoredTeacher
 from pipeline.training.trainer import STEP_VALUES, Trainer
 
@@ -121,7 +122,8 @@ def prepared(small_set, diary: Diary, settings: Student, teacher) -> tuple[Train
 
 def one_step(trainer: Trainer, batches: Iterator[Batch]) -> DeviceToHostCopy:
     values = trainer.train_step(batches)
-    assert values.device == GPU and values.shape == (len(STEP_VALUES),)
+    count = len(STEP_VALUES) + len(SCALER_VALUES) * bool(trainer.scaler)
+    assert values.device == GPU and values.shape == (count,)
     trainer.step += 1
     return DeviceToHostCopy(values)
 
@@ -140,6 +142,7 @@ CASES = {
     "soft_topk": (SOFT, "topk", 8),
     "online": (SOFT, "online", 6),
     "accumulated": ({"accumulation": 2, "clip_grad": 1.0}, "argmax", 14),
+    "float16": ({"precision": "float16", "clip_grad": 1.0, "accumulation": 2}, "argmax", 14),
     "channels_last": ({"channels_last": True, "precision": "float32"}, "argmax", 7),
 }
 

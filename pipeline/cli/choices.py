@@ -15,6 +15,12 @@ SHARD = 1280
 """Most samples per shard, the default of data.shard_samples."""
 MEGAPIXELS = 0.5
 """Mean from which reading images is work for processes of its own on a CPU too."""
+PRECISIONS = {
+    "bfloat16": "a GPU that computes in bfloat16",
+    "float16": "a GPU that computes in float16 but not in bfloat16",
+    "float32": "no faster format on this machine",
+}
+"""Why each is chosen."""
 DENSE_BYTES = 2e9
 """Largest store of all logits; a larger one holds the argmax only."""
 
@@ -95,8 +101,6 @@ def _recipe(facts: Facts, plan: Plan) -> Choices:
 
 def _learning(section: str, facts: Facts, plan: Plan, rate: float, why: str) -> Choices:
     """Keys that every training needs; `rate` is the learning rate in use."""
-    precision = "bfloat16" if facts.bfloat16 else "float32"
-    where = "a GPU that computes in bfloat16" if facts.bfloat16 else "no faster format on this machine"
     epochs, batch = plan.epochs[section], plan.batches[section]
     steps = steps_per_epoch(facts.images, batch)
     return {
@@ -107,7 +111,7 @@ def _learning(section: str, facts: Facts, plan: Plan, rate: float, why: str) -> 
         f"{section}.batch_size": Choice(batch, f"about {steps:,} steps per epoch"),
         f"{section}.lr": Choice(round(rate * 512 / batch, 6), f"{rate:g} at this batch size: lr is for a batch of 512"),
         f"{section}.ema_decay": Choice(None, "no average of the weights: DeiT's spans some 25,000 steps"),
-        f"{section}.precision": Choice(precision, where),
+        f"{section}.precision": Choice(facts.precision, PRECISIONS[facts.precision]),
         f"{section}.eval_epochs": Choice(max(1, epochs // 5), "about five validations"),
         **_workers(section, facts),
     }
@@ -183,7 +187,7 @@ def _store(facts: Facts, plan: Plan) -> Choices:
             views, one if views == plan.epochs["student"] else f"about {one}, and a multiple of recipe.block"
         ),
         "teacher_logits.kind": kind,
-        "teacher_logits.precision": Choice("bfloat16" if facts.bfloat16 else "float32", "as in training"),
+        "teacher_logits.precision": Choice(facts.precision, "as in training"),
         "teacher_logits.batch_groups": Choice(4, "groups per forward pass of the teacher"),
         **_workers("teacher_logits", facts),
     }

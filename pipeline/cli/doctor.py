@@ -15,6 +15,7 @@ from pipeline.cli.machine import (
     check_gpus,
     check_versions,
     existing_parent,
+    fastest_precision,
     free_bytes,
     measure_disk,
 )
@@ -64,22 +65,22 @@ def run(path: str, overrides: tuple[str, ...]) -> None:
 def check_experiment(config: Config) -> Iterator[Finding]:
     """Checks of the machine against what the configuration needs."""
     gpu = torch.cuda.is_available()
-    if not gpu:
-        yield _precision(config)
+    yield check_precision(config, torch.device("cuda", 0) if gpu else torch.device("cpu"))
     yield check_space(config)
     yield check_disk(local_work(config.work))
     yield check_shared_memory(config, gpu, Path("/dev/shm"))
     yield check_open_files(config, gpu)
 
 
-def _precision(config: Config) -> Finding:
-    slow = [name for name in ("teacher", "student") if getattr(config, name).precision == "bfloat16"]
-    if slow:
-        keys = " and ".join(f"{name}.precision" for name in slow)
-        return Finding(
-            Level.WARN, "precision", f"{keys}: bfloat16 may be slower than float32 on a CPU"
-        )
-    return Finding(Level.OK, "precision", "float32, which suits a CPU")
+def check_precision(config: Config, device: torch.device) -> Finding:
+    """Compare the precisions with the fastest one of the device."""
+    best, where = fastest_precision(device), "this GPU" if device.type == "cuda" else "a CPU"
+    sections = ("teacher", "teacher_logits", "student")
+    found = {f"{name}.precision": getattr(config, name).precision for name in sections}
+    slow = [f"{key} {value}" for key, value in found.items() if value not in (best, "float32")]
+    if slow and best != "bfloat16":
+        return Finding(Level.WARN, "precision", f"{', '.join(slow)}: may be slower than {best} on {where}")
+    return Finding(Level.OK, "precision", f"{', '.join(sorted(set(found.values())))}; {best} suits {where}")
 
 
 def _most_workers(config: Config, gpu: bool) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.common.arithmetic import autocast
 from pipeline.common.cores import available_cores, resolve_workers
 from pipeline.config.schema import Config, Training
 from pipeline.config.store_spec import store_spec
@@ -54,25 +55,27 @@ def measure(config: Config, files: list[Path], classes: int, device: torch.devic
     pictures = torch.zeros(batch, 3, config.recipe.size, config.recipe.size, device=device)
     forward, step = {}, {}
     for name, model in models.items():
-        bf16 = (config.teacher if name == "teacher" else config.student).precision == "bfloat16"
+        precision = (config.teacher if name == "teacher" else config.student).precision
         forward[name], step[name] = (
-            _seconds(call, device, MEASURE) / batch for call in _calls(model.to(device), pictures, bf16)
+            _seconds(call, device, MEASURE) / batch for call in _calls(model.to(device), pictures, precision)
         )
     return Rates(decoding, rendering, forward, step, {name: parameter_count(model) for name, model in models.items()})
 
 
-def _calls(model: NormalizedModel, pictures: torch.Tensor, bf16: bool) -> tuple[Callable[[], None], Callable[[], None]]:
+def _calls(
+    model: NormalizedModel, pictures: torch.Tensor, precision: str
+) -> tuple[Callable[[], None], Callable[[], None]]:
     """A forward pass, and a training step."""
     optimizer = torch.optim.AdamW(model.parameters(), 0.0, fused=True)
 
     def forward() -> None:
         model.eval()
-        with torch.no_grad(), torch.autocast(pictures.device.type, torch.bfloat16, enabled=bf16):
+        with torch.no_grad(), autocast(pictures.device.type, precision):
             model(pictures)
 
     def step() -> None:
         model.train()
-        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=bf16):
+        with autocast(pictures.device.type, precision):
             first, second = model(pictures)
         (first.float().logsumexp(1).sum() + second.float().logsumexp(1).sum()).backward()
         optimizer.step()

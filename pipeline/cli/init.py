@@ -10,6 +10,7 @@ from pipeline.cli import durations, photos
 from pipeline.cli.annotated import annotate
 from pipeline.cli.choices import Choice, Choices, choose, released_student, released_teacher
 from pipeline.cli.configure import KEYS, experiments
+from pipeline.cli.machine import fastest_precision
 from pipeline.cli.plan import FEW_PER_CLASS, Facts, Given, Plan, make_plan
 from pipeline.cli.released import missing_weights
 from pipeline.common.cores import available_cores
@@ -74,7 +75,7 @@ def gather(found: photos.Photos, device: torch.device, offline: bool) -> Facts:
         majority=found.majority,
         megapixels=found.megapixels,
         gpu=gpu,
-        bfloat16=gpu and torch.cuda.get_device_capability(device) >= (8, 0),
+        precision=fastest_precision(device),
         pretrained=not missing[released_teacher(gpu)],
         pretrained_student=not missing[released_student(gpu)],
     )

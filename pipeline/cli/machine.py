@@ -88,10 +88,14 @@ def check_gpus() -> Iterator[Finding]:
         text = f"cuda:{number}: {found.name}, {free / 2**30:,.0f} of {total / 2**30:,.0f} GiB free"
         if free < total / 2:
             yield Finding(Level.WARN, "GPU", f"{text}: another process uses the rest")
-        elif found.major < 8:
-            yield Finding(Level.WARN, "GPU", f"{text}: it does not compute in bfloat16; set precision to float32")
         else:
             yield Finding(Level.OK, "GPU", text)
+
+
+def fastest_precision(device: torch.device) -> str:
+    """The fastest precision on a device: float16 on GPUs whose tensor cores lack bfloat16, such as V100, T4 and RTX 20."""
+    major = torch.cuda.get_device_properties(device).major if device.type == "cuda" else 0
+    return "bfloat16" if major >= 8 else "float16" if major == 7 else "float32"
 
 
 def check_decoders() -> Iterator[Finding]:

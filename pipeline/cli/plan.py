@@ -43,8 +43,8 @@ class Facts:
     megapixels: float = 0.2
     """Mean."""
     gpu: bool = False
-    bfloat16: bool = False
-    """Whether the GPU computes in it."""
+    precision: str = "float32"
+    """The fastest one on the device."""
     pretrained: bool = False
     """Whether the teacher's pretrained weights can be had."""
     pretrained_student: bool = False

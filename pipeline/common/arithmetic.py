@@ -1,4 +1,4 @@
-"""GPU arithmetic: float32 without TF32, and deterministic kernels on request."""
+"""Arithmetic: float32 without TF32, autocast, and deterministic kernels on request."""
 
 import contextlib
 import os
@@ -19,6 +19,15 @@ def use_ieee_float32() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The types of autocast by name; a forward pass in float32 has none."""
+
+
+def autocast(device: str, precision: str) -> torch.autocast:
+    """Autocast of a forward pass on a type of device (cpu, cuda) in a precision: float32, bfloat16 or float16."""
+    return torch.autocast(device, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
 
 
 @contextlib.contextmanager

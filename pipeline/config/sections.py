@@ -146,8 +146,9 @@ class TeacherLogits(Section):
     (float16) also allow soft distillation."""
     top_k: Annotated[int, Field(ge=1, le=65_535)] = 10
     """Classes stored per view by kind topk."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """float32 is IEEE 754, never TF32; bfloat16 is autocast, except for the classifier, which stays in float32."""
+    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """float32 is IEEE 754, never TF32; bfloat16 and float16 are autocast, except for the classifier, which stays in
+    float32."""
     batch_groups: Positive = 8
     """Groups per forward pass of the teacher; 1 makes offline and online training bit-identical on a CPU."""
     workers: Workers = None

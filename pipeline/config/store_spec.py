@@ -21,7 +21,7 @@ class StoreSpec:
     top_k: int
     """Classes per view, for topk."""
     precision: str
-    """float32 or bfloat16, of the teacher's forward pass."""
+    """float32, bfloat16 or float16, of the teacher's forward pass."""
     teacher_size: int
     """Height and width of the teacher's input, in pixels."""
     teacher_folder: Path

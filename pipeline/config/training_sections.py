@@ -63,8 +63,9 @@ class Training(Section):
     """Largest gradient norm; null: no clipping, as in DeiT."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = 0.99996
     """Decay of the EMA weights, which are evaluated too; results use the raw weights, as in DeiT. null: no EMA."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """float32 is IEEE 754, never TF32; bfloat16 is autocast of the forward pass."""
+    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """float32 is IEEE 754, never TF32; bfloat16 and float16 are autocast of the forward pass. float16 is for GPUs without
+    bfloat16 (V100, T4, RTX 20): the loss is scaled, and a step whose gradient overflows is skipped."""
     compile: bool = False
     """Use torch.compile."""
     checkpoint_activations: bool = False

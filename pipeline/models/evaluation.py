@@ -10,6 +10,7 @@ from torch.nn.functional import softmax
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.batches.loader import evaluation_loader
+from pipeline.common.arithmetic import autocast
 from pipeline.common.distributed import Rank
 from pipeline.models.build import NormalizedModel
 from pipeline.shards.index import Index
@@ -35,7 +36,7 @@ def predict(
     parts = [[torch.zeros(0, len(index.classes))] * 2]  # a rank may have no share of a small set
     share = rank.local_range(len(index))
     for pictures in evaluation_loader(index, share, size, crop, batch, workers, device.type == "cuda"):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with autocast(device.type, precision):
             heads = model(pictures.to(device, non_blocking=True).float())
         parts.append([logits.float().cpu() for logits in heads])
     model.train(training)
@@ -96,7 +97,7 @@ def throughput(model: NormalizedModel, size: int, batch: int, seconds: float, pr
     rates, end = [], time.perf_counter() + seconds
     while len(rates) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with autocast(device.type, precision):
             model(pictures)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

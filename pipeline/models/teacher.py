@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.common.arithmetic import autocast
 from pipeline.common.errors import NotReady, PipelineError, UsageError
 from pipeline.config.paths import NOT_NEEDED, teacher_folder
 from pipeline.config.schema import Config, Teacher, TeacherLogits
@@ -27,7 +28,7 @@ from pipeline.models.weights import (
 class TeacherForward:
     """The teacher's forward pass, the same for the store and for online distillation.
 
-    Its head computes in float32 in either precision: rounded to bfloat16, logits tie and the argmax flips.
+    Its head computes in float32 in every precision: rounded to bfloat16, logits tie and the argmax flips.
     """
 
     def __init__(self, teacher: NormalizedModel, settings: TeacherLogits, size: int | None = None):
@@ -44,18 +45,17 @@ class TeacherForward:
         settings, pictures = self.settings, resize_pictures(pictures, self.size)
         if settings.channels_last:
             pictures = pictures.contiguous(memory_format=torch.channels_last)
-        return teacher_logits(self.teacher, pictures, slots, settings.batch_groups, settings.precision == "bfloat16")
+        return teacher_logits(self.teacher, pictures, slots, settings.batch_groups, settings.precision)
 
 
 @torch.no_grad()
-def teacher_logits(teacher: nn.Module, pictures: torch.Tensor, slots: int, groups: int, bf16: bool) -> torch.Tensor:
+def teacher_logits(teacher: nn.Module, pictures: torch.Tensor, slots: int, groups: int, precision: str) -> torch.Tensor:
     """Logits, float32 (N, classes), of pictures (N, 3, P, P) in 0..255.
 
     Each forward pass takes at most `groups` groups of `slots` pictures. Labelling and online distillation share this
     function, so on a CPU, in float32 and with one group per pass, they agree to the bit.
     """
-    device = pictures.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=bf16):
+    with autocast(pictures.device.type, precision):
         logits = [teacher(part)[0].float() for part in pictures.split(slots * groups)]
     return torch.cat(logits)
 

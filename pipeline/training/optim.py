@@ -43,7 +43,8 @@ def build_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimiz
 def add_momentum_buffers(optimizer: torch.optim.Optimizer) -> None:
     """Give parameters that SGD has not stepped yet a buffer of zeros, from which it steps as without one.
 
-    The fused SGD refuses a mixture of parameters with and without buffers, as after a part was trained alone.
+    The fused SGD refuses a mixture of parameters with and without buffers, as after a part was trained alone. And if a
+    gradient scaler skips the first step, it leaves the buffers uninitialized that it creates in it.
     """
     for group in optimizer.param_groups:
         if group.get("momentum"):

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from pipeline.batches.batch import Batch, mixed, targets
 from pipeline.batches.loader import step_loader
 from pipeline.batches.transfer import DeviceToHostCopy, on_device
-from pipeline.common.arithmetic import deterministic_kernels
+from pipeline.common.arithmetic import autocast, deterministic_kernels
 from pipeline.common.distributed import Rank
 from pipeline.common.errors import PipelineError
 from pipeline.common.progress import progress
@@ -33,6 +33,7 @@ from pipeline.training.optim import ModelEma, add_momentum_buffers, build_optimi
 from pipeline.training.parallel import parallel_model, set_trainable
 from pipeline.training.recorder import Recorder
 from pipeline.training.run import Run
+from pipeline.training.scaling import SCALER_VALUES, LossScaler
 from pipeline.training.seeding import seed_step
 
 
@@ -55,6 +56,7 @@ def train(run: Run) -> dict[str, Any]:
 
 
 STEP_VALUES = ("loss", "loss_label", "loss_distillation", "terminated", "grad_norm")
+"""What a step returns; in float16 SCALER_VALUES follow."""
 
 
 class PendingValues(NamedTuple):
@@ -67,7 +69,7 @@ class PendingValues(NamedTuple):
 
 
 class Trainer:
-    """The mutable state of a run: optimizer, schedule, EMA, position, log."""
+    """The mutable state of a run: optimizer, schedule, EMA, loss scale, position, log."""
 
     def __init__(self, run: Run):
         self.run, settings = run, run.settings
@@ -87,6 +89,7 @@ class Trainer:
         self.optimizer = build_optimizer(run.model.model, settings)
         self.schedule = build_schedule(self.optimizer, settings)
         self.ema = ModelEma(run.model, settings.ema_decay) if settings.ema_decay else None
+        self.scaler = LossScaler(run.device) if settings.precision == "float16" else None
         self.step, self.epoch_loss, self.first_loss = 0, 0.0, None
         self.metrics: dict[str, Any] = {}  # of the last completed epoch
         self.recorder = Recorder(run, self.rank.rank)
@@ -99,7 +102,7 @@ class Trainer:
     def select_modules(self) -> None:
         """Train the modules that this step trains; the others are frozen."""
         self.trained = self.run.trained_modules(self.step)
-        if self.run.thaw_step and self.step >= self.run.thaw_step:
+        if self.scaler or (self.run.thaw_step and self.step >= self.run.thaw_step):
             add_momentum_buffers(self.optimizer)
         set_trainable(self.run.model, self.trained)
         self.forward = parallel_model(self.run, self.rank)
@@ -126,6 +129,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.epoch_loss, self.first_loss = state["step"], state["epoch_loss"], state["first_loss"]
         self.metrics = state["metrics"]
         if self.trained != run.trained_modules(self.step):
@@ -141,6 +146,8 @@ class Trainer:
             state |= {"epoch_loss": self.epoch_loss, "first_loss": self.first_loss, "metrics": self.metrics}
             if self.ema:
                 state["ema"] = self.ema.state_dict()
+            if self.scaler:
+                state["scaler"] = self.scaler.state_dict()
             checkpoint.save(self.run.folder, self.step, self.run.checkpoint_identity, state)
 
     def train(self) -> dict[str, Any]:
@@ -178,7 +185,7 @@ class Trainer:
         return by_steps or seconds >= 60 * settings.checkpoint_minutes or self.step == self.run.steps
 
     def train_step(self, batches: Iterator[Batch]) -> torch.Tensor:
-        """Take one step of the optimizer. Returns STEP_VALUES over all ranks, float32 on the device."""
+        """Take one step of the optimizer. Returns its values over all ranks, see STEP_VALUES, float32 on the device."""
         run, settings = self.run, self.run.settings
         self.schedule.step(scheduled_epoch(run.plan.epoch(self.step)))
         seed_step(settings.seed, self.step, self.rank.rank, run.device)
@@ -188,19 +195,29 @@ class Trainer:
             with self.gradient_sync(number == settings.accumulation - 1):
                 losses = self.loss(batch) / weight
                 # DDP averages gradients over ranks; each rank's loss is its share of one sum
-                (losses[0] * self.rank.world_size).backward()
+                loss = losses[0] * self.rank.world_size
+                (self.scaler.scale(loss) if self.scaler else loss).backward()
             sums += losses.detach()
         # a rank that received a signal informs the others, so that all stop after the same step
         flag = torch.full((1,), float(self.signals.received is not None), device=run.device)
         sums = self.rank.all_reduce(torch.cat([sums, flag]))
-        norm = self.gradient_norm()
-        self.optimizer.step()
+        values = [sums, *self.update_weights()]
         self.optimizer.zero_grad()
         if self.ema:
             self.ema.update(self.step)
         for throughput in (self.throughput, self.epoch_throughput):
             throughput.add_step(weight)
-        return torch.cat([sums, norm[None]])
+        return torch.cat(values)
+
+    def update_weights(self) -> list[torch.Tensor]:
+        """Step the optimizer. Returns the gradient norm and, in float16, SCALER_VALUES."""
+        if not self.scaler:
+            norm = self.gradient_norm()
+            self.optimizer.step()
+            return [norm[None]]
+        self.scaler.unscale(self.optimizer)
+        norm = self.gradient_norm()
+        return [norm[None], self.scaler.step(self.optimizer)]
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
         """The next slice; the time spent waiting for it is recorded."""
@@ -230,7 +247,7 @@ class Trainer:
         if run.settings.channels_last:
             pictures = pictures.contiguous(memory_format=torch.channels_last)
         weights = batch.weights.flatten()
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == "bfloat16"):
+        with autocast(run.device.type, run.settings.precision):
             logits, distilled = self.forward(pictures)
         labels = targets(batch, logits.shape[1], run.settings.smoothing)
         return distillation_losses(logits, distilled, labels, weights, predictions, run.distillation)
@@ -240,10 +257,13 @@ class Trainer:
         if self.pending is None:
             return
         (step, log_fields, copy), self.pending = self.pending, None
-        values: dict[str, float] = dict(zip(STEP_VALUES, copy.get()[0].tolist(), strict=True))
+        names = STEP_VALUES + SCALER_VALUES * bool(self.scaler)
+        values: dict[str, float] = dict(zip(names, copy.get()[0].tolist(), strict=True))
         if self.first_loss is None:
             self.first_loss = values["loss"]
-        check_step(self.run, step, values["loss"], values["grad_norm"], self.first_loss)
+        if self.scaler:
+            self.scaler.record(self.run, step, values)
+        check_step(self.run, step, values["loss"], values.get("grad_norm", 0.0), self.first_loss)
         self.epoch_loss += values["loss"]
         self.last_loss = values["loss"]
         self.stop |= values.pop("terminated") > 0
