@@ -66,7 +66,7 @@ class NormalizedModel(nn.Module):
 class OwnModel(NormalizedModel):
     """A model of one's own, from pictures to logits; it is distilled through its output as the class head.
 
-    Under autocast the entire model computes in bfloat16, its classifier included.
+    Under autocast the entire model computes in the lower precision, its classifier included.
     """
 
     def __init__(self, model: nn.Module, mean: Triple, std: Triple, name: str, kwargs: dict[str, Any], classes: int):
