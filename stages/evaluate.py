@@ -7,6 +7,7 @@ import torch
 
 from pipeline.common.distributed import Rank
 from pipeline.common.files import atomic_write
+from pipeline.common.wording import count_of
 from pipeline.config.paths import evaluation_folder, store_path, teacher_logits_folder
 from pipeline.config.schema import Config
 from pipeline.models.adapt import load_resized_weights
@@ -117,7 +118,7 @@ def run_weights(
 
 
 def print_entries(entries: list[Entry], val: Index) -> None:
-    print(f"evaluate {len(entries)} models on {len(val):,} images")
+    print(f"evaluate {count_of(len(entries), 'model')} on {count_of(len(val), 'image')}")
     for entry in entries:
         missing = "" if entry.weights.exists() else " (missing)"
         print(f"  {entry.name}: {entry.model}, {entry.size} px, crop {entry.crop:g}: {entry.weights}{missing}")

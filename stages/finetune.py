@@ -24,7 +24,7 @@ from pipeline.training.teachers import create_teacher
 
 
 def run(config: Config, device: torch.device, name: str, teacher: str = "stored", dry_run: bool = False) -> None:
-    """Write outputs/<name>/students/<student>-finetuned/weights.safetensors, metrics.json and curve.csv.
+    """Write outputs/<name>/students/<student>-finetuned/weights.safetensors, with model.json, metrics.json and curve.csv.
 
     Args:
         name: the student, one of `finetune.from`.

@@ -30,7 +30,7 @@ from pipeline.training.run import Run, describe_run, prepare_run, print_if_not_r
 
 
 def run(config: Config, device: torch.device, purpose: str = "train-student", dry_run: bool = False) -> None:
-    """Write outputs/<name>/teacher/ or teacher-finetune/: weights.safetensors, metrics.json and curve.csv.
+    """Write outputs/<name>/teacher/ or teacher-finetune/: weights.safetensors, model.json, metrics.json and curve.csv.
 
     Args:
         purpose: the stage that the teacher is for, train-student or finetune.
@@ -80,7 +80,8 @@ def further_teachers(config: Config, classes: list[str]) -> list[NormalizedModel
 
 def mark_unneeded(config: Config, purpose: str) -> None:
     """Write placeholders for weights, curve and metrics, as DVC expects them: no student learns from a teacher."""
-    publish(teacher_folder(config, purpose), lambda path: save_weights(path, nn.Module(), NOT_NEEDED), NOT_NEEDED)
+    save = lambda path: save_weights(path, nn.Module(), NOT_NEEDED)  # noqa: E731
+    publish(teacher_folder(config, purpose), save, NOT_NEEDED, NOT_NEEDED)
     print(f"teacher for {purpose}: not needed, no student learns from one")
 
 
@@ -190,9 +191,9 @@ def evaluate_and_publish(
     if Rank.init_process_group(device).rank:
         return  # rank 0 publishes
     print(f"teacher: top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f} on {len(val):,} images at {size} px")
-    folder, description = teacher_folder(config, purpose), describe_model(teacher, val.classes, size, config.teacher.crop)
-    save = lambda path: save_teacher(path, config.teacher, teacher, description.as_json())  # noqa: E731
-    publish(folder, save, metrics | origin, training, last_epoch)
+    description = describe_model(teacher, val.classes, size, config.teacher.crop).as_json()
+    save = lambda path: save_teacher(path, config.teacher, teacher, description)  # noqa: E731
+    publish(teacher_folder(config, purpose), save, description, metrics | origin, training, last_epoch)
 
 
 def evaluate_members(

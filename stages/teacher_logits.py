@@ -15,6 +15,7 @@ from pipeline.batches.plan import Unit
 from pipeline.common.errors import NotReady
 from pipeline.common.files import atomic_write
 from pipeline.common.lease import part_lease, part_lease_path
+from pipeline.common.wording import count_of
 from pipeline.config.paths import NOT_NEEDED, store_path, teacher_logits_folder
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import StoreSpec, store_spec
@@ -113,7 +114,8 @@ def describe(spec: StoreSpec, index: Index, path: str) -> str:
     size = estimate(spec, index.samples.tolist(), len(index.classes))
     text = (
         f"teacher-logits: {size.rows:,} images x {spec.views} views at {spec.recipe.size} px ="
-        f" {size.rows * spec.views:,} views, {size.shards} shards x {size.blocks} blocks = {size.units:,} units\n"
+        f" {size.rows * spec.views:,} views, {count_of(size.shards, 'shard')} x {count_of(size.blocks, 'block')} ="
+        f" {count_of(size.units, 'unit')}\n"
         f"  {spec.kind}: about {size.bytes / 1e6:,.1f} MB, {size.bytes_per_view:.2f} bytes per view: {path}"
     )
     if spec.kind == "topk" and len(index.classes) < spec.top_k:

@@ -25,7 +25,7 @@ def run(
     store: str | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Write outputs/<name>/students/<student>/weights.safetensors, metrics.json and curve.csv.
+    """Write outputs/<name>/students/<student>/weights.safetensors, with model.json, metrics.json and curve.csv.
 
     Args:
         name: one of `students`.

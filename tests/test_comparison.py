@@ -74,14 +74,14 @@ def test_headline_compares_the_best_student_with_its_counterpart_and_the_teacher
     ]  # fmt: skip
     lines = found.lines()
     assert lines[0] == "best student: hard, top-1 80.00 % (95 % interval 71.12 to 86.66) on 100 images"
-    assert lines[1].startswith("  hard: 10.00 points higher than none, trained without distillation (95 % interval 3.")
-    assert lines[2].startswith("  hard: 15.00 points lower than teacher (95 % interval ") and "clear" not in lines[2]
+    assert lines[1].startswith("  hard: 10.00 points higher than the student `none`, trained without distillation (95 % interval 3.")
+    assert lines[2].startswith("  hard: 15.00 points lower than the teacher (95 % interval ") and "clear" not in lines[2]
 
 
 def test_headline_says_where_distillation_did_not_help_and_where_nothing_is_clear():
     lines = compared({"none": 81, "hard": 80}).lines()
     assert lines[0].startswith("best student: none")
-    assert lines[1].startswith("  none: 1.00 points higher than hard, trained with distillation (95 % interval -")
+    assert lines[1].startswith("  none: 1.00 points higher than the student `hard`, trained with distillation (95 % interval -")
     assert lines[1].endswith("; no clear difference)") and len(lines) == 2
 
 

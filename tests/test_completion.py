@@ -15,7 +15,7 @@ from pipeline.config.paths import RUN_LOCK, index_path, student_folder, teacher_
 from pipeline.config.schema import Config
 from pipeline.models.build import build_student
 from pipeline.models.evaluation import predict, top_k_accuracy
-from pipeline.models.weights import load_weights, read_weights
+from pipeline.models.weights import load_weights, read_saved_weights, read_weights
 from pipeline.shards.index import Index
 from pipeline.training import completion
 from pipeline.training.completion import check_same_run, exclusive
@@ -45,6 +45,15 @@ def measured(config: Config) -> float:
     load_weights(model.model, read_weights(student_folder(config, "none") / "weights.safetensors"), "published")
     logits = predict(model, val, config.recipe.size, config.evaluate.crop, 8, 0, CPU)
     return top_k_accuracy(logits[0], torch.from_numpy(val.labels()), 1)
+
+
+@pytest.mark.parametrize("model", ["none", "teacher"])
+def test_model_json_is_the_description_in_the_weights(trained, model):
+    folder = teacher_folder(trained) if model == "teacher" else student_folder(trained, model)
+    metadata = read_saved_weights(folder / "weights.safetensors")[1]
+    written, metrics = (json.loads((folder / f"{name}.json").read_text()) for name in ("model", "metrics"))
+    assert written == metadata["description"] | {"run": metrics["run"]}
+    assert written["classes"] == ["cat", "dog", "eel"] and written["size"] == 16
 
 
 def test_another_validation_set_gives_other_metrics_of_the_same_weights(trained):

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.batches.batch import Renderer, mixed
@@ -15,6 +17,7 @@ from pipeline.config.params import dump
 from pipeline.config.policies import INCREASING_OPS, op_argument
 from pipeline.config.schema import Recipe
 from pipeline.report.contact_sheet import (
+    MIN_SIDE,
     describe_op,
     describe_view,
     find_sample,
@@ -22,7 +25,7 @@ from pipeline.report.contact_sheet import (
     op_section,
     sample_section,
 )
-from pipeline.report.grid import Cell, Section, draw_grid
+from pipeline.report.grid import Cell, Section, draw_grid, wrap
 from pipeline.views.draw import ViewParams
 
 
@@ -44,6 +47,14 @@ def test_the_description_of_a_plain_view_says_that_no_op_fired():
 def test_every_op_is_described(name):
     said = describe_op(name, op_argument(name, 9, True))
     assert name.startswith(said.split()[0].rstrip(","))
+
+
+@pytest.mark.parametrize("caption", ["view 3: crop 300 x 412 at 120, 99, flipped\nRotate -7.2 degrees", "no op", "a\n\nb"])
+def test_captions_are_as_wide_as_their_picture_at_most(caption):
+    wrapped = wrap(caption, MIN_SIDE)
+    text = FigureCanvasAgg(Figure(dpi=100)).figure.text(0, 0, wrapped, size=8)
+    assert text.get_window_extent().width <= 100 * MIN_SIDE
+    assert wrapped.split() == caption.split()
 
 
 def cells_of(section: Section) -> list[Cell]:

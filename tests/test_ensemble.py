@@ -15,7 +15,9 @@ from pipeline.config.params import dump, parse_yaml, resolve
 from pipeline.config.paths import index_path, teacher_folder
 from pipeline.config.schema import Config
 from pipeline.models.build import NormalizedModel, build_teacher
+from pipeline.models.description import load_model
 from pipeline.models.ensemble import mean_logits, resize_pictures
+from pipeline.models.export import export
 from pipeline.models.provenance import teacher_architecture
 from pipeline.models.teacher import describe_teacher, load_teacher
 from pipeline.models.weights import save_weights
@@ -81,6 +83,16 @@ def test_each_members_accuracy_is_published_and_the_ensembles_has_to_suffice(tau
 def first_top1() -> float:
     teacher.run(loaded(), CPU)
     return json.loads((teacher_folder(loaded()) / "metrics.json").read_text())["top1"]
+
+
+def test_a_published_ensemble_describes_itself(taught, sources, tmp_path):  # noqa: F811
+    config, pictures = several(), 255 * torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    teacher.run(config, CPU)
+    model, description, _ = load_model(teacher_folder(config) / "weights.safetensors")
+    assert torch.equal(model(pictures)[0], published(config)(pictures)[0])
+    assert [each["size"] for each in description.members or []] == [None, None, 24]
+    with pytest.raises(UsageError, match="a model of timm's"):
+        export(model, description, pictures, tmp_path, ("timm",))
 
 
 def test_an_ensemble_trains_its_first_teacher_as_one_alone_is_trained(taught):  # noqa: F811

@@ -370,6 +370,15 @@ def test_its_own_params_yaml_is_written_again(project):
     init("My photos")
 
 
+def test_an_unchanged_params_yaml_of_other_choices_is_written_again_and_a_changed_one_is_kept(project):
+    init("My photos", "student.epochs=33", "teacher_logits.views=33", "recipe.block=33")
+    init("My photos")
+    written = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(written.replace("max_pixels: 50000000", "max_pixels: 40000000"))
+    assert "--force" in init("My photos", "student.epochs=7", "teacher_logits.views=30", code=2)
+    assert "max_pixels: 40000000" in (project / "params.yaml").read_text()
+
+
 def test_the_estimate_names_every_stage(project, monkeypatch):
     monkeypatch.setattr("pipeline.cli.durations.MEASURE", 0.0)
     said = call("init", "My photos", "--device", "cpu", "--offline", "recipe.size=32", *TINY)

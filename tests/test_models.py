@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch import nn
 from torch.nn.functional import interpolate
 
 from pipeline.common.errors import PipelineError, UsageError
@@ -386,3 +387,11 @@ def test_damaged_weights_are_named(tmp_path, name, damage):
 def test_pth_file_of_anything_but_weights_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
     refusal(lambda: load_weights(student().model, read_weights(tmp_path / "w.pth"), "w.pth"))
+
+
+def test_weights_of_another_model_are_refused_with_a_few_names_and_their_number():
+    source, target = nn.Sequential(*(nn.Linear(2, 2) for _ in range(9))), nn.Linear(2, 2)
+    with pytest.raises(PipelineError) as caught:
+        load_weights(target, source.state_dict(), "other.pth")
+    assert 'Unexpected key(s) in state_dict: "0.weight", "0.bias", "1.weight" and 15 more' in str(caught.value)
+    assert 'Missing key(s) in state_dict: "weight", "bias".' in str(caught.value)

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pipeline.cli.plan import Facts, Given, Plan, make_plan, steps_per_epoch
+from pipeline.common.wording import count_of
 from pipeline.config.schema import Config
 from pipeline.shards.advice import padding
 
@@ -77,7 +78,7 @@ def _data(facts: Facts, group: int) -> Choices:
     samples = -(-facts.images // shards)
     unused = padding(facts.images, shards, group)
     return {
-        "data.shard_samples": Choice(samples, f"{shards} shards; {unused:.1%} of the slots of their groups stay unused"),
+        "data.shard_samples": Choice(samples, f"{count_of(shards, 'shard')}; {unused:.1%} of the slots of their groups stay unused"),
         "data.max_bad": Choice(
             max(1, facts.images // 100), "a few broken files are left out, and named in index.json, rather than an error"
         ),

@@ -18,7 +18,9 @@ from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.files import atomic_write
 from pipeline.config.params import load, override, resolve
 from pipeline.config.schema import Config
+from pipeline.config.validation import fingerprint
 
+CHECKSUM = "# Without changes below, pipeline init may overwrite this file: "
 IMAGENET_CLASSES = 1_000
 FEW = 100_000
 """Images below which training from scratch is warned of."""
@@ -53,8 +55,9 @@ def run(
     if with_estimate:
         _print_estimate(config, found, device)
     command = shlex.join(["pipeline", "init", str(root), *overrides])
+    text = annotate(config, _unchanged(choices, overrides))
     with atomic_write(output) as temporary:
-        temporary.write_text(f"# Written by: {command}\n{KEYS}" + annotate(config, _unchanged(choices, overrides)))
+        temporary.write_text(f"# Written by: {command}\n{KEYS}{CHECKSUM}{fingerprint(text)}\n{text}")
     print(f"{output}: {config.name}, with a reason for each choice; now run: dvc repro")
 
 
@@ -148,13 +151,23 @@ def _unchanged(choices: Choices, overrides: tuple[str, ...]) -> Choices:
     return {key: own.get(key, choice) for key, choice in choices.items()}
 
 
+def _is_as_written(path: Path) -> bool:
+    """Whether `pipeline init` wrote the file and nobody changed anything below its checksum."""
+    try:
+        _, found, rest = path.read_text().partition(CHECKSUM)
+    except (OSError, UnicodeDecodeError):
+        return False
+    checksum, _, text = rest.partition("\n")
+    return bool(found) and checksum == fingerprint(text)
+
+
 def refuse_changed(path: Path, config: Config) -> None:
-    """Protect a params.yaml that holds more than what a command writes again.
+    """Protect a params.yaml that holds more than what a command wrote or writes again.
 
     Raises:
-        UsageError: it is neither `config` nor an experiment in configs/ without changes.
+        UsageError: it is neither what `pipeline init` wrote, nor `config`, nor an experiment in configs/ without changes.
     """
-    if not path.exists():
+    if not path.exists() or _is_as_written(path):
         return
     try:
         now = load(path)

@@ -21,7 +21,8 @@ WEIGHTS = click.option(
 )  # fmt: skip
 STUDENT = click.option(
     "--student", "name", metavar="NAME",
-    help="A student of the experiment, or NAME-finetuned, or `teacher`; the last student by default.",
+    help="A student of the experiment, or NAME-finetuned, or `teacher`; by default the trained student with the highest"
+    " top-1 on the validation set.",
 )  # fmt: skip
 
 
@@ -114,7 +115,7 @@ def _weights(config: Config, name: str | None) -> Path:
     from pipeline.config.paths import evaluated_models
 
     models = evaluated_models(config)
-    name = name or list(models)[-1]
+    name = name or _best_student(models)
     if name not in models:
         raise UsageError(f"--student {name}", expected=f"one of {', '.join(models)}", found="no such model in params.yaml",
                          do="name one of these, or list it in students")  # fmt: skip
@@ -122,6 +123,30 @@ def _weights(config: Config, name: str | None) -> Path:
     if not weights.exists():
         raise NotReady(f"{weights}: not trained yet", do="run: dvc repro")
     return weights
+
+
+def _best_student(models: dict[str, Path]) -> str:
+    """The trained student with the highest top-1 on the validation set, the first one of equals; says which it is.
+
+    Raises:
+        NotReady: no student has been trained yet.
+    """
+    from pipeline.cli.scan import read_json
+    from pipeline.cli.status_table import headline_top1
+    from pipeline.common.errors import NotReady
+    from pipeline.config.paths import TEACHER
+
+    trained = {
+        name: headline_top1(read_json(folder / "metrics.json"), 0.0) or 0.0
+        for name, folder in models.items()
+        if name != TEACHER and (folder / "weights.safetensors").exists()
+    }
+    if not trained:
+        raise NotReady("no student is trained yet", do="run: dvc repro; or choose --student teacher, or --weights FILE")
+    best = max(trained, key=lambda name: trained[name])
+    others = "the only trained student" if len(trained) == 1 else f"the best of {len(trained)} trained students"
+    click.echo(f"student {best}: {others}, top-1 {trained[best]:.2%} on the validation set", err=True)
+    return best
 
 
 def _comparison_pictures(config: Config, description: ModelDescription) -> tuple[torch.Tensor, str]:

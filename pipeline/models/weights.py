@@ -212,9 +212,17 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], source: str) 
         raise PipelineError(
             f"{source}: weights of another model",
             expected=f"those of the configured {type(model).__name__}",
-            found="; ".join(str(error).splitlines()[1:4]).strip(),
+            found="; ".join(_shorten_names(line.strip()) for line in str(error).splitlines()[1:4]),
             do="name the file that belongs to this model and number of classes",
         ) from error
+
+
+def _shorten_names(line: str, shown: int = 3) -> str:
+    """A line of load_state_dict's message, with the first few of the names that it lists, and how many there are."""
+    names = re.findall(r'"[^"]+"', line)
+    if len(names) <= shown:
+        return line
+    return f"{line.partition(chr(34))[0]}{', '.join(names[:shown])} and {len(names) - shown:,} more"
 
 
 def check_timm_tag(tag: str, key: str = "teacher.weights") -> int:

@@ -84,7 +84,7 @@ class Headline:
         top1, interval = f"{100 * self.top1.value:.2f} %", describe_interval(self.top1)
         lines = [f"best student: {self.best.name}{tied}, top-1 {top1} ({interval}) on {self.images:,} images"]
         for each in self.comparisons:
-            than = f"{each.second}{', ' * bool(each.about)}{each.about}"
+            than = f"the student `{each.second}`, {each.about}" if each.about else f"the {each.second}"
             lines.append(f"  {each.first}: {each.points} than {than} ({each.interval})")
         return lines + [f"  {self.missing}"] * bool(self.missing)
 

@@ -17,7 +17,7 @@ from pipeline.views.render import center_view, render
 COLUMNS = 4
 MAGNITUDES = (2.5, 5.0, 7.5, 10.0)
 MIN_SIDE = 1.6
-"""Inches; captions need as much."""
+"""Inches; narrower captions would have many lines."""
 
 
 def describe_view(params: ViewParams) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from pipeline.common.wording import count_of
 from pipeline.config.paths import FINETUNED, teacher_folder
 from pipeline.config.schema import Config, Recipe, Student
 from pipeline.report.settings import objective, trained_run
@@ -36,7 +37,7 @@ def describe_experiment(
         "Recipe": _describe_recipe(config.recipe),
         "Data": {
             "classes": f"{len(train.classes):,}",
-            "training": f"{len(train):,} images in {len(train.names):,} shards",
+            "training": f"{len(train):,} images in {count_of(len(train.names), 'shard')}",
             "validation": f"{len(val):,} images",
             "fingerprint": train.fingerprint,
         },

@@ -1,5 +1,6 @@
 """Grids of captioned pictures, as PNG."""
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from pipeline.common.files import atomic_write
 # inches, all multiples of 0.02, so that cells begin at whole pixels and small pictures keep their hard edges
 GAP, GROUP_GAP = 0.12, 0.16
 TITLE, HEADING, LINE, PADDING = 0.28, 0.26, 0.14, 0.06
+CHARACTER = 0.07
+"""Width of a digit of a caption, in inches."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Section:
 
 
 def draw_grid(path: Path, sections: list[Section], side: float, dpi: int = 100) -> None:
-    """Draw sections below each other; every picture fills a square of `side` inches."""
+    """Draw sections below each other; every picture fills a square of `side` inches, and captions are wrapped to it."""
     pictures, texts = [], []  # with their places, in inches from the top left corner
     top = GAP
     for section in sections:
@@ -47,10 +50,11 @@ def draw_grid(path: Path, sections: list[Section], side: float, dpi: int = 100) 
             texts += [(left, top, heading, {"size": 9, "color": "#5d6570"}) for left, heading in places]
             top += HEADING
         for row in section.rows:
-            for left, cell in zip(_lefts(row, side), row, strict=True):
+            captions = [wrap(cell.caption, side) for cell in row]
+            for left, cell, caption in zip(_lefts(row, side), row, captions, strict=True):
                 pictures.append((left, top, cell.picture))
-                texts.append((left, top + side + PADDING, cell.caption, {"size": 8}))
-            lines = max(cell.caption.count("\n") for cell in row) + 1
+                texts.append((left, top + side + PADDING, caption, {"size": 8}))
+            lines = max(caption.count("\n") for caption in captions) + 1
             top += side + LINE * lines + 3 * PADDING
     width = max(left for left, _, _ in pictures) + side + GAP
     figure = Figure((width, top), dpi=dpi)
@@ -61,6 +65,11 @@ def draw_grid(path: Path, sections: list[Section], side: float, dpi: int = 100) 
     for left, upper, text, style in texts:
         figure.text(left / width, 1 - upper / top, text, va="top", parse_math=False, **style)
     save_figure(figure, path)
+
+
+def wrap(caption: str, width: float) -> str:
+    """A caption with lines of at most `width` inches."""
+    return "\n".join(part for line in caption.split("\n") for part in textwrap.wrap(line, int(width / CHARACTER)) or [""])
 
 
 def shorten(text: str, length: int) -> str:

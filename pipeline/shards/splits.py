@@ -14,6 +14,7 @@ from pathlib import Path
 from pipeline.common.cores import available_cores
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.streams import permutation, stream_key
+from pipeline.common.wording import count_of
 from pipeline.config.paths import local_work
 from pipeline.config.schema import Config, Data
 from pipeline.config.validation import fingerprint
@@ -163,7 +164,8 @@ def _written_shards(config: Config, dry_run: bool, quick: bool) -> Iterator[Shar
     for split, listing in listings.items():
         count = -(-len(listing.names) // data.shard_samples)
         size = f", {listing.bytes / 1e6:,.1f} MB" if listing.signatures else ""
-        summary = f"{split}: {len(listing.names):,} images of {len(listing.classes)} classes in {count} shards{size}"
+        summary = f"{split}: {count_of(len(listing.names), 'image')} of"
+        summary += f" {count_of(len(listing.classes), 'class')} in {count_of(count, 'shard')}{size}"
         if unlabelled := listing.labels.count(UNLABELLED):
             summary += f", {unlabelled:,} of them unlabelled"
         if listing.ignored:
@@ -245,7 +247,7 @@ def _existing_shards(config: Config) -> Iterator[ShardSet]:
         elif both := sorted(train_paths & set(paths)):
             raise _same_split(config.data, ", ".join(both[:5]))
         location, names = paths[0].rpartition("/")[0] or ".", [path.rpartition("/")[2] for path in paths]
-        print(f"{split}: {len(paths)} shards at {location}")
+        print(f"{split}: {count_of(len(paths), 'shard')} at {location}")
         shards = ExistingShards(config.data, split, Path(), location, names, class_names)
         identity = [paths, config.data.max_pixels]
         if shards.labels != Labels():

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.common.wording import count_of
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import StoreSpec
 from pipeline.models.build import build_student
@@ -86,7 +87,8 @@ def describe_estimate(spec: StoreSpec, size: Estimate, classes: int, rate: float
     """
     hours = size.rows * size.views / rate / 3600
     return (
-        f"{size.rows:,} images x {size.views} views as {spec.kind}, {classes} classes, {size.shards:,} shards\n"
+        f"{size.rows:,} images x {size.views} views as {spec.kind}, {count_of(classes, 'class')},"
+        f" {count_of(size.shards, 'shard')}\n"
         f"  bytes  {size.bytes / 1e9:,.2f} GB: {size.row_bytes} bytes per view, and"
         f" {size.check_bytes / max(size.rows * size.views, 1):.2f} for checks;\n"
         f"         shards of unequal size add {size.padding:.1%}\n"

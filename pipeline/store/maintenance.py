@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from pipeline.batches.plan import Unit
 from pipeline.common.errors import IO_ERRORS, PipelineError
+from pipeline.common.wording import count_of
 from pipeline.config.paths import index_path
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import StoreSpec
@@ -30,7 +31,7 @@ def describe_store(store: Store, spec: StoreSpec) -> str:
     attributes = store.attributes
     lines = [
         f"{store.path}: {store_bytes(store.path) / 1e6:,.1f} MB",
-        f"  images  {len(store.index):,} in {len(store.index.names)} shards, {store.classes} classes",
+        f"  images  {len(store.index):,} in {count_of(len(store.index.names), 'shard')}, {count_of(store.classes, 'class')}",
         f"  recipe  {attributes['recipe']}, {spec.recipe.size} px, blocks of {spec.recipe.block} views",
         f"  teacher {json.dumps(attributes['teacher'])}, {attributes['precision']}",
         f"  with    {', '.join(f'{name} {version}' for name, version in attributes['versions'].items())}",
@@ -73,11 +74,11 @@ def verify(
         print(problem)
     if problems:
         raise PipelineError(
-            f"{store.path}: {len(problems)} problems, named above",
+            f"{store.path}: {count_of(len(problems), 'problem')}, named above",
             do="pipeline store repair, then pipeline teacher-logits; for shards and index: pipeline prepare",
         )
     units = len(store.units(spec.views))
-    print(f"{store.path}: valid: {units:,} units, {len(store.index.names)} shards, every checksum as recorded")
+    print(f"{store.path}: valid: {count_of(units, 'unit')}, {count_of(len(store.index.names), 'shard')}, every checksum as recorded")
 
 
 def _damaged_data(index: Index) -> list[str]:

@@ -122,7 +122,7 @@ def train_and_publish(run: Run, folder: Path) -> None:
         return
     description = describe_model(run.model, run.train.classes, run.size, run.crop, run.distilled).as_json()
     about = {"run": fingerprint(run.identity), DESCRIPTION: description}
-    publish(folder, lambda path: save_weights(path, run.model.model, about), metrics, run, metrics)
+    publish(folder, lambda path: save_weights(path, run.model.model, about), description, metrics, run, metrics)
     figures = {key: value for key, value in metrics.items() if not isinstance(value, str)}
     print(f"{run.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
 
@@ -130,14 +130,16 @@ def train_and_publish(run: Run, folder: Path) -> None:
 def publish(
     folder: Path,
     save: Callable[[Path], None],
+    description: Mapping[str, Any],
     metrics: Mapping[str, Any],
     run: Run | None = None,
     last_epoch: dict[str, Any] | None = None,
 ) -> None:
-    """Write weights.safetensors, curve.csv and metrics.json, whose key `run` is the fingerprint of the run.
+    """Write weights.safetensors, curve.csv, model.json and metrics.json; `run` in both is the fingerprint of the run.
 
     Args:
-        save: writes the weights.
+        save: writes the weights, with the description in their metadata.
+        description: of the model, for people and scripts; nothing here reads it.
         run: the run of the weights; None: they were not trained here.
         last_epoch: metrics of the run's last epoch.
     """
@@ -145,5 +147,6 @@ def publish(
         save(temporary)
     write_curve(folder / "curve.csv", run.folder / "log.jsonl" if run else None, last_epoch)
     named = {"run": fingerprint(run.identity)} if run else {}
-    with atomic_write(folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps({**metrics, **named}, indent=1) + "\n")
+    for name, values in {"model.json": description, "metrics.json": metrics}.items():
+        with atomic_write(folder / name) as temporary:
+            temporary.write_text(json.dumps({**values, **named}, indent=1) + "\n")
