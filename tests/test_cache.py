@@ -10,8 +10,10 @@ import pytest
 from conftest import full_disk, picture, small_config
 from fsspec.implementations.memory import MemoryFileSystem
 
+from pipeline.cli import doctor, prune
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.lock import kernel_lock
+from pipeline.config.params import dump
 from pipeline.config.schema import Student
 from pipeline.shards import cache as cache_module
 from pipeline.shards.cache import ShardCache
@@ -98,6 +100,23 @@ def test_without_a_cache_every_image_is_a_request(remote):
     assert (remote.downloads, remote.ranges) == ([], 15)
 
 
+@pytest.mark.parametrize("failed", [False, True])
+def test_without_copies_a_group_is_read_with_several_requests_at_a_time(remote, monkeypatch, failed):
+    def cat_ranges(files, paths, starts, ends, batch_size):
+        assert batch_size > 1
+        found = [files.cat_file(*place) for place in zip(paths, starts, ends, strict=True)]
+        return [*found[:-1], OSError("busy")] if failed else found
+
+    monkeypatch.setattr(MemoryFileSystem, "async_impl", True)
+    monkeypatch.setattr(MemoryFileSystem, "cat_ranges", cat_ranges)
+    index = remote.open(0.5)
+    if failed:
+        with pytest.raises(PipelineError, match="busy"):
+            index.read_many(1, [4, 0, 2])
+    else:
+        assert index.read_many(1, [4, 0, 2]) == [remote.images[1][n] for n in (4, 0, 2)]
+
+
 def test_shards_used_least_recently_are_deleted_first(remote):
     index = remote.open(2.5)
     index.read(0, 0), index.read(1, 0)
@@ -115,6 +134,30 @@ def test_shards_used_least_recently_are_deleted_first(remote):
 def test_shard_larger_than_the_limit_is_read_by_ranges(remote):
     assert read_all(remote.open(0.9)) == remote.images
     assert (remote.downloads, remote.ranges) == ([], 15)
+
+
+def test_files_of_others_in_the_folder_are_left_alone(remote):
+    remote.copies.mkdir()
+    others = [remote.copies / name for name in ("train-0000.tar", "x.partial", f"{'0' * 32}.tar.gz")]
+    for path in others:
+        path.write_bytes(bytes(3 * remote.size))
+        make_older(path)
+    assert read_all(remote.open(1)) == remote.images
+    assert remote.downloads == [0, 1, 2]
+    assert all(path.stat().st_size == 3 * remote.size for path in others)
+
+
+def test_failed_download_is_tried_again_later(remote, monkeypatch, capsys):
+    index = remote.open()
+    with monkeypatch.context() as busy:
+        busy.setattr(MemoryFileSystem, "get_file", lambda *_: (_ for _ in ()).throw(OSError("busy")))
+        assert index.read(0, 0) == remote.images[0][0]
+    assert "busy" in capsys.readouterr().err
+    assert index.read(0, 1) == remote.images[0][1]
+    assert (remote.downloads, remote.ranges) == ([], 2)
+    monkeypatch.setattr(cache_module, "RETRY_SECONDS", 0.0)
+    assert index.read(0, 2) == remote.images[0][2]
+    assert (remote.downloads, remote.ranges) == ([0], 2)
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered"])
@@ -235,7 +278,7 @@ def test_cache_that_is_too_small_for_the_plan_is_named(remote, room, open_shards
     check_cache(index, open_shards)
     note = capsys.readouterr().out
     assert words in note and bool(words) == bool(note)
-    assert (index.cache is not None) == copied
+    assert (index.files.cache is not None) == copied
 
 
 @pytest.mark.parametrize(("location", "copied"), [
@@ -244,18 +287,40 @@ def test_cache_that_is_too_small_for_the_plan_is_named(remote, room, open_shards
 def test_only_shards_at_a_url_are_copied(remote, location, copied):
     write_index(remote.root / "other.json", location, [*"01234"], [index_shard(str(remote.root / "shards"), "0.tar")])
     index = Index(remote.root / "other.json", ShardCache(remote.copies, 1))
-    assert (index.cache is not None) == copied
+    assert (index.files.cache is not None) == copied
 
 
-def test_configured_cache_is_used_and_changes_no_identity(remote, monkeypatch, capsys):
+@pytest.fixture
+def published(remote, monkeypatch):
+    """The remote shards as the training data of small_config, in the current folder."""
     monkeypatch.chdir(remote.root)
     (remote.root / "outputs/small/data").mkdir(parents=True)
     os.symlink(remote.root, "outputs/small/data/train")
+    return remote
+
+
+def test_prune_names_the_folder_of_copies_and_leaves_it(published, capsys):
+    config = small_config(published.root, work="work")
+    Path("params.yaml").write_text(dump(config))
+    open_index(config, "train").read(0, 0)
+    prune.run([Path("params.yaml")], "work", delete=True)
+    assert f"work/cache: {published.size / 1e6:,.1f} MB" in capsys.readouterr().out
+    assert len(list(Path("work/cache").glob("*.tar"))) == 1
+
+
+@pytest.mark.parametrize(("data", "expected"), [({}, 3), ({"cache_gb": 0.0}, 0)])
+def test_doctor_counts_the_room_that_copies_take(published, data, expected):
+    config = small_config(published.root, data=data, student__distillation="none")
+    assert doctor.needed_bytes(config) == expected * published.size
+
+
+def test_configured_cache_is_used_and_changes_no_identity(published, capsys):
+    remote = published
     default, own, none, tiny = (
         small_config(remote.root, data=data) for data in ({}, {"cache": "mine"}, {"cache_gb": 0.0}, {"cache_gb": 1e-6})
     )
     indices = [open_index(config, "train") for config in (default, own, none)]
-    assert [index.cache and index.cache.folder for index in indices] == [
+    assert [index.files.cache and index.files.cache.folder for index in indices] == [
         remote.root / "work/cache", remote.root / "mine", None,
     ]  # fmt: skip
     assert capsys.readouterr().out == ""

@@ -24,6 +24,7 @@ from pipeline.batches.buffers import BufferPool
 from pipeline.batches.loader import _StepDataset, evaluation_loader, step_loader, unit_loader
 from pipeline.batches.plan import Item, Plan, Unit, all_units, unit_items
 from pipeline.common.errors import PipelineError, Unreadable, UsageError, killed_worker_error
+from pipeline.shards.files import ShardFiles
 from pipeline.shards.index import Index
 from pipeline.store.reader import Store, StoreIdentity
 from pipeline.store.writer import StoreWriter
@@ -147,7 +148,7 @@ def test_group_of_another_block_is_decoded_afresh(small_set):
 def test_damaged_shard_stops_rendering_and_is_named(small_set, monkeypatch):
     _, index = small_set
     one = renderer(small_set)
-    monkeypatch.setattr(Index, "_pread", lambda self, shard, offset, size: bytes(size))
+    monkeypatch.setattr(ShardFiles, "_pread", lambda self, shard, offset, size: bytes(size))
     with pytest.raises(PipelineError, match=index.names[0]):
         one.render([ITEMS[0]])
 
@@ -206,7 +207,7 @@ def test_loading_draws_nothing_from_the_global_generator(small_set):
 @workers_settings
 def test_damage_found_by_a_worker_is_a_pipeline_error_that_names_the_shard(small_set, monkeypatch):
     a, (_, index) = plan_over(small_set), small_set
-    monkeypatch.setattr(Index, "_pread", lambda self, shard, offset, size: bytes(size))
+    monkeypatch.setattr(ShardFiles, "_pread", lambda self, shard, offset, size: bytes(size))
     with pytest.raises(PipelineError, match=r"\.tar: sample"):
         list(step_loader(a, index, range(1), range(1), 1, 1, False))
 

@@ -417,6 +417,13 @@ def test_forked_workers_read_copies_of_shards_at_s3(room, both, in_tmp):
     assert len(list((in_tmp / "copies").glob("*.tar"))) == min(room, 3)
 
 
+def test_images_at_s3_that_are_read_at_the_same_time_are_the_local_ones(both):
+    local, remote = both
+    for shard, count in enumerate(local.samples):
+        positions = list(range(count))[::-1]
+        assert remote.read_many(shard, positions) == local.read_many(shard, positions)
+
+
 def test_forked_workers_read_s3_after_their_parent_did(both):
     local, remote = both
     remote.image(0, 0)

@@ -132,7 +132,7 @@ class Renderer:
         identity = (item.shard, item.group, item.view // self.recipe.block)
         if self._decoded[0] == identity:
             return self._decoded[1], 0
-        images = [self.index.image(item.shard, int(position)) for position in members]
+        images = self.index.images(item.shard, members.tolist())
         self._decoded = (identity, images)
         return images, len(images)
 

@@ -25,6 +25,7 @@ from pipeline.config.params import load
 from pipeline.config.paths import index_path, local_work
 from pipeline.config.schema import PURPOSES, Config
 from pipeline.config.store_spec import store_spec
+from pipeline.shards.cache import GB, is_remote
 from pipeline.shards.index import Index
 from pipeline.shards.sources import list_splits
 from pipeline.store.estimate import equal_shards, estimate
@@ -125,6 +126,8 @@ def needed_bytes(config: Config) -> int:
     if index.exists():
         data = Index(index)
         samples, classes = data.samples.tolist(), len(data.classes)
+        if is_remote(data.location):
+            shards = min(int(config.data.cache_gb * GB), sum(shard["bytes"] for shard in data.shards))
     elif config.data.source == "shards":
         raise PipelineError("the shards are not indexed; run: pipeline prepare")
     else:

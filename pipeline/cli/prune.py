@@ -23,7 +23,7 @@ from pipeline.common.files import is_local, modification_time
 from pipeline.common.lease import part_lease, part_leases, possibly_held
 from pipeline.common.lock import is_held, kernel_lock
 from pipeline.config.params import load
-from pipeline.config.paths import DATA_LOCK, FINGERPRINT, RUN_LOCK, index_path, local_work
+from pipeline.config.paths import DATA_LOCK, FINGERPRINT, RUN_LOCK, index_path, local_work, shard_cache_folder
 from pipeline.config.schema import PURPOSES, Config
 from pipeline.config.store_spec import store_spec
 from pipeline.training.identity import configured_runs, is_run_of
@@ -138,6 +138,9 @@ def run(config_files: list[Path], work: str, delete: bool) -> None:
         f"{summary} that nothing refers to, of {len(references.configs)} configurations and outputs/: {total / 1e6:,.1f} MB"
         + ("" if delete or not total else "; delete them with --yes")
     )
+    for folder in sorted({shard_cache_folder(config) for config in references.configs}):
+        if folder.is_dir():
+            print(f"kept: {folder}: {_bytes(folder) / 1e6:,.1f} MB of copies of shards at URLs, which may be deleted at any time")
 
 
 # what there is

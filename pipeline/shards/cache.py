@@ -6,7 +6,9 @@ that were used least recently are deleted first. Whatever the cache cannot do (a
 failed download) is left to the caller, who reads ranges of the shard at its URL.
 """
 
+import math
 import os
+import re
 import sys
 import time
 from contextlib import suppress
@@ -22,10 +24,12 @@ from pipeline.common.lock import kernel_lock
 from pipeline.config.validation import fingerprint
 
 GB = 10**9
-PARTIAL = ".partial"
+COPY, PARTIAL = re.compile(r"[0-9a-f]{32}\.tar"), re.compile(r"[0-9a-f]{32}\.(\d+)\.partial")
+"""File names: the hash of a shard's SHA-256 and size; a partial file's has the bytes of the complete one."""
 STALE_SECONDS = 60.0  # without a byte of progress: then a partial file may be a killed process's
 TOUCH_SECONDS = 1.0  # the resolution of a copy's time of last use
 POLL_SECONDS = 0.05
+RETRY_SECONDS = 600.0  # after a failed download
 
 
 def is_remote(location: str) -> bool:
@@ -44,7 +48,7 @@ class ShardCache:
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
-        self._failed: set[Path] = set()
+        self._failed: dict[Path, float] = {}
 
     def read(self, location: str, shard: dict[str, Any], offset: int, size: int, crc32c: int) -> bytes | None:
         """Read a range from the copy of a shard, which is downloaded first if there is none.
@@ -58,7 +62,7 @@ class ShardCache:
             the bytes; None if they must be read at the URL.
         """
         path = self.folder / f"{fingerprint([shard['sha256'], shard['bytes']])}.tar"
-        if path in self._failed or shard["bytes"] > self.limit:
+        if shard["bytes"] > self.limit or time.monotonic() < self._failed.get(path, -math.inf) + RETRY_SECONDS:
             return None
         try:
             for _ in range(3):  # another process may delete a copy before this one opens it
@@ -75,8 +79,8 @@ class ShardCache:
                 raise
             cause = " ".join(reason(error).split())
             kind = f"{type(error).__name__} {getattr(error, 'errno', None)}"
-            _warn(kind, f"{location}/{shard['name']}: no local copy, images are read one by one: {cause}")
-            self._failed.add(path)
+            _warn(kind, f"{location}/{shard['name']}: no local copy, images are read at the URL: {cause}")
+            self._failed[path] = time.monotonic()
         return None
 
     def _fetch(self, url: str, shard: dict[str, Any], path: Path) -> bool:
@@ -85,7 +89,7 @@ class ShardCache:
         Raises:
             OSError, PipelineError: see `_download`; or the folder cannot be written.
         """
-        partial = path.with_suffix(f".{shard['bytes']}{PARTIAL}")
+        partial = path.with_suffix(f".{shard['bytes']}.partial")
         while not path.exists():
             try:
                 with kernel_lock(partial) as locked:
@@ -102,6 +106,7 @@ class ShardCache:
         Raises:
             OSError: a full disk, no response, or another shard than the indexed one.
         """
+        complete = False
         try:
             if path.exists():
                 return True
@@ -114,10 +119,11 @@ class ShardCache:
             if file_sha256(partial) != shard["sha256"]:
                 raise OSError("not the SHA-256 that was indexed: damaged or replaced")
             partial.replace(path)
+            complete = True
             return True
         finally:
-            if partial.exists():  # otherwise it was renamed; the name may be another process's from now on
-                partial.unlink()
+            if not complete:  # after the rename, the name may be another process's
+                partial.unlink(missing_ok=True)
 
     def _make_room(self, size: int, own: Path) -> bool:
         """Delete the copies that were used least recently until `size` more bytes fit into the limit.
@@ -131,16 +137,14 @@ class ShardCache:
             OSError: the disk has no room.
         """
         copies, total = [], size
-        for file in self.folder.iterdir():
-            if file.suffix == PARTIAL:
-                # counted even if it has just disappeared: by now it may be a copy, which this listing lacks
-                if file != own and not _remove_abandoned(file):
-                    total += int(file.suffixes[-2][1:])
-            elif file.suffix == ".tar":
+        for file in self.folder.iterdir():  # which may hold files of others, too
+            if COPY.fullmatch(file.name):
                 with suppress(FileNotFoundError):
                     status = file.stat()
                     copies.append((status.st_mtime, status.st_size, file))
                     total += status.st_size
+            elif (partial := PARTIAL.fullmatch(file.name)) and file != own and not _remove_abandoned(file):
+                total += int(partial[1])  # also if it has just disappeared: it may be a copy that this listing lacks
         for _, freed, file in sorted(copies):
             if total <= self.limit:
                 break

@@ -8,27 +8,26 @@ Refused: a damaged or missing shard, a member whose checksum differs from the in
 or skipped.
 """
 
-import contextlib
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import google_crc32c
 import numpy as np
 
 from pipeline.common.errors import NotReady, PipelineError, is_io_error, reason
 from pipeline.config.validation import fingerprint
-from pipeline.shards.cache import ShardCache, is_remote
+from pipeline.shards.cache import ShardCache
+from pipeline.shards.files import ShardFiles
 from pipeline.shards.images import MAX_PIXELS, Undecodable, decode_trusted
 
 MAX_CLASSES = 65535  # class numbers are uint16 in the store, whose fill value is 65535
 UNLABELLED = -1  # the label of a sample that has none
 FORMAT = 1
 PATHS = ("location", "table")  # the keys of index.json that hold paths
-OPEN = 64  # shards whose rows and files are kept: a few times Training.open_shards
+OPEN = 64  # shards whose rows are kept: a few times Training.open_shards
 
 
 def row_type(key_length: int) -> np.dtype:
@@ -87,19 +86,6 @@ def _resolve(path: str, index: str | Path) -> str:
     return path if "://" in path else os.path.abspath(os.path.join(os.path.dirname(index), path))
 
 
-def _open_shard(where: str, expected: int) -> int:
-    """Open a shard; returns a file descriptor.
-
-    Raises:
-        OSError: it is missing, or its size is not the indexed one.
-    """
-    descriptor = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
-    if (found := os.fstat(descriptor).st_size) != expected:
-        os.close(descriptor)
-        raise OSError(f"{found:,} bytes instead of {expected:,}: truncated or replaced")
-    return descriptor
-
-
 class Index:
     """A data set's index; reads samples by (shard, position) and verifies every byte it returns.
 
@@ -133,7 +119,6 @@ class Index:
                 found=reason(error) if isinstance(error, OSError) else str(error)[:500],
                 do="run: pipeline prepare",
             ) from error
-        self.cache = cache if is_remote(self.location) else None
         self.fingerprint: str = claimed
         self.classes: list[str] = content["classes"]
         self.keyed_by_shard: bool = "keys" in content
@@ -143,19 +128,14 @@ class Index:
         self.names = [shard["name"] for shard in self.shards]
         self.samples = np.array([shard["samples"] for shard in self.shards], np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.samples)])
+        self.files = ShardFiles(self.location, self.shards, cache)
         self._rows: dict[int, np.ndarray] = {}
-        self._files: dict[int, int] = {}
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __getstate__(self):
-        return self.__dict__ | {"_rows": {}, "_files": {}}
-
-    def __del__(self):
-        for descriptor in getattr(self, "_files", {}).values():
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+        return self.__dict__ | {"_rows": {}}
 
     def _read_rows(self, shard: int) -> np.ndarray:
         """Copy a shard's rows from the table, which is mapped only meanwhile: it never counts as resident memory."""
@@ -232,17 +212,18 @@ class Index:
         return np.concatenate([self.rows(shard)["label"] for shard in range(len(self.names))]).astype(np.int64)
 
     def read(self, shard: int, position: int) -> bytes:
-        """Read a sample's encoded image.
+        """Read a sample's encoded image; see `read_many`."""
+        return self.read_many(shard, [position])[0]
+
+    def read_many(self, shard: int, positions: list[int]) -> list[bytes]:
+        """Read encoded images of a shard's samples: at a URL, several requests at a time.
 
         Raises:
             PipelineError: the shard is missing or truncated, or the bytes are not those that were indexed.
         """
-        row = self.rows(shard)[position]
-        offset, size = int(row["offset"]), int(row["size"])
+        rows = self.rows(shard)[positions]
         try:
-            data = self._read_copy(shard, row)
-            if data is None:
-                data = self._pread(shard, offset, size)
+            found = self.files.read(shard, rows)
         except Exception as error:
             if not is_io_error(error):
                 raise
@@ -252,39 +233,30 @@ class Index:
                 found=reason(error),
                 do="restore it, or run: pipeline prepare",
             ) from error
-        if google_crc32c.value(data) != row["crc32c"]:
-            raise PipelineError(
-                f"{self.location}/{self.names[shard]}: sample {row['key'].decode()!r} at byte {offset}",
-                expected=f"{size} bytes with crc32c {row['crc32c']:08x}, as indexed",
-                found=f"{len(data)} bytes with crc32c {google_crc32c.value(data):08x}: damaged or replaced",
-                do="restore the shard, or run: pipeline prepare",
-            )
-        return data
-
-    def _read_copy(self, shard: int, row: np.ndarray) -> bytes | None:
-        if self.cache is None:
-            return None
-        where = int(row["offset"]), int(row["size"]), int(row["crc32c"])
-        return self.cache.read(self.location, self.shards[shard], *where)
-
-    def _pread(self, shard: int, offset: int, size: int) -> bytes:
-        where = f"{self.location}/{self.names[shard]}"
-        if "://" in where:
-            filesystem, path = fsspec.core.url_to_fs(where)
-            return filesystem.cat_file(path, start=offset, end=offset + size)
-        if shard not in self._files:
-            if len(self._files) >= OPEN:
-                os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = _open_shard(where, self.shards[shard]["bytes"])
-        return os.pread(self._files[shard], size, offset)
+        for row, data in zip(rows, found, strict=True):
+            if google_crc32c.value(data) != row["crc32c"]:
+                raise PipelineError(
+                    f"{self.location}/{self.names[shard]}: sample {row['key'].decode()!r} at byte {row['offset']}",
+                    expected=f"{row['size']} bytes with crc32c {row['crc32c']:08x}, as indexed",
+                    found=f"{len(data)} bytes with crc32c {google_crc32c.value(data):08x}: damaged or replaced",
+                    do="restore the shard, or run: pipeline prepare",
+                )
+        return found
 
     def image(self, shard: int, position: int) -> np.ndarray:
-        """Read and decode a sample's image, uint8 (height, width, 3).
+        """Read and decode a sample's image, uint8 (height, width, 3); see `images`."""
+        return self.images(shard, [position])[0]
+
+    def images(self, shard: int, positions: list[int]) -> list[np.ndarray]:
+        """Read and decode images of a shard's samples.
 
         Raises:
-            PipelineError: see `read`; or the bytes are as indexed, but not an image, which prepare never indexes.
+            PipelineError: see `read_many`; or bytes are as indexed, but not an image, which prepare never indexes.
         """
-        data = self.read(shard, position)
+        encoded = self.read_many(shard, positions)
+        return [self._decode(data, shard, position) for data, position in zip(encoded, positions, strict=True)]
+
+    def _decode(self, data: bytes, shard: int, position: int) -> np.ndarray:
         try:
             return decode_trusted(data, self.max_pixels)
         except Undecodable as error:
