@@ -46,7 +46,7 @@ class ShardFiles:
             return [self._pread(shard, int(row["offset"]), int(row["size"])) for row in rows]
         copied = [self._read_copy(shard, row) for row in rows]
         missing = [number for number, data in enumerate(copied) if data is None]
-        requested = iter(self._read_ranges(shard, rows[missing]))
+        requested = iter(self._read_ranges(shard, rows[missing]) if missing else ())
         return [next(requested) if data is None else data for data in copied]
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
