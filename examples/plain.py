@@ -11,6 +11,7 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.optim import param_groups_weight_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
 
 import pipeline
@@ -24,10 +25,8 @@ def train(
     """Hard distillation through the distillation token, eq. 3 of the paper. Returns the losses of the steps taken."""
     device = next(model.parameters()).device
     mean, std = (255 * torch.tensor(values, device=device)[:, None, None] for values in (batches.mean, batches.std))
-    kept = {"cls_token", "pos_embed"}  # these, biases and norms are not decayed
-    decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and name not in kept]
-    others = [p for name, p in model.named_parameters() if p.ndim <= 1 or name in kept]
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr, weight_decay=0.05)
+    groups = param_groups_weight_decay(model, 0.05, no_weight_decay_list=("cls_token", "pos_embed"))
+    optimizer = torch.optim.AdamW(groups, lr)
     schedule = CosineLRScheduler(optimizer, batches.epochs, lr_min=1e-5, warmup_t=1, warmup_lr_init=1e-6)
     model.train().set_distilled_training(True)  # both heads' logits instead of their mean
     first, losses = 0, []

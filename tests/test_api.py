@@ -21,7 +21,7 @@ from stages import teacher_logits, train_student
 
 ROOT = Path(__file__).parent.parent
 STEPS = 16  # four epochs: the first two are warm-up
-SETTINGS = "student.epochs=4", "student.drop_path=0", "student.smoothing=0.1"
+SETTINGS = "student.epochs=4", "student.drop_path=0", "student.smoothing=0.1", "student.checkpoint_minutes=60"
 
 
 def example(name: str):
@@ -73,6 +73,7 @@ def test_importing_pipeline_imports_nothing_heavy_and_every_public_name_is_there
         pipeline.open_batch  # noqa: B018
     source = (ROOT / "pipeline/__init__.py").read_text()
     assert set(re.findall(r"^(?:import|from) (\w+)", source, re.M)) == {"importlib", "typing"}
+    assert (ROOT / "pipeline/py.typed").exists()
 
 
 @pytest.mark.parametrize("name", ["hard", "soft"])
@@ -110,6 +111,13 @@ def test_ranks_and_accumulation_divide_a_step(config):
             assert torch.equal(torch.cat([piece.pictures for piece in pieces]), step.pictures)
             assert torch.equal(torch.cat([piece.logits for piece in pieces]), step.logits)
     assert {batches.fingerprint for batches in (*ranks, parts)} == {ranks[0].fingerprint}
+
+
+def test_workers_and_a_loop_that_ends_early_change_nothing(config):
+    expected = list(pipeline.open_batches(config, "soft", workers=0).steps(3, 6))
+    loop = pipeline.open_batches(config, "soft", workers=2).steps(3)
+    assert all(equal(next(loop), batch) for batch in expected)
+    loop.close()
 
 
 def test_padding_is_left_out_on_request(config):

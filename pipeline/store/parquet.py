@@ -10,6 +10,7 @@ import torch
 from pipeline.batches.plan import Unit
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.files import atomic_write
+from pipeline.common.progress import progress
 from pipeline.config.store_spec import StoreSpec
 from pipeline.store.encoding import decode_logits, encode, payload_width, to_numpy
 from pipeline.store.reader import Store
@@ -40,18 +41,20 @@ def export_parquet(store: Store, spec: StoreSpec, path: Path) -> int:
             f"{store.path}: the teacher predictions", expected=f"{spec.views} views as {spec.kind}",
             found=f"{len(missing):,} units missing", do="compute them: pipeline teacher-logits",
         )  # fmt: skip
-    schema, rows = _schema(pyarrow, store, spec), 0
+    schema, units, rows = _schema(pyarrow, store, spec), store.units(spec.views), 0
     with atomic_write(path) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
-        for unit in store.units(spec.views):
-            tables = [pyarrow.table(columns, schema) for columns in _views(store, spec, unit)]
-            writer.write_table(table := pyarrow.concat_tables(tables), row_group_size=max(table.num_rows, 1))
-            rows += table.num_rows
+        with progress(len(units), "export", "unit") as bar:
+            for unit in units:
+                table = pyarrow.concat_tables(list(_views(pyarrow, schema, store, spec, unit)))
+                writer.write_table(table, row_group_size=table.num_rows)
+                rows += table.num_rows
+                bar.update()
     return rows
 
 
 def _schema(pyarrow: Any, store: Store, spec: StoreSpec) -> Any:
     fields = [("shard", pyarrow.string()), ("key", pyarrow.string()), ("label", pyarrow.int32())]
-    fields += [("view", pyarrow.uint16()), ("argmax", pyarrow.uint16())]
+    fields += [("view", pyarrow.int32()), ("argmax", pyarrow.uint16())]
     if spec.kind != "argmax":
         top_k = _top_k(store, spec)
         fields += [("top_classes", pyarrow.list_(pyarrow.uint16(), top_k))]
@@ -66,26 +69,30 @@ def _top_k(store: Store, spec: StoreSpec) -> int:
     return ((stored or payload_width("topk", store.classes, spec.top_k)) - 2) // 2
 
 
-def _views(store: Store, spec: StoreSpec, unit: Unit) -> Iterator[dict[str, Any]]:
-    """The columns of each view of a unit."""
-    name, rows = store.index.names[unit.shard], store.index.rows(unit.shard)
-    keys = [key.decode() for key in rows["key"].tolist()]
+def _views(pyarrow: Any, schema: Any, store: Store, spec: StoreSpec, unit: Unit) -> Iterator[Any]:
+    """A table for each view of a unit."""
+    rows = store.index.rows(unit.shard)
+    keys = pyarrow.array([key.decode() for key in rows["key"].tolist()])
+    shard, label = pyarrow.repeat(store.index.names[unit.shard], len(rows)), pyarrow.array(rows["label"].copy())
     for view in range(unit.block * spec.recipe.block, (unit.block + 1) * spec.recipe.block):
         stored = store.read(unit.shard, view, spec.kind)
-        columns = {"shard": [name] * len(keys), "key": keys, "label": rows["label"], "view": [view] * len(keys)}
-        yield columns | {"argmax": stored.argmax} | _top(store, spec, stored.payload)
+        columns = [shard, keys, label, np.full(len(rows), view, np.int32), stored.argmax]
+        if stored.payload is not None:
+            classes, logits, others = _top(store, spec, stored.payload)
+            lists = (pyarrow.FixedSizeListArray.from_arrays(x.ravel(), x.shape[1]) for x in (classes, logits))
+            columns += [*lists, others]
+        yield pyarrow.table(columns, schema=schema)
 
 
-def _top(store: Store, spec: StoreSpec, payload: np.ndarray | None) -> dict[str, Any]:
-    """The columns of the largest logits."""
-    if payload is None:
-        return {}
+def _top(store: Store, spec: StoreSpec, payload: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The k largest logits of each row: classes uint16 (N, k), logits float32 (N, k), log-sum-exp of the others (N,)."""
     if spec.kind != "topk":
-        logits = decode_logits(spec.kind, torch.from_numpy(payload.copy()), store.classes)
-        encoded = encode("topk", logits, spec.top_k)[1]
+        encoded = encode("topk", decode_logits(spec.kind, torch.from_numpy(payload.copy()), store.classes), spec.top_k)[
+            1
+        ]
         assert encoded is not None
         payload = to_numpy("topk", encoded)
     top_k = (payload.shape[1] - 2) // 2
     logits = payload[:, top_k : 2 * top_k].copy().view(np.float16).astype(np.float32)
     others = payload[:, 2 * top_k :].copy().view(np.float32)[:, 0]
-    return {"top_classes": list(payload[:, :top_k]), "top_logits": list(logits), "others": others}
+    return payload[:, :top_k].copy(), logits, others
