@@ -21,31 +21,31 @@ import pipeline
 
 
 class TeacherFromStore(nn.Module):
-    """A teacher that answers each batch once, with the predictions stored for it."""
+    """A teacher that answers each batch once, with the predictions stored for it: logits, or one-hot for `hard`."""
 
-    def __init__(self, classes: int):
+    def __init__(self, classes: int, distill_type: str):
         super().__init__()
-        self.classes, self.predictions = classes, None
+        self.classes, self.distill_type, self.predictions = classes, distill_type, None
 
     def set_batch(self, batch: pipeline.StudentBatch) -> None:
-        hard = None if batch.argmax is None else one_hot(batch.argmax, self.classes).float()
-        self.predictions = hard if batch.logits is None else batch.logits
+        hard = self.distill_type == "hard"  # the stored class is that of the teacher's unrounded logits
+        self.predictions = one_hot(batch.argmax, self.classes).float() if hard else batch.logits
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         predictions, self.predictions = self.predictions, None  # never for a second batch
         if predictions is None or len(predictions) != len(pictures):
-            raise RuntimeError("set_batch must be called with each batch, before the task")
+            raise RuntimeError("set_batch must be called with each batch, and soft distillation needs its logits")
         return predictions
 
 
 def train(
-    batches: pipeline.Batches, model: nn.Module, steps: int, distill_type: str = "soft", alpha: float = 0.5, tau: float = 3.0,
-    **optimizer_settings: float,
+    batches: pipeline.Batches, model: nn.Module, steps: int, distill_type: str = "soft", alpha: float = 0.5,
+    tau: float = 3.0, **optimizer_settings: float,
 ) -> list[float]:  # fmt: skip
     """Train through a distillation token. Returns the losses of the steps."""
     device = next(model.parameters()).device
     mean, std = (255 * torch.tensor(values, device=device)[:, None, None] for values in (batches.mean, batches.std))
-    teacher = TeacherFromStore(len(batches.classes))
+    teacher = TeacherFromStore(len(batches.classes), distill_type)
     task: TrainingTask = TokenDistillationTask(
         model, teacher, SoftTargetCrossEntropy(), distill_type=distill_type, temperature=tau,
         task_loss_weight=1 - alpha, distill_loss_weight=alpha, device=device, verbose=False,
@@ -71,6 +71,6 @@ def train(
 
 if __name__ == "__main__":
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    opened = pipeline.open_batches(*sys.argv[1:3], device=device)
+    opened = pipeline.open_batches(*sys.argv[1:3], logits=True, device=device)
     student = create_model("deit_tiny_distilled_patch16_224", img_size=opened.size, num_classes=len(opened.classes))
     print(train(opened, student.to(device), len(opened), lr=5e-4, weight_decay=0.05))

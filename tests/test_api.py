@@ -223,12 +223,15 @@ def test_timm_s_task_has_the_losses_of_train_student(config, trained, name):
 
 def test_the_store_answers_timm_s_task_once_per_batch(config):
     pytest.importorskip("timm.task")
-    teacher = example("timm_task").TeacherFromStore(3)
+    teacher = example("timm_task").TeacherFromStore(3, "soft")
     batch = next(pipeline.open_batches(config, "soft", workers=0).steps())
     teacher.set_batch(batch)
     assert torch.equal(teacher(batch.pictures), batch.logits)
-    with pytest.raises(RuntimeError, match="set_batch"):
-        teacher(batch.pictures)
+    for without in (None, batch._replace(logits=None)):
+        if without:
+            teacher.set_batch(without)
+        with pytest.raises(RuntimeError, match="set_batch"):
+            teacher(batch.pictures)
 
 
 def lightning_module(config: Config):

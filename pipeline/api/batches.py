@@ -42,7 +42,7 @@ class StudentBatch(NamedTuple):
     """float32 (N,): 1 for a sample, 0 for an unused slot."""
     step: int
     step_samples: int
-    """Samples in the step over all ranks and accumulation steps: the divisor of a loss that is summed over `weights`."""
+    """Samples in the step over all ranks and accumulation steps: the divisor of a loss that is summed over samples."""
 
     def without_padding(self) -> "StudentBatch":
         """The batch without its unused slots, for a loss that averages over the batch; N then differs between steps."""
@@ -59,7 +59,8 @@ class StudentBatch(NamedTuple):
 class Batches:
     """An open store with its shards, as the batches of a student's steps; see `open_batches`.
 
-    What a step holds is a pure function of its number: the same for any number of ranks, workers and accumulation steps.
+    What a step holds follows from its number alone: it is the same for any number of ranks, workers and accumulation
+    steps.
     """
 
     classes: list[str]
@@ -149,15 +150,15 @@ def open_batches(
 
     Args:
         config: a configuration, or the path of a YAML file. Paths in it are relative to the current folder.
-        student: one of the configuration's `variants`. Used are its batch_size, epochs, seed, open_shards, smoothing and
-            distillation; with the purpose finetune, those of `finetune`, and the variant's distillation.
+        student: one of the configuration's `variants`. Its batch_size, epochs, seed, open_shards, smoothing and
+            distillation are used; with the purpose finetune, those of `finetune`, and the variant's distillation.
         purpose: train-student or finetune, whose views and store differ in size.
         store: the path of a store to use instead of the published one.
         logits: whether to read the teacher's logits too. None: if the student's distillation is soft.
         rank: this process's number among `world_size`. torch.distributed is not used.
         accumulation: batches per step and rank.
         device: where the tensors are.
-        dtype: of the pictures. torch.uint8 rounds them: mixed pictures then differ from the teacher's by up to 0.5 of 255.
+        dtype: of the pictures. torch.uint8 rounds them: they then differ from the teacher's by up to 0.5 of 255.
         workers: rendering processes; None: chosen for the machine, 0: render in this process.
 
     Raises:

@@ -85,7 +85,7 @@ def _views(pyarrow: Any, schema: Any, store: Store, spec: StoreSpec, unit: Unit)
 
 
 def _top(store: Store, spec: StoreSpec, payload: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The k largest logits of each row: classes uint16 (N, k), logits float32 (N, k), log-sum-exp of the others (N,)."""
+    """The k largest logits of each row: classes uint16 (N, k), logits float32 (N, k), the others' log-sum-exp (N,)."""
     if spec.kind != "topk":
         encoded = encode("topk", decode_logits(spec.kind, torch.from_numpy(payload.copy()), store.classes), spec.top_k)[
             1
