@@ -143,6 +143,7 @@ def test_a_student_without_distillation_needs_no_store(config, monkeypatch):
 def test_logits_can_be_asked_for_and_left_out(config):
     batch = next(pipeline.open_batches(config, "hard", logits=True, workers=0).steps())
     assert torch.equal(batch.logits.argmax(1)[batch.weights > 0], batch.argmax[batch.weights > 0])
+    assert torch.equal(next(pipeline.open_batches(config, "none", logits=True, workers=0).steps()).logits, batch.logits)
     assert next(pipeline.open_batches(config, "soft", logits=False, workers=0).steps()).logits is None
 
 

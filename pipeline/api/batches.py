@@ -154,7 +154,7 @@ def open_batches(
             distillation are used; with the purpose finetune, those of `finetune`, and the variant's distillation.
         purpose: train-student or finetune, whose views and store differ in size.
         store: the path of a store to use instead of the published one.
-        logits: whether to read the teacher's logits too. None: if the student's distillation is soft.
+        logits: whether to read the teacher's logits. None: if the student's distillation is soft.
         rank: this process's number among `world_size`. torch.distributed is not used.
         accumulation: batches per step and rank.
         device: where the tensors are.
@@ -169,7 +169,7 @@ def open_batches(
     slices = _slices(settings, recipe, rank, world_size, accumulation)
     if dtype not in (torch.float32, torch.uint8):
         raise UsageError("open_batches: dtype", expected="torch.float32 or torch.uint8", found=str(dtype))
-    if logits is not None and distilled.distillation != "none":
+    if logits or (logits is False and distilled.distillation == "soft"):
         distilled = distilled.model_copy(update={"distillation": "soft" if logits else "hard"})
     spec, index, device = store_spec(config, purpose), open_index(config, "train"), torch.device(device)
     _check_kind(spec, distilled, student)
