@@ -13,9 +13,10 @@ from pipeline.cli import released
 from pipeline.cli.annotated import annotate
 from pipeline.cli.choices import Choice, choose, released_student
 from pipeline.cli.durations import Rates, bytes_written, stage_seconds
+from pipeline.cli.find_data import find_data
 from pipeline.cli.init import configuration, gather, parse_overrides, scratch_warnings
 from pipeline.cli.main import main
-from pipeline.cli.photos import Photos, experiment_name, find_splits, look, warnings
+from pipeline.cli.photos import Photos, experiment_name, look, warnings
 from pipeline.cli.plan import Facts, make_plan
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.params import load, parse_yaml, resolve
@@ -390,14 +391,14 @@ def test_the_estimate_names_every_stage(project, monkeypatch):
 def test_splits_are_found_by_their_usual_names(tmp_path, names):
     for name in names:
         write_folders(tmp_path / name, {"cat": 1})
-    data = find_splits(tmp_path)
+    data = find_data(tmp_path)
     assert (Path(data.train).name, Path(data.val).name) == names
 
 
 def test_val_is_preferred_to_test(tmp_path):
     for name in ("train", "test", "val"):
         write_folders(tmp_path / name, {"cat": 1})
-    assert Path(find_splits(tmp_path).val).name == "val"
+    assert Path(find_data(tmp_path).val).name == "val"
 
 
 @pytest.mark.parametrize(
@@ -408,7 +409,7 @@ def test_a_folder_without_class_folders_is_refused(tmp_path, files):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(UsageError, match="one folder of images per class, either here or in"):
-        find_splits(tmp_path)
+        find_data(tmp_path)
 
 
 @pytest.mark.parametrize("where", ["", "train"])
@@ -419,6 +420,45 @@ def test_without_a_folder_for_validation_a_part_of_each_class_is_used(project, w
     data = load().data
     assert (Path(data.train), data.val, data.val_fraction) == (Path("flat") / where, "", 0.2)
     call("prepare", "--set", "data.workers=1", "--dry-run")
+
+
+def test_tables_are_found(project):
+    write_folders(project / "flat/images", {"cat": 6, "dog": 10})
+    rows = [f"images/{path.parent.name}/{path.name},{path.parent.name}" for path in (project / "flat/images").rglob("*.*")]
+    (project / "flat/train.csv").write_text("\n".join(["path,label", *rows]))
+    said = init("flat")
+    assert "13 training images" in said and "2 classes" in said
+    data = load().data
+    assert (data.source, data.train, data.val_fraction) == ("table", "flat/train.csv", 0.2)
+    (project / "flat/list.csv").write_text("\n".join(["path,label,split", *(f"{row},{'test' if i % 4 else 'train'}" for i, row in enumerate(rows))]))
+    init("flat/list.csv", "--force")
+    assert (load().name, load().data.train, load().data.val_fraction) == ("list", "flat/list.csv", 0.0)
+    call("prepare", "--dry-run")
+
+
+def test_parquet_files_are_found(project):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (project / "hub/data").mkdir(parents=True)
+    for split, count in (("train", 8), ("test", 4)):
+        table = pa.table({"image": [picture(n) for n in range(count)], "label": [n % 2 for n in range(count)]})
+        pq.write_table(table, project / f"hub/data/{split}-00000-of-00001.parquet")
+    assert "8 training images" in init("hub")
+    data = load().data
+    assert (data.source, data.train, data.val) == ("parquet", "hub/data/train-*.parquet", "hub/data/test-*.parquet")
+    init("hub/data/train-00000-of-00001.parquet", "--force")
+    assert (load().data.source, load().data.val_fraction) == ("parquet", 0.2)
+
+
+def test_metadata_of_captions_is_no_table_of_images(tmp_path):
+    for split in ("train", "validation"):
+        write_folders(tmp_path / split, {"cat": 1, "dog": 1})
+        (tmp_path / split / "metadata.csv").write_text("file_name,text\ncat/000.png,a cat\n")
+    assert find_data(tmp_path).source == "folder"
+
+
+def test_a_class_folder_called_unlabelled_is_warned_of(tmp_path):
+    write_folders(tmp_path, {"cat": 4, "unlabelled": 4})
+    assert any("data.unlabelled" in line for line in warnings(look(tmp_path)))
 
 
 def test_of_many_images_a_smaller_part_is_for_validation(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ class Rates:
     parameters: dict[str, int]
 
 
-def measure(config: Config, files: list[Path], classes: int, device: torch.device) -> Rates:
+def measure(config: Config, files: list[Path | BytesIO], classes: int, device: torch.device) -> Rates:
     """Measure every model of the experiment, decoding and rendering, each for about `MEASURE` seconds."""
     models = {"teacher": build_ensemble(config.teacher, classes)}
     models |= {
@@ -96,13 +97,13 @@ def _seconds(call: Callable[[], None], device: torch.device, seconds: float) -> 
     return float(np.median(times[1:]))
 
 
-def _measure_views(config: Config, files: list[Path], seconds: float) -> tuple[float, float]:
+def _measure_views(config: Config, files: list[Path | BytesIO], seconds: float) -> tuple[float, float]:
     """Seconds to read and decode an image, and to render a view of it; means, since images differ."""
     decoding, rendering, end = [], [], time.perf_counter() + seconds
     for number, file in enumerate(files):
         start = time.perf_counter()
         try:
-            image = decode(file.read_bytes(), config.data.max_pixels, FOLDER_FORMATS)
+            image = decode(file.getvalue() if isinstance(file, BytesIO) else file.read_bytes(), config.data.max_pixels, FOLDER_FORMATS)
         except (OSError, Undecodable):
             continue
         decoded = time.perf_counter()

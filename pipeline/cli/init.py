@@ -123,9 +123,13 @@ def _named(root: Path, found: photos.Photos) -> Choices:
         "name": Choice(photos.experiment_name(root), "the folder's name; results go to outputs/<name>/"),
         "data.train": Choice(data.train, f"{len(found.train.names):,} images"),
     }
+    if data.source != "folder":
+        choices["data.source"] = Choice(data.source, "recognised by the files' names and columns")
     if data.val_fraction:
-        return choices | {"data.val_fraction": Choice(data.val_fraction, f"{val} for validation: there is no folder of them")}
-    return choices | {"data.val": Choice(data.val, val)}
+        choices["data.val_fraction"] = Choice(data.val_fraction, f"{val} for validation, where no others were found")
+    if data.val:
+        choices["data.val"] = Choice(data.val, val)
+    return choices
 
 
 def configuration(choices: Choices, overrides: tuple[str, ...]) -> Config:

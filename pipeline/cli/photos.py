@@ -1,25 +1,28 @@
 """What a folder of images holds: its splits and classes, by listing; sizes, from the headers of a sample."""
 
+import io
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from pipeline.common.errors import PipelineError, UsageError
+from pipeline.cli.find_data import find_data
+from pipeline.common.errors import PipelineError
 from pipeline.config.schema import Data
 from pipeline.shards.conversion import FOLDER_FORMATS
-from pipeline.shards.listing import TRAIN_NAMES, VAL_NAMES, Listing, count_by_extension
-from pipeline.shards.sources import list_splits
+from pipeline.shards.listing import Listing, count_by_extension
+from pipeline.shards.sources import UNLABELLED_FOLDER, list_splits
 
 SAMPLE = 200
 """Files whose headers are read."""
-FEW, MANY = 0.2, 0.1
-"""The fraction of the images that is used for validation if there is no folder for it, below ENOUGH images and from then
-on."""
-ENOUGH = 4_000
+ENOUGH, FRACTION = 4_000, 0.1
+"""The part of so many images that is used for validation if there is nothing else for it."""
+
+ImageFile = Path | io.BytesIO
 
 
 @dataclass(frozen=True)
@@ -51,22 +54,22 @@ class Photos:
         """Share of the validation images that are of the largest class."""
         return max(Counter(self.val.labels).values()) / len(self.val.labels)
 
-    def sample(self, count: int) -> list[Path]:
-        """Training files, spread evenly over the list."""
-        return sample_files(self.train, count)
+    def sample(self, count: int) -> list[ImageFile]:
+        """Training images, spread evenly over the list."""
+        return sample_images(self.train, count)
 
 
 def look(root: Path) -> Photos:
     """List a folder's splits and read the headers of a sample.
 
     Raises:
-        UsageError: no such folder, or no class folders.
+        UsageError: see `find_data`.
         PipelineError: no classes or no images, classes that differ between the splits, or no readable header.
     """
-    data = find_splits(root)
+    data = find_data(root)
     train, val = list_splits(data).values()
     if data.val_fraction and len(train.names) + len(val.names) >= ENOUGH:
-        data = data.model_copy(update={"val_fraction": MANY})
+        data = data.model_copy(update={"val_fraction": FRACTION})
         train, val = list_splits(data).values()
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
@@ -76,46 +79,18 @@ def look(root: Path) -> Photos:
             found=f"only in one of them: {', '.join(odd[:5])}",
             do="add or remove these folders",
         )
-    return Photos(data, train, val, header_sizes(sample_files(train, SAMPLE)))
+    return Photos(data, train, val, header_sizes(root, sample_images(train, SAMPLE)))
 
 
-def find_splits(root: Path) -> Data:
-    """The data section for a folder: its train and validation folders, or a part of its images for validation.
-
-    Raises:
-        UsageError: no such folder, or no class folders where they are looked for.
-    """
-    if not root.is_dir():
-        raise UsageError(f"{root}", expected="a folder of images", found="no such folder", do="correct the path")
-    folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir() and _has_folders(path)}
-    train, val = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN_NAMES, VAL_NAMES))
-    if train and val:
-        return Data(train=str(train), val=str(val))
-    classes = {path.name.lower() for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    if train is None and len(classes) > 1 and not classes & {*TRAIN_NAMES, *VAL_NAMES}:
-        train = root
-    if train is None:
-        raise UsageError(
-            f"{root}",
-            expected=f"one folder of images per class, either here or in folders for training ({', '.join(TRAIN_NAMES)}) and"
-            f" validation ({', '.join(VAL_NAMES)})",
-            found=", ".join(str(path.name) for path in sorted(root.iterdir())[:5]) or "an empty folder",
-            do="put the images of each class into a folder of its own, or name the folder that holds the class folders",
-        )
-    return Data(train=str(train), val_fraction=FEW)
-
-
-def _has_folders(path: Path) -> bool:
-    return any(each.is_dir() and not each.name.startswith(".") for each in path.iterdir())
-
-
-def sample_files(listing: Listing, count: int) -> list[Path]:
-    """Files of the training split, spread evenly over the list."""
+def sample_images(listing: Listing, count: int) -> list[ImageFile]:
+    """Images of a listing, spread evenly over the list; of a container, the first ones."""
+    if listing.container:
+        return [io.BytesIO(image) for _, image in islice(listing.container.images(), count)]
     chosen = np.linspace(0, len(listing.names) - 1, min(count, len(listing.names))).astype(int)
     return [listing.root / listing.names[number] for number in chosen]
 
 
-def header_sizes(files: list[Path]) -> np.ndarray:
+def header_sizes(root: Path, files: list[ImageFile]) -> np.ndarray:
     """Width and height of images, int (readable files, 2), from their headers.
 
     Raises:
@@ -130,7 +105,7 @@ def header_sizes(files: list[Path]) -> np.ndarray:
             continue
     if not sizes:
         raise PipelineError(
-            f"{files[0].parent.parent}: no image could be read",
+            f"{root}: no image could be read",
             expected=f"images of the formats {', '.join(FOLDER_FORMATS)}",
             found=f"none among {len(files)} files",
             do="check the files",
@@ -140,7 +115,8 @@ def header_sizes(files: list[Path]) -> np.ndarray:
 
 def experiment_name(root: Path) -> str:
     """A folder's name as that of an experiment."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", root.resolve().name).lstrip(".-")[:100] or "photos"
+    name = root.resolve().stem if root.is_file() else root.resolve().name
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".-")[:100] or "photos"
 
 
 def describe(photos: Photos) -> str:
@@ -150,12 +126,14 @@ def describe(photos: Photos) -> str:
     fewest, most = min(counts.values()), max(counts.values())
     lines = [
         f"{len(train.names):,} training images in {photos.data.train}, {len(val.names):,} for validation"
-        + (f" in {photos.data.val}" if photos.data.val else f": {photos.data.val_fraction:.0%} of each class"),
+        + (f" in {photos.data.val}" if photos.data.val else "")
+        + (f": {photos.data.val_fraction:.0%} of each class" if photos.data.val_fraction else ""),
         f"{len(train.classes):,} classes of {fewest:,} to {most:,} training images",
         f"{photos.megapixels:.2g} megapixels on average, {photos.short_side} px the median of the shorter side"
         f" (headers of {len(photos.sizes)} files)",
     ]
     lines += [f"ignored: {count_by_extension(each.ignored)}" for each in (train, val) if each.ignored]
+    lines += [f"ignored: {text}" for each in (train, val) for text in each.left_out]
     return "\n".join(lines)
 
 
@@ -171,6 +149,8 @@ def warnings(photos: Photos) -> list[str]:
         found.append(f"class {name} has {min(counts.values())} training images: expect little of classes below 20")
     if max(counts.values()) > 10 * min(counts.values()):
         found.append("the largest class has over ten times the images of the smallest: accuracy favours it")
+    if UNLABELLED_FOLDER in photos.train.classes:
+        found.append(f"the folder {UNLABELLED_FOLDER} counts as a class; see data.unlabelled")
     if photos.megapixels > 2:
         found.append(
             "large photographs are decoded again for every three views: copies of about 500 px are faster to train on"

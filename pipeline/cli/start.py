@@ -50,7 +50,8 @@ def init(folder: Path, overrides: tuple[str, ...], device: str, output: Path, **
     """Write a params.yaml that suits a folder of images, with the reason for each choice.
 
     FOLDER has one folder of images per class, or a folder for training and one for validation (or test),
-    each with one folder of images per class. Images and classes are counted, and sizes read from a sample; then image size, models, epochs,
+    each with one folder of images per class. It may also be a table of paths and labels (CSV, TSV, JSON
+    Lines, Parquet), or hold such tables or Parquet files named after the splits. Images and classes are counted, and sizes read from a sample; then image size, models, epochs,
     batch size and kind of store are chosen for them and for this machine. The teacher is fine-tuned from
     pretrained weights if they can be had (local cache or download); otherwise it is trained from scratch.
 

@@ -57,6 +57,29 @@ def list_tables(data: Data) -> dict[str, Listing]:
     return listings
 
 
+def is_table(path: Path) -> bool:
+    """Whether a file has rows, with the columns that a table of images needs.
+
+    Raises:
+        UsageError: a Parquet file, and no pyarrow.
+        PipelineError: a Parquet file is damaged.
+    """
+    try:
+        first = next(_records(path), {})
+    except (OSError, ValueError, csv.Error, RecursionError):
+        return False
+    return "label" in first and any(name in first for name in PATHS)
+
+
+def has_validation_rows(table: Path) -> bool:
+    """Whether rows of a table are for validation, by its column split.
+
+    Raises:
+        UsageError, PipelineError: see `list_tables`.
+    """
+    return any(row.split in VAL_NAMES for row in _read(table))
+
+
 def _table(data: Data, split: str) -> Path:
     path = Path(getattr(data, split)).expanduser()
     if not getattr(data, split) or not path.is_file() or path.suffix[1:].lower() not in TABLES:
