@@ -4,9 +4,11 @@
 once. Commands follow one another in the same processes: to start these takes longer than most of the work.
 
 In the environment: OLD_LISTING=1, rank 1 does not see the newest checkpoint in a folder, as on a network file system;
-EXCHANGE_SECONDS=N, what ranks exchange fails after so long (30 minutes otherwise, 10 with nccl).
+EXCHANGE_SECONDS=N, what ranks exchange fails after so long (30 minutes otherwise, 10 with nccl); FIRST_SCALE=N, the
+loss scale in float16 starts there and doubles after three steps.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -18,7 +20,7 @@ import torch.distributed as dist
 
 from pipeline.cli.main import main
 from pipeline.common.distributed import Rank
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, scaling
 from pipeline.training.trainer import Trainer
 
 
@@ -53,6 +55,8 @@ if __name__ == "__main__":
         Trainer.train_step = dying(Trainer.train_step, int(sys.argv[1]))
     if os.environ.get("OLD_LISTING") and os.environ["RANK"] == "1":
         checkpoint._checkpoints = older(checkpoint._checkpoints)
+    if scale := os.environ.get("FIRST_SCALE"):
+        scaling.GradScaler = functools.partial(scaling.GradScaler, init_scale=float(scale), growth_interval=3)
     if seconds := os.environ.get("EXCHANGE_SECONDS"):
         dist.init_process_group = impatient(dist.init_process_group, float(seconds))
     *first, last = commands(sys.argv[2:])

@@ -1,6 +1,7 @@
 """Several processes under torchrun (gloo on a CPU): the same losses, the same store, restarts."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -37,6 +38,7 @@ from pipeline.config.paths import (
 from pipeline.config.schema import Config
 from pipeline.models.build import build_teacher
 from pipeline.shards.index import Index
+from pipeline.training import scaling
 from pipeline.training.log import read_log
 from pipeline.training.run import Run
 from pipeline.training.trainer import Trainer
@@ -116,6 +118,29 @@ def test_a_killed_rank_is_restarted_and_the_run_goes_on_to_the_same_weights(taug
     said = launched("train-student", "--student", "hard", die="9", restarts=1)
     assert Path("died").exists() and "resumes at step 9" in said
     assert final.read_bytes() == (of_two_ranks[0] / final).read_bytes()
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_the_steps_that_overflow_in_float16_and_go_on_with_the_same_scale(taught, monkeypatch):  # noqa: F811
+    half = "student.precision=float16", "student.epochs=5", "student.lr=0.002", *PLAIN[:1]
+    half += ("student.checkpoint_activations=true",)
+    command = ["train-student", "--student", "hard", *(word for change in half for word in ("--set", change))]
+    final, logged = student_folder(taught, "hard") / "weights.safetensors", []
+    for die, restarts in (("-", 0), ("7", 1)):
+        said = two_ranks(*command, die=die, restarts=restarts, FIRST_SCALE=str(2**22))
+        log = newest_checkpoint().parent / "log.jsonl"
+        logged.append([(x["loss"], x["loss_scale"], x["skipped_steps"]) for x in read_log(log) if x["kind"] == "step"])
+        logged[-1].append(final.read_bytes())
+        shutil.rmtree(log.parent)
+    assert "resumes at step 7" in said and logged[0] == logged[1]
+    monkeypatch.setattr(
+        scaling, "GradScaler", functools.partial(scaling.GradScaler, init_scale=2.0**22, growth_interval=3)
+    )
+    train_student.run(loaded(*half), CPU, "hard")
+    alone = [x for x in read_log(log) if x["kind"] == "step"]
+    *found, _ = logged[0]
+    assert found[-1][2] > 2 and alone[-1]["skipped_steps"] > 2
+    assert [loss for loss, *_ in found] == pytest.approx([x["loss"] for x in alone], rel=2e-2)
 
 
 @pytest.mark.slow
