@@ -44,7 +44,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
         return
     require_weights(entries)
     store, manifest, summary = None, None, {}
-    if config.needs_teacher("train-student"):
+    if config.needs_store("train-student"):
         store, manifest = open_store(config, train)
         summary = read_summary(teacher_logits_folder(config, "train-student") / "summary.json")
     logged = {e.name: read_curve(e.folder / "curve.csv") for e in entries if (e.folder / "curve.csv").exists()}

@@ -12,9 +12,16 @@ from pipeline.config.schema import PURPOSES, Config
 
 
 def run(config: Config) -> None:
-    """Write outputs/<name>/needed.json: whether train-student and finetune need a teacher and a store."""
-    needed = {purpose: config.needs_teacher(purpose) for purpose in PURPOSES}
+    """Write outputs/<name>/needed.json: whether train-student and finetune need a teacher and a store.
+
+    A published store that is fetched instead is named.
+    """
+    needed: dict[str, bool | dict[str, str]] = {}
+    for purpose in PURPOSES:
+        published = config.published_store(purpose)
+        fetched = published and config.needs_store(purpose)
+        needed[purpose] = {"fetch": published} if published and fetched else config.needs_teacher(purpose)
+        what = "a teacher and a store" if needed[purpose] else "no student learns from a teacher"
+        print(f"{purpose}: " + (f"the store published at {published}" if fetched else what))
     with atomic_write(needed_path(config)) as temporary:
         temporary.write_text(json.dumps(needed, indent=1) + "\n")
-    for purpose, is_needed in needed.items():
-        print(f"{purpose}: " + ("a teacher and a store" if is_needed else "no student learns from a teacher"))

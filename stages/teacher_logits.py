@@ -7,7 +7,8 @@ blocks. Several processes (torchrun, or `--part i/n`) share the units.
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,10 +24,13 @@ from pipeline.models.teacher import TeacherForward, describe_teacher, load_teach
 from pipeline.shards.index import Index
 from pipeline.shards.published import open_index
 from pipeline.store.estimate import estimate
+from pipeline.store.fetching import UnitFetcher, check_as_published
 from pipeline.store.labelling import UnitWorker
+from pipeline.store.layout import library_versions
 from pipeline.store.maintenance import remove_damaged
 from pipeline.store.manifest import damaged_units, publish, write_manifest
-from pipeline.store.reader import StoreIdentity
+from pipeline.store.publication import Source, check_belongs
+from pipeline.store.reader import Store, StoreIdentity
 from pipeline.store.writer import StoreWriter, sweep_store
 
 
@@ -38,7 +42,7 @@ def run(
     dry_run: bool = False,
     break_lock: bool = False,
 ) -> None:
-    """Fill the store for `train-student` or, at the higher resolution, for `finetune`.
+    """Fill the store for `train-student` or, at the higher resolution, for `finetune`: by the teacher, or by fetching.
 
     Raises:
         PipelineError: damaged shards, a full disk, or logits that are not finite.
@@ -46,16 +50,14 @@ def run(
     """
     index, spec = open_index(config, "train"), store_spec(config, purpose)
     try:
-        teacher = load_teacher(config, index.classes, device, purpose)
+        origin = from_publication(spec, index) if spec.fetch else from_teacher(config, spec, index, device)
     except NotReady as error:
         if not dry_run:
             raise
         print(describe(spec, index, "a store named after the teacher's weights"))
         print(f"not yet: {error}")
         return
-    identity = StoreIdentity(
-        index.fingerprint, spec.recipe, describe_teacher(config.teacher, teacher, spec.teacher_size)
-    )
+    spec, identity = origin.spec, origin.identity
     path = store_path(config, identity.fingerprint)
     print(describe(spec, index, path))
     if dry_run:
@@ -72,14 +74,62 @@ def run(
         bad = [unit for unit, _ in damaged_units(store, verified, spec.kind)]
     if bad or not store:
         with locked(path, share, break_lock):
-            store = StoreWriter.create(*arguments)
-            forward = TeacherForward(teacher, config.teacher_logits, spec.teacher_size)
-            worker = UnitWorker(config.teacher_logits, store, forward, device, store.write_unit)
-            fill(store, spec, worker, share, bad)
+            store = StoreWriter.create(*arguments, origin.versions)
+            fill(store, spec, origin.compute, share, bad)
         if store.missing(spec.views, spec.kind):
             print("this part is done; the last part to finish writes the manifest")
             return
+    origin.check(store)
     publish(spec, store, set(verified) - set(bad))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a store's predictions come from."""
+
+    spec: StoreSpec
+    identity: StoreIdentity
+    versions: dict[str, str]
+    """Of the libraries that compute, or computed, them."""
+    compute: Callable[[StoreWriter, list[Unit]], None]
+    """Commits units."""
+    check: Callable[[Store], None] = lambda store: None
+    """Checks the complete store."""
+
+
+def from_teacher(config: Config, spec: StoreSpec, index: Index, device: torch.device) -> Origin:
+    """The teacher is run.
+
+    Raises:
+        NotReady: there is no teacher yet.
+    """
+    teacher = load_teacher(config, index.classes, device, spec.purpose)
+    described = describe_teacher(config.teacher, teacher, spec.teacher_size)
+
+    def compute(store: StoreWriter, units: list[Unit]) -> None:
+        forward = TeacherForward(teacher, config.teacher_logits, spec.teacher_size)
+        UnitWorker(config.teacher_logits, store, forward, device, store.write_unit).compute(units)
+
+    return Origin(spec, StoreIdentity(index.fingerprint, spec.recipe, described), library_versions(), compute)
+
+
+def from_publication(spec: StoreSpec, index: Index) -> Origin:
+    """The predictions are published at `spec.fetch`; no teacher is needed.
+
+    Raises:
+        PipelineError: it cannot be read.
+        UsageError: it belongs to other images or another recipe; see `check_belongs`.
+    """
+    source = Source(str(spec.fetch))
+    published = source.publication
+    print(f"{source.where}: {published.describe()}")
+    check_belongs(source, index, spec)
+    spec = replace(spec, precision=published.precision, top_k=published.top_k)
+    return Origin(
+        spec, StoreIdentity(index.fingerprint, spec.recipe, published.teacher), published.versions,
+        compute=lambda store, units: UnitFetcher(source, store, spec.kind).compute(units),
+        check=lambda store: check_as_published(store, source, spec),
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -90,14 +140,20 @@ def locked(path: str, part: tuple[int, int], break_lock: bool) -> Iterator[None]
         yield
 
 
-def fill(store: StoreWriter, spec: StoreSpec, worker: UnitWorker, part: tuple[int, int], bad: list[Unit]) -> None:
-    """Compute the missing units of a part, and the bad ones if they are still damaged."""
+def fill(
+    store: StoreWriter,
+    spec: StoreSpec,
+    compute: Callable[[StoreWriter, list[Unit]], None],
+    part: tuple[int, int],
+    bad: list[Unit],
+) -> None:
+    """Compute or fetch the missing units of a part, and the bad ones if they are still damaged."""
     number, parts = part
     # by their place among all units, since other parts commit theirs meanwhile
     own = {*store.units(spec.views)[number::parts], *bad}
     remove_damaged(store, spec.kind, bad)
     if missing := [unit for unit in store.missing(spec.views, spec.kind) if unit in own]:
-        worker.compute(missing)
+        compute(store, missing)
 
 
 def mark_unneeded(config: Config, purpose: str) -> None:

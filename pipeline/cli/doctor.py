@@ -134,7 +134,7 @@ def needed_bytes(config: Config) -> int:
         splits = [*list_splits(config.data).values()]
         shards = sum(split.bytes for split in splits)
         samples, classes = equal_shards(len(splits[0].names), config.data.shard_samples), len(splits[0].classes)
-    wanted = [store_spec(config, purpose) for purpose in PURPOSES if config.needs_teacher(purpose)]
+    wanted = [store_spec(config, purpose) for purpose in PURPOSES if config.needs_store(purpose)]
     return shards + sum(estimate(spec, samples, classes).bytes for spec in wanted if "://" not in config.work)
 
 

@@ -126,7 +126,7 @@ def teacher_logits(config: Config, device: torch.device, dry_run: bool, purpose:
     """
     from stages import teacher_logits
 
-    if if_needed and not config.needs_teacher(purpose):
+    if if_needed and not config.needs_store(purpose):
         return teacher_logits.mark_unneeded(config, purpose)
     teacher_logits.run(config, device, purpose, part, dry_run, break_lock)
 

@@ -47,6 +47,8 @@ def _is_other_source(config: Config, published: dict[str, Any]) -> bool:
 
 def is_own_store(config: Config, spec: StoreSpec, attributes: dict[str, Any]) -> bool:
     """Whether a store's teacher is the published one, before one is published whether it can be; and the precision."""
+    if spec.fetch:
+        return True  # which teacher it has is known where it is published
     teacher = attributes.get("teacher")
     if not isinstance(teacher, dict) or attributes.get("precision") != spec.precision:
         return False

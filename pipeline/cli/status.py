@@ -158,7 +158,7 @@ def gather(experiment: Experiment) -> list[Facts]:
     if any(map(config.needs_teacher, PURPOSES)):
         settings, other = _teacher_training(experiment), "train-student" in experiment.foreign_teachers
         facts.append(_training(experiment, "teacher", settings, folder, other))
-    if config.needs_teacher("train-student"):
+    if config.needs_store("train-student"):
         facts.append(_store(experiment, "teacher-logits", store_spec(config, "train-student")))
     for name in config.students:
         settings, folder = config.student_named(name), student_folder(config, name)
@@ -167,6 +167,7 @@ def gather(experiment: Experiment) -> list[Facts]:
         folder = teacher_folder(config, "finetune")
         settings, other = adapted if adapted.epochs else None, "finetune" in experiment.foreign_teachers
         facts.append(_training(experiment, "teacher-finetune", settings, folder, other))
+    if config.needs_store("finetune"):
         facts.append(_store(experiment, "teacher-logits-finetune", store_spec(config, "finetune")))
     if config.students or tuned.weights:
         for name in tuned.students:

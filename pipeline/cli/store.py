@@ -142,6 +142,59 @@ def export(path: str, overrides: tuple[str, ...], purpose: str, named: str | Non
     click.echo(f"{file}: {rows:,} rows, {file.stat().st_size / 1e6:,.1f} MB")
 
 
+@store.command()
+@click.argument("target")
+@WHICH_STORE
+@STORE
+@config_options
+def publish(path: str, overrides: tuple[str, ...], purpose: str, named: str | None, target: str) -> None:
+    """Publish a complete store at TARGET, so that others with the same images need no teacher.
+
+    TARGET is a folder, a URL that fsspec knows (s3://..., hf://datasets/...), or a file named .tar. It gets
+    the predictions, their checksums, a list of the samples, and a card in Markdown. Publishing more views
+    later adds files; a killed call continues where it was.
+
+    \b
+    Examples:
+      pipeline store publish s3://bucket/regnety-160-imagenet-224
+      pipeline store publish store.tar
+    """
+    from pipeline.cli.find_store import find_store
+    from pipeline.config.params import load
+    from pipeline.config.store_spec import store_spec
+    from pipeline.store.publishing import publish_store, read_teacher_metrics
+
+    config = load(path, overrides)
+    spec = store_spec(config, purpose)
+    found = find_store(config, spec, named)
+    published = publish_store(found, spec, target, read_teacher_metrics(spec.teacher_folder, found.attributes["teacher"]))
+    click.echo(f"{target}: {published.describe()}")
+
+
+@store.command()
+@click.argument("source")
+@WHICH_STORE
+@config_options
+def fetch(path: str, overrides: tuple[str, ...], purpose: str, source: str) -> None:
+    """Fetch the store published at SOURCE for the prepared images, in place of running a teacher.
+
+    Refused, naming the first difference, if it was made from other images or with another recipe. A killed
+    call continues where it was. With teacher_logits.fetch in params.yaml, `dvc repro` does the same.
+
+    \b
+    Example:
+      pipeline store fetch s3://bucket/regnety-160-imagenet-224
+    """
+    import torch
+
+    from pipeline.config.params import load
+    from stages import teacher_logits
+
+    section = "finetune" if purpose == "finetune" else "teacher_logits"
+    config = load(path, (*overrides, f"{section}.fetch={source}"))
+    teacher_logits.run(config, torch.device("cpu"), purpose)
+
+
 @click.command()
 @click.option("--yes", is_flag=True, help="Delete them instead of only listing them.")
 @click.option("--work", default="work", show_default=True, help="The folder with stores, state folders and data sets.")

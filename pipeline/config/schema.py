@@ -77,10 +77,18 @@ class Config(Section):
             own = own | {"kwargs": student["kwargs"] | own["kwargs"]}
         return validate(Student, student | own, section=f"variants.{name}")
 
-    def needs_teacher(self, purpose: str) -> bool:
+    def needs_store(self, purpose: str) -> bool:
         """Whether any student of train-student or finetune is distilled."""
         names = self.students if purpose == "train-student" else self.finetune.students
         return any(self.student_named(name).distillation != "none" for name in names)
+
+    def needs_teacher(self, purpose: str) -> bool:
+        """Whether a store is needed for train-student or finetune that is not fetched."""
+        return self.needs_store(purpose) and not self.published_store(purpose)
+
+    def published_store(self, purpose: str) -> str | None:
+        """Path or URL of the store to fetch for train-student or finetune; None: the teacher is run."""
+        return self.finetune.fetch if purpose == "finetune" else self.teacher_logits.fetch
 
     def own_models(self) -> list[str]:
         """The models of one's own that teachers and students name, sorted."""
@@ -118,7 +126,7 @@ class Config(Section):
 # How a run is carried out, not what it computes: these change no result and no fingerprint.
 EXECUTION_ONLY = {
     "workers", "accumulation", "checkpoint_minutes", "checkpoint_steps", "stop_above", "log_steps", "eval_epochs",
-    "compile", "channels_last", "checkpoint_activations", "deterministic",
+    "compile", "channels_last", "checkpoint_activations", "deterministic", "fetch",
 }  # fmt: skip
 
 

@@ -146,6 +146,8 @@ class TeacherLogits(Section):
     (float16) also allow soft distillation."""
     top_k: Annotated[int, Field(ge=1, le=65_535)] = 10
     """Classes stored per view by kind topk."""
+    fetch: str | None = None
+    """Path or URL of a published store (pipeline store publish): it is fetched, and no teacher is needed."""
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """float32 is IEEE 754, never TF32; bfloat16 and float16 are autocast, except for the classifier, which stays in
     float32."""

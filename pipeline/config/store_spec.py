@@ -28,6 +28,8 @@ class StoreSpec:
     """Folder of the teacher's weights and metrics."""
     folder: Path
     """Folder of the store's manifest and summary."""
+    fetch: str | None = None
+    """Path or URL of the published store to fetch instead of running the teacher."""
 
     @property
     def blocks(self) -> int:
@@ -47,4 +49,5 @@ def store_spec(config: Config, purpose: str) -> StoreSpec:
         teacher_size=config.teacher_size(purpose),
         teacher_folder=teacher_folder(config, purpose),
         folder=teacher_logits_folder(config, purpose),
+        fetch=config.published_store(purpose),
     )

@@ -251,6 +251,8 @@ class Finetune(Training):
     """Height and width of the views in pixels."""
     views: Count = 30
     """V of the second store."""
+    fetch: str | None = None
+    """Path or URL of the published second store, as teacher_logits.fetch."""
     teacher_size: Pixels | None = None
     """The teacher's input size; images are resized to it on the device. null: teacher.size or recipe.size, at which it
     was trained; with teacher_finetune.epochs, `size`."""

@@ -27,9 +27,20 @@ class StoreWriter(Store):
 
     @classmethod
     def create(
-        cls, path: str, identity: StoreIdentity, index: Index, views: int, kind: str, top_k: int, precision: str
+        cls,
+        path: str,
+        identity: StoreIdentity,
+        index: Index,
+        views: int,
+        kind: str,
+        top_k: int,
+        precision: str,
+        versions: dict[str, str] | None = None,
     ) -> Self:
         """Open for writing; create the group, the arrays of a kind and room for more views where they are missing.
+
+        Args:
+            versions: of the libraries that compute the predictions; None: those installed.
 
         Raises:
             UsageError: the store at `path` has another identity, precision or k.
@@ -47,7 +58,7 @@ class StoreWriter(Store):
                     "classes": classes,
                     "capacity": capacity,
                     "shards": [{"name": s["name"], "samples": s["samples"]} for s in index.shards],
-                    "versions": library_versions(),
+                    "versions": versions or library_versions(),
                 }
                 create_group(path, attributes)
         group = open_group(path, "r+")

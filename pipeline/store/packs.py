@@ -1,0 +1,117 @@
+"""Packs: files that each hold the predictions of one block for some shards, as published stores are divided.
+
+A pack is an uncompressed tar of `.npy` arrays, so numpy alone can read it. Its bytes depend only on what it holds. More
+views make further packs and leave the existing ones as they are.
+
+Members, for each shard: `<number>/check.npy`, group checks, uint64 (block, groups), and `<number>/argmax.npy`, uint16
+(block, samples); or, in the packs of a kind's payload, `<number>/<kind>.npy`, (block, samples, width).
+"""
+
+import io
+import tarfile
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.batches.plan import Unit
+from pipeline.store.encoding import DTYPES
+from pipeline.store.reader import Store
+from pipeline.views.draw import group_count
+
+PACK_BYTES = 64 * 2**20
+
+
+def shard_ranges(samples: Sequence[int], block: int, row_bytes: int, limit: int = PACK_BYTES) -> list[range]:
+    """Divide shards into runs whose packs have about `limit` bytes at most; a larger shard is a run of its own.
+
+    Args:
+        samples: number of samples in each shard.
+        row_bytes: bytes per sample and view.
+    """
+    ranges, first, size = [], 0, 0
+    for number, count in enumerate(samples):
+        unit = count * block * row_bytes
+        if size and size + unit > limit:
+            ranges.append(range(first, number))
+            first, size = number, 0
+        size += unit
+    return [*ranges, range(first, len(samples))]
+
+
+def read_arrays(store: Store, unit: Unit, kind: str) -> dict[str, np.ndarray]:
+    """Read what packs hold of a unit: `check` and `argmax`, or the payload of another kind.
+
+    Raises:
+        Damaged: the unit is missing or damaged.
+    """
+    block, samples = store.recipe.block, int(store.index.samples[unit.shard])
+    if kind != "argmax":
+        views = range(unit.block * block, (unit.block + 1) * block)
+        payloads = [store.read(unit.shard, view, kind).payload for view in views]
+        return {kind: np.stack([payload for payload in payloads if payload is not None])}
+    groups = group_count(samples, store.recipe.group_size)
+    return {"check": store.read_check(unit)[:, :groups], "argmax": store.read_unit(unit)}
+
+
+def build_pack(arrays: dict[int, dict[str, np.ndarray]]) -> bytes:
+    """The bytes of a pack.
+
+    Args:
+        arrays: for each shard, what `read_arrays` returned.
+    """
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for shard, named in arrays.items():
+            for name, array in named.items():
+                content = io.BytesIO()
+                np.lib.format.write_array(content, np.ascontiguousarray(array), (1, 0), allow_pickle=False)
+                member = tarfile.TarInfo(f"{shard:06d}/{name}.npy")
+                member.size = content.tell()
+                content.seek(0)
+                tar.addfile(member, content)
+    return buffer.getvalue()
+
+
+def parse_pack(data: bytes, shapes: dict[int, dict[str, tuple[int, ...]]]) -> dict[int, dict[str, np.ndarray]]:
+    """Invert `build_pack`.
+
+    Args:
+        shapes: the shape of each array of each shard, as `pack_shapes` returns them.
+
+    Raises:
+        ValueError: it is no pack, or one of other shards or shapes.
+    """
+    found: dict[int, dict[str, np.ndarray]] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for shard, named in shapes.items():
+                for name, shape in named.items():
+                    member, expected = tar.next(), f"{shard:06d}/{name}.npy"
+                    content = tar.extractfile(member) if member and member.name == expected else None
+                    if content is None:
+                        raise ValueError(f"{member.name if member else 'the end'} instead of {expected}")
+                    array = np.lib.format.read_array(io.BytesIO(content.read()), allow_pickle=False)
+                    dtype = np.dtype(np.uint64 if name == "check" else DTYPES[name])
+                    if array.shape != shape or array.dtype != dtype:
+                        raise ValueError(f"{expected}: {array.dtype} {array.shape} instead of {dtype} {shape}")
+                    found.setdefault(shard, {})[name] = array
+            if tar.next():
+                raise ValueError("more members than expected")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(str(error)) from error
+    return found
+
+
+def pack_shapes(
+    store: Store, shards: Sequence[int], kind: str, width: int
+) -> dict[int, dict[str, tuple[int, ...]]]:
+    """The shape of each array in the pack of these shards: of `check` and `argmax`, or of another kind's payload."""
+    block, group_size = store.recipe.block, store.recipe.group_size
+    shapes = {}
+    for shard in shards:
+        samples = int(store.index.samples[shard])
+        if kind == "argmax":
+            shapes[shard] = {"check": (block, group_count(samples, group_size)), "argmax": (block, samples)}
+        else:
+            shapes[shard] = {kind: (block, samples, width)}
+    return shapes

@@ -1,0 +1,321 @@
+"""`pipeline store publish` and `pipeline store fetch`: what arrives is what was published, or is refused by name."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import picture, tree
+from hypothesis import given
+from hypothesis import strategies as st
+from test_store_commands import call, flip, the_store
+from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (fixtures)
+
+from pipeline.batches.plan import Unit
+from pipeline.common.errors import PipelineError, UsageError
+from pipeline.config.params import dump
+from pipeline.config.paths import index_path, student_folder, teacher_folder
+from pipeline.shards.index import Index
+from pipeline.store.packs import build_pack, parse_pack, shard_ranges
+from pipeline.store.publication import Source, parse, to_json
+from stages import needed, prepare, teacher, teacher_logits, train_student
+
+KINDS = ("argmax", "topk", "dense8", "dense")
+
+
+def another_lab(root: Path, *changes: str) -> None:
+    """Make `root` the current folder: the same images, prepared independently, without teacher and store."""
+    old = Path.cwd()
+    shutil.copytree(old / "../taught/train", root / "pictures", copy_function=shutil.copy)
+    shutil.copytree(old / "../taught/val", root / "held-out", copy_function=shutil.copy)
+    os.chdir(root)
+    config = loaded_from(old, "data.train=pictures", "data.val=held-out", *changes)
+    Path("params.yaml").write_text(dump(config))
+    prepare.run(config)
+
+
+def loaded_from(folder: Path, *overrides: str):
+    from pipeline.config.params import load
+
+    return load(str(folder / "params.yaml"), overrides)
+
+
+@pytest.fixture
+def lab(taught, tmp_path, monkeypatch) -> Path:  # noqa: F811
+    """The current folder is a second lab's; a first has published at `lab`."""
+    for split in ("train", "val"):  # the template's own folders, which its configuration names
+        if not Path(split).exists():
+            shutil.copytree(getattr(taught.data, split), split)
+    call("store", "publish", str(tmp_path / "published"))
+    monkeypatch.chdir(Path.cwd())
+    another_lab(tmp_path / "second")
+    return tmp_path / "published"
+
+
+def test_a_student_of_a_fetched_store_has_the_weights_of_the_first_labs_without_a_teacher(lab, tmp_path):
+    call("store", "fetch", str(lab))
+    train_student.run(loaded(), CPU, "hard")
+    here = student_folder(loaded(), "hard") / "weights.safetensors"
+    second, found = Path.cwd(), here.read_bytes()
+    assert not (teacher_folder(loaded()) / "weights.safetensors").exists()
+    os.chdir(tmp_path / "taught")
+    train_student.run(loaded(), CPU, "hard")
+    assert here.read_bytes() == found
+    assert tree(Path("work/stores")) == tree(second / "work/stores")
+    manifest = Path("outputs/small/teacher-logits/manifest.json")
+    assert manifest.read_bytes() == (second / manifest).read_bytes()
+
+
+def test_stages_with_fetch_configured_need_no_teacher(lab):
+    config = loaded(f"teacher_logits.fetch={lab}", "students=[hard, none]", "finetune.from=[]")
+    Path("params.yaml").write_text(dump(config))
+    needed.run(config)
+    assert json.loads(Path("outputs/small/needed.json").read_text())["train-student"] == {"fetch": str(lab)}
+    assert "not needed" in call("teacher", "--if-needed", "--device", "cpu")
+    assert "store complete" in call("teacher-logits", "--if-needed", "--device", "cpu")
+    assert "teacher-logits" in call("status")
+    call("train-student", "--device", "cpu")
+    call("evaluate", "--device", "cpu")
+    assert "hard" in Path("outputs/small/evaluation/table.txt").read_text()
+
+
+def test_a_dry_run_of_fetching_writes_nothing(lab):
+    before = tree(Path())
+    assert "images x" in call("teacher-logits", "--dry-run", "--set", f"teacher_logits.fetch={lab}", "--device", "cpu")
+    assert tree(Path()) == before
+
+
+def test_an_archive_has_the_same_bytes_each_time_and_is_fetched(lab, tmp_path):
+    second = Path.cwd()
+    os.chdir(tmp_path / "taught")
+    for name in ("a.tar", "b.tar"):
+        call("store", "publish", str(tmp_path / name))
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+    os.chdir(second)
+    call("store", "fetch", str(tmp_path / "a.tar"))
+    assert "every checksum as recorded" in call("store", "verify")
+
+
+def test_nothing_published_names_a_place(lab, tmp_path):
+    for path in lab.rglob("*"):
+        if path.is_file():
+            assert str(tmp_path).encode() not in path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_arrives_as_it_was_published(kind, taught, tmp_path):  # noqa: F811
+    config = loaded(f"teacher_logits.kind={kind}", "teacher_logits.top_k=2", "students=[hard]")
+    shutil.rmtree("work/stores")
+    teacher_logits.run(config, CPU)
+    Path("params.yaml").write_text(dump(config))
+    before = tree(the_store())
+    call("store", "publish", str(tmp_path / "published"))
+    shutil.rmtree("work/stores")
+    call("store", "fetch", str(tmp_path / "published"))
+    assert tree(the_store()) == before
+
+
+def test_argmax_is_fetched_from_a_store_of_another_kind(lab):
+    Path("params.yaml").write_text(dump(loaded("teacher_logits.kind=argmax", "students=[hard]")))
+    call("store", "fetch", str(lab))
+    assert not (the_store() / "dense").exists()
+    assert "every checksum as recorded" in call("store", "verify")
+
+
+def test_publishing_more_views_adds_packs_and_rewrites_only_the_manifest(taught, tmp_path):  # noqa: F811
+    target = tmp_path / "published"
+    Path("params.yaml").write_text(dump(loaded("teacher_logits.views=4")))
+    teacher_logits.run(loaded(), CPU)
+    call("store", "publish", str(target))
+    before = {path: path.stat() for path in target.rglob("*") if path.is_file()}
+    Path("params.yaml").write_text(dump(loaded("teacher_logits.views=8")))
+    teacher_logits.run(loaded(), CPU)
+    call("store", "publish", str(target))
+    changed = [path.name for path, status in before.items() if path.stat().st_mtime_ns != status.st_mtime_ns]
+    assert changed == ["manifest.json"]
+    assert len(list(target.rglob("*.tar"))) == 2 * len([path for path in before if path.suffix == ".tar"])
+
+
+def test_fewer_views_than_published_are_fetched(lab):
+    Path("params.yaml").write_text(dump(loaded("teacher_logits.views=4")))
+    call("store", "fetch", str(lab))
+    assert json.loads(Path("outputs/small/teacher-logits/manifest.json").read_text())["views"] == 4
+
+
+def test_more_views_than_published_are_refused(lab):
+    Path("params.yaml").write_text(dump(loaded("teacher_logits.views=12")))
+    assert "8 per image" in call("store", "fetch", str(lab), code=2)
+
+
+def test_another_kind_than_published_is_refused(lab):
+    Path("params.yaml").write_text(dump(loaded("teacher_logits.kind=topk")))
+    assert "its kind" in call("store", "fetch", str(lab), code=2)
+
+
+def test_another_recipe_is_refused_by_its_setting(lab):
+    Path("params.yaml").write_text(dump(loaded("recipe.hflip=0.25")))
+    assert "recipe.hflip: 0.5, 0.25" in call("store", "fetch", str(lab), code=2)
+
+
+def test_a_recompressed_image_is_refused_by_its_sample(lab):
+    image = next(Path("pictures/dog").glob("*.png"))
+    image.write_bytes(picture(7))
+    prepare.run(loaded())
+    said = call("store", "fetch", str(lab), code=2)
+    assert f"dog/{image.stem}" in said and "here" in said
+
+
+def test_a_renamed_class_is_refused_by_its_first_sample(lab):
+    Path("pictures/eel").rename("pictures/fish")
+    Path("held-out/eel").rename("held-out/fish")
+    prepare.run(loaded())
+    said = call("store", "fetch", str(lab), code=2)
+    assert "fish/" in said or "eel/" in said
+
+
+def test_a_missing_image_is_refused_by_its_shard(lab):
+    next(Path("pictures/dog").glob("*.png")).unlink()
+    prepare.run(loaded())
+    assert "its images" in call("store", "fetch", str(lab), code=2)
+
+
+def test_a_flipped_bit_anywhere_in_what_is_fetched_is_found(lab):
+    chance = random.Random(0)
+    files = [path for path in sorted(lab.rglob("*")) if path.is_file() and path.suffix in (".tar", ".json")]
+    for path in files:
+        whole = path.read_bytes()
+        flip(path, chance)
+        shutil.rmtree("work/stores", ignore_errors=True)
+        said = call("store", "fetch", str(lab), code=1)
+        assert path.name in said
+        path.write_bytes(whole)
+
+
+def test_a_flipped_bit_in_an_archive_is_found(lab, tmp_path):
+    second, chance = Path.cwd(), random.Random(1)
+    os.chdir(tmp_path / "taught")
+    call("store", "publish", str(tmp_path / "a.tar"))
+    os.chdir(second)
+    whole = (tmp_path / "a.tar").read_bytes()
+    for _ in range(20):
+        (tmp_path / "a.tar").write_bytes(whole)
+        flip(tmp_path / "a.tar", chance)
+        shutil.rmtree("work/stores", ignore_errors=True)
+        try:
+            teacher_logits.run(loaded(f"teacher_logits.fetch={tmp_path / 'a.tar'}"), CPU)
+        except PipelineError:
+            continue
+        assert "every checksum as recorded" in call("store", "verify")  # padding, or the card
+
+
+def test_a_pack_that_is_missing_is_named(lab):
+    pack = next(lab.rglob("*.tar"))
+    pack.unlink()
+    assert pack.name in call("store", "fetch", str(lab), code=1)
+
+
+def test_what_was_fetched_is_not_fetched_again(lab):
+    call("store", "fetch", str(lab))
+    units = sorted(the_store().glob("argmax/c/*/*"))
+    before = {path: path.stat().st_mtime_ns for path in units}
+    units[0].unlink()
+    call("store", "fetch", str(lab))
+    assert [path for path in units if path.stat().st_mtime_ns != before[path]] == [units[0]]
+
+
+def test_damage_here_is_replaced_by_fetching(lab):
+    call("store", "fetch", str(lab))
+    before = tree(the_store())
+    flip(next(iter(the_store().glob("argmax/c/*/*"))), random.Random(0))
+    call("store", "fetch", str(lab))
+    assert tree(the_store()) == before
+
+
+def test_predictions_of_another_origin_are_not_taken_for_the_published_ones(lab, tmp_path):
+    call("store", "fetch", str(lab))
+    manifest = lab / "manifest.json"
+    published = parse(manifest.read_bytes())
+    other = {kind: {name: ["0" * 16 for _ in hashes] for name, hashes in units.items()}
+             for kind, units in published.units.items()}  # fmt: skip
+    manifest.write_bytes(to_json(published.model_copy(update={"units": other})))
+    assert "computed here, or are damaged" in call("store", "fetch", str(lab), code=1)
+
+
+def test_another_store_is_not_published_into_the_same_folder(taught, tmp_path):  # noqa: F811
+    target = tmp_path / "published"
+    call("store", "publish", str(target))
+    before = tree(target)
+    config = loaded("teacher.seed=5")
+    teacher.run(config, CPU)
+    teacher_logits.run(config, CPU)
+    assert "another store is published here" in call("store", "publish", str(target), code=2)
+    assert tree(target) == before
+
+
+def test_an_incomplete_store_is_not_published(taught, tmp_path):  # noqa: F811
+    next(iter(the_store().glob("argmax/c/*/*"))).unlink()
+    assert "incomplete" in call("store", "publish", str(tmp_path / "published"), code=1)
+    assert not (tmp_path / "published/manifest.json").exists()
+
+
+def test_nothing_at_the_source_is_said_plainly(taught, tmp_path):  # noqa: F811
+    assert "no published store" in call("store", "fetch", str(tmp_path / "nowhere"), code=1)
+
+
+def test_the_card_tells_teacher_recipe_and_use(lab):
+    card = (lab / "README.md").read_text()
+    for part in ("pipeline store fetch", "top-1", "`scale`", "20 in 4 shards, 3 classes", '"weights"'):
+        assert part in card
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=30), st.integers(1, 400))
+def test_ranges_hold_every_shard_once_and_keep_the_limit(samples, limit):
+    ranges = shard_ranges(samples, 2, 3, limit)
+    assert [shard for part in ranges for shard in part] == [*range(len(samples))]
+    sizes = [sum(samples[shard] * 6 for shard in part) for part in ranges]
+    assert all(size <= limit or sum(samples[s] > 0 for s in part) == 1 for size, part in zip(sizes, ranges, strict=True))
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32))
+def test_a_pack_is_parsed_into_what_it_was_built_from(samples, block, seed):
+    chance = np.random.default_rng(seed)
+    argmax = chance.integers(0, 9, (block, samples)).astype(np.uint16)
+    arrays = {3: {"check": chance.integers(0, 2**63, (block, 2)).astype(np.uint64), "argmax": argmax}}
+    shapes = {3: {name: array.shape for name, array in arrays[3].items()}}
+    found = parse_pack(build_pack(arrays), shapes)
+    assert all((found[3][name] == array).all() for name, array in arrays[3].items())
+
+
+@given(st.binary(max_size=200), st.integers(0, 2000))
+def test_a_damaged_pack_is_refused_or_is_of_the_expected_shape(garbage, at):
+    arrays = {0: {"check": np.zeros((2, 1), np.uint64), "argmax": np.ones((2, 3), np.uint16)}}
+    shapes = {0: {"check": (2, 1), "argmax": (2, 3)}}
+    data = build_pack(arrays)
+    try:
+        found = parse_pack(data[:at] + garbage + data[at + len(garbage) :], shapes)
+    except ValueError:
+        return
+    assert found[0]["argmax"].shape == (2, 3)
+
+
+@pytest.fixture
+def served(lab):
+    """The URL of the published folder on a local HTTP server."""
+    server = ThreadingHTTPServer(("localhost", 0), partial(SimpleHTTPRequestHandler, directory=str(lab)))
+    server.RequestHandlerClass.log_message = lambda *_: None  # type: ignore[method-assign]
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://localhost:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
