@@ -1,5 +1,6 @@
 """`pipeline store publish` and `pipeline store fetch`: what arrives is what was published, or is refused by name."""
 
+import itertools
 import json
 import os
 import random
@@ -8,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,54 +21,54 @@ from hypothesis import strategies as st
 from test_store_commands import call, flip, the_store
 from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (fixtures)
 
-from pipeline.batches.plan import Unit
-from pipeline.common.errors import PipelineError, UsageError
-from pipeline.config.params import dump
-from pipeline.config.paths import index_path, student_folder, teacher_folder
-from pipeline.shards.index import Index
+from pipeline.common.errors import PipelineError
+from pipeline.config.params import dump, resolve
+from pipeline.config.paths import student_folder, teacher_folder
 from pipeline.store.packs import build_pack, parse_pack, shard_ranges
-from pipeline.store.publication import Source, parse, to_json
+from pipeline.store.publication import parse, to_json
 from stages import needed, prepare, teacher, teacher_logits, train_student
 
 KINDS = ("argmax", "topk", "dense8", "dense")
+ROOT = Path(__file__).parent.parent
+KILLS = int(os.environ.get("KILLS", "3"))
 
 
-def another_lab(root: Path, *changes: str) -> None:
-    """Make `root` the current folder: the same images, prepared independently, without teacher and store."""
-    old = Path.cwd()
-    shutil.copytree(old / "../taught/train", root / "pictures", copy_function=shutil.copy)
-    shutil.copytree(old / "../taught/val", root / "held-out", copy_function=shutil.copy)
-    os.chdir(root)
-    config = loaded_from(old, "data.train=pictures", "data.val=held-out", *changes)
-    Path("params.yaml").write_text(dump(config))
-    prepare.run(config)
-
-
-def loaded_from(folder: Path, *overrides: str):
-    from pipeline.config.params import load
-
-    return load(str(folder / "params.yaml"), overrides)
+@pytest.fixture(scope="module")
+def labs(taught_template, tmp_path_factory) -> Path:  # noqa: F811
+    """Two folders and what the `first` has `published`: `second` has the same images, prepared independently."""
+    root = tmp_path_factory.mktemp("labs")
+    shutil.copytree(taught_template, root / "first")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(root / "first")
+        config = loaded()
+        call("store", "publish", "../published")
+        (root / "second").mkdir()
+        shutil.copytree(config.data.train, root / "second/pictures", copy_function=shutil.copy)
+        shutil.copytree(config.data.val, root / "second/held-out", copy_function=shutil.copy)
+        monkeypatch.chdir(root / "second")
+        values = config.model_dump(mode="json", by_alias=True)
+        values["data"] |= {"train": "pictures", "val": "held-out"}
+        Path("params.yaml").write_text(dump(resolve(values, (), "test")))
+        prepare.run(loaded())
+    return root
 
 
 @pytest.fixture
-def lab(taught, tmp_path, monkeypatch) -> Path:  # noqa: F811
-    """The current folder is a second lab's; a first has published at `lab`."""
-    for split in ("train", "val"):  # the template's own folders, which its configuration names
-        if not Path(split).exists():
-            shutil.copytree(getattr(taught.data, split), split)
-    call("store", "publish", str(tmp_path / "published"))
-    monkeypatch.chdir(Path.cwd())
-    another_lab(tmp_path / "second")
-    return tmp_path / "published"
+def lab(labs, tmp_path, monkeypatch) -> Path:
+    """What the first lab has published; the current folder is the second's."""
+    root = tmp_path / "labs"
+    shutil.copytree(labs, root)
+    monkeypatch.chdir(root / "second")
+    return root / "published"
 
 
-def test_a_student_of_a_fetched_store_has_the_weights_of_the_first_labs_without_a_teacher(lab, tmp_path):
+def test_a_student_of_a_fetched_store_has_the_weights_of_the_first_labs_without_a_teacher(lab, monkeypatch):
     call("store", "fetch", str(lab))
     train_student.run(loaded(), CPU, "hard")
     here = student_folder(loaded(), "hard") / "weights.safetensors"
     second, found = Path.cwd(), here.read_bytes()
     assert not (teacher_folder(loaded()) / "weights.safetensors").exists()
-    os.chdir(tmp_path / "taught")
+    monkeypatch.chdir(lab.parent / "first")
     train_student.run(loaded(), CPU, "hard")
     assert here.read_bytes() == found
     assert tree(Path("work/stores")) == tree(second / "work/stores")
@@ -76,6 +76,7 @@ def test_a_student_of_a_fetched_store_has_the_weights_of_the_first_labs_without_
     assert manifest.read_bytes() == (second / manifest).read_bytes()
 
 
+@pytest.mark.slow
 def test_stages_with_fetch_configured_need_no_teacher(lab):
     config = loaded(f"teacher_logits.fetch={lab}", "students=[hard, none]", "finetune.from=[]")
     Path("params.yaml").write_text(dump(config))
@@ -95,18 +96,18 @@ def test_a_dry_run_of_fetching_writes_nothing(lab):
     assert tree(Path()) == before
 
 
-def test_an_archive_has_the_same_bytes_each_time_and_is_fetched(lab, tmp_path):
-    second = Path.cwd()
-    os.chdir(tmp_path / "taught")
+def test_an_archive_has_the_same_bytes_each_time_and_is_fetched(lab, tmp_path, monkeypatch):
+    monkeypatch.chdir(lab.parent / "first")
     for name in ("a.tar", "b.tar"):
         call("store", "publish", str(tmp_path / name))
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
-    os.chdir(second)
+    monkeypatch.chdir(lab.parent / "second")
     call("store", "fetch", str(tmp_path / "a.tar"))
     assert "every checksum as recorded" in call("store", "verify")
 
 
-def test_nothing_published_names_a_place(lab, tmp_path):
+def test_nothing_published_names_a_place(lab):
+    tmp_path = lab.parent.parent
     for path in lab.rglob("*"):
         if path.is_file():
             assert str(tmp_path).encode() not in path.read_bytes()
@@ -201,11 +202,12 @@ def test_a_flipped_bit_anywhere_in_what_is_fetched_is_found(lab):
         path.write_bytes(whole)
 
 
-def test_a_flipped_bit_in_an_archive_is_found(lab, tmp_path):
-    second, chance = Path.cwd(), random.Random(1)
-    os.chdir(tmp_path / "taught")
+@pytest.mark.slow
+def test_a_flipped_bit_in_an_archive_is_found(lab, tmp_path, monkeypatch):
+    chance = random.Random(1)
+    monkeypatch.chdir(lab.parent / "first")
     call("store", "publish", str(tmp_path / "a.tar"))
-    os.chdir(second)
+    monkeypatch.chdir(lab.parent / "second")
     whole = (tmp_path / "a.tar").read_bytes()
     for _ in range(20):
         (tmp_path / "a.tar").write_bytes(whole)
@@ -283,7 +285,9 @@ def test_ranges_hold_every_shard_once_and_keep_the_limit(samples, limit):
     ranges = shard_ranges(samples, 2, 3, limit)
     assert [shard for part in ranges for shard in part] == [*range(len(samples))]
     sizes = [sum(samples[shard] * 6 for shard in part) for part in ranges]
-    assert all(size <= limit or sum(samples[s] > 0 for s in part) == 1 for size, part in zip(sizes, ranges, strict=True))
+    assert all(
+        size <= limit or sum(samples[s] > 0 for s in part) == 1 for size, part in zip(sizes, ranges, strict=True)
+    )
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32))
@@ -319,3 +323,55 @@ def served(lab):
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+def test_a_store_is_fetched_over_http(served):
+    call("store", "fetch", served)
+    assert "every checksum as recorded" in call("store", "verify")
+
+
+def killed_until_done(*arguments: str, chance: random.Random) -> int:
+    """Run a command again and again, killing it after a random time, until it ends by itself; how often it was killed."""
+    environment, seconds = os.environ | {"PYTHONPATH": str(ROOT)}, 3.0
+    for kills in itertools.count():
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline", *arguments],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            assert process.wait(chance.uniform(0.3, 1.0) * seconds) == 0
+            return kills
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            seconds *= 1.3  # on a busy machine it may take much longer
+    raise AssertionError
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["killed", "killed.tar"])
+def test_publishing_killed_at_random_moments_ends_with_the_same_bytes(target, lab, monkeypatch):
+    monkeypatch.chdir(lab.parent / "first")
+    whole, chance, kills = Path(target.replace("killed", "whole")), random.Random(0), 0
+    call("store", "publish", str(whole))
+    while kills < KILLS:
+        kills += killed_until_done("store", "publish", target, chance=chance)
+        if target.endswith(".tar"):
+            assert Path(target).read_bytes() == whole.read_bytes()
+            Path(target).unlink()
+        else:
+            found = {path: data for path, data in tree(Path(target)).items() if not path.endswith(".partial")}
+            assert found == tree(whole)
+            shutil.rmtree(target)
+
+
+@pytest.mark.slow
+def test_fetching_killed_at_random_moments_ends_with_the_published_store(lab):
+    chance, kills, published = random.Random(1), 0, tree(next((lab.parent / "first/work/stores").glob("*.zarr")))
+    while kills < KILLS:
+        kills += killed_until_done("store", "fetch", str(lab), chance=chance)
+        assert tree(the_store()) == published
+        shutil.rmtree("work/stores")
+        shutil.rmtree("outputs/small/teacher-logits")

@@ -253,7 +253,9 @@ def index_difference(source: Source, index: Index) -> str:
                 first = int(differs.argmax())
                 return f"shard {name}, sample {first}: published {_sample(there[first])}, here {_sample(rows[first])}"
             start += len(rows)
-    except (ValueError, IndexError, EOFError) as error:
+    except (PipelineError, MemoryError):
+        raise
+    except Exception as error:  # a damaged header makes numpy raise almost anything
         return f"other samples ({SAMPLES}: {error})"
     return "the same samples, but another version of the index"
 

@@ -112,7 +112,7 @@ def publish_store(store: Store, spec: StoreSpec, where: str, teacher_metrics: di
         PipelineError: the store is incomplete or damaged, or `where` cannot be written.
         UsageError: another store is published there.
     """
-    units = {kind: build_manifest(store, spec.views, kind)["units"] for kind in {"argmax", spec.kind}}
+    units = {kind: build_manifest(store, spec.views, kind)["units"] for kind in dict.fromkeys(("argmax", spec.kind))}
     existing = _existing(where)
     if existing:
         _check_same(store, spec, units, existing, where)
