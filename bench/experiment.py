@@ -18,7 +18,8 @@ from pipeline.batches.batch import Batch
 from pipeline.batches.loader import step_loader
 from pipeline.batches.plan import Plan
 from pipeline.config.schema import Recipe
-from pipeline.shards.index import Index, ShardIndex, row_type
+from pipeline.shards.index import Index
+from pipeline.shards.index_file import ShardIndex, row_type
 from pipeline.shards.indexing import index_shard, write_index, write_shard
 from pipeline.store.reader import Store, StoreIdentity
 from pipeline.store.writer import StoreWriter
@@ -76,7 +77,7 @@ def imaginary_shards(samples: list[int], classes: int) -> list[ShardIndex]:
         rows["offset"] = np.cumsum(rows["size"] + 2048) - rows["size"]
         rows["label"], rows["crc32c"] = rng.integers(0, classes, count), rng.integers(0, 2**32, count)
         end = int(rows["offset"][-1] + rows["size"][-1])
-        shards.append(ShardIndex(f"{number:06d}.tar", rows, end, f"{number:064x}"))
+        shards.append(ShardIndex(f"{number:06d}.tar", rows, end, f"{number:064x}", f"{number:032x}"))
     return shards
 
 

@@ -28,7 +28,8 @@ from pipeline.common.errors import PipelineError
 from pipeline.common.files import atomic_write
 from pipeline.config.validation import fingerprint
 from pipeline.shards.images import Undecodable, decode, decode_trusted
-from pipeline.shards.index import MAX_CLASSES, Index
+from pipeline.shards.index import Index
+from pipeline.shards.index_file import MAX_CLASSES, samples_fingerprint
 from pipeline.shards.indexing import index_shard, shard_signature, write_index, write_shard
 from pipeline.shards.patterns import expand
 from pipeline.shards.tar import Tar
@@ -501,7 +502,8 @@ def test_index_cut_anywhere_is_found(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda described: described.update(format=2),
+        lambda described: described.update(format=1),
+        lambda described: described.update(fingerprint="0" * 32),
         lambda described: described["shards"][0].update(samples=2),
         lambda described: described["shards"][0].update(name="other.tar"),
         lambda described: described["classes"].append("another"),
@@ -760,8 +762,10 @@ def forged(path: Path, change) -> None:
     np.save(path.with_suffix(".npy"), rows)
     with contextlib.suppress(KeyError):
         described["shards"][0]["rows_crc32c"] = google_crc32c.value(rows.tobytes())
-    extra = {key: described.pop(key) for key in ("fingerprint", "location", "table", "max_pixels")}
-    extra["fingerprint"] = fingerprint(described)
+    extra = {key: described.pop(key) for key in ("digest", "location", "table", "max_pixels")}
+    with contextlib.suppress(KeyError, TypeError):
+        described["fingerprint"] = samples_fingerprint(described)
+    extra["digest"] = fingerprint(described)
     path.write_text(json.dumps(described | extra))
 
 
@@ -864,3 +868,63 @@ def test_any_bytes_in_place_of_an_image_are_decoded_or_refused(image):
                 assert decoder(data, 10_000).size <= 30_000
 
     read()
+
+
+def test_class_names_are_not_part_of_what_identifies_the_samples(tmp_path):
+    indices = []
+    for names in (["cat", "dog", "eel"], ["Katze", "Hund", "Aal"]):
+        root = tmp_path / names[0]
+        root.mkdir()
+        write_shard(root / "a.tar", [(f"{n}", "png", picture(n), n % 3) for n in range(4)])
+        write_index(root / "index.json", str(root), names, [index_shard(str(root), "a.tar")])
+        indices.append(Index(root / "index.json"))
+    assert indices[0].fingerprint == indices[1].fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda samples: samples[0].__setitem__(0, "another key"),
+        lambda samples: samples[0].__setitem__(2, picture(9)),
+        lambda samples: samples[0].__setitem__(3, 1),
+        lambda samples: samples.reverse(),
+        lambda samples: samples.pop(),
+    ],
+)
+def test_key_image_label_and_order_identify_the_samples(change, tmp_path):
+    samples = [[f"{n}", "png", picture(n), n % 3] for n in range(4)]
+    found = []
+    for name in ("before", "after"):
+        root = tmp_path / name
+        root.mkdir()
+        write_shard(root / "a.tar", samples)
+        write_index(root / "index.json", str(root), ["cat", "dog", "eel"], [index_shard(str(root), "a.tar")])
+        found.append(Index(root / "index.json").fingerprint)
+        change(samples)
+    assert found[0] != found[1]
+
+
+def test_the_number_of_classes_is_part_of_what_identifies_a_data_set(tmp_path):
+    write_shard(tmp_path / "a.tar", [(f"{n}", "png", picture(n), n % 3) for n in range(4)])
+    found = set()
+    for names in (["cat", "dog", "eel"], ["cat", "dog", "eel", "fox"]):
+        write_index(tmp_path / "index.json", str(tmp_path), names, [index_shard(str(tmp_path), "a.tar")])
+        found.add(Index(tmp_path / "index.json").fingerprint)
+    assert len(found) == 2
+
+
+def test_another_layout_of_the_tar_is_the_same_data_set(tmp_path):
+    found = set()
+    for padding in (0, 1):
+        root = tmp_path / str(padding)
+        root.mkdir()
+        with tarfile.open(root / "a.tar", "w") as tar:
+            for n in range(3):
+                members = [(f"{n}.png", picture(n)), (f"{n}.cls", b"%d" % n), *[("README", b"text")] * padding]
+                for name, data in members:
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        write_index(root / "index.json", str(root), ["cat", "dog", "eel"], [index_shard(str(root), "a.tar")])
+        found.add(Index(root / "index.json").fingerprint)
+    assert len(found) == 1

@@ -28,7 +28,8 @@ from pipeline.report import contact_sheet
 from pipeline.report.examples import training_examples
 from pipeline.report.facts import _describe_store
 from pipeline.shards.advice import sortedness
-from pipeline.shards.index import UNLABELLED, Index
+from pipeline.shards.index import Index
+from pipeline.shards.index_file import UNLABELLED
 from pipeline.shards.indexing import index_shard, write_index, write_shard
 from pipeline.shards.samples import Labels
 from pipeline.store import manifest

@@ -15,7 +15,8 @@ import torch
 from pipeline.batches.buffers import empty_images
 from pipeline.batches.plan import Item, group_members
 from pipeline.config.schema import Recipe
-from pipeline.shards.index import UNLABELLED, Index
+from pipeline.shards.index import Index
+from pipeline.shards.index_file import UNLABELLED
 from pipeline.views.draw import Mix, draw_mix, draw_view
 from pipeline.views.render import render
 

@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 
 from pipeline.shards.adjacent import COUNTS, read_sample_counts
-from pipeline.shards.index import UNLABELLED, Index
+from pipeline.shards.index import Index
+from pipeline.shards.index_file import UNLABELLED
 
 PADDING, SORTED = 0.01, 0.2  # thresholds of the warnings
 

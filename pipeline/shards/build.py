@@ -20,7 +20,8 @@ from pipeline.config.paths import DATA_LOCK, local_work
 from pipeline.config.schema import Config
 from pipeline.shards.contents import load_cache, save_cache
 from pipeline.shards.finished import Finished, load_finished, remove_finished, save_finished
-from pipeline.shards.index import Index, ShardIndex, row_type
+from pipeline.shards.index import Index
+from pipeline.shards.index_file import ShardIndex, row_type
 from pipeline.shards.indexing import shard_sha256, shard_signature, write_index
 from pipeline.shards.splits import ShardSet, Task, cache_file
 
@@ -175,7 +176,7 @@ def _indexed_before(index: Index, number: int) -> ShardIndex:
     alone = rows.astype(row_type(max(map(len, keys), default=1)))
     alone["key"] = keys
     refused = [bad for bad in index.refused if bad["shard"] == entry["name"]]
-    return ShardIndex(entry["name"], alone, entry["bytes"], entry["sha256"], refused)
+    return ShardIndex(entry["name"], alone, entry["bytes"], entry["sha256"], entry["content"], refused)
 
 
 def _finished_before(shards: ShardSet, names: list[str]) -> dict[str, Finished]:

@@ -14,9 +14,9 @@ import PIL
 
 from pipeline.config.validation import fingerprint
 from pipeline.shards.contents import load_cache, save_cache
-from pipeline.shards.index import ShardIndex, row_type
+from pipeline.shards.index_file import ShardIndex, row_type
 
-INDEXING_VERSION = 1  # bump when indexing the same shard yields other rows, or refuses other images
+INDEXING_VERSION = 2  # bump when indexing the same shard yields other rows, or refuses other images
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ def save_finished(folder: Path, settings: str, shard: ShardIndex, signature: Any
             "name": shard.name,
             "bytes": shard.bytes,
             "sha256": shard.sha256,
+            "content": shard.content,
             "refused": shard.refused,
             "key_length": shard.rows.dtype["key"].itemsize,
             "rows": base64.b64encode(shard.rows.tobytes()).decode(),
@@ -59,7 +60,8 @@ def load_finished(folder: Path, settings: str, name: str) -> Finished | None:
     if kept is None or (kept["settings"], kept["name"]) != (settings, name):
         return None
     rows = np.frombuffer(base64.b64decode(kept["rows"]), row_type(kept["key_length"]))
-    return Finished(ShardIndex(name, rows, kept["bytes"], kept["sha256"], kept["refused"]), kept["signature"])
+    shard = ShardIndex(name, rows, kept["bytes"], kept["sha256"], kept["content"], kept["refused"])
+    return Finished(shard, kept["signature"])
 
 
 def remove_finished(folder: Path) -> None:

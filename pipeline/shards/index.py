@@ -1,7 +1,7 @@
 """Read a data set by its index.
 
-The index is `index.json` (shards, classes, refused images, one fingerprint of it all) and a table of rows, a `.npy` of
-records that is memory-mapped, so 1.28 million samples never become Python objects. It may be stored elsewhere than
+The index is `index.json` (shards, classes, refused images) and a table of rows, a `.npy` of records that is
+memory-mapped, so 1.28 million samples never become Python objects. It may be stored elsewhere than
 the shards, which may be read-only, at a URL, and written by anyone.
 
 Refused: a damaged or missing shard, a member whose checksum differs from the indexed one. Nothing is ever substituted
@@ -10,9 +10,7 @@ or skipped.
 
 import json
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -22,63 +20,16 @@ from pipeline.config.validation import fingerprint
 from pipeline.shards.cache import ShardCache
 from pipeline.shards.files import ShardFiles
 from pipeline.shards.images import MAX_PIXELS, Undecodable, decode_trusted
+from pipeline.shards.index_file import (
+    FORMAT,
+    PATHS,
+    UNLABELLED,
+    invalid_value,
+    row_type,
+    samples_fingerprint,
+)
 
-MAX_CLASSES = 65535  # class numbers are uint16 in the store, whose fill value is 65535
-UNLABELLED = -1  # the label of a sample that has none
-FORMAT = 1
-PATHS = ("location", "table")  # the keys of index.json that hold paths
 OPEN = 64  # shards whose rows are kept: a few times Training.open_shards
-
-
-def row_type(key_length: int) -> np.dtype:
-    """A row of the table: where a sample's image is in its shard, its label and its checksum."""
-    return np.dtype(
-        [("key", f"S{key_length}"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32c", "<u4")]
-    )
-
-
-@dataclass
-class ShardIndex:
-    """What indexing one shard yields."""
-
-    name: str
-    rows: np.ndarray
-    bytes: int
-    sha256: str
-    refused: list[dict[str, str]] = field(default_factory=list)
-    """Shard, key and reason of each image that does not decode. These have no row."""
-
-
-def _invalid(content: dict[str, Any]) -> str:
-    """A value that no index written here has, even if the fingerprint matches; empty if there is none."""
-    shards = content["shards"]
-    numbers = {"bytes": 2**63, "samples": 2**31, "rows_crc32c": 2**32}
-
-    def number(value: Any, limit: int) -> bool:
-        return type(value) is int and 0 <= value < limit
-
-    def name(value: Any) -> bool:
-        return isinstance(value, str) and value not in ("", ".", "..") and not {"/", "\0"} & set(value)
-
-    for position, shard in enumerate(shards):
-        if not name(shard["name"]):
-            return f"shards[{position}].name: {shard['name']!r}"
-        for key, limit in numbers.items():
-            if not number(shard[key], limit):
-                return f"shards[{position}].{key}: {shard[key]!r}"
-        if not isinstance(shard["sha256"], str):
-            return f"shards[{position}].sha256: {shard['sha256']!r}"
-    if len({shard["name"] for shard in shards}) < len(shards):
-        return "a duplicate shard"
-    if content["samples"] != sum(shard["samples"] for shard in shards) or not 0 < content["samples"] < 2**31:
-        return f"samples: {content['samples']!r}"
-    if not 0 < len(content["classes"]) <= MAX_CLASSES or not all(isinstance(c, str) for c in content["classes"]):
-        return "classes"
-    if not number(content.get("unlabelled", 0), content["samples"] + 1):
-        return f"unlabelled: {content['unlabelled']!r}"
-    if not all(isinstance(bad[key], str) for bad in content["refused"] for key in ("shard", "key", "reason")):
-        return "refused"
-    return ""
 
 
 def _resolve(path: str, index: str | Path) -> str:
@@ -104,12 +55,14 @@ class Index:
         self.path = str(path)
         try:
             content = json.loads(Path(path).read_text())
-            claimed = content.pop("fingerprint")
+            claimed = content.pop("digest")
             self.location, self.table = (_resolve(content.pop(key), path) for key in PATHS)
             self.max_pixels: int = content.pop("max_pixels", MAX_PIXELS)
             if content["format"] != FORMAT or fingerprint(content) != claimed:
-                raise ValueError("the fingerprint does not match the contents")
-            if invalid := _invalid(content) or ("max_pixels" * (type(self.max_pixels) is not int)):
+                raise ValueError("the digest does not match the contents")
+            if samples_fingerprint(content) != content["fingerprint"]:
+                raise ValueError("the fingerprint does not match the samples")
+            if invalid := invalid_value(content) or ("max_pixels" * (type(self.max_pixels) is not int)):
                 raise ValueError(f"invalid: {invalid}")
         except FileNotFoundError:
             raise NotReady(f"{path}: no index", do="run: pipeline prepare") from None
@@ -119,7 +72,7 @@ class Index:
                 found=reason(error) if isinstance(error, OSError) else str(error)[:500],
                 do="run: pipeline prepare",
             ) from error
-        self.fingerprint: str = claimed
+        self.fingerprint: str = content["fingerprint"]
         self.classes: list[str] = content["classes"]
         self.keyed_by_shard: bool = "keys" in content
         self.unlabelled: int = content.get("unlabelled", 0)  # samples

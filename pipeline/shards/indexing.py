@@ -23,7 +23,8 @@ from pipeline.common.errors import PipelineError, is_io_error, reason
 from pipeline.common.files import atomic_write, is_conclusive, stat_signature
 from pipeline.config.validation import fingerprint
 from pipeline.shards.images import FORMATS, MAX_PIXELS
-from pipeline.shards.index import FORMAT, UNLABELLED, Index, ShardIndex, row_type
+from pipeline.shards.index import Index
+from pipeline.shards.index_file import FORMAT, UNLABELLED, ShardIndex, row_type, samples_fingerprint
 from pipeline.shards.samples import Labels, read_samples, sample_row
 from pipeline.shards.tar import CHUNK, InvalidTar, Tar
 
@@ -61,17 +62,20 @@ def index_shard(
     rows: list[tuple[bytes, int, int, int, int]] = []
     refused: list[dict[str, str]] = []
     seen: set[str] = set()
+    content = hashlib.blake2b(digest_size=16)
     with _reading(where), fsspec.open(where, "rb") as file:
         tar = Tar(cast(BinaryIO, file))
         for key, fields in read_samples(tar, max_pixels, source_formats, labels):
-            row = sample_row(where, key, fields, key in seen, labels)
+            found = sample_row(where, key, fields, key in seen, labels)
             seen.add(key)
-            if isinstance(row, str):
-                refused.append({"shard": name, "key": key, "reason": row})
+            if isinstance(found, str):
+                refused.append({"shard": name, "key": key, "reason": found})
             else:
+                row, image = found
                 rows.append(row)
+                content.update(b"%b\0%d\0%b" % (row[0], row[3], image))
     length = max((len(row[0]) for row in rows), default=1)
-    return ShardIndex(name, np.array(rows, row_type(length)), tar.bytes, tar.sha256.hexdigest(), refused)
+    return ShardIndex(name, np.array(rows, row_type(length)), tar.bytes, tar.sha256.hexdigest(), content.hexdigest(), refused)
 
 
 @contextlib.contextmanager
@@ -151,6 +155,7 @@ def write_index(
                 "name": shard.name,
                 "bytes": shard.bytes,
                 "sha256": shard.sha256,
+                "content": shard.content,
                 "samples": len(shard.rows),
                 "rows_crc32c": google_crc32c.value(shard.rows.astype(row_type(length)).tobytes()),
             }
@@ -162,7 +167,8 @@ def write_index(
         content["keys"] = "SHARD/KEY"
     if unlabelled := int((rows["label"] == UNLABELLED).sum()):
         content["unlabelled"] = unlabelled
-    content["fingerprint"] = fingerprint(content)
+    content["fingerprint"] = samples_fingerprint(content)
+    content["digest"] = fingerprint(content)
     _write_json(path, content, location, path.with_suffix(".npy"), max_pixels)
     return duplicate
 
@@ -189,7 +195,7 @@ def publish_index(index: Index, path: Path) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any], location: str, table: str | Path, max_pixels: int) -> None:
-    # paths and a limit are not part of what the fingerprint covers
+    # the digest covers neither paths nor a limit
     extra = {"location": _reference(location, path), "table": _reference(table, path), "max_pixels": max_pixels}
     text = json.dumps(content | extra, indent=1) + "\n"
     with contextlib.suppress(OSError, ValueError):

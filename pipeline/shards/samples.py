@@ -1,5 +1,6 @@
 """Find the samples of a shard: members grouped by key, images checked, labels read."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import google_crc32c
 
 from pipeline.common.errors import PipelineError
 from pipeline.shards.images import FORMATS, Undecodable, decode
-from pipeline.shards.index import MAX_CLASSES, UNLABELLED
+from pipeline.shards.index_file import MAX_CLASSES, UNLABELLED
 from pipeline.shards.tar import Member, Tar
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
@@ -59,6 +60,8 @@ class Image:
     offset: int
     size: int
     crc32c: int = 0
+    digest: bytes = b""
+    """BLAKE2b of its bytes."""
     refused: str = ""
 
 
@@ -99,7 +102,7 @@ def _check_image(tar: Tar, member: Member, max_pixels: int, source_formats: tupl
         decode(data, max_pixels)
     except Undecodable as error:
         return Image(member.offset, member.size, refused=_refusal(data, max_pixels, source_formats) or str(error))
-    return Image(member.offset, member.size, google_crc32c.value(data))
+    return Image(member.offset, member.size, google_crc32c.value(data), hashlib.blake2b(data, digest_size=16).digest())
 
 
 def _refusal(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> str:
@@ -114,8 +117,8 @@ def _refusal(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> str:
 
 def sample_row(
     where: str, key: str, fields: Fields, duplicate: bool, labels: Labels
-) -> tuple[bytes, int, int, int, int] | str:
-    """A sample's row, or why its image was refused.
+) -> tuple[tuple[bytes, int, int, int, int], bytes] | str:
+    """A sample's row and the digest of its image, or why the image was refused.
 
     Raises:
         PipelineError: it is not one image and one label, or another sample has its key.
@@ -132,4 +135,4 @@ def sample_row(
             do="repair the shard" + "; or for training images without labels, set data.unlabelled" * unlabelled,
         )
     image = images[0]
-    return image.refused or (key.encode(), image.offset, image.size, label, image.crc32c)
+    return image.refused or ((key.encode(), image.offset, image.size, label, image.crc32c), image.digest)

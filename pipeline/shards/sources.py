@@ -12,7 +12,7 @@ from pipeline.shards.conversion import NATIVE, stored_form
 from pipeline.shards.datasets import list_dataset
 from pipeline.shards.digits import digit_png, list_digits
 from pipeline.shards.folders import list_folder
-from pipeline.shards.index import UNLABELLED
+from pipeline.shards.index_file import UNLABELLED
 from pipeline.shards.listing import Listing, extension
 from pipeline.shards.parquet import list_parquet
 from pipeline.shards.tables import list_tables

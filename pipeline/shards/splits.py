@@ -26,7 +26,7 @@ from pipeline.shards.conversion import FOLDER_FORMATS
 from pipeline.shards.datasets import download
 from pipeline.shards.finished import indexing_settings
 from pipeline.shards.images import FORMATS
-from pipeline.shards.index import UNLABELLED, ShardIndex
+from pipeline.shards.index_file import UNLABELLED, ShardIndex
 from pipeline.shards.indexing import index_shard, write_shard
 from pipeline.shards.listing import Listing, count_by_extension, sample_keys
 from pipeline.shards.patterns import expand
