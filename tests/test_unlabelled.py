@@ -317,7 +317,7 @@ def test_student_that_needs_labels_is_refused_and_in_the_dry_run_too(in_tmp, var
     config = trainable(in_tmp, [UNLABELLED] * 4 + LABELS[:4], "without")
     student = Student(**(config.student_named("alone").model_dump() | variant))
     with pytest.raises(UsageError, match=expected):
-        dry_run.check_student(config, student, 3, 16)
+        dry_run.check_student(config, student, 3, 16, student)
     with pytest.raises(UsageError, match="4 training images have no label") as caught:
         train_student.run(config, CPU, "alone", student, dry_run=True)
     assert expected in str(caught.value)
