@@ -91,6 +91,16 @@ def test_a_shard_that_is_missing_is_written_again_alone(data):
     assert {name: data for name, (_, data) in before.items()} == {name: data for name, (_, data) in after.items()}
 
 
+@pytest.mark.slow
+def test_the_number_of_processes_changes_nothing(data):
+    found = []
+    for workers in (1, 2):
+        config = parquet_config(data, name=f"of{workers}", work=str(data / f"work{workers}"), data__workers=workers)
+        prepare.run(config)
+        found.append((index_of(config).fingerprint, samples(index_of(config))))
+    assert found[0] == found[1]
+
+
 def test_what_a_killed_run_unpacked_is_removed(data):
     config = parquet_config(data)
     prepare.run(config)
