@@ -161,6 +161,24 @@ def test_a_network_with_batch_norm_goes_on_in_two_ranks_to_the_same_weights(taug
 
 
 @pytest.mark.slow
+def test_a_student_with_batch_norm_goes_on_in_two_ranks_to_the_same_weights(taught):  # noqa: F811
+    final = student_folder(taught, "hard") / "weights.safetensors"
+    settings = (
+        "student.model=regnety_002", "student.kwargs={depth: 8, output_stride: 8}", "student.epochs=2",
+        "students=[hard]", "variants={hard: {}}",
+    )  # fmt: skip
+    command = ["train-student", "--student", "hard", *(part for text in settings for part in ("--set", text))]
+    two_ranks(*command)
+    expected = final.read_bytes()
+    shutil.rmtree("work/state")
+    final.unlink()
+    said = two_ranks(*command, die="3", restarts=1)
+    assert Path("died").exists() and "resumes at step 3" in said
+    assert final.read_bytes() == expected
+    assert b"running_mean" in expected
+
+
+@pytest.mark.slow
 def test_ranks_wait_for_another_job_longer_than_an_exchange_may_last(taught, capsys):  # noqa: F811
     train_student.run(taught, CPU, "hard", dry_run=True)
     state = Path(re.search(r"state: (\S+)", capsys.readouterr().out)[1])
