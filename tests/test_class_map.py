@@ -10,13 +10,13 @@ from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (f
 
 from pipeline.cli.dry_run import check
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.config.paths import index_path, teacher_folder
+from pipeline.config.paths import index_path, student_folder, teacher_folder
 from pipeline.config.schema import Config
 from pipeline.models.build import NormalizedModel, build_teacher
 from pipeline.models.class_map import class_numbers
 from pipeline.models.provenance import teacher_architecture
 from pipeline.models.teacher import describe_teacher, load_teacher
-from pipeline.models.weights import save_weights
+from pipeline.models.weights import read_weights, save_weights
 from pipeline.shards.index import Index
 from stages import teacher, teacher_logits
 
@@ -61,6 +61,31 @@ def test_both_heads_of_a_teacher_with_a_token_are_restricted(taught):  # noqa: F
     with torch.no_grad():
         found = load_teacher(config, Index(index_path(config, "train")).classes, CPU)(pictures)[0]
         assert torch.allclose(found, source(pictures)[0][:, [5, 1, 2]], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_both_heads_of_a_levit_are_restricted_and_a_levit_learns_from_it(taught):  # noqa: F811
+    levit = "{img_size: 64, embed_dim: [16, 32, 48], num_heads: [1, 2, 3], depth: [1, 1, 1], key_dim: 8}"
+    config = loaded(
+        *BRIEF, "teacher.model=levit_128s", "teacher.weights=levit.safetensors", f"teacher.kwargs={levit}",
+        "teacher.class_map=[5, 1, 2]", "recipe.size=64", "finetune.size=64", "finetune.teacher_size=64",
+        "student.model=levit_128s", "student.drop_path=0", f"student.kwargs={levit}", "variants={hard: {}}", "students=[hard]",
+    )  # fmt: skip
+    source = build_teacher(config.teacher, 7)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        source.train()(torch.rand(8, 3, 64, 64, generator=generator) * 255)  # statistics of the batch norm before each head
+    save_weights(Path("levit.safetensors"), source.eval().model)
+    teacher.run(config, CPU)
+    pictures = torch.rand(2, 3, 64, 64) * 255
+    with torch.no_grad():
+        found = load_teacher(config, Index(index_path(config, "train")).classes, CPU)(pictures)[0]
+        assert torch.allclose(found, source(pictures)[0][:, [5, 1, 2]], rtol=1e-5) and found.std() > 1e-3
+    offline_equals_online(config)
+    weights = read_weights(student_folder(config, "hard") / "weights.safetensors")
+    assert any(name.startswith("head_dist.") for name in weights)
 
 
 def test_another_class_map_is_another_teacher(taught):  # noqa: F811

@@ -81,7 +81,7 @@ def select_classes(state: State, names: Sequence[str], numbers: Sequence[int], s
     Selecting rows of the classifier's weight and bias selects its logits, so argmax and softmax are over these classes.
 
     Args:
-        names: the classifier's parameters, classes in dimension 0.
+        names: the parameters of the classifier's last layer, classes in dimension 0.
 
     Raises:
         UsageError: the weights have no classifier, or fewer classes.

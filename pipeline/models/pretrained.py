@@ -34,6 +34,20 @@ def classifier_names(model: nn.Module) -> list[str]:
     ]
 
 
+def output_names(model: nn.Module) -> list[str]:
+    """The names of the parameters of the classifiers' last layers, whose dimension 0 is classes.
+
+    A classifier may be more than a linear layer: LeViT's begins with a batch norm.
+    """
+    names = []
+    for prefix, module in model.named_modules():
+        if any(module is classifier for classifier in classifier_modules(model)):
+            layers = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+            for name, layer in layers[-1:]:
+                names += [".".join(filter(None, (prefix, name, part))) for part in layer.state_dict()]
+    return names
+
+
 def load_pretrained(section: Teacher, classes: Sequence[str], checksums: Path) -> tuple[NormalizedModel, bool]:
     """The teacher with `teacher.weights`, and whether they fit: their classifier has as many classes, or a class map.
 
@@ -58,7 +72,7 @@ def fit_weights(section: Teacher, model: nn.Module, state: State, classes: Seque
     """Load `teacher.weights` into a model for the classes of the index; see `load_pretrained`."""
     source = str(section.weights)
     if section.class_map is not None:
-        state = select_classes(state, classifier_names(model), class_numbers(section.class_map, classes), source)
+        state = select_classes(state, output_names(model), class_numbers(section.class_map, classes), source)
     state, new = replace_classifiers(model, state)
     load_weights(model, state, source)
     return not new
