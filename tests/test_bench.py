@@ -156,3 +156,12 @@ def test_loader_reports_every_slice(photos):
     found = rows(report("loader.py", str(photos), "--rounds", "1"))
     assert list(found)[1:] == ["1", "2", "4", "16"]  # below the title
     assert all(min(values) > 0 for values in found.values())
+
+
+def test_remote_reports_every_way():
+    found = rows(report("remote.py", "--rounds", "1", "--latency", "0", "--bandwidth", "1000"))
+    requests = {name: values[2] for name, values in found.items() if "," in name and "images" not in name}
+    assert requests == {
+        "copies, cold": 12, "copies, warm": 0, "ranges, one by one": 3072, "ranges, 16 at a time": 3072,
+    }  # fmt: skip
+    assert found["webdataset"][1:3] == [1, 12]
