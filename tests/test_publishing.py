@@ -23,7 +23,8 @@ from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (f
 
 from pipeline.common.errors import PipelineError
 from pipeline.config.params import dump, resolve
-from pipeline.config.paths import student_folder, teacher_folder
+from pipeline.config.paths import index_path, student_folder, teacher_folder
+from pipeline.shards.index import Index
 from pipeline.store.packs import build_pack, parse_pack, shard_ranges
 from pipeline.store.publication import parse, to_json
 from stages import needed, prepare, teacher, teacher_logits, train_student
@@ -88,6 +89,19 @@ def test_stages_with_fetch_configured_need_no_teacher(lab):
     call("train-student", "--device", "cpu")
     call("evaluate", "--device", "cpu")
     assert "hard" in Path("outputs/small/evaluation/table.txt").read_text()
+
+
+def test_the_shards_of_a_folder_are_the_same_images_where_they_are_used_in_place(taught):  # noqa: F811
+    indices = {split: Index(index_path(taught, split)) for split in ("train", "val")}
+    places = [f"data.{split}={index.location}/*.tar" for split, index in indices.items()]
+    config = loaded("data.source=shards", "name=in-place", *places)
+    prepare.run(config)
+    found = Index(index_path(config, "train"))
+    assert found.fingerprint == indices["train"].fingerprint and found.classes == ["0", "1", "2"]
+    shutil.copytree("outputs/small/teacher", "outputs/in-place/teacher")
+    before = tree(Path("work/stores"))
+    teacher_logits.run(config, CPU)  # the teacher's class names are unknown here, its store is complete
+    assert tree(Path("work/stores")) == before
 
 
 def test_a_dry_run_of_fetching_writes_nothing(lab):

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import fsspec.asyn
@@ -47,7 +46,7 @@ from pipeline.common.lease import LEASE_SECONDS, lease
 from pipeline.config.paths import index_path, student_folder, teacher_folder, teacher_logits_folder
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import store_spec
-from pipeline.models.weights import DESCRIPTION, read_saved_weights, read_weights, save_weights, state_dict_hash
+from pipeline.models.weights import read_weights, state_dict_hash
 from pipeline.shards.cache import ShardCache
 from pipeline.shards.index import Index
 from pipeline.shards.indexing import index_shard
@@ -636,10 +635,6 @@ def remote(taught, bucket) -> tuple[str, ...]:  # noqa: F811
         overrides.append(f"data.{split}={bucket.url}/{split}/{{000000..{len(index.names) - 1:06d}}}.tar")
     config = loaded(*overrides)
     shutil.copytree(teacher_folder(taught), teacher_folder(config))
-    # existing shards have numbers for classes, which the published teacher would refuse: it knows their names
-    path = teacher_folder(config) / "weights.safetensors"
-    state, metadata = read_saved_weights(path)
-    save_weights(path, SimpleNamespace(state_dict=lambda: state), {k: v for k, v in metadata.items() if k != DESCRIPTION})
     prepare.run(config)
     return tuple(overrides)
 

@@ -104,7 +104,7 @@ def load_teacher(
             found="(published, configured) " + "; ".join(others[:8]),
             do=f"run: {command}",
         )
-    if described and described["classes"] != list(classes):
+    if described and not same_classes(described["classes"], classes):
         raise _other_classes(path, described["classes"], list(classes), command)
     members = [
         member.model_copy(update={"drop_path": 0.0, "model": member.timm_tag or member.model}) for member in section.members
@@ -112,6 +112,12 @@ def load_teacher(
     teacher = join(section, [build_teacher(member, len(classes)) for member in members])
     load_weights(teacher.model, state, str(path))
     return teacher.to(device).eval()
+
+
+def same_classes(published: Sequence[str], classes: Sequence[str]) -> bool:
+    """Whether classes agree: in number and name, or only in number where either has none, as existing shards have none."""
+    unnamed = [str(number) for number in range(len(classes))]
+    return len(published) == len(classes) and (list(published) == list(classes) or unnamed in (published, list(classes)))
 
 
 def _other_classes(path: Path, published: list[str], classes: list[str], command: str) -> PipelineError:
