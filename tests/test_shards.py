@@ -762,7 +762,7 @@ def forged(path: Path, change) -> None:
     np.save(path.with_suffix(".npy"), rows)
     with contextlib.suppress(KeyError):
         described["shards"][0]["rows_crc32c"] = google_crc32c.value(rows.tobytes())
-    extra = {key: described.pop(key) for key in ("digest", "location", "table", "max_pixels")}
+    extra = {key: described.pop(key) for key in ("digest", "location", "table")}
     with contextlib.suppress(KeyError, TypeError):
         described["fingerprint"] = samples_fingerprint(described)
     extra["digest"] = fingerprint(described)

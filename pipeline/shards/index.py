@@ -19,7 +19,7 @@ from pipeline.common.errors import NotReady, PipelineError, is_io_error, reason
 from pipeline.config.validation import fingerprint
 from pipeline.shards.cache import ShardCache
 from pipeline.shards.files import ShardFiles
-from pipeline.shards.images import MAX_PIXELS, Undecodable, decode_trusted
+from pipeline.shards.images import Undecodable, decode_trusted
 from pipeline.shards.index_file import (
     FORMAT,
     PATHS,
@@ -57,7 +57,7 @@ class Index:
             content = json.loads(Path(path).read_text())
             claimed = content.pop("digest")
             self.location, self.table = (_resolve(content.pop(key), path) for key in PATHS)
-            self.max_pixels: int = content.pop("max_pixels", MAX_PIXELS)
+            self.max_pixels: int = content["max_pixels"]
             if content["format"] != FORMAT or fingerprint(content) != claimed:
                 raise ValueError("the digest does not match the contents")
             if samples_fingerprint(content) != content["fingerprint"]:

@@ -168,8 +168,9 @@ def write_index(
     if unlabelled := int((rows["label"] == UNLABELLED).sum()):
         content["unlabelled"] = unlabelled
     content["fingerprint"] = samples_fingerprint(content)
+    content["max_pixels"] = max_pixels
     content["digest"] = fingerprint(content)
-    _write_json(path, content, location, path.with_suffix(".npy"), max_pixels)
+    _write_json(path, content, location, path.with_suffix(".npy"))
     return duplicate
 
 
@@ -191,12 +192,12 @@ def _check_rows(location: str, rows: np.ndarray, classes: int) -> None:
 def publish_index(index: Index, path: Path) -> None:
     """Write the same index at another path, referring to the same table; no write if it is already there."""
     content = json.loads(Path(index.path).read_text())
-    _write_json(path, content, index.location, index.table, index.max_pixels)
+    _write_json(path, content, index.location, index.table)
 
 
-def _write_json(path: Path, content: dict[str, Any], location: str, table: str | Path, max_pixels: int) -> None:
-    # the digest covers neither paths nor a limit
-    extra = {"location": _reference(location, path), "table": _reference(table, path), "max_pixels": max_pixels}
+def _write_json(path: Path, content: dict[str, Any], location: str, table: str | Path) -> None:
+    # the digest does not cover paths
+    extra = {"location": _reference(location, path), "table": _reference(table, path)}
     text = json.dumps(content | extra, indent=1) + "\n"
     with contextlib.suppress(OSError, ValueError):
         if path.read_text() == text:
