@@ -10,10 +10,14 @@ from conftest import picture
 from test_prepare import index_of, reading_anything, refusal, samples, shards_config, write_shards
 
 from pipeline.common.errors import UsageError
+from pipeline.config.params import load
 from pipeline.shards import splits
 from pipeline.shards.adjacent import read_class_names, read_sample_counts
+from pipeline.shards.patterns import expand
 from pipeline.shards.samples import Labels
 from stages import prepare
+
+ROOT = Path(__file__).parent.parent
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
@@ -192,3 +196,24 @@ def test_shard_of_another_number_of_samples_is_warned_of(in_tmp, capsys):
 def test_file_of_another_form_counts_nothing(in_tmp, text):
     Path("_info.json").write_bytes(text.encode("latin-1"))
     assert read_sample_counts(str(in_tmp)) == {}
+
+
+def test_the_configuration_of_the_public_imagenet_shards_reads_their_layout(in_tmp, capsys):
+    preset = load(ROOT / "configs/imagenet-wds.yaml").data
+    names = {split: expand(f"data.{split}", getattr(preset, split)) for split in ("train", "val")}
+    assert [len(each) for each in names.values()] == [1024, 64]
+    assert names["val"][-1] == "hf://datasets/timm/imagenet-1k-wds/imagenet1k-validation-63.tar"
+    folder, splits = in_tmp / "in", {}
+    for split, urls in names.items():
+        files = [url.rpartition("/")[2] for url in urls[:2]]
+        for number, name in enumerate(files):
+            members = [(f"{split}{number}{i}", i) for i in range(3)]
+            pairs = [((f"{key}.jpg", picture(9 * number + i, "jpg")), (f"{key}.cls", b"%d" % i)) for key, i in members]
+            write_tar(folder / name, [file for pair in pairs for file in pair])
+        splits[split] = {"name": split, "num_samples": 6, "filenames": files, "shard_lengths": [3, 3]}
+    (folder / "_info.json").write_text(json.dumps({"splits": splits}))
+    local = {f"data.{split}": f"{folder}/{urls[0].rpartition('/')[2][:-5]}*.tar" for split, urls in names.items()}
+    config = load(ROOT / "configs/imagenet-wds.yaml", tuple(f"{key}={value}" for key, value in local.items()))
+    index = prepared(config)
+    assert index.names == ["imagenet1k-train-0000.tar", "imagenet1k-train-0001.tar"] and index.classes == ["0", "1", "2"]
+    assert "_info.json" not in capsys.readouterr().out  # it agrees
