@@ -23,13 +23,14 @@ from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.models.teacher import TeacherForward, describe_teacher, load_teacher
 from pipeline.shards.index import Index
 from pipeline.shards.published import open_index
+from pipeline.store.compatibility import check_belongs
 from pipeline.store.estimate import estimate
 from pipeline.store.fetching import UnitFetcher, check_as_published
 from pipeline.store.labelling import UnitWorker
 from pipeline.store.layout import library_versions
 from pipeline.store.maintenance import remove_damaged
 from pipeline.store.manifest import damaged_units, publish, write_manifest
-from pipeline.store.publication import Source, check_belongs
+from pipeline.store.publication import Source
 from pipeline.store.reader import Store, StoreIdentity
 from pipeline.store.writer import StoreWriter, sweep_store
 

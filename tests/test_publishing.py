@@ -1,5 +1,9 @@
 """`pipeline store publish` and `pipeline store fetch`: what arrives is what was published, or is refused by name."""
 
+import contextlib
+import errno
+import inspect
+import io
 import itertools
 import json
 import os
@@ -8,11 +12,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from conftest import picture, tree
@@ -22,11 +29,17 @@ from test_store_commands import call, flip, the_store
 from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (fixtures)
 
 from pipeline.common.errors import PipelineError
+from pipeline.common.files import is_local
 from pipeline.config.params import dump, resolve
 from pipeline.config.paths import index_path, student_folder, teacher_folder
+from pipeline.config.store_spec import store_spec
+from pipeline.config.validation import fingerprint
 from pipeline.shards.index import Index
-from pipeline.store.packs import build_pack, parse_pack, shard_ranges
+from pipeline.shards.published import open_index
+from pipeline.store.packs import array_bytes, build_pack, pack_bytes, parse_array, parse_pack, read_arrays, shard_ranges
 from pipeline.store.publication import parse, to_json
+from pipeline.store.reader import Store, StoreIdentity
+from pipeline.store.writer import StoreWriter
 from stages import needed, prepare, teacher, teacher_logits, train_student
 
 KINDS = ("argmax", "topk", "dense8", "dense")
@@ -88,6 +101,7 @@ def test_stages_with_fetch_configured_need_no_teacher(lab):
     assert "teacher-logits" in call("status")
     call("train-student", "--device", "cpu")
     call("evaluate", "--device", "cpu")
+    assert f"published at {lab}" in Path("outputs/small/evaluation/report.html").read_text()
     assert "hard" in Path("outputs/small/evaluation/table.txt").read_text()
 
 
@@ -267,6 +281,170 @@ def test_predictions_of_another_origin_are_not_taken_for_the_published_ones(lab,
     assert "computed here, or are damaged" in call("store", "fetch", str(lab), code=1)
 
 
+def signed(content: dict) -> bytes:
+    """A manifest of any content, with the checksum that belongs to it."""
+    return json.dumps(content | {"digest": fingerprint(content)}).encode()
+
+
+def unsigned(manifest: Path) -> dict:
+    return {key: value for key, value in json.loads(manifest.read_bytes()).items() if key != "digest"}
+
+
+HOSTILE = {
+    "no views": lambda m: m.update(views=0),
+    "views that are no blocks": lambda m: m.update(views=m["views"] + 1),
+    "more views than units": lambda m: m.update(views=m["views"] * 10**12),
+    "views as text": lambda m: m.update(views="8"),
+    "a shard without a name": lambda m: m["shards"][0].pop("name"),
+    "a shard of -1 samples": lambda m: m["shards"][0].update(samples=-1),
+    "a shard twice": lambda m: m["shards"].append(m["shards"][0]),
+    "no units of its kind": lambda m: m["units"].pop(m["kind"]),
+    "units of another shard": lambda m: m["units"]["argmax"].update(other=[]),
+    "a block too many": lambda m: next(iter(m["units"]["argmax"].values())).append("0" * 16),
+    "a pack of a block that is not there": lambda m: m["packs"][0].update(block=99),
+    "a pack of shards that are not there": lambda m: m["packs"][0].update(last=10**30),
+    "a pack of a shard before the first": lambda m: m["packs"][0].update(first=-1),
+    "a pack of another kind": lambda m: m["packs"][0].update(array="check"),
+    "a file above the folder": lambda m: m["packs"][0].update(name="../../secret"),
+    "a file by its full path": lambda m: m["packs"][0].update(name="/etc/passwd"),
+    "a file at a URL": lambda m: m["packs"][0].update(name="http://localhost/a.tar"),
+    "no table of samples": lambda m: m.update(files=m["files"][1:]),
+    "another width": lambda m: m.update(width=m["width"] - 1),
+    "another kind": lambda m: m.update(kind="sparse"),
+    "another teacher": lambda m: m["teacher"].update(weights="0" * 32),
+    "a teacher that is a list": lambda m: m.update(teacher=[]),
+    "a recipe with a hole": lambda m: m["recipe_settings"].update(block=0),
+    "no list of packs": lambda m: m.pop("packs"),
+    "a further key": lambda m: m.update(more=1),
+    "a later format": lambda m: m.update(format=2),
+    "numbers for classes": lambda m: m.update(classes=[1, 2, 3]),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_manifest_with_a_valid_checksum_and_impossible_values_is_refused(change, labs):
+    content = unsigned(labs / "published/manifest.json")
+    parse(signed(content))
+    change(content)
+    with pytest.raises(ValueError):
+        parse(signed(content))
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"null", b"1", b"\xff", b"[" * 100_000, b'{"digest": 1}', b'{"a": NaN}'], ids=len)
+def test_a_file_that_is_no_manifest_is_refused(data):
+    with pytest.raises(ValueError):
+        parse(data)
+
+
+def test_packs_of_another_block_are_refused_before_anything_is_committed(lab):
+    content = unsigned(lab / "manifest.json")
+    for array in ("argmax", content["kind"]):
+        first, second = ({**pack} for pack in content["packs"] if pack["array"] == array)
+        for pack, other in ((first, second), (second, first)):
+            place = next(p for p in content["packs"] if (p["array"], p["block"]) == (array, pack["block"]))
+            place.update(name=other["name"], bytes=other["bytes"], sha256=other["sha256"])
+    (lab / "manifest.json").write_bytes(signed(content))
+    assert "predictions of another unit" in call("store", "fetch", str(lab), code=1)
+    assert not list(Path("work/stores").rglob("argmax/c/*/*"))
+
+
+def test_a_class_that_does_not_exist_is_refused(taught, tmp_path):  # noqa: F811
+    store = opened_for_writing(taught)
+    unit = store.units(4)[0]
+    checks = store.read_check(unit)[:, : store.groups]
+    predictions = {"argmax": store.read_unit(unit) * 0 + 7, "dense": read_arrays(store, unit, "dense")["dense"]}
+    store.write_unit(unit, predictions, checks)
+    call("store", "publish", str(tmp_path / "published"))
+    shutil.rmtree("work/stores")
+    assert "a class that is not one of the 3" in call("store", "fetch", str(tmp_path / "published"), code=1)
+
+
+def opened_for_writing(config) -> StoreWriter:
+    index, spec = open_index(config, "train"), store_spec(config, "train-student")
+    store = Store.open(str(the_store()), index, spec.recipe)
+    identity = StoreIdentity(index.fingerprint, spec.recipe, store.attributes["teacher"])
+    return StoreWriter.create(str(the_store()), identity, index, spec.views, spec.kind, spec.top_k, spec.precision)
+
+
+def test_another_number_of_classes_is_named(lab):
+    content = unsigned(lab / "manifest.json")
+    content.update(classes=[*content["classes"], "unicorn"], width=content["width"] + 1)
+    (lab / "manifest.json").write_bytes(signed(content))
+    assert "published 4 classes, here 3" in call("store", "fetch", str(lab), code=2)
+
+
+def test_an_interrupted_fetch_goes_on_with_what_is_missing(lab, monkeypatch):
+    write, written = StoreWriter.write_unit, []
+
+    def interrupted(self, unit, *arguments):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(unit)
+        write(self, unit, *arguments)
+
+    config = loaded(f"teacher_logits.fetch={lab}")
+    monkeypatch.setattr(StoreWriter, "write_unit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        teacher_logits.run(config, CPU)
+    monkeypatch.setattr(StoreWriter, "write_unit", lambda self, *a: (written.append(a[0]), write(self, *a)))
+    teacher_logits.run(config, CPU)
+    assert len(written) == len(set(written)) == 8
+    assert tree(the_store()) == tree(next((lab.parent / "first/work/stores").glob("*.zarr")))
+
+
+def test_a_full_disk_while_publishing_leaves_no_manifest_and_the_next_call_ends(taught, tmp_path, monkeypatch):  # noqa: F811
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        for target in ("published", "published.tar"):
+            patch.setattr(tarfile.TarFile, "addfile", full)
+            assert "No space left" in call("store", "publish", str(tmp_path / target), code=1)
+    assert not (tmp_path / "published/manifest.json").exists() and not list(tmp_path.glob("*.tar"))
+    call("store", "publish", str(tmp_path / "published"))
+    assert (tmp_path / "published/manifest.json").exists()
+
+
+def test_a_dry_run_of_publishing_tells_the_bytes_and_writes_nothing(taught, tmp_path):  # noqa: F811
+    target = tmp_path / "published"
+    said = call("store", "publish", str(target), "--dry-run")
+    assert not target.exists()
+    text = f"fetch it: pipeline store fetch {target}, or set teacher_logits.fetch: {target}"
+    assert text in call("store", "publish", str(target))
+    size = sum(path.stat().st_size for path in target.rglob("*.tar"))
+    assert f"4 packs of predictions, {size / 1e6:,.2f} MB\n" in said
+    said = call("store", "publish", str(target), "--dry-run")
+    assert "0 packs of predictions, 0.00 MB; 4 packs of an earlier call stay as they are" in said
+
+
+@pytest.mark.parametrize("name", ["published.tar", "published"])
+def test_what_is_no_published_store_is_not_overwritten(name, taught, tmp_path):  # noqa: F811
+    file = tmp_path / name if name.endswith(".tar") else tmp_path / name / "manifest.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"years of work")
+    assert "something else is here" in call("store", "publish", str(tmp_path / name), code=2)
+    assert file.read_bytes() == b"years of work"
+
+
+def test_another_store_is_not_published_over_an_archive(lab, tmp_path, monkeypatch):
+    target = tmp_path / "a.tar"
+    monkeypatch.chdir(lab.parent / "first")
+    call("store", "publish", str(target))
+    before = target.read_bytes()
+    Path("params.yaml").write_text(dump(loaded("teacher_logits.kind=argmax", "students=[hard]")))
+    assert "another store is published here" in call("store", "publish", str(target), code=2)
+    assert target.read_bytes() == before
+
+
+def test_a_header_that_claims_a_huge_array_allocates_nothing():
+    data = array_bytes(np.zeros((2, 3), np.uint16))
+    huge = data.replace(b"(2, 3), }            ", b"(2000000000000, 3), }")
+    assert len(huge) == len(data) and huge != data
+    with pytest.raises(ValueError, match="bytes of"):
+        parse_array(huge)
+
+
 def test_another_store_is_not_published_into_the_same_folder(taught, tmp_path):  # noqa: F811
     target = tmp_path / "published"
     call("store", "publish", str(target))
@@ -311,6 +489,7 @@ def test_a_pack_is_parsed_into_what_it_was_built_from(samples, block, seed):
     arrays = {3: {"check": chance.integers(0, 2**63, (block, 2)).astype(np.uint64), "argmax": argmax}}
     shapes = {3: {name: array.shape for name, array in arrays[3].items()}}
     found = parse_pack(build_pack(arrays), shapes)
+    assert len(build_pack(arrays)) == pack_bytes(shapes)
     assert all((found[3][name] == array).all() for name, array in arrays[3].items())
 
 
@@ -326,22 +505,80 @@ def test_a_damaged_pack_is_refused_or_is_of_the_expected_shape(garbage, at):
     assert found[0]["argmax"].shape == (2, 3)
 
 
+class RangeHandler(SimpleHTTPRequestHandler):
+    """Answers requests for a part of a file, as web servers do."""
+
+    def do_GET(self) -> None:
+        asked = self.headers.get("Range", "")
+        if not asked.startswith("bytes="):
+            return super().do_GET()
+        data = Path(self.translate_path(self.path)).read_bytes()
+        first, last = asked.removeprefix("bytes=").split("-")
+        start, end = int(first), min(int(last or len(data)), len(data) - 1)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{end}/{len(data)}")
+        self.send_header("Content-Length", str(end - start + 1))
+        self.end_headers()
+        self.wfile.write(data[start : end + 1])
+
+    def end_headers(self) -> None:
+        self.send_header("Accept-Ranges", "bytes")
+        super().end_headers()
+
+
+@contextlib.contextmanager
+def serving(folder: Path, handler: type[SimpleHTTPRequestHandler] = SimpleHTTPRequestHandler) -> Iterator[str]:
+    """The URL of a folder on a local HTTP server."""
+    quiet = type("Quiet", (handler,), {"log_message": lambda *_: None})
+    server = ThreadingHTTPServer(("localhost", 0), partial(quiet, directory=str(folder)))
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that has read enough
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://localhost:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 @pytest.fixture
 def served(lab):
     """The URL of the published folder on a local HTTP server."""
-    server = ThreadingHTTPServer(("localhost", 0), partial(SimpleHTTPRequestHandler, directory=str(lab)))
-    server.RequestHandlerClass.log_message = lambda *_: None  # type: ignore[method-assign]
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://localhost:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(lab) as url:
+        yield url
 
 
 def test_a_store_is_fetched_over_http(served):
     call("store", "fetch", served)
     assert "every checksum as recorded" in call("store", "verify")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranges", [True, False])
+def test_an_archive_at_a_url_is_fetched_where_the_server_gives_parts_of_files(ranges, lab, monkeypatch):
+    monkeypatch.chdir(lab.parent / "first")
+    call("store", "publish", str(lab / "store.tar"))
+    with tarfile.open(lab / "store.tar", "a") as tar:  # larger than what is read at once
+        more = tarfile.TarInfo("more")
+        more.size = 12 * 2**20
+        tar.addfile(more, io.BytesIO(bytes(more.size)))
+    monkeypatch.chdir(lab.parent / "second")
+    with serving(lab, RangeHandler if ranges else SimpleHTTPRequestHandler) as url:
+        if ranges:
+            call("store", "fetch", f"{url}/store.tar")
+            assert "every checksum as recorded" in call("store", "verify")
+        else:
+            assert "download the archive" in call("store", "fetch", f"{url}/store.tar", code=1)
+
+
+def test_the_hub_s_file_system_has_the_functions_that_publishing_and_fetching_call():
+    """Without the network: neither an upload nor a download is tried."""
+    hub = pytest.importorskip("huggingface_hub").HfFileSystem
+    filesystem, root = fsspec.core.url_to_fs("hf://datasets/user/name/store")
+    assert isinstance(filesystem, hub) and root == "datasets/user/name/store" and not is_local(filesystem)
+    for name, arguments in {"cat_file": 1, "info": 1, "pipe_file": 2, "put_file": 2}.items():
+        inspect.signature(getattr(hub, name)).bind(filesystem, *["x"] * arguments)
 
 
 def killed_until_done(*arguments: str, chance: random.Random) -> int:

@@ -35,6 +35,7 @@ from test_store import (
     predictions_of,
     refusal,
 )
+from test_store_commands import call
 from test_training import loaded, taught, taught_template  # noqa: F401  (fixtures)
 from torch.utils.data import DataLoader, Dataset
 
@@ -710,6 +711,41 @@ def test_student_of_shards_and_store_at_s3_has_the_weights_of_a_local_one(name, 
     # not the files: each names its run
     local, remote = (read_weights(student_folder(c, name) / "weights.safetensors") for c in (taught, config))
     assert state_dict_hash(local) == state_dict_hash(remote)
+
+
+@pytest.mark.parametrize("name", ["published", "published.tar"])
+def test_store_published_at_s3_is_fetched_as_it_was(name, taught, bucket):  # noqa: F811
+    before, url = tree(Path("work/stores")), f"{bucket.url}/{name}"
+    call("store", "publish", url)
+    shutil.rmtree("work/stores")
+    call("store", "fetch", url)
+    assert tree(Path("work/stores")) == before
+
+
+def test_publishing_again_at_s3_adds_what_is_missing_and_refuses_another_store(taught, bucket):  # noqa: F811
+    call("store", "publish", f"{bucket.url}/published")
+    before = bucket.tree("published")
+    packs = [key for key in bucket.keys("published/packs/")]
+    for key in packs:
+        bucket.tag(key)
+    bucket.delete(packs[0])
+    call("store", "publish", f"{bucket.url}/published")
+    assert bucket.tree("published") == before
+    assert [bucket.tagged(key) for key in packs] == [False, *[True] * (len(packs) - 1)]
+    more = ("--set", "teacher_logits.kind=argmax", "--set", "students=[hard]")
+    assert "another store is published" in call("store", "publish", f"{bucket.url}/published", *more, code=2)
+
+
+def test_pack_damaged_at_s3_is_refused_by_its_name(taught, bucket):  # noqa: F811
+    call("store", "publish", f"{bucket.url}/published")
+    damaged = bucket.keys("published/packs/")[1]
+    bucket.flip(damaged)
+    shutil.rmtree("work/stores")
+    assert damaged in call("store", "fetch", f"{bucket.url}/published", code=1)
+
+
+def test_bucket_to_publish_in_that_is_not_there_is_named(taught, bucket):  # noqa: F811
+    assert "s3://no-such-bucket-here/a" in call("store", "publish", "s3://no-such-bucket-here/a", code=1)
 
 
 def verify(config: Config, recomputed: int = 0) -> None:

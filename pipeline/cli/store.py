@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli.options import DEVICE, WHICH_STORE, config_options, find_device
+from pipeline.cli.options import DEVICE, DRY_RUN, WHICH_STORE, config_options, find_device
 
 STORE = click.option("--store", "named", metavar="PATH", help="A store named by hand.")
 
@@ -144,10 +144,11 @@ def export(path: str, overrides: tuple[str, ...], purpose: str, named: str | Non
 
 @store.command()
 @click.argument("target")
+@DRY_RUN
 @WHICH_STORE
 @STORE
 @config_options
-def publish(path: str, overrides: tuple[str, ...], purpose: str, named: str | None, target: str) -> None:
+def publish(path: str, overrides: tuple[str, ...], purpose: str, named: str | None, target: str, dry_run: bool) -> None:
     """Publish a complete store at TARGET, so that others with the same images need no teacher.
 
     TARGET is a folder, a URL that fsspec knows (s3://..., hf://datasets/...), or a file named .tar. It gets
@@ -157,7 +158,7 @@ def publish(path: str, overrides: tuple[str, ...], purpose: str, named: str | No
     \b
     Examples:
       pipeline store publish s3://bucket/regnety-160-imagenet-224
-      pipeline store publish store.tar
+      pipeline store publish store.tar --dry-run
     """
     from pipeline.cli.find_store import find_store
     from pipeline.config.params import load
@@ -167,8 +168,11 @@ def publish(path: str, overrides: tuple[str, ...], purpose: str, named: str | No
     config = load(path, overrides)
     spec = store_spec(config, purpose)
     found = find_store(config, spec, named)
-    published = publish_store(found, spec, target, read_teacher_metrics(spec.teacher_folder, found.attributes["teacher"]))
-    click.echo(f"{target}: {published.describe()}")
+    metrics = read_teacher_metrics(spec.teacher_folder, found.attributes["teacher"])
+    if published := publish_store(found, spec, target, metrics, dry_run):
+        option, section = (" --for finetune", "finetune") if purpose == "finetune" else ("", "teacher_logits")
+        click.echo(f"{target}: {published.describe()}")
+        click.echo(f"fetch it: pipeline store fetch {target}{option}, or set {section}.fetch: {target}")
 
 
 @store.command()

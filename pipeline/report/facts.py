@@ -26,12 +26,9 @@ def describe_experiment(
         store: where the teacher's predictions are; None without a teacher.
         summary: the store's.
     """
-    teacher = config.teacher
     sections = {"Students": _describe_students(config)}
     if store:
-        here = not teacher.weights or trained_run(teacher_folder(config))
-        trained = f"here, epochs: {teacher.epochs}" if here else "elsewhere"
-        sections["Teacher"] = {"model": teacher.title, "trained": trained}
+        sections["Teacher"] = _describe_teacher(config, store)
         sections["Store of teacher predictions"] = _describe_store(store, summary)
     return sections | {
         "Recipe": _describe_recipe(config.recipe),
@@ -43,6 +40,15 @@ def describe_experiment(
         },
         "Evaluation": _describe_evaluation(config, device),
     }
+
+
+def _describe_teacher(config: Config, store: Store) -> Terms:
+    """The teacher of the students' store: the configured one, or that of a published store."""
+    if published := config.published_store("train-student"):
+        return {"model": str(store.attributes["teacher"].get("model")), "predictions": f"published at {published}"}
+    here = not config.teacher.weights or trained_run(teacher_folder(config))
+    trained = f"here, epochs: {config.teacher.epochs}" if here else "elsewhere"
+    return {"model": config.teacher.title, "trained": trained}
 
 
 def _describe_students(config: Config) -> Terms:

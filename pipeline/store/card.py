@@ -62,7 +62,7 @@ of some shards: `000000/argmax.npy` is uint16 (views, samples) of shard 0.
 
 def describe(publication: Publication) -> str:
     """The card as Markdown."""
-    samples = sum(shard["samples"] for shard in publication.shards)
+    samples = sum(shard.samples for shard in publication.shards)
     recipe = publication.recipe_settings
     facts = {
         "teacher": publication.teacher.get("model", "see below"),

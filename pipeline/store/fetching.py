@@ -2,14 +2,18 @@
 
 from itertools import groupby
 
+import numpy as np
+
 from pipeline.batches.plan import Unit
 from pipeline.common.errors import Damaged, PipelineError
 from pipeline.common.progress import progress
 from pipeline.config.store_spec import StoreSpec
-from pipeline.store.manifest import build_manifest
+from pipeline.store.encoding import KINDS
+from pipeline.store.layout import NO_CHECK
+from pipeline.store.manifest import build_manifest, hash_check
 from pipeline.store.packs import pack_shapes, parse_pack
 from pipeline.store.publication import PackFile, Source
-from pipeline.store.reader import Store
+from pipeline.store.reader import Store, checksum
 from pipeline.store.writer import StoreWriter
 
 
@@ -46,7 +50,24 @@ class UnitFetcher:
         payloads = self._read(pack, self.kind) if self.kind != "argmax" else {}
         for unit in units:
             buffers = {"argmax": arrays[unit.shard]["argmax"], **payloads.get(unit.shard, {})}
-            self.store.write_unit(unit, buffers, arrays[unit.shard]["check"])
+            checks = arrays[unit.shard]["check"]
+            if found := self._invalid(unit, buffers, checks):
+                raise self._damaged(f"{pack.name}: shard {self.store.index.names[unit.shard]}", found)
+            self.store.write_unit(unit, buffers, checks)
+
+    def _invalid(self, unit: Unit, buffers: dict[str, np.ndarray], checks: np.ndarray) -> str:
+        """Why predictions are not those of a unit, though the pack is as published; empty if they are."""
+        store, name = self.store, self.store.index.names[unit.shard]
+        check = np.full((store.recipe.block, store.groups + len(KINDS)), NO_CHECK, np.uint64)
+        check[:, : checks.shape[1]] = checks
+        for kind, values in buffers.items():
+            check[:, store.groups + KINDS.index(kind)] = [checksum(view) for view in values]
+        if hash_check(check, store.groups, self.kind) != self.source.publication.units[self.kind][name][unit.block]:
+            return "predictions of another unit or store than manifest.json says"
+        classes = [buffers["argmax"], *([buffers["topk"][..., : self.source.publication.top_k]] if "topk" in buffers else [])]
+        if any((numbers >= store.classes).any() for numbers in classes):
+            return f"a class that is not one of the {store.classes:,}"
+        return ""
 
     def _read(self, pack: PackFile, kind: str):
         file = self._packs.get((pack.block, kind, pack.first))

@@ -54,12 +54,9 @@ def build_manifest(store: Store, views: int, kind: str) -> dict[str, Any]:
             found=f"{len(missing)} units missing, the first: shard {missing[0].shard}, block {missing[0].block}",
             do="run teacher-logits again: it resumes",
         )
-    # group checks and checksums of this kind alone, so that adding another kind changes nothing
-    chosen = [*range(store.groups), *(store.groups + KINDS.index(name) for name in sorted({"argmax", kind}))]
     hashes: dict[str, list[str]] = {name: [] for name in store.index.names}
     for unit in store.units(views):
-        checks = np.ascontiguousarray(store.read_check(unit)[:, chosen])
-        hashes[store.index.names[unit.shard]].append(hashlib.blake2b(checks.data, digest_size=8).hexdigest())
+        hashes[store.index.names[unit.shard]].append(hash_check(store.read_check(unit), store.groups, kind))
     return {
         "format": FORMAT,
         "fingerprint": store.fingerprint,
@@ -68,6 +65,18 @@ def build_manifest(store: Store, views: int, kind: str) -> dict[str, Any]:
         "rows": len(store.index),
         "units": hashes,
     }
+
+
+def hash_check(check: np.ndarray, groups: int, kind: str) -> str:
+    """The hash of a unit in manifests.
+
+    Of group checks and checksums of this kind alone, so that adding another kind changes nothing.
+
+    Args:
+        check: uint64 (block, groups + kinds).
+    """
+    chosen = [*range(groups), *(groups + KINDS.index(name) for name in sorted({"argmax", kind}))]
+    return hashlib.blake2b(np.ascontiguousarray(check[:, chosen]).data, digest_size=8).hexdigest()
 
 
 def store_bytes(path: str) -> int:

@@ -8,6 +8,7 @@ Members, for each shard: `<number>/check.npy`, group checks, uint64 (block, grou
 """
 
 import io
+import math
 import tarfile
 from collections.abc import Sequence
 
@@ -63,13 +64,47 @@ def build_pack(arrays: dict[int, dict[str, np.ndarray]]) -> bytes:
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for shard, named in arrays.items():
             for name, array in named.items():
-                content = io.BytesIO()
-                np.lib.format.write_array(content, np.ascontiguousarray(array), (1, 0), allow_pickle=False)
+                content = array_bytes(array)
                 member = tarfile.TarInfo(f"{shard:06d}/{name}.npy")
-                member.size = content.tell()
-                content.seek(0)
-                tar.addfile(member, content)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def array_bytes(array: np.ndarray) -> bytes:
+    """An array as the bytes of a `.npy`."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), (1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def parse_array(data: bytes) -> np.ndarray:
+    """Invert `array_bytes`.
+
+    Raises:
+        Exception: it is damaged; a header may claim any size, so nothing is allocated by it.
+    """
+    file = io.BytesIO(data)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("not version 1.0 of .npy")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if fortran or dtype.hasobject or len(data) - file.tell() != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{len(data):,} bytes of {dtype} {shape}")
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape)
+
+
+def pack_bytes(shapes: dict[int, dict[str, tuple[int, ...]]]) -> int:
+    """The size of a pack with arrays of these shapes; see `pack_shapes`."""
+    size = 2 * tarfile.BLOCKSIZE
+    for named in shapes.values():
+        for name, shape in named.items():
+            header = len(array_bytes(np.empty((0, *shape[1:]), _dtype(name))))
+            size += tarfile.BLOCKSIZE + -(-(header + math.prod(shape) * _dtype(name).itemsize) // 512) * 512
+    return -(-size // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(np.uint64 if name == "check" else DTYPES[name])
 
 
 def parse_pack(data: bytes, shapes: dict[int, dict[str, tuple[int, ...]]]) -> dict[int, dict[str, np.ndarray]]:
@@ -87,13 +122,14 @@ def parse_pack(data: bytes, shapes: dict[int, dict[str, tuple[int, ...]]]) -> di
             for shard, named in shapes.items():
                 for name, shape in named.items():
                     member, expected = tar.next(), f"{shard:06d}/{name}.npy"
-                    content = tar.extractfile(member) if member and member.name == expected else None
+                    # a sparse member may claim any size
+                    plain = member is not None and member.isreg() and not member.issparse()
+                    content = tar.extractfile(member) if member and plain and member.name == expected else None
                     if content is None:
                         raise ValueError(f"{member.name if member else 'the end'} instead of {expected}")
-                    array = np.lib.format.read_array(io.BytesIO(content.read()), allow_pickle=False)
-                    dtype = np.dtype(np.uint64 if name == "check" else DTYPES[name])
-                    if array.shape != shape or array.dtype != dtype:
-                        raise ValueError(f"{expected}: {array.dtype} {array.shape} instead of {dtype} {shape}")
+                    array = parse_array(content.read())
+                    if array.shape != shape or array.dtype != _dtype(name):
+                        raise ValueError(f"{expected}: {array.dtype} {array.shape} instead of {_dtype(name)} {shape}")
                     found.setdefault(shard, {})[name] = array
             if tar.next():
                 raise ValueError("more members than expected")

@@ -1,4 +1,4 @@
-"""A published store: its manifest, and whether it belongs to local images and a local recipe.
+"""A published store: its manifest and its files.
 
 A publication is a folder at a path or URL, or a tar of one:
 
@@ -11,18 +11,18 @@ Nothing in it depends on where it was made, and its bytes are deterministic.
 """
 
 import hashlib
-import io
 import json
-from typing import Any
+import re
+import tarfile
+from typing import Annotated, Any
 
 import fsspec
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.common.errors import Damaged, PipelineError, UsageError, unreadable
+from pipeline.common.errors import Damaged, PipelineError, Unreadable, unreadable
 from pipeline.config.schema import Recipe
-from pipeline.config.store_spec import StoreSpec
-from pipeline.config.validation import differences, fingerprint
+from pipeline.config.validation import fingerprint, short_repr
 from pipeline.shards.index import Index
 from pipeline.store.encoding import KINDS, payload_width
 from pipeline.store.reader import StoreIdentity
@@ -30,6 +30,7 @@ from pipeline.views.draw import recipe_fingerprint
 
 FORMAT = 1
 MANIFEST, SAMPLES, CARD = "manifest.json", "samples.npy", "README.md"
+FILE_NAME = re.compile(r"(packs/)?[A-Za-z0-9][A-Za-z0-9._-]*")
 SAMPLE_FIELDS = ("key", "size", "label", "crc32c")
 
 
@@ -45,6 +46,13 @@ class File(Entry):
     name: str
     bytes: int
     sha256: str
+
+
+class Shard(Entry):
+    """A shard of the training images."""
+
+    name: str
+    samples: Annotated[int, Field(ge=0)]
 
 
 class PackFile(File):
@@ -75,8 +83,7 @@ class Publication(Entry):
     """Numbers per row of the kind's payload, 0 for argmax."""
     views: int
     classes: list[str]
-    shards: list[dict[str, Any]]
-    """Name and number of samples."""
+    shards: list[Shard]
     units: dict[str, dict[str, list[str]]]
     """For argmax and the kind: the hashes of each shard's units, as the store's own manifest has them."""
     versions: dict[str, str]
@@ -91,7 +98,7 @@ class Publication(Entry):
 
     def describe(self) -> str:
         """Images, views, kind and bytes, as text."""
-        samples, size = sum(shard["samples"] for shard in self.shards), sum(pack.bytes for pack in self.packs)
+        samples, size = sum(shard.samples for shard in self.shards), sum(pack.bytes for pack in self.packs)
         return f"{samples:,} images x {self.views} views as {self.kind}, {size / 1e6:,.1f} MB in {len(self.packs)} packs"
 
 
@@ -119,12 +126,34 @@ def parse(data: bytes) -> Publication:
                                  publication.teacher)  # fmt: skip
     except (ValidationError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(str(error)[:500]) from error
-    width = payload_width(publication.kind, len(publication.classes), publication.top_k) if publication.kind in KINDS else -1
-    if width != publication.width:
-        raise ValueError(f"kind {publication.kind} of width {publication.width}")
+    if invalid := _invalid_value(publication, identity.recipe.block):
+        raise ValueError(f"invalid: {invalid}")
     if recipe_fingerprint(identity.recipe) == publication.recipe and identity.fingerprint != publication.fingerprint:
         raise ValueError("the store's fingerprint does not match index, recipe and teacher")
     return publication
+
+
+def _invalid_value(publication: Publication, block: int) -> str:
+    """A value that no publication has, even if the manifest matches its checksum; empty if there is none."""
+    kind, views, shards = publication.kind, publication.views, publication.shards
+    width = payload_width(kind, len(publication.classes), publication.top_k) if kind in KINDS else -1
+    if width != publication.width:
+        return f"kind {kind} of width {publication.width}"
+    if views < 1 or views % block:
+        return f"{views} views in blocks of {block}"
+    blocks = {shard.name: views // block if shard.samples else 0 for shard in shards}
+    if len(blocks) < len(shards) or publication.units.keys() != {"argmax", kind}:
+        return "shards, or kinds of units"
+    if any({name: len(hashes) for name, hashes in units.items()} != blocks for units in publication.units.values()):
+        return "units"
+    for pack in publication.packs:
+        places = 0 <= pack.block < views // block and 0 <= pack.first <= pack.last < len(shards)
+        if not places or pack.array not in publication.units:
+            return f"pack {pack.name}"
+    names = [file.name for file in [*publication.files, *publication.packs]]
+    if SAMPLES not in names or not all(FILE_NAME.fullmatch(name) for name in names):
+        return f"file names: {', '.join(map(short_repr, names))}"
+    return ""
 
 
 class Source:
@@ -138,20 +167,24 @@ class Source:
         self.where = where
         try:
             if is_archive(where):
-                self._filesystem, self._root = fsspec.filesystem("tar", fo=where), ""
+                self._filesystem, self._root = fsspec.filesystem("tar", fo=where, skip_instance_cache=True), ""
             else:
                 self._filesystem, root = fsspec.core.url_to_fs(where)
                 self._root = root.rstrip("/") + "/"
-            self.publication = parse(self._filesystem.cat_file(self._root + MANIFEST))
+            data = self._filesystem.cat_file(self._root + MANIFEST)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise PipelineError(
                 f"{where}: no published store", expected=MANIFEST, found="nothing",
                 do="name the folder, URL or .tar that pipeline store publish wrote",
             ) from error  # fmt: skip
+        except tarfile.TarError as error:
+            raise self._damaged("the archive", str(error)) from error
+        except Exception as error:  # servers' clients raise nearly anything
+            raise self._unreadable("", error) from error
+        try:
+            self.publication = parse(data)
         except ValueError as error:
             raise self._damaged(MANIFEST, str(error)) from error
-        except Exception as error:  # servers' clients raise nearly anything
-            raise unreadable(where, error) from error
 
     def read(self, file: File) -> bytes:
         """Read a file and compare its hash.
@@ -165,10 +198,18 @@ class Source:
         except (FileNotFoundError, KeyError):
             raise self._damaged(file.name, "nothing") from None
         except Exception as error:  # servers' clients raise nearly anything
-            raise unreadable(f"{self.where}: {file.name}", error) from error
+            raise self._unreadable(f": {file.name}", error) from error
         if len(data) != file.bytes or hashlib.sha256(data).hexdigest() != file.sha256:
             raise self._damaged(file.name, f"{len(data):,} bytes, not the {file.bytes:,} with the published SHA-256")
         return data
+
+    def _unreadable(self, name: str, error: Exception) -> Unreadable:
+        if not (is_archive(self.where) and isinstance(error, ValueError)):
+            return unreadable(self.where + name, error)
+        return Unreadable(
+            f"{self.where}{name}: cannot be read", expected="a server that gives parts of a file (HTTP range requests)",
+            found=str(error), do="download the archive, and fetch it from there",
+        )  # fmt: skip
 
     def _damaged(self, name: str, found: str) -> Damaged:
         return Damaged(
@@ -190,75 +231,3 @@ def sample_table(index: Index) -> np.ndarray:
     for name in SAMPLE_FIELDS:
         table[name] = rows[name]
     return table
-
-
-def check_belongs(source: Source, index: Index, spec: StoreSpec) -> None:
-    """Refuse a publication of another recipe, of other images, or without the configured views or kind.
-
-    Raises:
-        UsageError: names what differs: a setting of the recipe, a shard, or the first sample.
-    """
-    published = source.publication
-    refuse = _Refusal(source.where)
-    settings = spec.recipe.model_dump(mode="json")
-    if published.recipe != recipe_fingerprint(spec.recipe):
-        found = differences(published.recipe_settings, settings, "recipe")
-        raise refuse("its recipe", "; ".join(found[:5]) or "another version of the views", "as published, as configured",
-                     "configure the recipe that the store was made with, or compute your own store")  # fmt: skip
-    if published.index != index.fingerprint:
-        found = index_difference(source, index)
-        raise refuse("its images", found, "the local training images", "use the images that the teacher saw")
-    if spec.kind not in ("argmax", published.kind):
-        raise refuse("its kind", published.kind, f"teacher_logits.kind {spec.kind}",
-                     f"set teacher_logits.kind to {published.kind} or argmax")  # fmt: skip
-    if spec.views > published.views:
-        key = "finetune.views" if spec.purpose == "finetune" else "teacher_logits.views"
-        raise refuse("its views", f"{published.views} per image", f"{spec.views}, as configured", f"lower {key}")
-
-
-class _Refusal:
-    def __init__(self, where: str):
-        self.where = where
-
-    def __call__(self, what: str, found: str, expected: str, do: str) -> UsageError:
-        return UsageError(f"{self.where}: {what}", expected=expected, found=found, do=do)
-
-
-def index_difference(source: Source, index: Index) -> str:
-    """The first difference between the published samples and the local ones, as text.
-
-    Raises:
-        Damaged, Unreadable: the published table cannot be read.
-    """
-    published = source.publication
-    were = {shard["name"]: shard["samples"] for shard in published.shards}
-    here = dict(zip(index.names, index.samples.tolist(), strict=True))
-    for name in [*were, *here]:
-        if were.get(name) != here.get(name):
-            counts = [f"{count:,} samples" if count is not None else "missing" for count in (were.get(name), here.get(name))]
-            return f"shard {name}: published {counts[0]}, here {counts[1]}"
-    if list(were) != list(here):
-        return "the same shards in another order"
-    file = next(file for file in published.files if file.name == SAMPLES)
-    try:
-        table = np.load(io.BytesIO(source.read(file)), allow_pickle=False)
-        start = 0
-        for number, name in enumerate(index.names):
-            rows = index.rows(number)
-            there = table[start : start + len(rows)]
-            differs = np.zeros(len(rows), bool)
-            for field in SAMPLE_FIELDS:
-                differs |= there[field] != rows[field]
-            if differs.any():
-                first = int(differs.argmax())
-                return f"shard {name}, sample {first}: published {_sample(there[first])}, here {_sample(rows[first])}"
-            start += len(rows)
-    except (PipelineError, MemoryError):
-        raise
-    except Exception as error:  # a damaged header makes numpy raise almost anything
-        return f"other samples ({SAMPLES}: {error})"
-    return "the same samples, but another version of the index"
-
-
-def _sample(row: np.void) -> str:
-    return f"{row['key'].decode()!r}, label {row['label']}, {row['size']:,} bytes, crc32c {row['crc32c']:08x}"

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import fsspec
-import numpy as np
 
 from pipeline.batches.plan import Unit
-from pipeline.common.errors import PipelineError, UsageError, is_io_error, unreadable, unwritable
+from pipeline.common.errors import PipelineError, Unreadable, UsageError, is_io_error, unreadable, unwritable
 from pipeline.common.files import atomic_write, is_local
 from pipeline.common.progress import progress
+from pipeline.common.wording import count_of
 from pipeline.config.store_spec import StoreSpec
 from pipeline.store import publication as form
 from pipeline.store.card import describe as describe_card
 from pipeline.store.encoding import row_bytes
 from pipeline.store.manifest import build_manifest
-from pipeline.store.packs import build_pack, read_arrays, shard_ranges
+from pipeline.store.packs import array_bytes, build_pack, pack_bytes, pack_shapes, read_arrays, shard_ranges
 from pipeline.store.publication import File, PackFile, Publication, Source
 from pipeline.store.reader import Store
 
@@ -102,15 +102,18 @@ def open_target(where: str) -> Iterator[Target]:
         raise unwritable(where, error) from error
 
 
-def publish_store(store: Store, spec: StoreSpec, where: str, teacher_metrics: dict[str, Any]) -> Publication:
+def publish_store(
+    store: Store, spec: StoreSpec, where: str, teacher_metrics: dict[str, Any], dry_run: bool = False
+) -> Publication | None:
     """Write a complete store to a folder or a `.tar`; what a killed or an earlier call wrote is kept.
 
     Args:
         teacher_metrics: accuracy of the teacher, for the card.
+        dry_run: only print what would be written, and return None.
 
     Raises:
         PipelineError: the store is incomplete or damaged, or `where` cannot be written.
-        UsageError: another store is published there.
+        UsageError: another store, or something else, is there.
     """
     units = {kind: build_manifest(store, spec.views, kind)["units"] for kind in dict.fromkeys(("argmax", spec.kind))}
     existing = _existing(where)
@@ -118,18 +121,22 @@ def publish_store(store: Store, spec: StoreSpec, where: str, teacher_metrics: di
         _check_same(store, spec, units, existing, where)
         if existing.views > spec.views:
             print(f"{where}: already published with {existing.views} views")
-            return existing
+            return None if dry_run else existing
+    if dry_run:
+        print(_describe_plan(store, spec, existing, where))
+        return None
     with open_target(where) as target:
         packs = _write_packs(store, spec, existing, target)
+        metrics = teacher_metrics or (existing.teacher_metrics if existing else {})
         draft = Publication(
             format=form.FORMAT, fingerprint=store.fingerprint, index=store.index.fingerprint,
             recipe=store.attributes["recipe"], recipe_settings=store.attributes["recipe_settings"],
-            teacher=store.attributes["teacher"], teacher_metrics=teacher_metrics, precision=store.attributes["precision"],
+            teacher=store.attributes["teacher"], teacher_metrics=metrics, precision=store.attributes["precision"],
             kind=spec.kind, width=_width(store, spec.kind), views=spec.views, classes=store.index.classes,
             shards=store.attributes["shards"], units=units, versions=store.attributes["versions"], files=[], packs=packs,
         )  # fmt: skip
         files = [
-            _write(target, existing, form.SAMPLES, _npy(form.sample_table(store.index))),
+            _write(target, existing, form.SAMPLES, array_bytes(form.sample_table(store.index))),
             _write(target, existing, form.CARD, describe_card(draft).encode()),
         ]
         published = draft.model_copy(update={"files": files})
@@ -138,16 +145,30 @@ def publish_store(store: Store, spec: StoreSpec, where: str, teacher_metrics: di
 
 
 def _existing(where: str) -> Publication | None:
-    """What is published in a folder; an archive is always written completely."""
-    if form.is_archive(where):
-        return None
-    filesystem, root = fsspec.core.url_to_fs(where)
+    """What is published in a folder or archive already.
+
+    Raises:
+        UsageError: there is something else.
+        Unreadable: a disk or server does not answer.
+    """
     try:
-        return Source(where).publication if filesystem.exists(f"{root}/{form.MANIFEST}") else None
-    except PipelineError:
-        raise
+        filesystem, path = fsspec.core.url_to_fs(where)
+        # `exists` would take any error for absence, and what is there would be overwritten
+        filesystem.info(path if form.is_archive(where) else f"{path.rstrip('/')}/{form.MANIFEST}")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except Exception as error:  # servers' clients raise nearly anything
         raise unreadable(where, error) from error
+    try:
+        return Source(where).publication
+    except Unreadable:
+        raise
+    except PipelineError as error:
+        raise UsageError(
+            f"{where}: something else is here",
+            expected="nothing, or a published store", found=str(error).splitlines()[0],
+            do="name another place, or remove what is there",
+        ) from error  # fmt: skip
 
 
 def _check_same(
@@ -174,27 +195,59 @@ def _check_same(
         )  # fmt: skip
 
 
-def _write_packs(store: Store, spec: StoreSpec, existing: Publication | None, target: Target) -> list[PackFile]:
-    """Write the packs that are missing; returns all of them, by view, so that more views only add to the list."""
+Key = tuple[int, range, str]
+"""A pack's block, shards and array."""
+
+
+def _pack_keys(store: Store, spec: StoreSpec) -> list[Key]:
+    """All packs, by view, so that more views only add to the list."""
     size = row_bytes(spec.kind, store.classes, (_width(store, spec.kind) - 2) // 2)
     ranges = shard_ranges(store.index.samples.tolist(), store.recipe.block, size)
-    known = {(pack.array, pack.block, pack.first): pack for pack in existing.packs} if existing else {}
-    packs, arrays = [], ["argmax"] + [spec.kind] * (spec.kind != "argmax")
-    with progress(spec.blocks * len(ranges) * len(arrays), "store publish", "pack") as bar:
-        for block in range(spec.blocks):
-            for shards in ranges:
-                for array in arrays:
-                    pack = known.get((array, block, shards.start))
-                    if pack is None or not target.has(pack.name, pack.bytes):
-                        pack = _write_pack(store, block, shards, array, target)
-                    packs.append(pack)
-                    bar.update()
+    arrays = dict.fromkeys(("argmax", spec.kind))
+    return [(block, shards, array) for block in range(spec.blocks) for shards in ranges for array in arrays]
+
+
+def _known_packs(existing: Publication | None) -> dict[Key, PackFile]:
+    packs = existing.packs if existing else []
+    return {(pack.block, range(pack.first, pack.last + 1), pack.array): pack for pack in packs}
+
+
+def _write_packs(store: Store, spec: StoreSpec, existing: Publication | None, target: Target) -> list[PackFile]:
+    """Write the packs that are missing; returns all of them."""
+    keys, known, packs = _pack_keys(store, spec), _known_packs(existing), []
+    with progress(len(keys), "store publish", "pack") as bar:
+        for key in keys:
+            pack = known.get(key)
+            if pack is None or not target.has(pack.name, pack.bytes):
+                pack = _write_pack(store, *key, target)
+            packs.append(pack)
+            bar.update()
     return packs
 
 
+def _describe_plan(store: Store, spec: StoreSpec, existing: Publication | None, where: str) -> str:
+    """What publishing would write, as text."""
+    keys, known = _pack_keys(store, spec), {} if form.is_archive(where) else _known_packs(existing)
+    new = [key for key in keys if key not in known]
+    size = sum(
+        pack_bytes(pack_shapes(store, _filled(store, shards), array, _width(store, array))) for _, shards, array in new
+    )
+    samples = len(array_bytes(form.sample_table(store.index)))
+    kept = f"; {count_of(len(keys) - len(new), 'pack')} of an earlier call stay as they are" * (len(new) < len(keys))
+    return (
+        f"{where}: {len(store.index):,} images x {spec.views} views as {spec.kind}\n"
+        f"  would be written: {count_of(len(new), 'pack')} of predictions, {size / 1e6:,.2f} MB{kept}\n"
+        f"  and {form.SAMPLES}, {samples / 1e6:,.2f} MB, {form.CARD} and {form.MANIFEST}"
+    )
+
+
+def _filled(store: Store, shards: range) -> list[int]:
+    """The shards that have samples."""
+    return [shard for shard in shards if store.index.samples[shard]]
+
+
 def _write_pack(store: Store, block: int, shards: range, array: str, target: Target) -> PackFile:
-    filled = [shard for shard in shards if store.index.samples[shard]]
-    data = build_pack({shard: read_arrays(store, Unit(shard, block), array) for shard in filled})
+    data = build_pack({shard: read_arrays(store, Unit(shard, block), array) for shard in _filled(store, shards)})
     sha256 = hashlib.sha256(data).hexdigest()
     first = block * store.recipe.block
     views = f"{first:05d}-{first + store.recipe.block - 1:05d}"
@@ -217,12 +270,6 @@ def _write(target: Target, existing: Publication | None, name: str, data: bytes)
 
 def _width(store: Store, kind: str) -> int:
     return 0 if kind == "argmax" else int(store.array_metadata(kind)["shape"][-1])
-
-
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, (1, 0), allow_pickle=False)
-    return buffer.getvalue()
 
 
 def read_teacher_metrics(folder: Path, teacher: dict[str, Any]) -> dict[str, Any]:
