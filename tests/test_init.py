@@ -76,8 +76,8 @@ def test_the_models_of_some_choices_can_be_built(found):
         ({"short_side": 70}, "student.kwargs", {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 2}),
         ({"gpu": True}, "student.kwargs", {"patch_size": 8}),
         ({"short_side": 32}, "teacher.kwargs", {"output_stride": 8}),
-        ({}, "student.epochs", 36),
-        ({"images": 100}, "student.epochs", 168),
+        ({}, "student.epochs", 18),
+        ({"images": 100}, "student.epochs", 90),
         ({"images": 10_000_000}, "student.epochs", 15),
         ({"gpu": True, "images": 10_000}, "student.epochs", 300),
         ({}, "teacher.batch_size", 64),
@@ -89,8 +89,9 @@ def test_the_models_of_some_choices_can_be_built(found):
         ({"gpu": True}, "student.precision", "float32"),
         ({}, "teacher_logits.kind", "dense"),
         ({"images": 100_000, "classes": 1_000}, "teacher_logits.kind", "argmax"),
-        ({"classes": 2, "majority": 0.5}, "teacher.min_top1", 0.6),
-        ({"majority": 0.9}, "teacher.min_top1", 0.92),
+        ({"classes": 2, "majority": 0.5}, "teacher.min_top1", 0.55),
+        ({"majority": 0.9}, "teacher.min_top1", 0.91),
+        ({"gpu": True, "majority": 0.9}, "teacher.min_top1", 0.92),
         ({"pretrained": True}, "teacher.weights", "regnety_008_tv.tv2_in1k"),
         ({"pretrained": True, "gpu": True}, "teacher.weights", "regnety_160.deit_in1k"),
         ({"pretrained": True}, "teacher.model", "regnety_008_tv"),
@@ -130,7 +131,7 @@ def test_a_training_has_enough_steps(found):
     for section, pretrained in ((chosen.teacher, found.pretrained), (chosen.student, found.pretrained_student)):
         groups = -(-found.images // chosen.recipe.group_size)
         steps = section.epochs * max(1, round(groups / (section.batch_size // chosen.recipe.group_size)))
-        assert steps >= (250 if pretrained else 1_000)
+        assert steps >= (250 if pretrained else 500)
 
 
 @pytest.mark.parametrize("overrides", [
@@ -545,8 +546,8 @@ RATES = Rates(
 def test_durations_add_up_work_per_view():
     chosen = config(TYPICAL)
     seconds = stage_seconds(chosen, RATES, 2_000, 100, cores=2, gpu=False)
-    assert seconds["teacher"] == pytest.approx(10 + 2_000 * 33 * (0.03 + 0.001 + 0.003 / 3))
-    assert seconds["teacher-logits"] == pytest.approx(10 + 2_000 * 36 * (0.01 + 0.001 + 0.003 / 18))
+    assert seconds["teacher"] == pytest.approx(10 + 2_000 * 17 * (0.03 + 0.001 + 0.003 / 3))
+    assert seconds["teacher-logits"] == pytest.approx(10 + 2_000 * 18 * (0.01 + 0.001 + 0.003 / 18))
     assert seconds["train-student token"] > seconds["train-student none"]
 
 
@@ -563,4 +564,4 @@ def test_workers_render_beside_the_model_and_take_cores_from_it():
 def test_bytes_are_those_of_shards_store_and_checkpoints():
     sizes = bytes_written(config(TYPICAL), RATES, 2_000, 10, 12_345)
     assert sizes["shards"] == 12_345 and sizes["checkpoints"] == 24 * 2_100_000
-    assert sizes["store"] >= 2_000 * 36 * (2 * 10 + 2)
+    assert sizes["store"] >= 2_000 * 18 * (2 * 10 + 2)

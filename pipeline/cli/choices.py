@@ -136,7 +136,7 @@ def _teacher(facts: Facts, plan: Plan) -> Choices:
         "teacher.kwargs": Choice({"output_stride": stride}, f"its last feature map is {last} x {last}"),
         **_learning("teacher", facts, plan, 1e-3, _why(facts)),
         "teacher.drop_path": Choice(0.0, "a small model"),
-        "teacher.min_top1": _few_images_gate(facts) if facts.few else _gate(facts, 0.2),
+        "teacher.min_top1": _few_images_gate(facts) if facts.few else _gate(facts, 0.2 if facts.gpu else 0.1),
     }
 
 

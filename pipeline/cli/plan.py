@@ -9,7 +9,7 @@ from pipeline.common.errors import UsageError
 Given = Mapping[str, Any]
 """Overrides of the command line by section.key, as YAML values that nothing has validated yet."""
 
-SCRATCH_STEPS, FINE_TUNING_STEPS = 1_000, 250
+SCRATCH_STEPS, FINE_TUNING_STEPS = 500, 250
 """Steps that a training has at least, from scratch and from pretrained weights."""
 FEW_PER_CLASS = 50
 """Images per class below which training from scratch learns hardly anything."""
@@ -18,8 +18,8 @@ LARGEST_PATCH = 16
 DECODE = 3
 """Cost of a decode relative to a rendering, for photographs."""
 SEEN = {
-    "teacher": {"cpu": (40_000, 10, 60), "gpu": (1_500_000, 40, 120)},
-    "student": {"cpu": (48_000, 15, 90), "gpu": (3_000_000, 60, 300)},
+    "teacher": {"cpu": (32_000, 10, 60), "gpu": (1_500_000, 40, 120)},
+    "student": {"cpu": (32_000, 15, 90), "gpu": (3_000_000, 60, 300)},
 }
 """Images to see in all when training from scratch, fewest and most epochs."""
 SEEN_PRETRAINED = {
