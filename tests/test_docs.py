@@ -100,7 +100,7 @@ def project(prepared, tmp_path, monkeypatch) -> Path:
     """A copy of it, which is the current folder."""
     copy = Path(shutil.copytree(prepared, tmp_path / "project", symlinks=True))
     monkeypatch.chdir(copy)
-    monkeypatch.setattr("pipeline.cli.durations.MEASURE", 0.0)
+    monkeypatch.setattr("pipeline.cli.durations._seconds", lambda *_: 0.01)
     monkeypatch.setattr("pipeline.cli.init.missing_weights", lambda tag, offline: "no download in tests")
     return copy
 

@@ -12,7 +12,7 @@ from conftest import picture, write_folders
 from pipeline.cli import released
 from pipeline.cli.annotated import annotate
 from pipeline.cli.choices import Choice, choose, released_student
-from pipeline.cli.durations import Rates, bytes_written, stage_seconds
+from pipeline.cli.durations import Machine, Rates, bytes_written, stage_seconds
 from pipeline.cli.find_data import find_data
 from pipeline.cli.init import configuration, gather, parse_overrides, scratch_warnings
 from pipeline.cli.main import main
@@ -545,7 +545,7 @@ RATES = Rates(
 
 def test_durations_add_up_work_per_view():
     chosen = config(TYPICAL)
-    seconds = stage_seconds(chosen, RATES, 2_000, 100, cores=2, gpu=False)
+    seconds = stage_seconds(chosen, RATES, 2_000, 100, Machine(2, gpu=False))
     assert seconds["teacher"] == pytest.approx(10 + 2_000 * 17 * (0.03 + 0.001 + 0.003 / 3))
     assert seconds["teacher-logits"] == pytest.approx(10 + 2_000 * 18 * (0.01 + 0.001 + 0.003 / 18))
     assert seconds["train-student token"] > seconds["train-student none"]
@@ -555,9 +555,9 @@ def test_workers_render_beside_the_model_and_take_cores_from_it():
     values = {"data": {"train": "a", "val": "b"}, "teacher": {"workers": 1, "epochs": 1}, "variants": {"none": {}, "token": {}},
               "students": ["none", "token"]}  # fmt: skip
     chosen = resolve(values, (), "test")
-    cpu = stage_seconds(chosen, RATES, 1_000, 100, cores=2, gpu=False)
+    cpu = stage_seconds(chosen, RATES, 1_000, 100, Machine(2, gpu=False))
     assert cpu["teacher"] == pytest.approx(10 + 1_000 * 0.06)
-    gpu = stage_seconds(chosen, RATES, 1_000, 100, cores=2, gpu=True)
+    gpu = stage_seconds(chosen, RATES, 1_000, 100, Machine(2, gpu=True))
     assert gpu["teacher"] == pytest.approx(10 + 1_000 * 0.03)
 
 

@@ -1,7 +1,7 @@
 """How long an experiment takes and what it writes, from rates that are measured for a few seconds."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +15,7 @@ from pipeline.config.schema import Config, Training
 from pipeline.config.store_spec import store_spec
 from pipeline.models.build import NormalizedModel, build_student, parameter_count
 from pipeline.models.ensemble import build_ensemble
+from pipeline.models.evaluation import multiply_adds
 from pipeline.shards.conversion import FOLDER_FORMATS
 from pipeline.shards.images import Undecodable, decode
 from pipeline.store.estimate import equal_shards, estimate
@@ -25,6 +26,8 @@ MEASURE = 1.0
 """Seconds that each measurement takes."""
 START = 10.0
 """Seconds that a stage is assumed to take before and after its work: imports, indexes, checks."""
+CPU_OPERATIONS = 30_000_000_000
+"""Multiply-adds per forward pass that is measured on a CPU."""
 TRAINING_STATE = 2 * 3 * 4
 """Bytes per parameter: two checkpoints of the weights and Adam's two moments."""
 
@@ -44,39 +47,57 @@ class Rates:
     parameters: dict[str, int]
 
 
-def measure(config: Config, files: list[Path | BytesIO], classes: int, device: torch.device) -> Rates:
-    """Measure every model of the experiment, decoding and rendering, each for about `MEASURE` seconds."""
+def measure(
+    config: Config, files: Sequence[Path | BytesIO], classes: int, device: torch.device, teacher_trained: bool = True
+) -> Rates:
+    """Measure every model of the experiment, decoding and rendering, each for about `MEASURE` seconds.
+
+    Args:
+        files: encoded images, to decode and to render views of.
+        teacher_trained: measure the teacher's training step too.
+    """
     models = {"teacher": build_ensemble(config.teacher, classes)}
     models |= {
         name: build_student(config.student_named(name), config.recipe, classes, config.recipe.size)
         for name in config.students
     }
     decoding, rendering = _measure_views(config, files, MEASURE)
-    batch = min(config.student.batch_size, 32)
-    pictures = torch.zeros(batch, 3, config.recipe.size, config.recipe.size, device=device)
     forward, step = {}, {}
     for name, model in models.items():
-        precision = (config.teacher if name == "teacher" else config.student).precision
-        forward[name], step[name] = (
-            _seconds(call, device, MEASURE) / batch for call in _calls(model.to(device), pictures, precision)
-        )
+        teacher = name == "teacher"
+        size = config.teacher_size("train-student") if teacher else config.recipe.size
+        batch = _batch_size(model, size, config.student.batch_size, device)
+        pictures = torch.zeros(batch, 3, size, size, device=device)
+        training = (config.teacher if teacher else config.student_named(name)).precision
+        predict, train = _calls(model.to(device), pictures, config.teacher_logits.precision if teacher else training, training)
+        forward[name] = _seconds(predict, device, MEASURE) / batch
+        if teacher_trained or not teacher:
+            step[name] = _seconds(train, device, MEASURE) / batch
+        model.cpu()
     return Rates(decoding, rendering, forward, step, {name: parameter_count(model) for name, model in models.items()})
 
 
+def _batch_size(model: NormalizedModel, size: int, limit: int, device: torch.device) -> int:
+    """A batch that is typical of a GPU, or that takes a CPU about a second."""
+    if device.type == "cuda":
+        return min(limit, 64)
+    return max(min(limit, 32, CPU_OPERATIONS // multiply_adds(model, size)), 2)
+
+
 def _calls(
-    model: NormalizedModel, pictures: torch.Tensor, precision: str
+    model: NormalizedModel, pictures: torch.Tensor, predicting: str, training: str
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-    """A forward pass, and a training step."""
+    """A forward pass, and a training step, each in its precision."""
     optimizer = torch.optim.AdamW(model.parameters(), 0.0, fused=True)
 
     def forward() -> None:
         model.eval()
-        with torch.no_grad(), autocast(pictures.device.type, precision):
+        with torch.no_grad(), autocast(pictures.device.type, predicting):
             model(pictures)
 
     def step() -> None:
         model.train()
-        with autocast(pictures.device.type, precision):
+        with autocast(pictures.device.type, training):
             first, second = model(pictures)
         (first.float().logsumexp(1).sum() + second.float().logsumexp(1).sum()).backward()
         optimizer.step()
@@ -97,7 +118,7 @@ def _seconds(call: Callable[[], None], device: torch.device, seconds: float) -> 
     return float(np.median(times[1:]))
 
 
-def _measure_views(config: Config, files: list[Path | BytesIO], seconds: float) -> tuple[float, float]:
+def _measure_views(config: Config, files: Sequence[Path | BytesIO], seconds: float) -> tuple[float, float]:
     """Seconds to read and decode an image, and to render a view of it; means, since images differ."""
     decoding, rendering, end = [], [], time.perf_counter() + seconds
     for number, file in enumerate(files):
@@ -117,36 +138,51 @@ def _measure_views(config: Config, files: list[Path | BytesIO], seconds: float) 
     return float(np.mean(decoding or [0.0])), float(np.mean(rendering or [0.0]))
 
 
-def stage_seconds(config: Config, rates: Rates, images: int, val_images: int, cores: int, gpu: bool) -> dict[str, float]:
-    """Seconds per stage, on a machine with `cores`."""
+@dataclass(frozen=True)
+class Machine:
+    """What the durations of stages depend on besides rates."""
 
-    def combined(model: float, views: float, workers: int | None) -> float:
+    cores: int
+    gpu: bool
+
+    def per_view(self, model: float, view: float, workers: int | None) -> float:
         """Seconds per view, of the model on all cores or a GPU and of rendering on one core.
 
         Loader workers render beside the model, and on a CPU take their cores from it.
         """
-        workers = resolve_workers(workers, gpu)
+        workers = resolve_workers(workers, self.gpu)
         if not workers:
-            return model + views
-        left = max(cores - workers, 1)
-        return max(model if gpu else model * cores / left, views / workers)
+            return model + view
+        left = max(self.cores - workers, 1)
+        return max(model if self.gpu else model * self.cores / left, view / workers)
 
-    def training(section: Training, step: float) -> float:
+    def training(self, config: Config, section: Training, rates: Rates, step: float, images: int) -> float:
+        """Seconds of a training whose step takes `step` seconds per image."""
         view = rates.render + rates.decode / config.recipe.repeats
-        return START + images * section.epochs * combined(step, view, section.workers)
+        return START + images * section.epochs * self.per_view(step, view, section.workers)
 
-    views, evaluation = config.teacher_logits.views, config.evaluate
-    view = rates.render + rates.decode / min(config.recipe.block, views)
-    labelling = combined(rates.forward["teacher"], view, config.teacher_logits.workers)
-    result = {
-        "prepare": START + (images + val_images) * 2 * rates.decode / cores,
-        "teacher": training(config.teacher, rates.step["teacher"]),
-        "teacher-logits": START + images * views * labelling,
+    def labelling(self, config: Config, rates: Rates, images: int, views: int) -> float:
+        """Seconds that the teacher takes for a store."""
+        view = rates.render + rates.decode / min(config.recipe.block, views)
+        return START + images * views * self.per_view(rates.forward["teacher"], view, config.teacher_logits.workers)
+
+
+def stage_seconds(config: Config, rates: Rates, images: int, val_images: int, machine: Machine) -> dict[str, float]:
+    """Seconds per stage that `dvc repro` runs; fine-tuning is not included."""
+    evaluation, result = config.evaluate, {"prepare": START + (images + val_images) * 2 * rates.decode / machine.cores}
+    forwards = {
+        name: val_images * machine.per_view(each, rates.decode + rates.render, evaluation.workers)
+        for name, each in rates.forward.items()
+        if name != "teacher" or config.needs_teacher("train-student")
     }
+    if config.needs_teacher("train-student"):
+        step = rates.step.get("teacher")  # None: its weights are used as they are
+        trained = START + forwards["teacher"] if step is None else machine.training(config, config.teacher, rates, step, images)
+        result |= {"teacher": trained, "teacher-logits": machine.labelling(config, rates, images, config.teacher_logits.views)}
     for name in config.students:
-        result[f"train-student {name}"] = training(config.student_named(name), rates.step[name])
-    forwards = (combined(each, rates.decode + rates.render, evaluation.workers) for each in rates.forward.values())
-    result["evaluate"] = 2 * START + val_images * sum(forwards) + evaluation.throughput_seconds * len(rates.forward)
+        section = config.student_named(name)
+        result[f"train-student {name}"] = machine.training(config, section, rates, rates.step[name], images)
+    result["evaluate"] = 2 * START + sum(forwards.values()) + evaluation.throughput_seconds * len(forwards)
     return result
 
 
@@ -155,15 +191,15 @@ def bytes_written(config: Config, rates: Rates, images: int, classes: int, image
     store = estimate(store_spec(config, "train-student"), equal_shards(images, config.data.shard_samples), classes)
     return {
         "shards": image_bytes,
-        "store": store.bytes,
+        "store": store.bytes if config.needs_store("train-student") else 0,
         "checkpoints": TRAINING_STATE * sum(rates.parameters.values()),
     }
 
 
 def describe(seconds: dict[str, float], sizes: dict[str, int], device: torch.device) -> str:
     """The estimate as text."""
-    lines = [f"  {name:<24}{_duration(value)}" for name, value in seconds.items()]
-    total = _duration(sum(seconds.values()))
+    lines = [f"  {name:<24}{duration(value)}" for name, value in seconds.items()]
+    total = duration(sum(seconds.values()))
     parts = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in sizes.items())
     return "\n".join(
         [
@@ -176,7 +212,9 @@ def describe(seconds: dict[str, float], sizes: dict[str, int], device: torch.dev
     )
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:,.0f} s"
-    return f"{seconds / 60:,.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+def duration(seconds: float) -> str:
+    """Seconds, minutes, hours or days, as text."""
+    for limit, unit, length in ((90, "s", 1), (5400, "min", 60), (360_000, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / length:,.{int(unit == 'h')}f} {unit}"
+    return f"{seconds / 86_400:,.0f} days"

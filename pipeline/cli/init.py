@@ -191,7 +191,7 @@ def _print_estimate(config: Config, found: photos.Photos, device: torch.device) 
     images, classes = len(found.train.names), len(found.train.classes)
     rates = durations.measure(config, found.sample(24), classes, device)
     gpu = device.type == "cuda"
-    seconds = durations.stage_seconds(config, rates, images, len(found.val.names), available_cores(), gpu)
+    seconds = durations.stage_seconds(config, rates, images, len(found.val.names), durations.Machine(available_cores(), gpu))
     sizes = durations.bytes_written(config, rates, images, classes, found.bytes)
     print(durations.describe(seconds, sizes, device))
     if sum(seconds.values()) > 3600 and not gpu:

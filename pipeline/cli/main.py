@@ -10,7 +10,7 @@ import click
 from pipeline.cli.group import Group
 from pipeline.cli.models import export, predict
 from pipeline.cli.options import IF_NEEDED, PART, TEACHER, WHICH_STORE, WHICH_TEACHER, config_options, stage_options
-from pipeline.cli.start import configure, doctor, init
+from pipeline.cli.start import configure, doctor, estimate, init
 from pipeline.cli.store import prune, store
 from pipeline.common.errors import UsageError
 
@@ -36,9 +36,10 @@ def main() -> None:
       evaluate        report the accuracy of all models, in report.html
 
     The other commands: init writes settings for a folder of images, configure chooses an experiment, doctor
-    checks the machine, status shows how far every stage has got, views draws what a recipe produces, store
-    inspects and repairs stores, predict classifies images with a trained model, export writes it for timm,
-    ONNX Runtime and torch.export, prune frees disk space.
+    checks the machine, estimate measures it and prints what an experiment costs, status shows how far every
+    stage has got, views draws what a recipe produces, store inspects, repairs and publishes stores, predict
+    classifies images with a trained model, export writes it for timm, ONNX Runtime and torch.export, prune
+    frees disk space.
 
     \b
     Example:
@@ -282,6 +283,7 @@ def status(path: str, overrides: tuple[str, ...], watch: float | None, as_json: 
 main.add_command(init)
 main.add_command(configure)
 main.add_command(doctor)
+main.add_command(estimate)
 main.add_command(store)
 main.add_command(prune)
 main.add_command(export)

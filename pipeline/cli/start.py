@@ -1,4 +1,4 @@
-"""The commands that come first: `pipeline init`, `pipeline configure` and `pipeline doctor`."""
+"""The commands that come first: `pipeline init`, `configure`, `doctor` and `estimate`."""
 
 from __future__ import annotations
 
@@ -80,3 +80,28 @@ def doctor(path: str, overrides: tuple[str, ...]) -> None:
     from pipeline.cli import doctor
 
     doctor.run(path, overrides)
+
+
+@click.command()
+@click.option("--images", type=click.IntRange(1, 2**31 - 1), help="Number of training images, if there is no index yet.")
+@click.option("--classes", default=1000, show_default=True, type=click.IntRange(1, 65535),
+              help="Number of classes, with --images.")  # fmt: skip
+@DEVICE
+@config_options
+def estimate(path: str, overrides: tuple[str, ...], device: str, images: int | None, classes: int) -> None:
+    """Estimate time and disk space, and after how many students the store has paid for itself.
+
+    Speeds of decoding, rendering, teacher and students are measured on this machine, in about a minute. The
+    tables compare numbers of views and kinds of store, and students trained from the store with students
+    trained with the teacher in the loop. Nothing is written. For a speed that you know, of another machine,
+    see `pipeline store estimate`.
+
+    \b
+    Examples:
+      pipeline estimate
+      pipeline estimate --images 1281167
+    """
+    from pipeline.cli import estimate
+    from pipeline.config.params import load
+
+    estimate.run(load(path, overrides), find_device(device), images, classes)

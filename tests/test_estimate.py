@@ -1,0 +1,124 @@
+"""`pipeline estimate`: what an experiment costs on this machine, and when a store pays."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_store_commands import call
+from test_training import taught, taught_template  # noqa: F401  (fixtures)
+
+from pipeline.cli.durations import Machine, Rates, duration, stage_seconds
+from pipeline.cli.estimate import Images, Student, generate_picture, table_by_kind, table_by_views
+from pipeline.config.params import resolve
+from pipeline.config.store_spec import store_spec
+from pipeline.shards.images import decode
+from pipeline.store.estimate import estimate
+
+RATES = Rates(
+    decode=0.006, render=0.002, forward={"teacher": 0.1, "hard": 0.01}, step={"teacher": 0.3, "hard": 0.03},
+    parameters={"teacher": 10, "hard": 5},
+)  # fmt: skip
+IMAGES = Images([100, 100], 10, 20, None, [], "")
+
+
+def config_of(*overrides: str):
+    values = {"data": {"train": "a", "val": "b"}, "students": ["hard"], "recipe": {"size": 32}}
+    for section in ("teacher", "student", "teacher_logits", "evaluate"):
+        values[section] = {"workers": 0}
+    return resolve(values, ("student.epochs=60", "teacher_logits.views=60", *overrides), "test")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr("pipeline.cli.durations._seconds", lambda *_: 0.01)
+    monkeypatch.setattr("pipeline.cli.durations.MEASURE", 0.0)
+
+
+def test_every_stage_and_both_tables_are_printed_for_the_prepared_images(taught, quick):  # noqa: F811
+    said = call("estimate", "--device", "cpu")
+    for text in ("20 images, 3 classes", "20 of the images", "prepare", "teacher-logits", "train-student hard", "disk",
+                 "student hard", "with the teacher in the loop", "8 *", "dense *", "argmax"):  # fmt: skip
+        assert text in said
+    assert "the shards" not in said
+
+
+def test_numbers_of_images_and_classes_need_no_data(taught, quick, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    said = call("estimate", "--config", "taught/params.yaml", "--device", "cpu", "--images", "1281167", "--classes", "7")
+    assert "1,281,167 images, 7 classes" in said and "generated pictures" in said and "not included: the shards" in said
+
+
+def test_without_an_index_the_number_of_images_is_asked_for(taught, quick, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    assert "--images N" in call("estimate", "--config", "taught/params.yaml", "--device", "cpu", code=2)
+
+
+def test_nothing_is_written(taught, quick):  # noqa: F811
+    before = {path: path.stat().st_mtime_ns for path in taught_files()}
+    call("estimate", "--device", "cpu")
+    assert {path: path.stat().st_mtime_ns for path in taught_files()} == before
+
+
+def taught_files() -> list[Path]:
+    return [path for path in Path().rglob("*") if path.is_file()]
+
+
+def test_without_distillation_no_store_is_compared(taught, quick):  # noqa: F811
+    said = call("estimate", "--device", "cpu", "--set", "students=[none]", "--set", "finetune.from=[]")
+    assert "no store is needed" in said and "teacher-logits" not in said and "pays off" not in said
+
+
+def test_a_published_store_takes_the_place_of_the_teacher_s_stages(taught, quick):  # noqa: F811
+    said = call("estimate", "--device", "cpu", "--set", "teacher_logits.fetch=elsewhere")
+    assert "fetching the published store" in said and "teacher-logits  " not in said
+
+
+def test_a_store_of_a_view_per_epoch_pays_off_after_about_one_student():
+    rows = table_by_views(config_of(), IMAGES, RATES, Machine(2, False), store_spec(config_of(), "train-student"),
+                          student(), 60).splitlines()  # fmt: skip
+    views = {row.split()[0]: row for row in rows[2:-1]}
+    assert [*views] == ["30", "60"] and "60 *" in views["60"]
+    after = {number: float(row.split(" students")[0].split()[-1]) for number, row in views.items()}
+    assert 0.5 < after["30"] < after["60"] < 1.1
+
+
+def student() -> Student:
+    config, machine = config_of(), Machine(2, False)
+    each = (machine.training(config, config.student_named("hard"), RATES, step, 200) for step in (0.13, 0.03))
+    return Student(*each)
+
+
+def test_a_store_never_pays_where_rendering_is_slower_than_the_teacher():
+    config, machine, slow = config_of("student.workers=1"), Machine(2, True), replace(RATES, render=0.5)
+    online, offline = (machine.training(config, config.student_named("hard"), slow, step, 200) for step in (0.13, 0.03))
+    assert Student(online, offline).pays_after(3600) is None
+    assert Student(7200, 3600).pays_after(3600) == 1.0
+
+
+def test_kinds_have_the_bytes_of_their_estimates():
+    spec = store_spec(config_of(), "train-student")
+    table = table_by_kind(spec, IMAGES.samples, IMAGES.classes)
+    for kind in ("argmax", "topk", "dense8", "dense"):
+        row = next(line for line in table.splitlines() if line.startswith(f"{kind} "))
+        assert f"{estimate(replace(spec, kind=kind), IMAGES.samples, 10).files:,}" in row.split()
+
+
+def test_a_teacher_that_is_used_as_it_is_is_only_evaluated():
+    machine = Machine(2, False)
+    used = replace(RATES, step={"hard": 0.03})
+    seconds = stage_seconds(config_of(), used, 200, 20, machine)
+    assert seconds["teacher"] == pytest.approx(10 + 20 * (0.1 + 0.006 + 0.002))
+    assert stage_seconds(config_of(), RATES, 200, 20, machine)["teacher"] > 10 * seconds["teacher"]
+
+
+def test_generated_pictures_have_the_bytes_of_a_photograph():
+    for seed in range(2):
+        data = generate_picture(seed).getvalue()
+        assert decode(data).shape == (375, 500, 3) and 30_000 < len(data) < 200_000
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5, "5 s"), (600, "10 min"), (7200, "2.0 h"), (999_999_999, "11,574 days")]
+)
+def test_durations_have_a_unit_that_suits(seconds, text):
+    assert duration(seconds) == text
