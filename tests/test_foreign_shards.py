@@ -123,7 +123,9 @@ def test_class_names_are_read_in_the_order_of_their_numbers(in_tmp, text):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "\n", "a\n\nb", "[]", "[1]", "[", '{"a": 1, "b": 2}', '{"a": 0, "b": 0}', '{"a": "b"}', '{"0": 0.5}', "\xff"]
+    "text",
+    ["", "\n", "a\n\nb", "crane\ncat\ncrane", "[]", "[1]", "[", '{"a": 1, "b": 2}', '{"a": 0, "b": 0}', '{"a": "b"}',
+     '{"0": 0.5}', "\xff"],
 )
 def test_file_that_does_not_name_every_class_is_refused(in_tmp, text):
     Path("names").write_bytes(text.encode("latin-1"))
@@ -139,6 +141,17 @@ def test_classes_have_the_names_of_the_file_and_naming_them_decodes_nothing(in_t
     monkeypatch.setattr(splits, "index_shard", reading_anything)
     config = shards_config(in_tmp, class_names="names")
     assert prepared(config).classes == index_of(config, "val").classes == [*NAMES, "tiger shark"]
+
+
+def test_names_that_are_configured_no_more_do_not_decide_the_number_of_classes(in_tmp):
+    write_shards(in_tmp / "in", [4, 3, 5])  # labels 0 to 2
+    write_shards(in_tmp / "in", [3], "val")
+    before = prepared(shards_config(in_tmp))
+    Path("names").write_text("\n".join([*NAMES, "tiger shark", "hammerhead"]))
+    assert len(prepared(shards_config(in_tmp, class_names="names")).classes) == 5
+    after = prepared(shards_config(in_tmp))
+    assert after.classes == before.classes == ["0", "1", "2"]
+    assert after.fingerprint == before.fingerprint
 
 
 def test_too_few_names_are_refused(in_tmp):

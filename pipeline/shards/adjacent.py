@@ -1,6 +1,7 @@
 """What files next to existing shards say about them: class names, and numbers of samples."""
 
 import json
+from collections import Counter
 from contextlib import suppress
 from typing import Any
 
@@ -18,7 +19,7 @@ def read_class_names(path: str) -> list[str]:
     The file has a name per line, or is JSON: a list of names, or an object of name and number in either direction.
 
     Raises:
-        UsageError: no such file, or it does not name every class from 0 on.
+        UsageError: no such file, it does not name every class from 0 on, or two classes have the same name.
     """
     try:
         with fsspec.open(path, "rb") as file:
@@ -29,13 +30,15 @@ def read_class_names(path: str) -> list[str]:
             names.pop()  # after the last line's end
         if not names or not all(names):
             raise ValueError("an empty name" if names else "no names")
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"{repeated[0]!r} twice")
         return names
     except Exception as error:
         if not isinstance(error, ValueError | RecursionError) and not is_io_error(error):
             raise
         raise UsageError(
             f"data.class_names: {path}",
-            expected="a class name per line; or JSON: a list of names, or an object of names and their numbers",
+            expected="a different class name per line; or JSON: a list of names, or an object of names and their numbers",
             found=str(error)[:500] if isinstance(error, ValueError) else reason(error),
             do="correct the file or data.class_names",
         ) from error

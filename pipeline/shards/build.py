@@ -3,12 +3,14 @@
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import repeat
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline.common.cores import available_cores
 from pipeline.common.errors import PipelineError, UsageError
@@ -46,7 +48,7 @@ def build(config: Config, shards: ShardSet, classes: list[str], quick: bool) -> 
     signatures = _signatures(shards)
     index = _existing_index(shards, path)
     unchanged = _unchanged(shards, index, signatures, (load_cache(cache) or {}) if quick else {}) if index else set()
-    if index is None or len(unchanged) < len(shards.names) or classes not in ([], index.classes):
+    if index is None or len(unchanged) < len(shards.names) or (classes or _numbers([index.labels()])) != index.classes:
         lock = local_work(config.work) / "data" / DATA_LOCK
         with kernel_lock(lock, f"{shards.split}: waiting for another process, which prepares data there") as locked:
             if locked:
@@ -152,7 +154,7 @@ def _make(
             _check_refused(shards, [image for done in found.values() for image in done.refused])
             bar.update()
     indexed = [found[name] for name in shards.names]
-    classes = classes or [str(n) for n in range(1 + max(shard.rows["label"].max(initial=-1) for shard in indexed))]
+    classes = classes or _numbers(shard.rows["label"] for shard in indexed)
     if not classes and any(len(shard.rows) for shard in indexed):
         raise UsageError(
             f"data.{shards.split}: no sample has a label",
@@ -161,6 +163,11 @@ def _make(
         )
     if duplicate := write_index(path, shards.location, classes, indexed, shards.data.max_pixels):
         print(f"{shards.split}: duplicate key {duplicate}: every sample is named SHARD/KEY")
+
+
+def _numbers(labels: Iterable[np.ndarray]) -> list[str]:
+    """The names of classes that have none: the numbers from 0 to the largest label."""
+    return [str(number) for number in range(1 + max(int(each.max(initial=-1)) for each in labels))]
 
 
 def _indexed_before(index: Index, number: int) -> ShardIndex:
