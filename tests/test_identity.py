@@ -13,6 +13,8 @@ from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.paths import index_path, student_folder, teacher_folder
 from pipeline.config.schema import Config
 from pipeline.models.build import build_teacher
+from pipeline.models.ensemble import load_members
+from pipeline.models.pretrained import load_pretrained
 from pipeline.models.teacher import describe_teacher, load_teacher, save_teacher
 from pipeline.models.weights import read_weights, save_weights, weights_hash
 from pipeline.shards.index import Index
@@ -258,3 +260,21 @@ def test_a_teacher_of_other_classes_is_refused_although_there_are_as_many(taught
     load_teacher(taught, names, CPU)
     with pytest.raises(PipelineError, match=r"(?s)other classes than the index.*class 1 being"):
         load_teacher(taught, [names[0], "another", *names[2:]], CPU)
+
+
+def test_weights_published_with_as_many_other_classes_need_a_class_map(taught):  # noqa: F811
+    names = Index(index_path(taught, "train")).classes
+    swapped = [names[1], names[0], names[2]]
+    (teacher_folder(taught) / "weights.safetensors").rename("t.safetensors")
+    model = "model: regnety_002, kwargs: {depth: 8, output_stride: 8}, weights: t.safetensors"
+    section = loaded("teacher.weights=t.safetensors", f"teacher.ensemble=[{{{model}}}]").teacher
+    for known in (names, ["0", "1", "2"]):
+        assert load_pretrained(section, known, Path("checksums"))[1]
+        load_members(section, known, Path("checksums"))
+    for load in (load_pretrained, load_members):
+        with pytest.raises(PipelineError, match="(?s)weights of other classes than the index.*class 0 being.*class_map"):
+            load(section, swapped, Path("checksums"))
+    mapped = section.model_copy(update={"class_map": {name: names.index(name) for name in names}})
+    as_indexed, as_swapped = (load_pretrained(mapped, order, Path("checksums"))[0] for order in (names, swapped))
+    bias = "model.head.fc.bias"
+    assert torch.equal(as_indexed.state_dict()[bias][[1, 0, 2]], as_swapped.state_dict()[bias])

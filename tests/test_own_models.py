@@ -22,6 +22,7 @@ from pipeline.models.description import load_model
 from pipeline.models.provenance import teacher_architecture
 from pipeline.models.weights import read_weights, save_weights
 from pipeline.report.entries import list_entries
+from pipeline.report.entries import load_model as load_entry
 from pipeline.report.settings import loading_code
 from pipeline.training.identity import configured_finetune, configured_student, configured_teacher
 from stages import finetune, prepare, teacher, teacher_logits, train_student
@@ -149,8 +150,12 @@ def test_results_of_a_changed_source_are_not_taken_for_the_new_ones(own):
         teacher_logits.run(config, CPU)
     with pytest.raises(PipelineError, match="(?s)the source that it was trained with.*mine/nets.py"):
         load_model(student_folder(own, "hard") / "weights.safetensors", own.own_models)
+    (entry,) = [each for each in list_entries(own) if each.name == "hard"]
+    with pytest.raises(PipelineError, match="weights of a model of another source"):
+        load_entry(own, entry, ["cat", "dog", "eel"], CPU)
     train_student.run(own, CPU, "hard", teacher="stored")
     assert first != json.loads((student_folder(own, "hard") / "metrics.json").read_text())["run"]
+    load_entry(own, entry, ["cat", "dog", "eel"], CPU)
 
 
 def test_a_source_that_is_edited_during_training_is_not_the_one_that_is_published(own):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from timm.data import ImageNetInfo  # pyright: ignore[reportPrivateImportUsage]
 
-from pipeline.common.errors import UsageError
+from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.validation import short_repr
 
 State = dict[str, torch.Tensor]
@@ -44,6 +44,28 @@ def class_numbers(class_map: ClassMap, classes: Sequence[str]) -> list[int]:
             do="correct the names: index.json lists the classes",
         )
     return [numbers[name] for name in classes]
+
+
+def check_same_classes(what: str, published: Sequence[str], classes: Sequence[str], do: str) -> None:
+    """Check that weights were published with the classes of the index, in its order.
+
+    Where either has no names but numbers, as existing shards may have, only the number of classes is compared.
+
+    Raises:
+        PipelineError: they were not; `what` and `do` are for its message.
+    """
+    published, classes = list(published), list(classes)
+    unnamed = [str(number) for number in range(len(classes))]
+    if len(published) == len(classes) and (published == classes or unnamed in (published, classes)):
+        return
+    number = next((i for i, pair in enumerate(zip(published, classes, strict=False)) if pair[0] != pair[1]), None)
+    at = "" if number is None else f", class {number} being {{}}"
+    raise PipelineError(
+        f"{what} of other classes than the index",
+        expected=f"{len(classes):,} classes" + at.format(repr(classes[number or 0])),
+        found=f"{len(published):,} classes" + at.format(repr(published[number or 0])),
+        do=do,
+    )
 
 
 def _label_set(name: str) -> dict[str, int]:

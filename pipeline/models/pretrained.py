@@ -11,8 +11,8 @@ from pipeline.common.errors import PipelineError
 from pipeline.config.schema import Student, Teacher
 from pipeline.models.adapt import convert_distillation_token, load_resized_weights
 from pipeline.models.build import NormalizedModel, build_teacher
-from pipeline.models.class_map import State, class_numbers, select_classes
-from pipeline.models.weights import check_timm_tag, load_weights, read_external_weights
+from pipeline.models.class_map import State, check_same_classes, class_numbers, select_classes
+from pipeline.models.weights import check_timm_tag, load_weights, published_classes, read_external_weights
 
 
 def classifier_modules(model: Any) -> list[nn.Module]:
@@ -59,7 +59,7 @@ def load_pretrained(section: Teacher, classes: Sequence[str], checksums: Path) -
 
     Raises:
         UsageError: no such tag, or a class map for other classes.
-        PipelineError: no network, or weights of another model.
+        PipelineError: no network, weights of another model, or weights that were published with as many other classes.
     """
     state = read_source(section, checksums, **section.kwargs)
     if section.timm_tag:
@@ -74,6 +74,10 @@ def fit_weights(section: Teacher, model: nn.Module, state: State, classes: Seque
     if section.class_map is not None:
         state = select_classes(state, output_names(model), class_numbers(section.class_map, classes), source)
     state, new = replace_classifiers(model, state)
+    published = None if new or section.class_map is not None or section.timm_tag else published_classes(Path(source))
+    if published:
+        do = "set teacher.class_map: the number that each class of the index, in its order, has in the weights"
+        check_same_classes(f"{source}: weights", published, classes, do)
     load_weights(model, state, source)
     return not new
 

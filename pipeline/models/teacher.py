@@ -13,6 +13,7 @@ from pipeline.config.paths import NOT_NEEDED, teacher_folder
 from pipeline.config.schema import Config, Teacher, TeacherLogits
 from pipeline.config.validation import differences
 from pipeline.models.build import NormalizedModel, OwnModel, build_teacher
+from pipeline.models.class_map import check_same_classes
 from pipeline.models.compiling import compile_model
 from pipeline.models.ensemble import Ensemble, join, resize_pictures
 from pipeline.models.provenance import teacher_architecture
@@ -104,31 +105,14 @@ def load_teacher(
             found="(published, configured) " + "; ".join(others[:8]),
             do=f"run: {command}",
         )
-    if described and not same_classes(described["classes"], classes):
-        raise _other_classes(path, described["classes"], list(classes), command)
+    if described:
+        check_same_classes(f"{path}: a teacher", described["classes"], classes, f"run: {command}")
     members = [
         member.model_copy(update={"drop_path": 0.0, "model": member.timm_tag or member.model}) for member in section.members
     ]
     teacher = join(section, [build_teacher(member, len(classes)) for member in members])
     load_weights(teacher.model, state, str(path))
     return teacher.to(device).eval()
-
-
-def same_classes(published: Sequence[str], classes: Sequence[str]) -> bool:
-    """Whether classes agree: in number and name, or only in number where either has none, as existing shards have none."""
-    unnamed = [str(number) for number in range(len(classes))]
-    return len(published) == len(classes) and (list(published) == list(classes) or unnamed in (published, list(classes)))
-
-
-def _other_classes(path: Path, published: list[str], classes: list[str], command: str) -> PipelineError:
-    number = next((i for i, pair in enumerate(zip(published, classes, strict=False)) if pair[0] != pair[1]), None)
-    at = "" if number is None else f", class {number} being {{}}"
-    return PipelineError(
-        f"{path}: a teacher of other classes than the index",
-        expected=f"{len(classes):,} classes" + at.format(repr(classes[number or 0])),
-        found=f"{len(published):,} classes" + at.format(repr(published[number or 0])),
-        do=f"run: {command}",
-    )
 
 
 def check_input_size(model: NormalizedModel, size: int, do: str, name: str = "the teacher") -> None:

@@ -85,6 +85,20 @@ def read_saved_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, A
     return _read(path, own=True)
 
 
+def published_classes(path: Path) -> list[str] | None:
+    """The class names that weights were published with, see `pipeline.models.description`; None if they have none."""
+    if path.suffix != ".safetensors":
+        return None
+    with safetensors.safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(DIGEST)
+    found: Any = json.loads(text) if text else None
+    for key, kind in (("about", dict), (DESCRIPTION, dict), ("classes", list)):
+        found = found.get(key) if isinstance(found, dict) else None
+        if not isinstance(found, kind):
+            return None
+    return found
+
+
 def read_external_weights(path: Path, checksums: Path) -> dict[str, torch.Tensor]:
     """Read weights from elsewhere, as `read_weights`; their SHA-256 is recorded at first use and compared afterwards.
 

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import torch
 
+from pipeline.common.code import source_digest
 from pipeline.common.errors import PipelineError
 from pipeline.config.paths import FINETUNED, TEACHER, evaluated_models
 from pipeline.config.schema import Config, Student, Training
+from pipeline.config.types import is_own_model
 from pipeline.models.adapt import load_resized_weights
 from pipeline.models.build import NormalizedModel, build_student
 from pipeline.models.teacher import load_teacher
-from pipeline.models.weights import read_saved_weights
+from pipeline.models.weights import DESCRIPTION, read_saved_weights
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def load_model(
     """Load an entry's model in eval mode on the device, at `size` pixels instead of its own if given.
 
     Raises:
-        PipelineError: no weights, damaged ones, or weights of another run than the metrics next to them.
+        PipelineError: no weights, damaged ones, weights of another run than the metrics next to them, or of another
+            source than that of the student's own model now.
     """
     if entry.student is None:
         return load_teacher(config, classes, device)
@@ -100,6 +103,14 @@ def load_model(
             expected=f"weights of the run named in {metrics}",
             found=f"run {metadata['run']}",
             do=f"run: pipeline {entry.command} (or dvc repro)",
+        )
+    code = source_digest(entry.model) if is_own_model(entry.model) else None
+    if code != (published := metadata.get(DESCRIPTION, {}).get("code")):
+        raise PipelineError(
+            f"{entry.weights}: weights of a model of another source",
+            expected=f"{entry.model} as it is now, SHA-256 {code}",
+            found=f"SHA-256 {published}",
+            do=f"restore its source, or run: pipeline {entry.command} (or dvc repro)",
         )
     load_resized_weights(model, state, str(entry.weights))
     return model.to(device).eval()
