@@ -12,7 +12,8 @@ from pipeline.config.paths import evaluation_folder, store_path, teacher_logits_
 from pipeline.config.schema import Config
 from pipeline.models.adapt import load_resized_weights
 from pipeline.models.build import build_student
-from pipeline.models.weights import read_weights
+from pipeline.models.class_map import check_same_classes
+from pipeline.models.weights import published_classes, read_weights
 from pipeline.report.analysis import Analysis, analyze
 from pipeline.report.entries import Entry, list_entries, require_weights
 from pipeline.report.evaluator import Evaluator
@@ -99,9 +100,11 @@ def run_weights(
         model: the timm model that the weights are for; that of `student` if not given.
 
     Raises:
-        UsageError, PipelineError: no such model, or the weights are for another one.
+        UsageError, PipelineError: no such model, or the weights are for another one, or for other classes.
     """
     val = open_index(config, "val")
+    if classes := published_classes(Path(weights)):
+        check_same_classes(f"{weights}: weights", classes, val.classes, "use a data set of the same classes, in this order")
     student = config.student if model is None else config.student.model_copy(update={"model": model, "kwargs": {}})
     built = build_student(student, config.recipe, len(val.classes), size)
     load_resized_weights(built, read_weights(weights), weights)

@@ -31,11 +31,12 @@ from pipeline.config.schema import Recipe, Student
 from pipeline.models.build import build_student, build_teacher, parameter_count
 from pipeline.models.evaluation import classifiers, disagreement, multiply_adds, top_k_accuracy
 from pipeline.models.teacher import save_teacher
-from pipeline.models.weights import read_weights, save_weights
+from pipeline.models.weights import DESCRIPTION, read_weights, save_weights
 from pipeline.report.analysis import Analysis
 from pipeline.report.classes import class_results, confusions
 from pipeline.report.comparison import Predictions, find_headline
 from pipeline.report.entries import Entry, list_entries
+from pipeline.report.entries import load_model as load_entry
 from pipeline.report.evaluator import Evaluator
 from pipeline.report.examples import Example, ExampleView, draw_examples, training_examples
 from pipeline.report.grid import Cell, Section
@@ -600,6 +601,17 @@ def test_weights_of_another_model_than_the_named_one_are_refused(mini, tmp_path)
         evaluate.run_weights(config, device, source, "deit_small_distilled_patch16_224", 16)
     with pytest.raises(UsageError, match="such as deit"):
         evaluate.run_weights(config, device, source, "deit_smal_distilled_patch16_224", 16)
+
+
+def test_weights_of_other_classes_than_those_of_validation_are_refused(mini, tmp_path):
+    config, device = mini
+    entry, val = next(each for each in list_entries(config) if each.name == "token"), Index(index_path(config, "val"))
+    moved = dataclasses.replace(entry, folder=tmp_path)
+    save_weights(moved.weights, load_entry(config, entry, val.classes, device).model, {DESCRIPTION: {"classes": val.classes[::-1]}})
+    with pytest.raises(PipelineError, match="(?s)other classes than the index.*class 0 being"):
+        load_entry(config, moved, val.classes, device)
+    with pytest.raises(PipelineError, match="(?s)other classes than the index.*class 0 being"):
+        evaluate.run_weights(config, device, str(moved.weights), None, 16)
 
 
 def test_weights_of_another_run_than_the_metrics_next_to_them_are_refused(mini):

@@ -221,6 +221,14 @@ def test_a_damaged_parquet_file_is_refused(in_tmp, damage):
     assert "train.parquet" in refusal(table_config(in_tmp, "train.parquet", data__val_fraction=0.5))
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_two_columns_of_one_name_are_refused(in_tmp, kind):
+    separator = {"csv": ",", "tsv": "\t"}[kind]
+    lines = [("path", "label", "label"), *((path, label, "other") for path, label in images(in_tmp))]
+    (in_tmp / f"train.{kind}").write_text("\n".join(map(separator.join, lines)))
+    assert "column 'label' twice" in refusal(table_config(in_tmp, f"train.{kind}", data__val_fraction=0.5))
+
+
 def test_the_same_table_for_both_splits_is_refused(in_tmp):
     write_table(in_tmp / "train.csv", images(in_tmp))
     assert "in several rows" in refusal(table_config(in_tmp, val="train.csv"))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from pipeline.config.schema import Config, Student, Training
 from pipeline.config.types import is_own_model
 from pipeline.models.adapt import load_resized_weights
 from pipeline.models.build import NormalizedModel, build_student
+from pipeline.models.class_map import check_same_classes
 from pipeline.models.teacher import load_teacher
 from pipeline.models.weights import DESCRIPTION, read_saved_weights
 
@@ -89,8 +91,8 @@ def load_model(
     """Load an entry's model in eval mode on the device, at `size` pixels instead of its own if given.
 
     Raises:
-        PipelineError: no weights, damaged ones, weights of another run than the metrics next to them, or of another
-            source than that of the student's own model now.
+        PipelineError: no weights, damaged ones, or weights of another run than the metrics next to them, of other
+            classes, or of another source of a model of one's own.
     """
     if entry.student is None:
         return load_teacher(config, classes, device)
@@ -104,13 +106,25 @@ def load_model(
             found=f"run {metadata['run']}",
             do=f"run: pipeline {entry.command} (or dvc repro)",
         )
+    _check_description(entry, metadata.get(DESCRIPTION, {}), classes)
+    load_resized_weights(model, state, str(entry.weights))
+    return model.to(device).eval()
+
+
+def _check_description(entry: Entry, described: dict[str, Any], classes: list[str]) -> None:
+    """Check that an entry's weights are of these classes and, if its model is one's own, of its source as it is now.
+
+    Raises:
+        PipelineError: they are not.
+    """
+    do = f"run: pipeline {entry.command} (or dvc repro)"
+    if "classes" in described:
+        check_same_classes(f"{entry.weights}: weights", described["classes"], classes, do)
     code = source_digest(entry.model) if is_own_model(entry.model) else None
-    if code != (published := metadata.get(DESCRIPTION, {}).get("code")):
+    if code != described.get("code"):
         raise PipelineError(
             f"{entry.weights}: weights of a model of another source",
             expected=f"{entry.model} as it is now, SHA-256 {code}",
-            found=f"SHA-256 {published}",
-            do=f"restore its source, or run: pipeline {entry.command} (or dvc repro)",
+            found=f"SHA-256 {described.get('code')}",
+            do=f"restore its source, or {do}",
         )
-    load_resized_weights(model, state, str(entry.weights))
-    return model.to(device).eval()

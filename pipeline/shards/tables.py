@@ -214,7 +214,10 @@ def _records(table: Path) -> Iterator[dict[str, Any]]:
                 yield record
         else:
             delimiter = "\t" if kind == "tsv" else ","
-            yield from csv.DictReader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
+            reader = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
+            if repeated := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1 and name]:
+                raise ValueError(f"column {repeated[0]!r} twice")
+            yield from reader
 
 
 def _parquet_records(table: Path) -> Iterator[dict[str, Any]]:
