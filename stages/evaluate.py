@@ -13,7 +13,7 @@ from pipeline.config.schema import Config
 from pipeline.models.adapt import load_resized_weights
 from pipeline.models.build import build_student
 from pipeline.models.class_map import check_same_classes
-from pipeline.models.weights import published_classes, read_weights
+from pipeline.models.weights import read_description, read_weights
 from pipeline.report.analysis import Analysis, analyze
 from pipeline.report.entries import Entry, list_entries, require_weights
 from pipeline.report.evaluator import Evaluator
@@ -103,7 +103,7 @@ def run_weights(
         UsageError, PipelineError: no such model, or the weights are for another one, or for other classes.
     """
     val = open_index(config, "val")
-    if classes := published_classes(Path(weights)):
+    if classes := read_description(Path(weights)).get("classes"):
         check_same_classes(f"{weights}: weights", classes, val.classes, "use a data set of the same classes, in this order")
     student = config.student if model is None else config.student.model_copy(update={"model": model, "kwargs": {}})
     built = build_student(student, config.recipe, len(val.classes), size)

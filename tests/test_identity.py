@@ -262,7 +262,7 @@ def test_a_teacher_of_other_classes_is_refused_although_there_are_as_many(taught
         load_teacher(taught, [names[0], "another", *names[2:]], CPU)
 
 
-def test_weights_published_with_as_many_other_classes_need_a_class_map(taught):  # noqa: F811
+def test_weights_published_for_other_classes_or_input_are_not_used_as_they_are(taught):  # noqa: F811
     names = Index(index_path(taught, "train")).classes
     swapped = [names[1], names[0], names[2]]
     (teacher_folder(taught) / "weights.safetensors").rename("t.safetensors")
@@ -274,6 +274,8 @@ def test_weights_published_with_as_many_other_classes_need_a_class_map(taught): 
     for load in (load_pretrained, load_members):
         with pytest.raises(PipelineError, match="(?s)weights of other classes than the index.*class 0 being.*class_map"):
             load(section, swapped, Path("checksums"))
+    with pytest.raises(PipelineError, match="(?s)another normalization.*std"):
+        load_pretrained(section.model_copy(update={"std": (0.5, 0.5, 0.5)}), names, Path("checksums"))
     mapped = section.model_copy(update={"class_map": {name: names.index(name) for name in names}})
     as_indexed, as_swapped = (load_pretrained(mapped, order, Path("checksums"))[0] for order in (names, swapped))
     bias = "model.head.fc.bias"

@@ -12,7 +12,7 @@ from pipeline.config.schema import Student, Teacher
 from pipeline.models.adapt import convert_distillation_token, load_resized_weights
 from pipeline.models.build import NormalizedModel, build_teacher
 from pipeline.models.class_map import State, check_same_classes, class_numbers, select_classes
-from pipeline.models.weights import check_timm_tag, load_weights, published_classes, read_external_weights
+from pipeline.models.weights import check_timm_tag, load_weights, read_description, read_external_weights
 
 
 def classifier_modules(model: Any) -> list[nn.Module]:
@@ -59,7 +59,7 @@ def load_pretrained(section: Teacher, classes: Sequence[str], checksums: Path) -
 
     Raises:
         UsageError: no such tag, or a class map for other classes.
-        PipelineError: no network, weights of another model, or weights that were published with as many other classes.
+        PipelineError: no network, weights of another model, or weights that were published for other classes or input.
     """
     state = read_source(section, checksums, **section.kwargs)
     if section.timm_tag:
@@ -74,12 +74,30 @@ def fit_weights(section: Teacher, model: nn.Module, state: State, classes: Seque
     if section.class_map is not None:
         state = select_classes(state, output_names(model), class_numbers(section.class_map, classes), source)
     state, new = replace_classifiers(model, state)
-    published = None if new or section.class_map is not None or section.timm_tag else published_classes(Path(source))
-    if published:
-        do = "set teacher.class_map: the number that each class of the index, in its order, has in the weights"
-        check_same_classes(f"{source}: weights", published, classes, do)
+    if not new and not section.timm_tag:
+        _check_published(section, source, read_description(Path(source)), classes)
     load_weights(model, state, source)
     return not new
+
+
+def _check_published(section: Teacher, source: str, described: dict[str, Any], classes: Sequence[str]) -> None:
+    """Check that weights that are used as they are were published for the same classes and the same input.
+
+    Raises:
+        PipelineError: they were not.
+    """
+    if section.class_map is None and "classes" in described:
+        do = "set class_map: the number that each class of the index, in its order, has in the weights"
+        check_same_classes(f"{source}: weights", described["classes"], classes, do)
+    for key in ("mean", "std"):
+        own = list(getattr(section, key))
+        if described.get(key, own) != own:
+            raise PipelineError(
+                f"{source}: weights of a model with another normalization",
+                expected=f"{key} {own}, as configured for the teacher",
+                found=f"{key} {described[key]}",
+                do=f"set the teacher's {key} to the latter",
+            )
 
 
 def load_student_weights(section: Student, model: NormalizedModel, checksums: Path) -> list[str]:

@@ -85,18 +85,15 @@ def read_saved_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, A
     return _read(path, own=True)
 
 
-def published_classes(path: Path) -> list[str] | None:
-    """The class names that weights were published with, see `pipeline.models.description`; None if they have none."""
+def read_description(path: Path) -> dict[str, Any]:
+    """What weights that were published here say about themselves, see `pipeline.models.description`; otherwise empty."""
     if path.suffix != ".safetensors":
-        return None
+        return {}
     with safetensors.safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get(DIGEST)
-    found: Any = json.loads(text) if text else None
-    for key, kind in (("about", dict), (DESCRIPTION, dict), ("classes", list)):
-        found = found.get(key) if isinstance(found, dict) else None
-        if not isinstance(found, kind):
-            return None
-    return found
+    about = json.loads(text)["about"] if text else {}
+    described = about.get(DESCRIPTION) if isinstance(about, dict) else None
+    return described if isinstance(described, dict) else {}
 
 
 def read_external_weights(path: Path, checksums: Path) -> dict[str, torch.Tensor]:
