@@ -38,8 +38,7 @@ from layouts import SAMPLES, SHARDS, Case, Layout, Mapped, Ours, make_index
 from machine import conditions, disk_usage, filesystem, sync
 from results import head, print_goals, ratios, rotated, row, spread
 
-from pipeline.store.encoding import KINDS
-
+KINDS = ("argmax", "topk", "dense", "dense8")
 NARROW = ("argmax", "topk")
 LAYOUTS = {"ours": Ours, "memmap": Mapped}
 Seconds = dict[str, list[float]]

@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from pipeline.api.batches import Batches, StudentBatch, open_batches
     from pipeline.common.errors import PipelineError
     from pipeline.config.params import load as load_config
-    from pipeline.training.losses import base_loss, hard_loss, soft_loss
+    from pipeline.training.losses import base_loss, hard_loss, sampled_loss, soft_loss
 
 __version__ = "0.1.0"
 __all__ = [
-    "Batches", "PipelineError", "StudentBatch", "base_loss", "hard_loss", "load_config", "open_batches", "soft_loss",
+    "Batches", "PipelineError", "StudentBatch", "base_loss", "hard_loss", "load_config", "open_batches",
+    "sampled_loss", "soft_loss",
 ]  # fmt: skip
 
 _PUBLIC = {
@@ -26,6 +27,7 @@ _PUBLIC = {
     "hard_loss": ("pipeline.training.losses", "hard_loss"),
     "load_config": ("pipeline.config.params", "load"),
     "open_batches": ("pipeline.api.batches", "open_batches"),
+    "sampled_loss": ("pipeline.training.losses", "sampled_loss"),
     "soft_loss": ("pipeline.training.losses", "soft_loss"),
 }
 

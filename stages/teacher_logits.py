@@ -64,7 +64,7 @@ def run(
     if dry_run:
         return
     share = part or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-    arguments = (path, identity, index, spec.views, spec.kind, spec.top_k, spec.precision)
+    arguments = (path, identity, index, spec.views, spec.kind, spec.k, spec.precision)
     # a complete store needs no lock, for which a read-only disk has no place
     store, bad, verified = StoreWriter.open_complete(*arguments), [], []
     if store and share[0] and not part:
@@ -111,7 +111,8 @@ def from_teacher(config: Config, spec: StoreSpec, index: Index, device: torch.de
         forward = TeacherForward(teacher, config.teacher_logits, spec.teacher_size)
         UnitWorker(config.teacher_logits, store, forward, device, store.write_unit).compute(units)
 
-    return Origin(spec, StoreIdentity(index.fingerprint, spec.recipe, described), library_versions(), compute)
+    identity = StoreIdentity(index.fingerprint, spec.recipe, described, spec.sampling)
+    return Origin(spec, identity, library_versions(), compute)
 
 
 def from_publication(spec: StoreSpec, index: Index) -> Origin:
@@ -125,9 +126,9 @@ def from_publication(spec: StoreSpec, index: Index) -> Origin:
     published = source.publication
     print(f"{source.where}: {published.describe()}")
     check_belongs(source, index, spec)
-    spec = replace(spec, precision=published.precision, top_k=published.top_k)
+    spec = replace(spec, precision=published.precision, k=published.k)
     return Origin(
-        spec, StoreIdentity(index.fingerprint, spec.recipe, published.teacher), published.versions,
+        spec, StoreIdentity(index.fingerprint, spec.recipe, published.teacher, spec.sampling), published.versions,
         compute=lambda store, units: UnitFetcher(source, store, spec.kind).compute(units),
         check=lambda store: check_as_published(store, source, spec),
     )  # fmt: skip
@@ -175,6 +176,8 @@ def describe(spec: StoreSpec, index: Index, path: str) -> str:
         f" {count_of(size.units, 'unit')}\n"
         f"  {spec.kind}: about {size.bytes / 1e6:,.1f} MB, {size.bytes_per_view:.2f} bytes per view: {path}"
     )
-    if spec.kind == "topk" and len(index.classes) < spec.top_k:
-        text += f"\n  top_k {spec.top_k}: there are {len(index.classes)} classes, and all are stored"
+    if spec.sampling is not None:
+        text += f"\n  drawn: {count_of(spec.k, 'class')} per view, at temperature {spec.sampling['tau']:g}"
+    if spec.kind == "topk" and len(index.classes) < spec.k:
+        text += f"\n  top_k {spec.k}: there are {len(index.classes)} classes, and all are stored"
     return text

@@ -39,7 +39,8 @@ def run(
     settings = student or config.student_named(name)
     if settings.distillation == "soft" and teacher == "stored" and config.teacher_logits.kind == "argmax":
         raise UsageError(
-            f"student {name}: soft distillation", expected="teacher_logits.kind topk, dense8 or dense", found="argmax",
+            f"student {name}: soft distillation", expected="teacher_logits.kind topk, dense8, dense or sampled",
+            found="argmax",
             do="run teacher-logits with such a kind; or use hard distillation, or --teacher online",
         )  # fmt: skip
     train, val = (open_index(config, split) for split in ("train", "val"))

@@ -57,6 +57,19 @@ def test_every_row_is_what_the_store_holds_for_this_image_and_view(taught, kind)
             assert row["others"] == pytest.approx(float(logits.sum() - values.sum()), abs=1e-2)  # the third class
 
 
+def test_drawn_classes_are_exported_as_they_are_stored(taught):  # noqa: F811
+    drawn = "teacher_logits.kind=sampled", "teacher_logits.samples=3", "students=[hard]"
+    teacher_logits.run(loaded(*drawn), CPU)
+    rows = exported("sampled", "--set", drawn[1], "--set", drawn[2])
+    store = find_store(loaded(*drawn), store_spec(loaded(*drawn), "train-student"))
+    assert len(rows) == 20 * 8 and "top_classes" not in rows[0]
+    for row in rows:
+        shard = store.index.names.index(row["shard"])
+        (place,) = np.flatnonzero(store.index.rows(shard)["key"] == row["key"].encode())
+        stored = store.read(shard, row["view"], "sampled")
+        assert row["sampled_classes"] == stored.payload[place].tolist() and row["argmax"] == stored.argmax[place]
+
+
 def test_the_same_store_gives_the_same_file_which_names_it(taught):  # noqa: F811
     exported("dense")
     first = FILE.read_bytes()

@@ -89,7 +89,7 @@ def answering(kind: str, monkeypatch) -> StoredTeacher:
 
     def stored(store: SimpleNamespace, batch: Batch, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         count, width = batch.labels.numel(), payload_width(kind, store.classes, 2)
-        types = {"dense": torch.float16, "dense8": torch.uint8, "topk": torch.uint16}
+        types = {"dense": torch.float16, "dense8": torch.uint8, "topk": torch.uint16, "sampled": torch.uint16}
         payload = torch.zeros(count, width, dtype=types[kind]) if kind in types else None
         return torch.zeros(count, dtype=torch.int64), payload
 
@@ -140,6 +140,7 @@ CASES = {
     "soft": (SOFT, "dense", 8),
     "soft_dense8": (SOFT, "dense8", 8),
     "soft_topk": (SOFT, "topk", 8),
+    "soft_sampled": (SOFT, "sampled", 8),
     "online": (SOFT, "online", 6),
     "accumulated": ({"accumulation": 2, "clip_grad": 1.0}, "argmax", 14),
     "float16": ({"precision": "float16", "clip_grad": 1.0, "accumulation": 2}, "argmax", 14),
@@ -176,7 +177,7 @@ def test_a_batch_is_copied_on_a_stream_of_its_own_and_computing_waits_for_it(in_
 
 @pytest.mark.parametrize(
     ("kind", "precision"),
-    [("argmax", "float32"), *((kind, "bfloat16") for kind in ("argmax", "topk", "dense8", "dense"))],
+    [("argmax", "float32"), *((kind, "bfloat16") for kind in ("argmax", "topk", "dense8", "dense", "sampled"))],
 )
 def test_labelling_units_waits_for_predictions_alone(in_tmp, small_set, diary, monkeypatch, kind, precision):
     config, index = small_set

@@ -42,7 +42,7 @@ from pipeline.store.reader import Store, StoreIdentity
 from pipeline.store.writer import StoreWriter
 from stages import needed, prepare, teacher, teacher_logits, train_student
 
-KINDS = ("argmax", "topk", "dense8", "dense")
+KINDS = ("argmax", "topk", "dense8", "dense", "sampled")
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("KILLS", "3"))
 

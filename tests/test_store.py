@@ -30,6 +30,7 @@ from pipeline.store.encoding import DTYPES, KINDS, payload_width, to_numpy
 from pipeline.store.estimate import equal_shards, estimate
 from pipeline.store.manifest import build_manifest, damaged_units, read_manifest, store_bytes, write_manifest
 from pipeline.store.reader import Store, StoreIdentity
+from pipeline.store.sampling import draw_classes
 from pipeline.store.writer import StoreWriter, sweep_store
 from pipeline.views.draw import group_count
 
@@ -39,6 +40,7 @@ RECIPE = Recipe(size=16, group_size=4, repeats=1, block=2)
 BLOCK, CLASSES, TOP_K, VIEWS = 2, 7, 3, 4
 SAMPLES = (6, 5, 3)  # three shards; the last is ragged in its groups too
 TEACHER = {"model": "toy", "weights": "0" * 32}
+DRAWS = {"samples": TOP_K, "tau": 1.0, "version": 1}
 
 
 class Rows:
@@ -57,7 +59,8 @@ class Rows:
 
 def create(path, kind="argmax", views=VIEWS, top_k=TOP_K, precision="float32", **identity) -> Store:
     recipe, index = identity.get("recipe", RECIPE), identity.get("index", Rows())
-    named = StoreIdentity(index.fingerprint, recipe, identity.get("teacher", TEACHER))
+    sampling = identity.get("sampling", DRAWS if kind == "sampled" else None)
+    named = StoreIdentity(index.fingerprint, recipe, identity.get("teacher", TEACHER), sampling)
     return StoreWriter.create(str(path), named, index, views, kind, top_k, precision)
 
 
@@ -67,7 +70,9 @@ def opened(path) -> Store:
 
 def encode(kind: str, logits: torch.Tensor, top_k: int) -> tuple[np.ndarray, np.ndarray | None]:
     """As the store keeps them."""
-    argmax, payload = kinds.encode(kind, logits, top_k)
+    offsets = torch.linspace(0.01, 0.99, len(logits), dtype=torch.float64)
+    samples = draw_classes(logits, offsets, top_k, 1.0) if kind == "sampled" else None
+    argmax, payload = kinds.encode(kind, logits, top_k, samples)
     return to_numpy("argmax", argmax), None if payload is None else to_numpy(kind, payload)
 
 
@@ -130,6 +135,7 @@ def copy(filled, tmp_path):
 
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
+DIMENSION = {"topk": "packed", "dense": "class", "dense8": "class", "sampled": "sample"}
 
 
 # write and read
@@ -217,7 +223,7 @@ def test_xarray_opens_it_with_named_dimensions(kind, filled):
     with xarray.open_zarr(filled(kind), consolidated=False) as data:
         assert data["argmax"].dims == ("view", "row") and data["check"].dims == ("view", "shard", "slot")
         if kind != "argmax":
-            assert data[kind].dims == ("view", "row", {"topk": "packed", "dense": "class", "dense8": "class"}[kind])
+            assert data[kind].dims == ("view", "row", DIMENSION[kind])
         row = 1 * max(SAMPLES) + 4  # shard by shard, with equal capacity
         assert int(data["argmax"][3, row]) == predictions_of(Unit(1, 1), kind)[0]["argmax"][1, 4]
 
@@ -713,7 +719,8 @@ def test_an_estimate_has_the_bytes_and_files_of_the_chunks(kind, samples, tmp_pa
             buffers[kind] = rng.integers(0, 99, (BLOCK, count, payload_width(kind, CLASSES, TOP_K))).astype(DTYPES[kind])
         store.write_unit(unit, buffers, np.zeros((BLOCK, group_count(count, 4)), np.uint64))
     spec = store_spec(Config(), "train-student")
-    spec = replace(spec, recipe=RECIPE, views=VIEWS, kind=kind, top_k=TOP_K)
+    draws = DRAWS if kind == "sampled" else None
+    spec = replace(spec, recipe=RECIPE, views=VIEWS, kind=kind, k=TOP_K, sampling=draws)
     found, files = estimate(spec, samples, CLASSES), chunks(tmp_path / "s.zarr")
     assert (found.files, found.bytes) == (len(files), sum(file.stat().st_size for file in files))
     assert found.rows == sum(samples)

@@ -43,6 +43,8 @@ class StudentBatch(NamedTuple):
     step: int
     step_samples: int
     """Samples in the step over all ranks and accumulation steps: the divisor of a loss that is summed over samples."""
+    drawn: torch.Tensor | None = None
+    """Classes drawn from the teacher's softmax, int64 (N, k), for `sampled_loss`; None unless the store is of them."""
 
     def without_padding(self) -> "StudentBatch":
         """The batch without its unused slots, for a loss that averages over the batch; N then differs between steps."""
@@ -52,6 +54,7 @@ class StudentBatch(NamedTuple):
             targets=self.targets[used],
             argmax=None if self.argmax is None else self.argmax[used],
             logits=None if self.logits is None else self.logits[used],
+            drawn=None if self.drawn is None else self.drawn[used],
             weights=self.weights[used],
         )
 
@@ -129,6 +132,7 @@ class Batches:
             weights=batch.weights.flatten(),
             step=step,
             step_samples=self._plan.weight(step),
+            drawn=None if predictions is None else predictions.samples,
         )
 
 
@@ -154,7 +158,8 @@ def open_batches(
             distillation are used; with the purpose finetune, those of `finetune`, and the variant's distillation.
         purpose: train-student or finetune, whose views and store differ in size.
         store: the path of a store to use instead of the published one.
-        logits: whether to read the teacher's logits. None: if the student's distillation is soft.
+        logits: whether to read the teacher's logits. None: if the student's distillation is soft; from a store of
+            kind sampled, the drawn classes are read in their place.
         rank: this process's number among `world_size`. torch.distributed is not used.
         accumulation: batches per step and rank.
         device: where the tensors are.
@@ -169,10 +174,9 @@ def open_batches(
     slices = _slices(settings, recipe, rank, world_size, accumulation)
     if dtype not in (torch.float32, torch.uint8):
         raise UsageError("open_batches: dtype", expected="torch.float32 or torch.uint8", found=str(dtype))
-    if logits or (logits is False and distilled.distillation == "soft"):
-        distilled = distilled.model_copy(update={"distillation": "soft" if logits else "hard"})
-    spec, index, device = store_spec(config, purpose), open_index(config, "train"), torch.device(device)
-    _check_kind(spec, distilled, student)
+    spec, distilled = store_spec(config, purpose), _what_to_read(distilled, logits)
+    _check_kind(spec, distilled, bool(logits), student)
+    index, device = open_index(config, "train"), torch.device(device)
     check_cache(index, settings.open_shards)
     teacher, teacher_identity = create_teacher(config, distilled, purpose, index, device, store=store)
     return Batches(
@@ -192,14 +196,23 @@ def _identity(
     return fingerprint(inputs | order | arguments | {"training_version": TRAINING_VERSION})
 
 
-def _check_kind(spec: StoreSpec, student: Student, name: str) -> None:
-    """Refuse to read logits from a store that has none."""
-    if student.distillation == "soft" and spec.kind == "argmax":
+def _what_to_read(student: Student, logits: bool | None) -> Student:
+    """The student as one that is distilled softly if logits are wanted, and not softly if they are not."""
+    if logits or (logits is False and student.distillation == "soft"):
+        return student.model_copy(update={"distillation": "soft" if logits else "hard"})
+    return student
+
+
+def _check_kind(spec: StoreSpec, student: Student, logits: bool, name: str) -> None:
+    """Refuse to read what the store does not hold: logits or, if they were not asked for, drawn classes."""
+    if student.distillation == "soft" and (spec.kind == "argmax" or (logits and spec.kind == "sampled")):
         raise UsageError(
             f"open_batches: the teacher's logits for student {name}",
-            expected="teacher_logits.kind topk, dense8 or dense", found="argmax",
-            do="run teacher-logits with such a kind, or open the batches with logits=False",
-        )  # fmt: skip
+            expected="teacher_logits.kind topk, dense8 or dense" + " or, for drawn classes, sampled" * (not logits),
+            found=spec.kind,
+            do="run teacher-logits with such a kind, or open the batches "
+            + ("without logits=True" if spec.kind == "sampled" else "with logits=False"),
+        )
 
 
 def _settings(config: Config, name: str, purpose: str) -> tuple[Training, Student, Recipe]:

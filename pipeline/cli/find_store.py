@@ -5,9 +5,11 @@ from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.paths import store_path
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import StoreSpec
+from pipeline.shards.index import Index
 from pipeline.shards.published import open_index
 from pipeline.store.manifest import read_manifest
 from pipeline.store.reader import Store
+from pipeline.store.sampling import check_sampling
 
 
 def find_store(config: Config, spec: StoreSpec, named: str | None = None) -> Store:
@@ -15,14 +17,23 @@ def find_store(config: Config, spec: StoreSpec, named: str | None = None) -> Sto
 
     Raises:
         PipelineError: there is none, or it is damaged.
-        UsageError: there are several.
+        UsageError: there are several, or its classes were drawn otherwise than configured.
     """
     index, published = open_index(config, "train"), spec.folder / "manifest.json"
     if named:
-        return Store.open(named, index, spec.recipe)
-    if published.exists():
-        return Store.open(store_path(config, read_manifest(published)["fingerprint"]), index, spec.recipe)
-    found = [path for path, held in list_stores(config.work) if is_store_of(spec.recipe, index.fingerprint, held)]
+        path = named
+    elif published.exists():
+        path = store_path(config, read_manifest(published)["fingerprint"])
+    else:
+        path = _only_store(config, spec, index)
+    store = Store.open(path, index, spec.recipe)
+    check_sampling(store, spec)
+    return store
+
+
+def _only_store(config: Config, spec: StoreSpec, index: Index) -> str:
+    """The path of the only store of the configured index and recipe."""
+    found = [path for path, held in list_stores(config.work) if is_store_of(spec, index.fingerprint, held)]
     if len(found) > 1:
         raise UsageError(
             "which store?", expected="--store PATH", found=", ".join(found),
@@ -32,4 +43,4 @@ def find_store(config: Config, spec: StoreSpec, named: str | None = None) -> Sto
         raise PipelineError(
             f"{config.work}/stores: no store of this index and recipe", do="run: pipeline teacher-logits"
         )
-    return Store.open(found[0], index, spec.recipe)
+    return found[0]

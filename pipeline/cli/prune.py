@@ -67,10 +67,10 @@ class References:
         self.fingerprints = {fingerprint for text in texts for fingerprint in named.findall(text)}
 
     def include_store(self, attributes: dict[str, Any]) -> bool:
-        """Whether a configuration has the store's recipe, and may have its data."""
+        """Whether a configuration has the store's recipe and draws, and may have its data."""
         index = attributes["index"]
         return any(
-            is_store_of(store_spec(config, purpose).recipe, index, attributes)
+            is_store_of(store_spec(config, purpose), index, attributes)
             for config in self._configs_of(index)
             for purpose in PURPOSES
         )

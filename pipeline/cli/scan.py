@@ -19,7 +19,7 @@ from pipeline.common.errors import is_io_error, unreadable
 from pipeline.common.files import modification_time
 from pipeline.common.lease import part_leases
 from pipeline.config.paths import NOT_NEEDED
-from pipeline.config.schema import Recipe
+from pipeline.config.store_spec import StoreSpec
 from pipeline.training.log import parse_line
 from pipeline.views.draw import recipe_fingerprint
 
@@ -122,9 +122,10 @@ def files_below(folder: Path) -> Iterator[Path]:
 # stores
 
 
-def is_store_of(recipe: Recipe, index: str | None, attributes: dict[str, Any]) -> bool:
-    """Whether a store with these attributes holds views of a recipe and an index."""
-    return attributes.get("index") == index and attributes.get("recipe") == recipe_fingerprint(recipe)
+def is_store_of(spec: StoreSpec, index: str | None, attributes: dict[str, Any]) -> bool:
+    """Whether a store with these attributes is one of a recipe and an index, and of the same draws for kind sampled."""
+    views = attributes.get("index") == index and attributes.get("recipe") == recipe_fingerprint(spec.recipe)
+    return views and attributes.get("sampling") == spec.sampling
 
 
 def list_stores(work: str) -> list[tuple[str, dict[str, Any]]]:

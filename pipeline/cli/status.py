@@ -249,7 +249,7 @@ def _store(experiment: Experiment, stage: str, spec: StoreSpec) -> Facts:
         str(attributes.get("fingerprint")): written_units(path, spec.kind, spec.blocks)
         for path, attributes in experiment.stores
         if spec.purpose not in experiment.foreign_teachers
-        and is_store_of(spec.recipe, experiment.index, attributes)
+        and is_store_of(spec, experiment.index, attributes)
         and is_own_store(experiment.config, spec, attributes)
     }
     known = {str(attributes.get("fingerprint")) for _, attributes in experiment.stores}

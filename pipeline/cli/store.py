@@ -125,7 +125,7 @@ def repair(path: str, overrides: tuple[str, ...], purpose: str, named: str | Non
 @STORE
 @config_options
 def export(path: str, overrides: tuple[str, ...], purpose: str, named: str | None, file: Path) -> None:
-    """Write a complete store as a table: a row per image and view with key, label, argmax and the top-k logits.
+    """Write a complete store as a table: a row per image and view with key, label, argmax and what its kind holds.
 
     \b
     Example:

@@ -22,6 +22,7 @@ def conflicting_settings(config: "Config") -> Iterator[str]:
     yield from _shards(config)
     yield from _unlabelled(config)
     yield from _students(config)
+    yield from _sample_tau(config)
     yield from _teacher_sizes(config)
     yield from _teacher_head(config)
     yield from _ensemble(config)
@@ -135,7 +136,22 @@ def _students(config: "Config") -> Iterator[str]:
         yield f"students must be different names: {config.students}"
     for name in config.students:
         if config.student_named(name).distillation == "soft" and config.teacher_logits.kind == "argmax":
-            yield f"teacher_logits.kind must be topk, dense8 or dense: student {name} distils softly; found argmax"
+            yield (
+                f"teacher_logits.kind must be topk, dense8, dense or sampled: student {name} distils softly; found argmax"
+            )
+
+
+def _sample_tau(config: "Config") -> Iterator[str]:
+    if config.teacher_logits.kind != "sampled":
+        return
+    tau = config.teacher_logits.sample_tau
+    for name in dict.fromkeys([*config.students, *config.finetune.students]):
+        student = config.student_named(name)
+        if student.distillation == "soft" and student.tau != tau:
+            yield (
+                "teacher_logits.sample_tau must be the tau of softly distilled students, which is that of the drawn"
+                f" classes: {tau:g}, student {name} has tau {student.tau:g}"
+            )
 
 
 def _teacher_sizes(config: "Config") -> Iterator[str]:

@@ -141,11 +141,15 @@ class TeacherLogits(Section):
 
     views: Count = 300
     """V: the store covers views 0..V-1 of every training image; a multiple of recipe.block."""
-    kind: Literal["argmax", "topk", "dense8", "dense"] = "argmax"
-    """argmax (2 bytes per view) is all that hard distillation needs; topk, dense8 (one byte per class) and dense
-    (float16) also allow soft distillation."""
+    kind: Literal["argmax", "topk", "dense8", "dense", "sampled"] = "argmax"
+    """argmax (2 bytes per view) is all that hard distillation needs; topk, dense8 (one byte per class), dense (float16)
+    and sampled (2 bytes per drawn class) also allow soft distillation."""
     top_k: Annotated[int, Field(ge=1, le=65_535)] = 10
     """Classes stored per view by kind topk."""
+    samples: Annotated[int, Field(ge=1, le=255)] = 4
+    """Classes drawn per view by kind sampled, from the teacher's softmax; one class may be drawn several times."""
+    sample_tau: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of the softmax that kind sampled draws from; softly distilled students need the same `tau`."""
     fetch: str | None = None
     """Path or URL of a published store (pipeline store publish): it is fetched, and no teacher is needed."""
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"

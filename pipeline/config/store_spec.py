@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.paths import teacher_folder, teacher_logits_folder
-from pipeline.config.schema import Config, Recipe
+from pipeline.config.schema import Config, Recipe, TeacherLogits
+
+SAMPLING_VERSION = 1  # bump on any change of a class that kind sampled draws
 
 
 @dataclass(frozen=True)
@@ -17,9 +20,9 @@ class StoreSpec:
     views: int
     """Views per image."""
     kind: str
-    """argmax, topk, dense8 or dense."""
-    top_k: int
-    """Classes per view, for topk."""
+    """argmax, topk, dense8, dense or sampled."""
+    k: int
+    """Classes per view, for topk and sampled."""
     precision: str
     """float32, bfloat16 or float16, of the teacher's forward pass."""
     teacher_size: int
@@ -30,6 +33,8 @@ class StoreSpec:
     """Folder of the store's manifest and summary."""
     fetch: str | None = None
     """Path or URL of the published store to fetch instead of running the teacher."""
+    sampling: dict[str, Any] | None = None
+    """See `sampling_identity`."""
 
     @property
     def blocks(self) -> int:
@@ -44,10 +49,21 @@ def store_spec(config: Config, purpose: str) -> StoreSpec:
         recipe=config.finetune_recipe() if finetune else config.recipe,
         views=config.finetune.views if finetune else config.teacher_logits.views,
         kind=config.teacher_logits.kind,
-        top_k=config.teacher_logits.top_k,
+        k=config.teacher_logits.samples if config.teacher_logits.kind == "sampled" else config.teacher_logits.top_k,
         precision=config.teacher_logits.precision,
         teacher_size=config.teacher_size(purpose),
         teacher_folder=teacher_folder(config, purpose),
         folder=teacher_logits_folder(config, purpose),
         fetch=config.published_store(purpose),
+        sampling=sampling_identity(config.teacher_logits),
     )
+
+
+def sampling_identity(settings: TeacherLogits) -> dict[str, Any] | None:
+    """What the classes drawn by kind sampled depend on besides logits and recipe, as JSON values; None for other kinds.
+
+    Part of the identity of stores and runs: stores of other draws are other stores.
+    """
+    if settings.kind != "sampled":
+        return None
+    return {"samples": settings.samples, "tau": settings.sample_tau, "version": SAMPLING_VERSION}

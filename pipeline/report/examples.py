@@ -110,7 +110,7 @@ def _read_predictions(store: Store, kind: str, batch: Batch) -> Sequence[tuple[s
     """The teacher's class for each slot of one group, and its probability if the store holds logits."""
     argmax, payload = read_predictions(store, batch, kind)
     names = [store.index.classes[number] for number in argmax]
-    if payload is None:
+    if payload is None or kind == "sampled":
         return [(name, None) for name in names]
     probabilities = decode_logits(kind, payload, store.classes).softmax(1).gather(1, argmax[:, None])[:, 0]
     return list(zip(names, probabilities.tolist(), strict=True))

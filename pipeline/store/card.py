@@ -15,6 +15,7 @@ KINDS = {
     "topk": "the largest logits and the log-sum-exp of the others: for hard and soft distillation",
     "dense8": "every logit in 256 steps between the view's smallest and largest: for hard and soft distillation",
     "dense": "every logit as float16: for hard and soft distillation",
+    "sampled": "classes drawn from the softmax at a temperature: for hard distillation, and soft at this temperature",
 }
 
 CARD = """\
@@ -75,6 +76,10 @@ def describe(publication: Publication) -> str:
         "written with": ", ".join(f"{name} {version}" for name, version in sorted(publication.versions.items())),
     }
     section = ["teacher_logits:", "  fetch: LOCATION", f"  kind: {publication.kind}"]
+    if publication.kind == "sampled" and publication.sampling:
+        samples, tau = publication.sampling["samples"], publication.sampling["tau"]
+        facts["drawn classes"] = f"{samples} per view, at temperature {tau:g}"
+        section += [f"  samples: {samples}", f"  sample_tau: {tau}"]
     return CARD.format(
         samples=samples,
         facts=_table(facts, ["", ""]),

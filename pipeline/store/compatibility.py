@@ -1,5 +1,7 @@
 """Whether a published store belongs to the local images and the configured recipe; if not, what differs."""
 
+import json
+
 import numpy as np
 
 from pipeline.common.errors import PipelineError, UsageError
@@ -33,6 +35,9 @@ def check_belongs(source: Source, index: Index, spec: StoreSpec) -> None:
     if spec.kind not in ("argmax", published.kind):
         raise refuse("its kind", published.kind, f"teacher_logits.kind {spec.kind}",
                      f"set teacher_logits.kind to {published.kind} or argmax")  # fmt: skip
+    if spec.sampling is not None and spec.sampling != published.sampling:
+        raise refuse("its drawn classes", json.dumps(published.sampling), f"as configured, {json.dumps(spec.sampling)}",
+                     "set teacher_logits.samples and teacher_logits.sample_tau to those published")  # fmt: skip
     if spec.views > published.views:
         key = "finetune.views" if spec.purpose == "finetune" else "teacher_logits.views"
         raise refuse("its views", f"{published.views} per image", f"{spec.views}, as configured", f"lower {key}")

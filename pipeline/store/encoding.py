@@ -5,7 +5,8 @@ The kinds, and what a row of a kind's own array holds (its payload):
 * `argmax`: nothing further; enough for hard distillation;
 * `topk`: 2k + 2 uint16: k classes, the bits of their float16 logits, and of the float32 log-sum-exp of the others;
 * `dense8`: classes + 8 uint8: each logit in 256 steps between the row's minimum and maximum, and these two as float32;
-* `dense`: a float16 logit per class.
+* `dense`: a float16 logit per class;
+* `sampled`: k uint16: classes drawn from the teacher's softmax at a temperature (pipeline.store.sampling).
 
 The argmax, uint16, is that of the unrounded logits and is stored with every kind.
 """
@@ -15,31 +16,45 @@ import math
 import numpy as np
 import torch
 
-KINDS = ("argmax", "topk", "dense", "dense8")
+KINDS = ("argmax", "topk", "dense", "dense8", "sampled")
 SHARDED = ("dense", "dense8")  # read a few views at a time; the other kinds a block at a time
-DTYPES = {"argmax": np.uint16, "topk": np.uint16, "dense": np.float16, "dense8": np.uint8}
+DTYPES = {"argmax": np.uint16, "topk": np.uint16, "dense": np.float16, "dense8": np.uint8, "sampled": np.uint16}
 FILL = 65535  # the number of no class
 
 
-def payload_width(kind: str, classes: int, top_k: int) -> int:
-    """Numbers per row of a kind's own array, 0 for argmax; with fewer classes than top_k all of them are stored."""
-    return {"argmax": 0, "topk": 2 * min(top_k, classes) + 2, "dense": classes, "dense8": classes + 8}[kind]
+def payload_width(kind: str, classes: int, k: int) -> int:
+    """Numbers per row of a kind's own array, 0 for argmax; with fewer classes than k, topk stores all of them."""
+    widths = {"argmax": 0, "topk": 2 * min(k, classes) + 2, "dense": classes, "dense8": classes + 8, "sampled": k}
+    return widths[kind]
 
 
-def row_bytes(kind: str, classes: int, top_k: int) -> int:
+def classes_per_row(kind: str, width: int) -> int:
+    """The k of a payload of topk or sampled; 1 for the other kinds, whose width does not depend on it."""
+    return {"topk": (width - 2) // 2, "sampled": width}.get(kind, 1)
+
+
+def row_bytes(kind: str, classes: int, k: int) -> int:
     """Bytes per row and view: the argmax and the payload."""
-    return 2 + payload_width(kind, classes, top_k) * np.dtype(DTYPES[kind]).itemsize
+    return 2 + payload_width(kind, classes, k) * np.dtype(DTYPES[kind]).itemsize
 
 
-def encode(kind: str, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def encode(
+    kind: str, logits: torch.Tensor, top_k: int, samples: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Encode logits, float32 (rows, classes), as argmax (rows,) and payload (rows, payload_width) or None.
 
     On the device of the logits. uint16 numbers are int16 with the same bits, since few of torch's operations support
     uint16: see `to_numpy`.
+
+    Args:
+        samples: int64 (rows, k), the drawn classes, for sampled.
     """
     argmax = _uint16(logits.argmax(1))
     if kind == "argmax":
         return argmax, None
+    if kind == "sampled":
+        assert samples is not None, "sampled stores the classes that were drawn"
+        return argmax, _uint16(samples)
     if kind == "dense":
         return argmax, logits.half()
     if kind == "dense8":
@@ -85,6 +100,11 @@ def decode_logits(kind: str, payload: torch.Tensor, classes: int) -> torch.Tenso
     values = packed[:, top_k : 2 * top_k].view(torch.float16).float()
     rest = _as_floats(packed[:, 2 * top_k :]) - math.log(max(classes - top_k, 1))
     return rest.repeat(1, classes).scatter_(1, chosen, values)
+
+
+def decode_samples(payload: torch.Tensor) -> torch.Tensor:
+    """Decode a payload of sampled into the drawn classes, int64 (rows, k), on its device."""
+    return payload.view(torch.int16).long() & 0xFFFF
 
 
 def _as_floats(numbers: torch.Tensor) -> torch.Tensor:

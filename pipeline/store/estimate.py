@@ -56,7 +56,8 @@ def estimate(spec: StoreSpec, samples: Sequence[int], classes: int) -> Estimate:
     Args:
         samples: of each shard.
     """
-    dimensions, width = Dimensions.of(spec.recipe, samples), payload_width(spec.kind, classes, spec.top_k)
+    dimensions = Dimensions.of(spec.recipe, samples, spec.sampling is not None)
+    width = payload_width(spec.kind, classes, spec.k)
     shards, rows = sum(count > 0 for count in samples), int(sum(samples))
     sizes = {name: dimensions.file_bytes(name, width) for name in ("argmax", spec.kind, "check")}
     check = sizes.pop("check")
@@ -68,7 +69,7 @@ def estimate(spec: StoreSpec, samples: Sequence[int], classes: int) -> Estimate:
         arrays=len(sizes) + 1,
         prediction_bytes=shards * spec.blocks * sum(sizes.values()),
         check_bytes=shards * spec.blocks * check,
-        row_bytes=row_bytes(spec.kind, classes, spec.top_k),
+        row_bytes=row_bytes(spec.kind, classes, spec.k),
         padding=shards * dimensions.capacity / rows - 1 if rows else 0.0,
     )
 

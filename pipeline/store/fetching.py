@@ -8,7 +8,6 @@ from pipeline.batches.plan import Unit
 from pipeline.common.errors import Damaged, PipelineError
 from pipeline.common.progress import progress
 from pipeline.config.store_spec import StoreSpec
-from pipeline.store.encoding import KINDS
 from pipeline.store.layout import NO_CHECK
 from pipeline.store.manifest import build_manifest, hash_check
 from pipeline.store.packs import pack_shapes, parse_pack
@@ -58,13 +57,14 @@ class UnitFetcher:
     def _invalid(self, unit: Unit, buffers: dict[str, np.ndarray], checks: np.ndarray) -> str:
         """Why predictions are not those of a unit, though the pack is as published; empty if they are."""
         store, name = self.store, self.store.index.names[unit.shard]
-        check = np.full((store.recipe.block, store.groups + len(KINDS)), NO_CHECK, np.uint64)
+        check = np.full((store.recipe.block, store.groups + len(store.kinds)), NO_CHECK, np.uint64)
         check[:, : checks.shape[1]] = checks
         for kind, values in buffers.items():
-            check[:, store.groups + KINDS.index(kind)] = [checksum(view) for view in values]
-        if hash_check(check, store.groups, self.kind) != self.source.publication.units[self.kind][name][unit.block]:
+            check[:, store.checksum_slot(kind)] = [checksum(view) for view in values]
+        if hash_check(store, check, self.kind) != self.source.publication.units[self.kind][name][unit.block]:
             return "predictions of another unit or store than manifest.json says"
-        classes = [buffers["argmax"], *([buffers["topk"][..., : self.source.publication.top_k]] if "topk" in buffers else [])]
+        named, k = {"argmax", "topk", "sampled"} & buffers.keys(), self.source.publication.k
+        classes = [buffers[kind][..., :k] if kind != "argmax" else buffers[kind] for kind in named]
         if any((numbers >= store.classes).any() for numbers in classes):
             return f"a class that is not one of the {store.classes:,}"
         return ""

@@ -20,6 +20,7 @@ from pipeline.config.store_spec import StoreSpec
 from pipeline.models.teacher import TeacherForward, describe_teacher, load_teacher
 from pipeline.store.encoding import decode_logits, encode, to_numpy
 from pipeline.store.reader import Store
+from pipeline.store.sampling import Sampler
 from pipeline.views.draw import group_count
 
 Commit = Callable[[Unit, dict[str, np.ndarray], np.ndarray], None]
@@ -34,6 +35,7 @@ class UnitWorker:
     ):
         self.settings, self.teacher, self.device, self.commit = settings, teacher, device, commit
         self.recipe, self.index = store.recipe, store.index
+        self.sampler = Sampler(store.index, store.recipe, settings.samples, settings.sample_tau)
         self._buffers: dict[Unit, tuple[dict[str, np.ndarray], np.ndarray]] = {}
         self._remaining: dict[Unit, int] = {}
         """Items of each unit whose predictions have not arrived."""
@@ -61,7 +63,8 @@ class UnitWorker:
         pictures = pad(pictures, (0, 0, 0, 0, 0, 0, 0, slots * (settings.batch_groups - len(batches))))
         logits = self.teacher.logits(pictures, slots)[: slots * len(batches)]
         finite = (logits.abs() <= torch.finfo(torch.float16).max).all(1)
-        argmax, payload = encode(settings.kind, logits, settings.top_k)
+        samples = self.sampler(batches, logits) if settings.kind == "sampled" else None
+        argmax, payload = encode(settings.kind, logits, settings.top_k, samples)
         return batches, DeviceToHostCopy(finite, argmax, *([] if payload is None else [payload]))
 
     def collect(self, batches: list[Batch], predictions: DeviceToHostCopy) -> int:
@@ -129,11 +132,14 @@ class Difference:
     checks: int
     """Groups with other pictures or mixing."""
     largest: float | None
-    """Largest difference of two logits; None if the store holds the argmax alone."""
+    """Largest difference of two logits; None if the store holds none."""
+    draws: int | None = None
+    """Views of which other classes were drawn; None for kinds other than sampled."""
 
     def __str__(self) -> str:
         logits = "" if self.largest is None else f", logits by at most {self.largest:.3g}"
-        return f"{self.flips} of {self.predictions:,} predictions differ, {self.checks} checks{logits}"
+        draws = "" if self.draws is None else f", the drawn classes of {self.draws}"
+        return f"{self.flips} of {self.predictions:,} predictions differ, {self.checks} checks{logits}{draws}"
 
 
 def recompute(
@@ -165,13 +171,15 @@ def recompute(
 
 
 def _compare(store: Store, unit: Unit, kind: str, buffers: dict[str, np.ndarray], checks: np.ndarray) -> Difference:
-    flips, changed, largest = 0, 0, None
+    flips, changed, largest, draws = 0, 0, None, None
     for place in range(store.recipe.block):
         stored = store.read(unit.shard, unit.block * store.recipe.block + place, kind)
         flips += int((stored.argmax != buffers["argmax"][place]).sum())
         changed += int((stored.check != checks[place]).sum())
-        if stored.payload is not None:
+        if stored.payload is not None and kind == "sampled":
+            draws = (draws or 0) + int((stored.payload != buffers[kind][place]).any(1).sum())
+        elif stored.payload is not None:
             both = (torch.tensor(payload) for payload in (stored.payload, buffers[kind][place]))
             was, now = (decode_logits(kind, payload, store.classes) for payload in both)
             largest = max(largest or 0.0, float((was - now).abs().max()))
-    return Difference(buffers["argmax"].size, flips, changed, largest)
+    return Difference(buffers["argmax"].size, flips, changed, largest, draws)

@@ -2,10 +2,12 @@
 
 The rows of a shard follow one another in tar order, and every shard takes up `capacity` rows. Arrays: `argmax`
 (view, row); a kind's own (view, row, ...); and `check` (view, shard, slot): 64 bits per group (batch.group_check),
-then for each kind a checksum of what it holds for that view of that shard.
+then for each kind that the store may hold a checksum of what it holds for that view of that shard. Logits of every
+kind share a store; classes that were drawn from them have a store of their own, since the draws are part of its
+identity.
 
-A unit's argmax is written last, so a unit that has one is complete (pipeline.store.writer). `argmax`, `check` and
-`topk` have one chunk per unit. For the dense kinds a unit is a zarr shard whose inner chunks hold the views that
+A unit's argmax is written last, so a unit that has one is complete (pipeline.store.writer). `argmax`, `check`, `topk`
+and `sampled` have one chunk per unit. For the dense kinds a unit is a zarr shard whose inner chunks hold the views that
 training reads together (recipe.repeats).
 """
 
@@ -48,16 +50,24 @@ class Dimensions:
     """Rows per shard."""
     groups: int
     """Groups per shard, at most."""
+    kinds: tuple[str, ...]
+    """The kinds that the store may hold, in the order of their checksums."""
 
     @classmethod
-    def of(cls, recipe: Recipe, samples: Iterable[int]) -> Self:
-        """The dimensions for shards with these numbers of samples."""
+    def of(cls, recipe: Recipe, samples: Iterable[int], sampled: bool) -> Self:
+        """The dimensions for shards with these numbers of samples.
+
+        Args:
+            sampled: whether the store is one of drawn classes.
+        """
         counts = [int(count) for count in samples]
-        return cls(recipe, len(counts), max(counts), max(group_count(count, recipe.group_size) for count in counts))
+        groups = max(group_count(count, recipe.group_size) for count in counts)
+        kinds = ("argmax", "sampled") if sampled else tuple(kind for kind in KINDS if kind != "sampled")
+        return cls(recipe, len(counts), max(counts), groups, kinds)
 
     def array(self, name: str, views: int, width: int) -> dict[str, Any]:
         """Arguments of zarr.create_array: shape, chunks, codecs, dimension names."""
-        block, rows, slots = self.recipe.block, self.shards * self.capacity, self.groups + len(KINDS)
+        block, rows, slots = self.recipe.block, self.shards * self.capacity, self.groups + len(self.kinds)
         # zarr's default codecs do not detect flipped bits
         settings: dict[str, Any] = {"compressors": [Crc32cCodec()], "dtype": np.uint64, "fill_value": NO_CHECK}
         if name == "check":
@@ -66,7 +76,7 @@ class Dimensions:
             shape, chunks, names = (views, rows), (block, self.capacity), ["view", "row"]
         else:
             shape, chunks = (views, rows, width), (block, self.capacity, width)
-            names = ["view", "row", "packed" if name == "topk" else "class"]
+            names = ["view", "row", {"topk": "packed", "sampled": "sample"}.get(name, "class")]
         if name != "check":
             fill = np.nan if name == "dense" else 255 if name == "dense8" else FILL
             settings |= {"dtype": DTYPES[name], "fill_value": fill}
@@ -90,8 +100,8 @@ class StoreLayout:
     def __init__(self, path: str, group: zarr.Group, index: Index, recipe: Recipe):
         self.path, self.group, self.index, self.recipe = path, group, index, recipe
         self.attributes = cast(dict[str, Any], group.attrs.asdict())
-        self.dimensions = Dimensions.of(recipe, index.samples)
-        self.capacity, self.groups = self.dimensions.capacity, self.dimensions.groups
+        self.dimensions = Dimensions.of(recipe, index.samples, self.attributes.get("sampling") is not None)
+        self.capacity, self.groups, self.kinds = self.dimensions.capacity, self.dimensions.groups, self.dimensions.kinds
         self.classes = int(self.attributes["classes"])
         self._filesystem, self._root = fsspec.core.url_to_fs(path)
         self._local = is_local(self._filesystem)
@@ -116,6 +126,10 @@ class StoreLayout:
             error = ValueError(f"capacity {capacity}, classes {self.classes}")
             raise _damaged_metadata(self.path, error)
 
+    def checksum_slot(self, kind: str) -> int:
+        """The slot of `check` with the checksum of a kind."""
+        return self.groups + self.kinds.index(kind)
+
     def _differences(self, key: str, value: Any) -> list[str]:
         """How an attribute differs, in words: `setting: the store's, the expected one`."""
         attributes = self.attributes
@@ -131,7 +145,7 @@ class StoreLayout:
 
     def arrays(self) -> list[str]:
         """The arrays that exist: `argmax`, `check` and further kinds."""
-        names = ("check", *KINDS)
+        names = ("check", *self.kinds)
         try:
             return sorted(name for name in names if self._filesystem.exists(f"{self._root}/{name}/zarr.json"))
         except Exception as error:  # servers' clients raise nearly anything

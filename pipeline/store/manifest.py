@@ -56,7 +56,7 @@ def build_manifest(store: Store, views: int, kind: str) -> dict[str, Any]:
         )
     hashes: dict[str, list[str]] = {name: [] for name in store.index.names}
     for unit in store.units(views):
-        hashes[store.index.names[unit.shard]].append(hash_check(store.read_check(unit), store.groups, kind))
+        hashes[store.index.names[unit.shard]].append(hash_check(store, store.read_check(unit), kind))
     return {
         "format": FORMAT,
         "fingerprint": store.fingerprint,
@@ -67,7 +67,7 @@ def build_manifest(store: Store, views: int, kind: str) -> dict[str, Any]:
     }
 
 
-def hash_check(check: np.ndarray, groups: int, kind: str) -> str:
+def hash_check(store: Store, check: np.ndarray, kind: str) -> str:
     """The hash of a unit in manifests.
 
     Of group checks and checksums of this kind alone, so that adding another kind changes nothing.
@@ -75,7 +75,7 @@ def hash_check(check: np.ndarray, groups: int, kind: str) -> str:
     Args:
         check: uint64 (block, groups + kinds).
     """
-    chosen = [*range(groups), *(groups + KINDS.index(name) for name in sorted({"argmax", kind}))]
+    chosen = [*range(store.groups), *(store.checksum_slot(name) for name in sorted({"argmax", kind}))]
     return hashlib.blake2b(np.ascontiguousarray(check[:, chosen]).data, digest_size=8).hexdigest()
 
 

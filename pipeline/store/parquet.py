@@ -19,8 +19,9 @@ from pipeline.store.reader import Store
 def export_parquet(store: Store, spec: StoreSpec, path: Path) -> int:
     """Write the configured views as a table with a row per sample and view, a row group per unit.
 
-    Columns: shard, key, label, view, argmax; unless the kind is argmax also top_classes and top_logits, the largest
-    logits in descending order, and others, the log-sum-exp of the other classes' logits. Every checksum is compared.
+    Columns: shard, key, label, view, argmax; for sampled also sampled_classes, the drawn classes in ascending order;
+    for the kinds with logits top_classes and top_logits, the largest logits in descending order, and others, the
+    log-sum-exp of the other classes' logits. Every checksum is compared.
 
     Returns:
         The number of rows.
@@ -55,7 +56,9 @@ def export_parquet(store: Store, spec: StoreSpec, path: Path) -> int:
 def _schema(pyarrow: Any, store: Store, spec: StoreSpec) -> Any:
     fields = [("shard", pyarrow.string()), ("key", pyarrow.string()), ("label", pyarrow.int32())]
     fields += [("view", pyarrow.int32()), ("argmax", pyarrow.uint16())]
-    if spec.kind != "argmax":
+    if spec.kind == "sampled":
+        fields += [("sampled_classes", pyarrow.list_(pyarrow.uint16(), spec.k))]
+    elif spec.kind != "argmax":
         top_k = _top_k(store, spec)
         fields += [("top_classes", pyarrow.list_(pyarrow.uint16(), top_k))]
         fields += [("top_logits", pyarrow.list_(pyarrow.float32(), top_k)), ("others", pyarrow.float32())]
@@ -66,7 +69,7 @@ def _schema(pyarrow: Any, store: Store, spec: StoreSpec) -> Any:
 def _top_k(store: Store, spec: StoreSpec) -> int:
     """Classes per row: as many as the store holds, or, from all logits, the configured number."""
     stored = store.array_metadata("topk")["shape"][-1] if spec.kind == "topk" else None
-    return ((stored or payload_width("topk", store.classes, spec.top_k)) - 2) // 2
+    return ((stored or payload_width("topk", store.classes, spec.k)) - 2) // 2
 
 
 def _views(pyarrow: Any, schema: Any, store: Store, spec: StoreSpec, unit: Unit) -> Iterator[Any]:
@@ -77,7 +80,9 @@ def _views(pyarrow: Any, schema: Any, store: Store, spec: StoreSpec, unit: Unit)
     for view in range(unit.block * spec.recipe.block, (unit.block + 1) * spec.recipe.block):
         stored = store.read(unit.shard, view, spec.kind)
         columns = [shard, keys, label, np.full(len(rows), view, np.int32), stored.argmax]
-        if stored.payload is not None:
+        if stored.payload is not None and spec.kind == "sampled":
+            columns += [pyarrow.FixedSizeListArray.from_arrays(stored.payload.ravel(), spec.k)]
+        elif stored.payload is not None:
             classes, logits, others = _top(store, spec, stored.payload)
             lists = (pyarrow.FixedSizeListArray.from_arrays(x.ravel(), x.shape[1]) for x in (classes, logits))
             columns += [*lists, others]
@@ -87,9 +92,7 @@ def _views(pyarrow: Any, schema: Any, store: Store, spec: StoreSpec, unit: Unit)
 def _top(store: Store, spec: StoreSpec, payload: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The k largest logits of each row: classes uint16 (N, k), logits float32 (N, k), the others' log-sum-exp (N,)."""
     if spec.kind != "topk":
-        encoded = encode("topk", decode_logits(spec.kind, torch.from_numpy(payload.copy()), store.classes), spec.top_k)[
-            1
-        ]
+        encoded = encode("topk", decode_logits(spec.kind, torch.from_numpy(payload.copy()), store.classes), spec.k)[1]
         assert encoded is not None
         payload = to_numpy("topk", encoded)
     top_k = (payload.shape[1] - 2) // 2

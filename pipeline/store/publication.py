@@ -24,7 +24,7 @@ from pipeline.common.errors import Damaged, PipelineError, Unreadable, unreadabl
 from pipeline.config.schema import Recipe
 from pipeline.config.validation import fingerprint, short_repr
 from pipeline.shards.index import Index
-from pipeline.store.encoding import KINDS, payload_width
+from pipeline.store.encoding import KINDS, classes_per_row, payload_width
 from pipeline.store.reader import StoreIdentity
 from pipeline.views.draw import recipe_fingerprint
 
@@ -88,13 +88,15 @@ class Publication(Entry):
     """For argmax and the kind: the hashes of each shard's units, as the store's own manifest has them."""
     versions: dict[str, str]
     """Of the libraries that wrote the store."""
+    sampling: dict[str, Any] | None = None
+    """See pipeline.config.store_spec.sampling_identity."""
     files: list[File]
     packs: list[PackFile]
 
     @property
-    def top_k(self) -> int:
-        """Classes per view, for topk."""
-        return max(1, (self.width - 2) // 2)
+    def k(self) -> int:
+        """Classes per view, for topk and sampled."""
+        return max(1, classes_per_row(self.kind, self.width))
 
     def describe(self) -> str:
         """Images, views, kind and bytes, as text."""
@@ -105,6 +107,8 @@ class Publication(Entry):
 def to_json(publication: Publication) -> bytes:
     """The manifest's bytes: JSON with a checksum of itself. Keys keep their order, so that a store's metadata do too."""
     content = publication.model_dump(mode="json")
+    if publication.sampling is None:
+        del content["sampling"]  # as before there was such a key
     return (json.dumps(content | {"digest": fingerprint(content)}, indent=1) + "\n").encode()
 
 
@@ -123,22 +127,24 @@ def parse(data: bytes) -> Publication:
             raise ValueError("it does not match its checksum")
         publication = Publication.model_validate(content)
         identity = StoreIdentity(publication.index, Recipe.model_validate_json(json.dumps(publication.recipe_settings)),
-                                 publication.teacher)  # fmt: skip
+                                 publication.teacher, publication.sampling)  # fmt: skip
     except (ValidationError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(str(error)[:500]) from error
     if invalid := _invalid_value(publication, identity.recipe.block):
         raise ValueError(f"invalid: {invalid}")
     if recipe_fingerprint(identity.recipe) == publication.recipe and identity.fingerprint != publication.fingerprint:
-        raise ValueError("the store's fingerprint does not match index, recipe and teacher")
+        raise ValueError("the store's fingerprint does not match index, recipe, teacher and sampling")
     return publication
 
 
 def _invalid_value(publication: Publication, block: int) -> str:
     """A value that no publication has, even if the manifest matches its checksum; empty if there is none."""
     kind, views, shards = publication.kind, publication.views, publication.shards
-    width = payload_width(kind, len(publication.classes), publication.top_k) if kind in KINDS else -1
+    width = payload_width(kind, len(publication.classes), publication.k) if kind in KINDS else -1
     if width != publication.width:
         return f"kind {kind} of width {publication.width}"
+    if kind == "sampled" and (publication.sampling or {}).get("samples") != publication.width:
+        return f"kind sampled of width {publication.width} with sampling {json.dumps(publication.sampling)}"
     if views < 1 or views % block:
         return f"{views} views in blocks of {block}"
     blocks = {shard.name: views // block if shard.samples else 0 for shard in shards}

@@ -20,7 +20,7 @@ from pipeline.common.wording import count_of
 from pipeline.config.store_spec import StoreSpec
 from pipeline.store import publication as form
 from pipeline.store.card import describe as describe_card
-from pipeline.store.encoding import row_bytes
+from pipeline.store.encoding import classes_per_row, row_bytes
 from pipeline.store.manifest import build_manifest
 from pipeline.store.packs import array_bytes, build_pack, pack_bytes, pack_shapes, read_arrays, shard_ranges
 from pipeline.store.publication import File, PackFile, Publication, Source
@@ -134,6 +134,7 @@ def publish_store(
             teacher=store.attributes["teacher"], teacher_metrics=metrics, precision=store.attributes["precision"],
             kind=spec.kind, width=_width(store, spec.kind), views=spec.views, classes=store.index.classes,
             shards=store.attributes["shards"], units=units, versions=store.attributes["versions"], files=[], packs=packs,
+            sampling=store.attributes.get("sampling"),
         )  # fmt: skip
         files = [
             _write(target, existing, form.SAMPLES, array_bytes(form.sample_table(store.index))),
@@ -201,7 +202,7 @@ Key = tuple[int, range, str]
 
 def _pack_keys(store: Store, spec: StoreSpec) -> list[Key]:
     """All packs, by view, so that more views only add to the list."""
-    size = row_bytes(spec.kind, store.classes, (_width(store, spec.kind) - 2) // 2)
+    size = row_bytes(spec.kind, store.classes, classes_per_row(spec.kind, _width(store, spec.kind)))
     ranges = shard_ranges(store.index.samples.tolist(), store.recipe.block, size)
     arrays = dict.fromkeys(("argmax", spec.kind))
     return [(block, shards, array) for block in range(spec.blocks) for shards in ranges for array in arrays]

@@ -19,7 +19,7 @@ from pipeline.common.errors import Damaged, PipelineError, UsageError
 from pipeline.config.schema import Recipe
 from pipeline.config.validation import fingerprint
 from pipeline.shards.index import Index
-from pipeline.store.encoding import FILL, KINDS, SHARDED
+from pipeline.store.encoding import FILL, SHARDED
 from pipeline.store.layout import StoreLayout, open_group, store_exists
 from pipeline.views.draw import group_count, recipe_fingerprint
 
@@ -33,13 +33,16 @@ class StoreIdentity:
     recipe: Recipe
     teacher: dict[str, Any]
     """See pipeline.models.teacher.describe_teacher."""
+    sampling: dict[str, Any] | None = None
+    """See pipeline.config.store_spec.sampling_identity."""
 
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
-        return {"index": self.index, "recipe": recipe_fingerprint(self.recipe), "teacher": self.teacher}
+        identity = {"index": self.index, "recipe": recipe_fingerprint(self.recipe), "teacher": self.teacher}
+        return identity if self.sampling is None else identity | {"sampling": self.sampling}
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ class Store(StoreLayout):
         return payload
 
     def _compare(self, name: str, shard: int, first: int, values: np.ndarray, check: np.ndarray) -> None:
-        for place, number in enumerate(check[:, self.groups + KINDS.index(name)]):
+        for place, number in enumerate(check[:, self.checksum_slot(name)]):
             if checksum(values[place]) != number:
                 raise self._damage(name, shard, first + place, "another checksum than the one recorded")
 

@@ -16,7 +16,7 @@ from pipeline.batches.plan import Unit
 from pipeline.common.errors import Damaged, UsageError, is_io_error, unwritable
 from pipeline.common.lease import possibly_held
 from pipeline.shards.index import Index
-from pipeline.store.encoding import KINDS, payload_width
+from pipeline.store.encoding import payload_width
 from pipeline.store.layout import FORMAT, NO_CHECK, library_versions, open_group, store_exists
 from pipeline.store.metadata import create_array, create_group
 from pipeline.store.reader import Store, StoreIdentity, checksum
@@ -33,7 +33,7 @@ class StoreWriter(Store):
         index: Index,
         views: int,
         kind: str,
-        top_k: int,
+        k: int,
         precision: str,
         versions: dict[str, str] | None = None,
     ) -> Self:
@@ -63,7 +63,7 @@ class StoreWriter(Store):
                 create_group(path, attributes)
         group = open_group(path, "r+")
         store = cls(path, group, index, identity.recipe)
-        store._check_attributes(identity.as_dict())
+        store._check_attributes({"sampling": identity.sampling, **identity.as_dict()})
         if group.attrs["precision"] != precision:
             raise UsageError(
                 f"{path}: the store's precision",
@@ -72,26 +72,26 @@ class StoreWriter(Store):
                 do="a store has one precision: set the key back, or remove the store",
             )
         with _writing(path):
-            store._create_arrays(views, kind, top_k)
+            store._create_arrays(views, kind, k)
         return store
 
     @classmethod
     def open_complete(
-        cls, path: str, identity: StoreIdentity, index: Index, views: int, kind: str, top_k: int, precision: str
+        cls, path: str, identity: StoreIdentity, index: Index, views: int, kind: str, k: int, precision: str
     ) -> Store | None:
         """Open the store that `create` would open, but for reading (its disk may be read-only); None if it is incomplete."""
         if not store_exists(path):
             return None
         store = Store.open(path, index, identity.recipe)
-        store._check_attributes(identity.as_dict())
-        width = payload_width(kind, store.classes, top_k)
+        store._check_attributes({"sampling": identity.sampling, **identity.as_dict()})
+        width = payload_width(kind, store.classes, k)
         same = store.attributes["precision"] == precision and kind in store.arrays()
         same = same and (kind == "argmax" or store.array_metadata(kind)["shape"][-1] == width)
         return store if same and not store.missing(views, kind) else None
 
-    def _create_arrays(self, views: int, kind: str, top_k: int) -> None:
+    def _create_arrays(self, views: int, kind: str, k: int) -> None:
         for name in {"argmax": 0, "check": 0, kind: 0}:
-            settings = self.dimensions.array(name, views, payload_width(kind, self.classes, top_k))
+            settings = self.dimensions.array(name, views, payload_width(kind, self.classes, k))
             if name not in self.arrays():
                 create_array(self.group, name, settings)
             self._check_array(name)
@@ -134,7 +134,7 @@ class StoreWriter(Store):
                 array = self._array(name)
                 padded = np.full((block, self.capacity, *array.shape[2:]), array.fill_value, array.dtype)
                 padded[:, :samples] = buffers[name]
-                check[:, self.groups + KINDS.index(name)] = [checksum(view) for view in padded[:, :samples]]
+                check[:, self.checksum_slot(name)] = [checksum(view) for view in padded[:, :samples]]
                 if name == "argmax":
                     self._array("check")[views, unit.shard] = check
                     self._sync(unit, *(set(buffers) - {"argmax"}), "check")
@@ -157,8 +157,8 @@ class StoreWriter(Store):
             return np.array(self.read_check(unit))
         except Damaged:
             # never written, or damaged: without its checksum another kind cannot be verified any more
-            self.remove_unit(unit, tuple(name for name in KINDS if name in self.arrays()))
-            return np.full((self.recipe.block, self.groups + len(KINDS)), NO_CHECK, np.uint64)
+            self.remove_unit(unit, tuple(name for name in self.kinds if name in self.arrays()))
+            return np.full((self.recipe.block, self.groups + len(self.kinds)), NO_CHECK, np.uint64)
 
     def remove_unit(self, unit: Unit, names: tuple[str, ...] = ("argmax",)) -> None:
         """Delete chunks of a unit; argmax first, whose presence means that the unit is complete."""

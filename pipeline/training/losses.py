@@ -35,6 +35,19 @@ def soft_loss(
     return (weights * divergence).sum() * scale
 
 
+def sampled_loss(
+    logits: torch.Tensor, samples: torch.Tensor, weights: torch.Tensor, tau: float, reduction: str
+) -> torch.Tensor:
+    """-tau^2 sum t log student at temperature tau, where t is each class's share of k drawn classes, int64 (N, k).
+
+    If they were drawn from the teacher's softmax at tau, the expectation of the gradient is that of `soft_loss`, and
+    the expectation of the loss is higher by tau^2 times the teacher's entropy. Reductions as in `soft_loss`.
+    """
+    cross_entropy = -log_softmax(logits.float() / tau, 1).gather(1, samples).mean(1)
+    scale = tau * tau / (logits.shape[1] if reduction == "numel" else 1)
+    return (weights * cross_entropy).sum() * scale
+
+
 def distillation_losses(
     logits: torch.Tensor,
     distilled: torch.Tensor,
@@ -56,6 +69,8 @@ def distillation_losses(
         return torch.stack([label_loss, label_loss.detach(), torch.zeros_like(label_loss)])
     if student.distillation == "hard":
         teacher_loss = hard_loss(distilled, predictions.argmax, weights)
+    elif predictions.samples is not None:
+        teacher_loss = sampled_loss(distilled, predictions.samples, weights, student.tau, student.soft_reduction)
     else:
         assert predictions.logits is not None, "soft distillation needs logits"
         teacher_loss = soft_loss(distilled, predictions.logits, weights, student.tau, student.soft_reduction)

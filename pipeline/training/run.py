@@ -29,10 +29,14 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """The teacher's predictions for each slot: argmax int64 (N,), and float32 logits (N, classes) or None."""
+    """The teacher's predictions for each slot."""
 
     argmax: torch.Tensor
+    """int64 (N,)"""
     logits: torch.Tensor | None
+    """float32 (N, classes), or None"""
+    samples: torch.Tensor | None = None
+    """Classes drawn from its softmax, int64 (N, k), in place of logits; or None."""
 
 
 class NoTeacher:

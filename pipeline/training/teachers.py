@@ -8,15 +8,16 @@ import torch
 
 from pipeline.batches.batch import Batch
 from pipeline.batches.transfer import send
-from pipeline.common.errors import PipelineError
+from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.paths import store_path
 from pipeline.config.schema import Config, Student
 from pipeline.config.store_spec import store_spec
 from pipeline.models.teacher import TeacherForward, describe_teacher, load_teacher
 from pipeline.shards.index import Index
-from pipeline.store.encoding import decode_logits
+from pipeline.store.encoding import decode_logits, decode_samples
 from pipeline.store.manifest import build_manifest, read_manifest
 from pipeline.store.reader import Store, StoredPredictions
+from pipeline.store.sampling import Sampler, check_sampling
 from pipeline.training.run import NoTeacher, TeacherOutput
 
 
@@ -29,10 +30,14 @@ class StoredTeacher:
 
     def __call__(self, batch: Batch, pictures: torch.Tensor) -> TeacherOutput:
         argmax, payload = read_predictions(self.store, batch, self.kind)
-        logits = None
+        logits = samples = None
         if payload is not None:  # decoded on the device: encoded, it has a quarter or half of the bytes to copy
-            logits = decode_logits(self.kind, send(payload, pictures.device), self.store.classes)
-        return TeacherOutput(send(argmax, pictures.device), logits)
+            payload = send(payload, pictures.device)
+            if self.kind == "sampled":
+                samples = decode_samples(payload)
+            else:
+                logits = decode_logits(self.kind, payload, self.store.classes)
+        return TeacherOutput(send(argmax, pictures.device), logits, samples)
 
 
 @dataclass
@@ -40,10 +45,19 @@ class OnlineTeacher:
     """The teacher in the loop, over the same groups: the reference for the store."""
 
     teacher: TeacherForward
+    sampler: Sampler | None = None
+    """Draws the classes that a store would hold; None: the logits are used."""
 
     def __call__(self, batch: Batch, pictures: torch.Tensor) -> TeacherOutput:
         logits = self.teacher.logits(pictures, batch.labels.shape[1])
-        return TeacherOutput(logits.argmax(1), logits)
+        if self.sampler is None:
+            return TeacherOutput(logits.argmax(1), logits)
+        if not logits.isfinite().all():  # classes drawn from them would look like any others
+            raise PipelineError(
+                f"the teacher's logits for groups {', '.join(map(str, batch.items))}", expected="finite numbers",
+                found="NaN or infinity", do="use teacher_logits.precision float32, or repair the teacher",
+            )  # fmt: skip
+        return TeacherOutput(logits.argmax(1), None, self.sampler([batch], logits))
 
 
 def read_predictions(store: Store, batch: Batch, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -103,12 +117,13 @@ def create_teacher(
     Raises:
         NotReady: there is no store, or no teacher, yet.
         PipelineError: the store is incomplete, or differs from its manifest.
-        UsageError: it belongs to another index or recipe.
+        UsageError: it belongs to another index or recipe, or its classes were drawn at another temperature.
     """
     if settings.distillation == "none":
         return NoTeacher(), None
+    _check_tau(config, settings)
     if teacher == "online":
-        return _online_teacher(config, purpose, index, device)
+        return _online_teacher(config, settings, purpose, index, device)
     return _stored_teacher(config, settings, purpose, index, store)
 
 
@@ -133,14 +148,31 @@ def _stored_teacher(
             found="others: the store was computed again since",
             do="run teacher-logits again, so that its manifest is of this store",
         )
+    if kind == "sampled":
+        check_sampling(store, spec)
     store.cache_size = settings.open_shards + 4
     return StoredTeacher(store, kind), {"store": store.fingerprint, "kind": kind, "units": manifest["units"]}
 
 
 def _online_teacher(
-    config: Config, purpose: str, index: Index, device: torch.device
+    config: Config, student: Student, purpose: str, index: Index, device: torch.device
 ) -> tuple[OnlineTeacher, dict[str, Any]]:
-    settings, size = config.teacher_logits, config.teacher_size(purpose)
+    settings, spec = config.teacher_logits, store_spec(config, purpose)
     model = load_teacher(config, index.classes, device, purpose)
-    online = OnlineTeacher(TeacherForward(model, settings, size))
-    return online, {"online": describe_teacher(config.teacher, model, size), "precision": settings.precision}
+    online = OnlineTeacher(TeacherForward(model, settings, spec.teacher_size))
+    described = describe_teacher(config.teacher, model, spec.teacher_size)
+    identity: dict[str, Any] = {"online": described, "precision": settings.precision}
+    if student.distillation == "soft" and spec.sampling is not None:
+        online.sampler = Sampler(index, spec.recipe, settings.samples, settings.sample_tau)
+        identity["sampling"] = spec.sampling
+    return online, identity
+
+
+def _check_tau(config: Config, student: Student) -> None:
+    """Refuse a student of another temperature than the one at which classes are drawn."""
+    settings = config.teacher_logits
+    if (settings.kind, student.distillation) == ("sampled", "soft") and student.tau != settings.sample_tau:
+        raise UsageError(
+            "the student's tau", expected=f"teacher_logits.sample_tau, {settings.sample_tau:g}, with kind sampled",
+            found=f"{student.tau:g}", do="change one of them, or use another kind: logits serve every temperature",
+        )  # fmt: skip

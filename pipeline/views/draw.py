@@ -216,6 +216,11 @@ def draw_mix(recipe: Recipe, shard: str, group: int, view: int, members: int) ->
     return Mix("cutmix", 1 - box[2] * box[3] / (size * size), box, partner)
 
 
+def draw_offset(recipe: Recipe, sample_key: str, view: int) -> float:
+    """Draw the number in (0, 1) from which the classes that kind sampled stores for a view follow."""
+    return uniforms(raw_words(stream_key(recipe.seed, "sample", f"{sample_key}\x1f{view}"), 1))[0]
+
+
 def _draw_beta(alpha: float, bits: np.random.Philox) -> float:
     """Beta(alpha, alpha) rounded to 1/65536, by Johnk's rejection (accepts 61 % at 0.8, 50 % at 1)."""
     while True:
