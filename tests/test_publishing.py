@@ -363,7 +363,7 @@ def opened_for_writing(config) -> StoreWriter:
     index, spec = open_index(config, "train"), store_spec(config, "train-student")
     store = Store.open(str(the_store()), index, spec.recipe)
     identity = StoreIdentity(index.fingerprint, spec.recipe, store.attributes["teacher"])
-    return StoreWriter.create(str(the_store()), identity, index, spec.views, spec.kind, spec.top_k, spec.precision)
+    return StoreWriter.create(str(the_store()), identity, index, spec.views, spec.kind, spec.k, spec.precision)
 
 
 def test_another_number_of_classes_is_named(lab):

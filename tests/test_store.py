@@ -228,6 +228,12 @@ def test_xarray_opens_it_with_named_dimensions(kind, filled):
         assert int(data["argmax"][3, row]) == predictions_of(Unit(1, 1), kind)[0]["argmax"][1, 4]
 
 
+@pytest.mark.parametrize(("kind", "checksums"), [("argmax", 4), ("topk", 4), ("sampled", 2)])
+def test_a_store_has_a_checksum_for_each_kind_that_it_may_hold(kind, checksums, filled):
+    store = opened(filled(kind))
+    assert store.array_metadata("check")["shape"] == [VIEWS, len(SAMPLES), store.groups + checksums]
+
+
 def test_attributes_say_what_the_store_is_of(filled):
     attributes = opened(filled("dense")).group.attrs
     assert attributes["recipe_settings"] == RECIPE.model_dump(mode="json")
