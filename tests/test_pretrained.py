@@ -7,20 +7,22 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import small_config, write_folders
 from test_ranks import launch
-from test_training import CPU, Stop, loaded, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import CHANGES, CPU, Stop, loaded, taught, taught_template  # noqa: F401  (fixtures)
 
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.params import dump
-from pipeline.config.paths import student_folder, teacher_folder
+from pipeline.config.paths import index_path, student_folder, teacher_folder
 from pipeline.config.schema import Config
 from pipeline.models import pretrained
-from pipeline.models.build import build_teacher
+from pipeline.models.build import build_student, build_teacher
 from pipeline.models.pretrained import classifier_modules, load_pretrained, replace_classifiers
 from pipeline.models.weights import read_weights, save_weights
+from pipeline.shards.index import Index
 from pipeline.training.identity import configured_teacher
 from pipeline.training.trainer import Trainer
-from stages import teacher, teacher_logits, train_student
+from stages import prepare, teacher, teacher_logits, train_student
 
 BRIEF = "student.epochs=1", "student.eval_epochs=1"
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "img_size": 16}
@@ -156,6 +158,25 @@ def test_a_vit_of_a_fixed_size_is_trained_at_its_own_size(taught):  # noqa: F811
     save_weights(Path("vit.safetensors"), build_teacher(config.teacher, 7).model)
     teacher.run(config, CPU)
     assert json.loads((teacher_folder(config) / "metrics.json").read_text())["size"] == 24
+    offline_equals_online(config)
+
+
+@pytest.mark.slow
+def test_a_pretrained_pair_in_float16_on_a_folder_without_validation_images(in_tmp):
+    half, brief = {"precision": "float16"}, {"epochs": 1, "eval_epochs": 1}
+    config = small_config(
+        in_tmp, work="work", data={"val": "", "val_fraction": 0.25}, evaluate=CHANGES["evaluate"],
+        teacher={**CHANGES["teacher"], **half, **brief, "weights": "source.safetensors"},
+        teacher_logits={**CHANGES["teacher_logits"], **half},
+        student={**CHANGES["student"], **half, **brief, "weights": "student.safetensors"},
+    )  # fmt: skip
+    save_weights(Path("source.safetensors"), build_teacher(config.teacher, 5).model)
+    save_weights(Path("student.safetensors"), build_student(config.student, config.recipe, 5, 24).model)
+    write_folders(in_tmp / "train", {"cat": 8, "dog": 6, "eel": 6})
+    prepare.run(config)
+    assert [len(Index(index_path(config, split))) for split in ("train", "val")] == [14, 6]
+    teacher.run(config, CPU)
+    assert "stem.conv.weight" in changed_names(config)
     offline_equals_online(config)
 
 
