@@ -96,11 +96,12 @@ def test_a_store_never_pays_where_rendering_is_slower_than_the_teacher():
 
 
 def test_kinds_have_the_bytes_of_their_estimates():
-    spec = store_spec(config_of(), "train-student")
-    table = table_by_kind(spec, IMAGES.samples, IMAGES.classes)
-    for kind in ("argmax", "topk", "dense8", "dense"):
-        row = next(line for line in table.splitlines() if line.startswith(f"{kind} "))
-        assert f"{estimate(replace(spec, kind=kind), IMAGES.samples, 10).files:,}" in row.split()
+    table = table_by_kind(config_of("teacher_logits.top_k=3"), IMAGES.samples, IMAGES.classes)
+    for kind, size in {"argmax": 2, "topk": 18, "dense8": 20, "dense": 22, "sampled": 10}.items():
+        row = next(line for line in table.splitlines() if line.startswith(f"{kind} ")).split()
+        spec = store_spec(config_of(f"teacher_logits.kind={kind}", "teacher_logits.top_k=3"), "train-student")
+        found = estimate(spec, IMAGES.samples, 10)
+        assert found.row_bytes == size and {f"{size}", f"{found.files:,}", f"{found.bytes / 1e9:,.3g}"} <= set(row)
 
 
 def test_a_teacher_that_is_used_as_it_is_is_only_evaluated():

@@ -21,7 +21,8 @@ from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.shards.index import Index
 from pipeline.store.estimate import equal_shards, estimate
 
-KINDS = {"argmax": "hard", "topk": "hard, soft", "dense8": "hard, soft", "dense": "hard, soft"}
+KINDS = {"argmax": "hard", "topk": "hard, soft", "dense8": "hard, soft", "dense": "hard, soft",
+         "sampled": "hard, soft at one tau"}  # fmt: skip
 """Kinds of store and the distillation that each allows."""
 FRACTIONS = (0.1, 0.25, 0.5, 1.0)
 """Views per epoch in the table by views."""
@@ -159,7 +160,7 @@ def describe(config: Config, images: Images, rates: Rates, machine: Machine, dev
             "with fewer views than epochs, views are used again",
             "",
             f"the store by kind, {spec.views} views per image:",
-            table_by_kind(spec, images.samples, images.classes),
+            table_by_kind(config, images.samples, images.classes),
         ]
     )
 
@@ -180,11 +181,13 @@ def table_by_views(
     return tabulate(rows, headers, disable_numparse=True) + "\n* as configured"
 
 
-def table_by_kind(spec: StoreSpec, samples: Sequence[int], classes: int) -> str:
+def table_by_kind(config: Config, samples: Sequence[int], classes: int) -> str:
     """Bytes and files of every kind of store."""
     rows = []
     for kind, distillation in KINDS.items():
-        size = estimate(replace(spec, kind=kind), samples, classes)
-        mark = " *" if kind == spec.kind else ""
+        settings = config.teacher_logits.model_copy(update={"kind": kind})
+        spec = store_spec(config.model_copy(update={"teacher_logits": settings}), "train-student")
+        size = estimate(spec, samples, classes)
+        mark = " *" if kind == config.teacher_logits.kind else ""
         rows.append([kind + mark, f"{size.row_bytes:,}", f"{size.bytes / 1e9:,.3g} GB", f"{size.files:,}", distillation])
     return tabulate(rows, ["kind", "bytes per view", "size", "files", "distillation"], disable_numparse=True)
