@@ -1,6 +1,7 @@
 """Kind sampled: classes drawn from the teacher's softmax, without bias, the same everywhere, and never mistaken."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,7 @@ LOGITS = torch.tensor([[2.0, -1.0, 0.5, 0.5, -3.0], [0.0, 0.0, 0.0, 0.0, 0.0], [
 OFFSETS = [0.3604455395201528, 0.21809971935997285]
 WEIGHTS = [[274877906944, 19099465639, 72457029601, 22164, 232679124804]]
 DRAWN = [[0, 0, 2, 3], [0, 1, 2, 4], [0, 0, 2, 4]]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 COUNTS = pytest.mark.parametrize("samples", [1, 2, 4, 7])
 
 
@@ -117,13 +119,21 @@ def test_weights_are_the_softmax():
         assert (found - (logits.double() / tau).softmax(1)).abs().max() < 1e-9
 
 
-def test_what_is_drawn_is_the_same_on_every_machine():
-    """Of another value of any of these, bump SAMPLING_VERSION."""
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_drawn_is_the_same_on_every_machine(device):
+    """If one of these values changes, SAMPLING_VERSION must, too."""
     recipe = Recipe(seed=3)
     assert [draw_offset(recipe, "cat/1", view) for view in (0, 1)] == OFFSETS
     assert draw_offset(recipe, "cat/2", 0) != OFFSETS[0] != draw_offset(Recipe(seed=4), "cat/1", 0)
-    assert class_weights(LOGITS[2:], 3.0).tolist() == WEIGHTS
-    assert draw_classes(LOGITS, torch.tensor([*OFFSETS, 0.25], dtype=torch.float64), 4, 3.0).tolist() == DRAWN
+    assert class_weights(LOGITS[2:].to(device), 3.0).tolist() == WEIGHTS
+    offsets = torch.tensor([*OFFSETS, 0.25], dtype=torch.float64)
+    assert draw_classes(LOGITS.to(device), offsets.to(device), 4, 3.0).tolist() == DRAWN
+    logits = 4 * torch.randn(200, 1000, generator=torch.Generator().manual_seed(5))
+    weights = [class_weights(values, 2.0).cpu() for values in (logits, logits.to(device))]
+    assert torch.equal(*weights)
+    # exp in Python's own arithmetic, of which the last bit may differ
+    row = [math.exp((value - max(logits[0].tolist())) / 2) for value in logits[0].tolist()]
+    assert max(abs(weights[0][0].double() / 2**38 - torch.tensor(row, dtype=torch.float64))) < 1e-11
 
 
 def test_a_row_does_not_depend_on_the_rows_around_it():

@@ -5,8 +5,8 @@ classes of a view are drawn systematically, at (j + U) / k in the cumulative dis
 rounded up or down, so that no other unbiased draw of k classes varies less in any class.
 
 U follows from sample and view alone. After the logits only IEEE 754 additions and multiplications and integers are
-used, as libraries' exp and sums of floating-point numbers differ between processors; so the same logits give the same
-classes on every device.
+used, as libraries' exp and sums of floating-point numbers differ between processors. So the same logits should give the
+same classes on every machine.
 """
 
 import json
