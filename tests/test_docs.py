@@ -115,12 +115,13 @@ def test_a_command_is_run_by_a_test_or_says_what_it_needs(name):
 
 
 SHELL = [name for name in sorted(FILES) if any("pipeline" in line for line in commands(name))]
-TRAINING = {"models.md"}
+TRAINING = {"models.md", "tutorial.md"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in TRAINING)) for name in SHELL])
 def test_the_commands_of_the_pipeline_run_in_their_order(name, project):
     small = Path("params.yaml").read_text()
+    shutil.copy(next(Path("photos/train").rglob("*.jpg")), "photo.jpg")
     for command in commands(name):
         if command.startswith("pipeline init "):
             shutil.copy(ROOT / "params.yaml", "params.yaml")  # as in a clone; a changed one is not overwritten
@@ -130,7 +131,6 @@ def test_the_commands_of_the_pipeline_run_in_their_order(name, project):
             Path("params.yaml").write_text(small)
             run("train-student", "--student", "token")
     if name in TRAINING:
-        shutil.copy(next(Path("photos").rglob("*.jpg")), "photo.jpg")
         (example,) = blocks("README.md", "python")
         assert example in blocks("models.md", "python")
         exec(example, {})
@@ -240,3 +240,8 @@ def test_the_readme_is_short_begins_with_the_two_commands_and_maps_the_packages(
 def test_every_file_in_docs_is_linked_to_from_the_readme():
     for path in (ROOT / "docs").glob("*.*"):
         assert f"docs/{path.name}" in TEXTS["README.md"], path.name
+
+
+def test_every_picture_of_the_docs_is_shown():
+    for path in (ROOT / "docs/images").iterdir():
+        assert any(f"images/{path.name})" in text for text in TEXTS.values()), path.name
