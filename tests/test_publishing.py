@@ -25,8 +25,10 @@ import pytest
 from conftest import picture, tree
 from hypothesis import given
 from hypothesis import strategies as st
+from test_ensemble import several, sources  # noqa: F401  (fixture)
 from test_store_commands import call, flip, the_store
 from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (fixtures)
+from test_unlabelled import trainable
 
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import is_local
@@ -390,6 +392,54 @@ def test_an_interrupted_fetch_goes_on_with_what_is_missing(lab, monkeypatch):
     teacher_logits.run(config, CPU)
     assert len(written) == len(set(written)) == 8
     assert tree(the_store()) == tree(next((lab.parent / "first/work/stores").glob("*.zarr")))
+
+
+@pytest.mark.slow
+def test_a_store_of_an_ensemble_is_published_with_its_accuracy_and_fetched(taught, sources, tmp_path):  # noqa: F811
+    shutil.rmtree("work/stores")
+    config = several()
+    teacher.run(config, CPU)
+    teacher_logits.run(config, CPU)
+    Path("params.yaml").write_text(dump(config))
+    before, target = tree(the_store()), tmp_path / "published"
+    call("store", "publish", str(target))
+    metrics = json.loads((teacher_folder(config) / "metrics.json").read_text())
+    assert parse((target / "manifest.json").read_bytes()).teacher_metrics["top1"] == metrics["top1"]
+    assert '"ensemble"' in (target / "README.md").read_text()
+    shutil.rmtree("work/stores")
+    Path("params.yaml").write_text(dump(config.model_copy(update={"teacher": loaded().teacher})))
+    call("store", "fetch", str(target))
+    assert tree(the_store()) == before
+
+
+@pytest.mark.slow
+def test_a_store_of_images_without_labels_is_published_and_fetched(in_tmp):
+    config = trainable(in_tmp, [0, -1, 1, -1, 1, 0], "unlabelled", unlabelled=True)
+    teacher.run(config, CPU)
+    teacher_logits.run(config, CPU)
+    Path("params.yaml").write_text(dump(config))
+    before = tree(the_store())
+    call("store", "publish", "published")
+    shutil.rmtree("work/stores")
+    call("store", "fetch", "published")
+    assert tree(the_store()) == before
+
+
+@pytest.mark.slow
+def test_where_only_the_second_store_needs_a_teacher_it_is_made_and_the_first_one_is_fetched(lab):
+    config = loaded(f"teacher_logits.fetch={lab}", "students=[hard]", "finetune.from=[hard]")
+    Path("params.yaml").write_text(dump(config))
+    needed.run(config)
+    found = json.loads(Path("outputs/small/needed.json").read_text())
+    assert found == {"train-student": {"fetch": str(lab)}, "finetune": True}
+    for command in ("teacher", "teacher-logits"):
+        call(command, "--if-needed", "--device", "cpu")
+    for command in ("teacher", "teacher-logits"):
+        call(command, "--for", "finetune", "--if-needed", "--device", "cpu")
+    for command in ("train-student", "finetune", "evaluate"):
+        call(command, "--device", "cpu")
+    assert "0 stores" in call("prune")
+    assert "hard-finetuned" in Path("outputs/small/evaluation/table.txt").read_text()
 
 
 def test_a_full_disk_while_publishing_leaves_no_manifest_and_the_next_call_ends(taught, tmp_path, monkeypatch):  # noqa: F811

@@ -741,7 +741,7 @@ def test_pack_damaged_at_s3_is_refused_by_its_name(taught, bucket):  # noqa: F81
     damaged = bucket.keys("published/packs/")[1]
     bucket.flip(damaged)
     shutil.rmtree("work/stores")
-    assert damaged in call("store", "fetch", f"{bucket.url}/published", code=1)
+    assert damaged.removeprefix("published/") in call("store", "fetch", f"{bucket.url}/published", code=1)
 
 
 def test_bucket_to_publish_in_that_is_not_there_is_named(taught, bucket):  # noqa: F811
