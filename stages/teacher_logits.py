@@ -126,6 +126,8 @@ def from_publication(spec: StoreSpec, index: Index) -> Origin:
     published = source.publication
     print(f"{source.where}: {published.describe()}")
     check_belongs(source, index, spec)
+    if spec.kind == "topk" and published.k != min(spec.k, len(index.classes)):
+        print(f"teacher_logits.top_k {spec.k}: {count_of(published.k, 'class')} per view are published and used")
     spec = replace(spec, precision=published.precision, k=published.k)
     return Origin(
         spec, StoreIdentity(index.fingerprint, spec.recipe, published.teacher, spec.sampling), published.versions,

@@ -152,7 +152,9 @@ def test_every_kind_arrives_as_it_was_published(kind, taught, tmp_path):  # noqa
     before = tree(the_store())
     call("store", "publish", str(tmp_path / "published"))
     shutil.rmtree("work/stores")
-    call("store", "fetch", str(tmp_path / "published"))
+    other = ("--set", "teacher_logits.top_k=3")
+    said = call("store", "fetch", str(tmp_path / "published"), *other)
+    assert ("top_k 3: 2 classes per view are published and used" in said) == (kind == "topk")
     assert tree(the_store()) == before
 
 
