@@ -5,12 +5,14 @@ contents of all the split's images, so nothing is ever overwritten; `outputs/<na
 to them.
 """
 
+import contextlib
 import json
+from pathlib import Path
 
 from pipeline.common.code import source_digest
-from pipeline.common.files import atomic_write
+from pipeline.common.files import atomic_write, file_sha256
 from pipeline.common.signals import raise_on_sigterm
-from pipeline.config.paths import code_path, index_path
+from pipeline.config.paths import external_path, index_path
 from pipeline.config.schema import Config
 from pipeline.shards.advice import report_counts, report_order
 from pipeline.shards.build import build
@@ -46,13 +48,17 @@ def run(config: Config, dry_run: bool = False, quick: bool = False) -> None:
             publish_index(index, index_path(config, shards.split))
         classes = index.classes
     if not dry_run:
-        record_code(config)
+        record_external_files(config)
 
 
-def record_code(config: Config) -> None:
-    """Write the digests of the source of models of one's own: DVC cannot depend on files that it does not know."""
-    path, digests = code_path(config), {model: source_digest(model) for model in config.own_models()}
-    text = json.dumps(digests, indent=1) + "\n"
+def record_external_files(config: Config) -> None:
+    """Write the digests of weights and of the source of models of one's own, as DVC depends on neither by itself."""
+    digests = {model: source_digest(model) for model in config.own_models()}
+    for weights in config.weight_files():
+        digests[weights] = None  # the stage that reads the file reports that it is missing
+        with contextlib.suppress(OSError):
+            digests[weights] = file_sha256(Path(weights))
+    path, text = external_path(config), json.dumps(digests, indent=1) + "\n"
     if not path.exists() or path.read_text(errors="replace") != text:
         with atomic_write(path) as temporary:
             temporary.write_text(text)

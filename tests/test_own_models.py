@@ -15,7 +15,7 @@ from pipeline.cli.main import main
 from pipeline.common import code
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.params import dump
-from pipeline.config.paths import code_path, outputs, student_folder, teacher_folder
+from pipeline.config.paths import external_path, outputs, student_folder, teacher_folder
 from pipeline.config.schema import Config
 from pipeline.models.build import OwnModel
 from pipeline.models.description import load_model
@@ -170,13 +170,28 @@ def test_a_source_that_is_edited_during_training_is_not_the_one_that_is_publishe
 
 def test_prepare_records_the_source_for_dvc(own):
     prepare.run(own)
-    recorded = code_path(own).read_bytes()
+    recorded = external_path(own).read_bytes()
     assert json.loads(recorded) == {"mine.nets:build": code.source_digest("mine.nets:build")}
     write(SOURCE + "\n")
     prepare.run(own)
-    assert code_path(own).read_bytes() != recorded
+    assert external_path(own).read_bytes() != recorded
     prepare.run(loaded())
-    assert json.loads(code_path(own).read_bytes()) == {}
+    assert json.loads(external_path(own).read_bytes()) == {}
+
+
+def test_prepare_records_local_weights_for_dvc(taught):  # noqa: F811
+    member = "{weights: member.safetensors, model: regnety_002}"
+    names = "student.weights=s.pth", "finetune.weights=f.pth", f"teacher.ensemble=[{member}]"
+    config = loaded("teacher.weights=regnety_002.pycls_in1k", *names)
+    found = []
+    for content in (None, b"a", b"b"):
+        if content:
+            Path("member.safetensors").write_bytes(content)
+        prepare.run(config, quick=True)
+        found.append(json.loads(external_path(config).read_bytes()))
+    assert all(digests.keys() == {"s.pth", "f.pth", "member.safetensors"} for digests in found)
+    assert found[0]["member.safetensors"] is None
+    assert len({digests["member.safetensors"] for digests in found}) == 3
 
 
 # out of the pipeline

@@ -34,9 +34,9 @@ def needed_path(config: Config) -> Path:
     return outputs(config) / "needed.json"
 
 
-def code_path(config: Config) -> Path:
-    """Digests of the source of models of one's own, on which DVC's stages depend."""
-    return outputs(config) / "code.json"
+def external_path(config: Config) -> Path:
+    """Digests of files that DVC does not know but its stages depend on: weights, the source of models of one's own."""
+    return outputs(config) / "external.json"
 
 
 def index_path(config: Config, split: str) -> Path:

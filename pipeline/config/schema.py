@@ -95,6 +95,12 @@ class Config(Section):
         students = [self.student, *map(self.student_named, self.variants)]
         return sorted({each.model for each in [*self.teacher.members, *students] if is_own_model(each.model)})
 
+    def weight_files(self) -> list[str]:
+        """The local files of weights that teachers and students start from, sorted."""
+        sections = [*self.teacher.members, self.student, *map(self.student_named, self.variants)]
+        named = {each.weights for each in sections if each.weights and not each.timm_tag}
+        return sorted(named | ({self.finetune.weights} if self.finetune.weights else set()))
+
     def teacher_size(self, purpose: str) -> int:
         """Height and width of the teacher's input in pixels, for the store of train-student or finetune."""
         if purpose == "finetune":
