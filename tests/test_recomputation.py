@@ -87,7 +87,12 @@ class Unsupporting(nn.Linear):
         assert not enable, "gradient checkpointing not supported"  # as timm's models that do not
 
 
-@pytest.mark.parametrize("kind", [nn.Linear, Unsupporting])
+class Unlike(nn.Linear):
+    def set_grad_checkpointing(self) -> None:
+        """Of a model of one's own: it does not take what timm's take."""
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Unsupporting, Unlike])
 def test_a_model_without_support_is_refused_by_name(kind):
     model = NormalizedModel(kind(1, 1), MEAN, MEAN, name="mine")
     with pytest.raises(UsageError, match=r"(?s)model 'mine'.*supports it"):
