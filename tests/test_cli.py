@@ -44,7 +44,9 @@ def files(root: Path) -> set[str]:
 
 
 EXPERIMENTS = sorted(
-    str(path.relative_to(ROOT / "configs").with_suffix("")) for path in (ROOT / "configs").rglob("*.yaml")
+    str(path.relative_to(ROOT / "configs").with_suffix(""))
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if path.parent.name != "studies"
 )
 
 

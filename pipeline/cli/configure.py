@@ -8,6 +8,7 @@ from pipeline.common.errors import UsageError
 from pipeline.config.params import dump, load
 
 CONFIGS = Path("configs")
+STUDIES = CONFIGS / "studies"
 KEYS = "# What the keys mean: docs/configuration.md\n"
 
 
@@ -28,8 +29,9 @@ def run(name: str, overrides: tuple[str, ...], output: Path) -> None:
 
 
 def experiments() -> dict[str, Path]:
-    """The files in configs/ by name."""
-    return {str(path.relative_to(CONFIGS).with_suffix("")): path for path in sorted(CONFIGS.rglob("*.yaml"))}
+    """The experiments in configs/ by name; a study is none."""
+    files = [path for path in sorted(CONFIGS.rglob("*.yaml")) if STUDIES not in path.parents]
+    return {str(path.relative_to(CONFIGS).with_suffix("")): path for path in files}
 
 
 def list_experiments() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pipeline.cli.experiments import study
 from pipeline.cli.group import Group
 from pipeline.cli.models import export, predict
 from pipeline.cli.options import IF_NEEDED, PART, TEACHER, WHICH_STORE, WHICH_TEACHER, config_options, stage_options
@@ -38,8 +39,8 @@ def main() -> None:
     The other commands: init writes settings for a folder of images, configure chooses an experiment, doctor
     checks the machine, estimate measures it and prints what an experiment costs, status shows how far every
     stage has got, views draws what a recipe produces, store inspects, repairs and publishes stores, predict
-    classifies images with a trained model, export writes it for timm, ONNX Runtime and torch.export, prune
-    frees disk space.
+    classifies images with a trained model, export writes it for timm, ONNX Runtime and torch.export, study
+    runs a matrix of experiments, prune frees disk space.
 
     \b
     Example:
@@ -288,3 +289,4 @@ main.add_command(store)
 main.add_command(prune)
 main.add_command(export)
 main.add_command(predict)
+main.add_command(study)

@@ -215,7 +215,8 @@ def prune(yes: bool, work: str) -> None:
       pipeline prune
     """
     from pipeline.cli import prune as stage
+    from pipeline.cli.configure import experiments
 
     used = sorted(Path("outputs").glob("*/params.yaml"))
-    named = [Path("params.yaml"), *sorted(Path("configs").rglob("*.yaml")), *used]
+    named = [Path("params.yaml"), *experiments().values(), *used]
     stage.run([file for file in named if file.exists()], work, yes)

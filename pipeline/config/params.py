@@ -123,6 +123,18 @@ def override(values: dict, text: str) -> dict:
     return _set(values, keys, parse_yaml(written, f"override {name}"))
 
 
+def override_key(values: dict, name: str, value: Any) -> dict:
+    """`values` with one key, `section.key`, set to a value; all other keys stay, in kwargs and variants too.
+
+    Raises:
+        UsageError: the name is not of that form.
+    """
+    keys = name.split(".")
+    if not all(keys) or len(keys) > MAX_DEPTH:
+        raise UsageError(f"key {short_repr(name)}", expected="section.key", do="for example student.lr")
+    return _set(values, keys, value)
+
+
 def _set(values: dict, keys: list[str], value: Any) -> dict:
     first, *rest = keys
     here = values.get(first)
@@ -132,16 +144,15 @@ def _set(values: dict, keys: list[str], value: Any) -> dict:
     return merge(values, {first: value})
 
 
-def load(path: str | Path = "params.yaml", overrides: tuple[str, ...] = ()) -> Config:
-    """Load a configuration file and apply `section.key=value` overrides.
+def read_text(path: str | Path) -> str:
+    """The text of a configuration file.
 
     Raises:
-        UsageError: missing file, no YAML, unknown key, wrong type, conflicting settings.
+        UsageError: it cannot be read.
     """
-    path = Path(path)
     try:
         with open(path, "rb") as file:
-            text = file.read(4 * MAX_CHARACTERS + 1).decode()  # at most four bytes per character; /dev/zero never ends
+            return file.read(4 * MAX_CHARACTERS + 1).decode()  # at most four bytes per character; /dev/zero never ends
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UsageError(
             f"{path}: the configuration cannot be read",
@@ -149,7 +160,15 @@ def load(path: str | Path = "params.yaml", overrides: tuple[str, ...] = ()) -> C
             found=getattr(error, "strerror", None) or str(error),
             do="choose it with --config, or write one: pipeline configure digits",
         ) from None
-    return resolve(parse_yaml(text, str(path)), overrides, str(path))
+
+
+def load(path: str | Path = "params.yaml", overrides: tuple[str, ...] = ()) -> Config:
+    """Load a configuration file and apply `section.key=value` overrides.
+
+    Raises:
+        UsageError: missing file, no YAML, unknown key, wrong type, conflicting settings.
+    """
+    return resolve(parse_yaml(read_text(path), str(path)), overrides, str(path))
 
 
 def resolve(values: Any, overrides: tuple[str, ...], source: str) -> Config:

@@ -1,0 +1,56 @@
+"""The commands about several experiments: `pipeline study`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline.common.errors import UsageError
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.argument("action", type=click.Choice(["show", "run"]), default="show")
+@click.option("--list", "as_list", is_flag=True, help="List the studies in configs/studies with a line about each.")
+@click.option("--commands", is_flag=True, help="Print all commands, for a cluster's job array, and run none.")
+@click.option("--cell", "cells", multiple=True, metavar="CELL", help="run: only this cell, for example NAME-1a2b3c/hard-seed0.")
+@click.option("--dry-run", is_flag=True, help="run: only print the commands that are missing.")
+@click.option("--from", "source", type=click.Path(dir_okay=False, path_type=Path), metavar="CELLS.CSV",
+              help="show: make table and figure from this file.")  # fmt: skip
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key of the base.")
+def study(name: str | None, action: str, as_list: bool, commands: bool, cells: tuple[str, ...], dry_run: bool,
+          source: Path | None, overrides: tuple[str, ...]) -> None:  # fmt: skip
+    """Run a matrix of experiments, or show its table.
+
+    configs/studies/NAME.yaml names a base configuration, the axes that vary and the seeds. Each cell is a
+    student of an ordinary configuration, which is written to outputs/NAME-.../params.yaml; `run` calls the
+    ordinary commands for the cells that are not done. Shards, teachers, stores and students that exist already
+    are used. It may be interrupted at any moment, and the same command resumes.
+
+    Without an action, it prints mean, standard deviation and number of seeds of every metric so far, and
+    writes cells.csv, table.csv, table.md and figure.png to outputs/studies/NAME.
+
+    \b
+    Examples:
+      pipeline study --list
+      pipeline study digits-quick run
+      pipeline study digits-quick
+      pipeline study cifar10-views --commands --set data.train=cifar10/train --set data.val=cifar10/test
+    """
+    from pipeline.cli import study
+
+    if as_list:
+        return study.list_studies()
+    if name is None:
+        raise UsageError("pipeline study", expected="the name of a study", do="see pipeline study --list")
+    if action != "run" and (cells or dry_run):
+        raise UsageError("--cell and --dry-run", expected="the action run", do=f"pipeline study {name} run")
+    if source and (action == "run" or commands):
+        raise UsageError("--from", expected="neither run nor --commands with it", do=f"pipeline study {name} --from {source}")
+    matrix = study.find(name, overrides)
+    if commands:
+        return study.print_commands(matrix)
+    if action == "run":
+        return study.run(matrix, cells, dry_run, study.run_subprocess)
+    study.show(matrix, source)

@@ -1,0 +1,282 @@
+"""`pipeline study`: the cells of a study, the commands that they take, and the table of what they have given so far."""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from pipeline.cli.configure import CONFIGS, STUDIES
+from pipeline.cli.matching import have_changed
+from pipeline.cli.scan import read_json
+from pipeline.cli.status import Experiment
+from pipeline.cli.status_table import headline_top1
+from pipeline.common.errors import PipelineError, UsageError
+from pipeline.common.signals import raise_on_sigterm
+from pipeline.common.wording import count_of
+from pipeline.config.params import load, record
+from pipeline.config.paths import (
+    evaluated_models,
+    evaluation_folder,
+    teacher_folder,
+    teacher_logits_folder,
+    used_params,
+)
+from pipeline.config.schema import PURPOSES, Config
+from pipeline.config.study import Cell, Study, expand, load_study
+from pipeline.config.validation import fingerprint
+from pipeline.report.study import Value, read_cells, summarize, table_rows, write_cells, write_summaries
+from pipeline.training.identity import is_run_of
+
+Execute = Callable[[list[str]], int]
+"""Runs a command of `pipeline`, given without that word; returns its exit code."""
+FILES = {"evaluation": "metrics.json", "throughput": "throughput.json"}
+"""Files of `pipeline evaluate`, by the prefix of the metrics that are read from them."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A study with its cells."""
+
+    name: str
+    study: Study
+    cells: list[Cell]
+
+    @property
+    def folder(self) -> Path:
+        return Path("outputs") / "studies" / self.name
+
+    @property
+    def configs(self) -> list[Config]:
+        """The configurations, in the order in which they are needed."""
+        return list({cell.config.name: cell.config for cell in self.cells}.values())
+
+
+def find(name: str, overrides: tuple[str, ...]) -> Matrix:
+    """The study configs/studies/`name`.yaml, or a YAML file, over its base with `overrides`.
+
+    Raises:
+        UsageError: there is no such study or base, or a key or value is invalid.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else STUDIES / f"{name}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(studies()))
+        raise UsageError(f"study {name!r}", expected=f"one of {known}, or a YAML file", found=f"no {path}")
+    study = load_study(path)
+    base = study.base if study.base.endswith((".yaml", ".yml")) else CONFIGS / f"{study.base}.yaml"
+    return Matrix(path.stem, study, expand(study, path.stem, load(base, overrides), str(path)))
+
+
+def studies() -> dict[str, Path]:
+    """The files in configs/studies/ by name."""
+    return {path.stem: path for path in sorted(STUDIES.glob("*.yaml"))}
+
+
+def list_studies() -> None:
+    """Print each study's name and the first line of its file, a comment that says what it is."""
+    rows = [(name, path.read_text().partition("\n")[0].removeprefix("# ")) for name, path in studies().items()]
+    print(tabulate(rows, tablefmt="plain"))
+
+
+# commands
+
+
+def setup_commands(config: Config, finetune: bool) -> list[list[str]]:
+    """What the students of a configuration need: shards, teachers and stores."""
+    options = ["--config", str(used_params(config))]
+    commands = [["prepare", "--quick", *options]]
+    for purpose in PURPOSES[: 1 + finetune]:
+        chosen = ["--for", purpose] * (purpose == "finetune")
+        if config.needs_teacher(purpose) or (purpose == "train-student" and config.needs_teacher("finetune")):
+            commands.append(["teacher", *chosen, *options])
+        if config.needs_store(purpose):
+            commands.append(["teacher-logits", *chosen, *options])
+    return commands
+
+
+def cell_command(cell: Cell) -> list[str]:
+    """What trains a cell's student."""
+    stage, _, student = cell.stage.partition("@")
+    return [stage, "--student", student, "--config", str(used_params(cell.config))]
+
+
+def print_commands(matrix: Matrix) -> None:
+    """Print every command, after writing the configurations that they name."""
+    for config in matrix.configs:
+        record(config)
+    print("# shards, teachers and stores: one after the other")
+    setup = [command for config in matrix.configs for command in setup_commands(config, matrix.study.finetune)]
+    _print(setup)
+    for tuned in sorted({cell.finetuned for cell in matrix.cells}):
+        print(f"# {'fine-tuned ' * tuned}students: in any order, or at the same time")
+        _print(cell_command(cell) for cell in matrix.cells if cell.finetuned == tuned)
+    if matrix.study.evaluate:
+        print("# evaluation: when the students are trained")
+        _print(["evaluate", "--config", str(used_params(config))] for config in matrix.configs)
+
+
+def _print(commands: Iterable[list[str]]) -> None:
+    for command in commands:
+        print(shlex.join(["pipeline", *command]))
+
+
+def run(matrix: Matrix, names: tuple[str, ...], dry_run: bool, execute: Execute) -> None:
+    """Run what is missing for the cells, all of the first seed before those of the next.
+
+    Args:
+        names: of cells; none: all.
+        dry_run: only print the commands.
+
+    Raises:
+        UsageError: no such cell.
+        PipelineError: a command failed.
+    """
+    chosen, done = _chosen(matrix, names), done_runs(matrix.cells)
+    missing, ready = [cell for cell in chosen if cell.name not in done], set()
+    print(f"{matrix.name}: {len(chosen) - len(missing)} of {count_of(len(chosen), 'cell')} done", flush=True)
+    for cell in missing:
+        if cell.config.name not in ready:
+            for command in setup_commands(cell.config, matrix.study.finetune):
+                _run(command, cell.config, dry_run, execute)
+            ready.add(cell.config.name)
+        _run(cell_command(cell), cell.config, dry_run, execute)
+    for config in matrix.configs if matrix.study.evaluate and not names else []:
+        if not _is_evaluated(config):
+            _run(["evaluate", "--config", str(used_params(config))], config, dry_run, execute)
+
+
+def _chosen(matrix: Matrix, names: tuple[str, ...]) -> list[Cell]:
+    known = {cell.name: cell for cell in matrix.cells}
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--cell {name}", expected=f"a cell of {matrix.name}", found="no such cell",
+                             do=f"see: pipeline study {matrix.name} run --dry-run; the first is {next(iter(known))}")  # fmt: skip
+    return [known[name] for name in dict.fromkeys(names)] if names else matrix.cells
+
+
+def _run(command: list[str], config: Config, dry_run: bool, execute: Execute) -> None:
+    text = shlex.join(["pipeline", *command])
+    print(f"> {text}", flush=True)
+    if dry_run:
+        return
+    record(config)
+    if code := execute(command):
+        raise PipelineError(
+            f"study: {text}", expected="exit code 0", found=f"exit code {code}",
+            do="see its message above; the same study resumes there",
+        )  # fmt: skip
+
+
+def run_subprocess(command: list[str]) -> int:
+    """Run a command in a process of its own, which Ctrl-C and SIGTERM end too, after it has saved a checkpoint."""
+    process = subprocess.Popen([sys.executable, "-m", "pipeline", *command])
+    try:
+        with raise_on_sigterm():
+            return process.wait()
+    except (KeyboardInterrupt, SystemExit):
+        process.terminate()
+        process.wait()
+        raise
+
+
+# results
+
+
+def done_runs(cells: Iterable[Cell]) -> dict[str, str]:
+    """The fingerprints of the runs of the cells that are done, by the cell's name."""
+    experiments: dict[str, Experiment] = {}
+    found = {}
+    for cell in cells:
+        if cell.config.name not in experiments:
+            experiments[cell.config.name] = Experiment(cell.config)
+        if run := _done_run(cell, experiments[cell.config.name]):
+            found[cell.name] = run
+    return found
+
+
+def _done_run(cell: Cell, experiment: Experiment) -> str | None:
+    """The fingerprint of a cell's run if it is complete and published, with these settings, images and store, or None.
+
+    The name in run.json is not compared: the run may have been trained for another student with the same settings.
+    """
+    config, metrics = cell.config, read_json(cell.folder / "metrics.json")
+    crop = config.evaluate.crop_finetuned if cell.finetuned else config.evaluate.crop
+    if metrics.get("validation") != fingerprint([experiment.indices["val"].get("fingerprint"), crop]):
+        return None
+    folder = teacher_logits_folder(config, "finetune" if cell.finetuned else "train-student")
+    distilled = config.student_named(cell.variant).distillation != "none"
+    store = read_json(folder / "manifest.json").get("fingerprint", "none") if distilled else None
+    own = [state for state in experiment.states if is_run_of(experiment.runs[cell.stage], state.described)]
+    complete = {state.folder.name for state in own if state.complete and state.described.get("store") == store}
+    weights = (cell.folder / "weights.safetensors").exists()
+    return metrics["run"] if weights and metrics.get("run") in complete else None
+
+
+def _is_evaluated(config: Config) -> bool:
+    """Whether the evaluation is of the models that are published."""
+    metrics, models = read_json(evaluation_folder(config) / "metrics.json"), evaluated_models(config)
+    return metrics.keys() >= models.keys() and not have_changed(metrics, models)
+
+
+def collect(matrix: Matrix) -> Iterator[Value]:
+    """The metrics of the cells that are done."""
+    done = done_runs(matrix.cells)
+    for cell in matrix.cells:
+        if run := done.get(cell.name):
+            levels = dict(cell.levels)
+            if matrix.study.finetune:
+                levels["fine-tuned"] = "yes" if cell.finetuned else "no"
+            for metric in matrix.study.metrics:
+                value = read_metric(cell, metric, run)
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    yield Value(cell.name, levels, cell.seed, run, metric, float(value))
+
+
+def read_metric(cell: Cell, metric: str, run: str) -> Any:
+    """A metric of a cell, or None.
+
+    Args:
+        run: the cell's; an evaluation of another run has no metrics for it.
+    """
+    source, _, key = metric.partition(".")
+    if source == "teacher" and key:
+        return read_json(teacher_folder(cell.config) / "metrics.json").get(key)
+    if source in FILES and key:
+        folder = evaluation_folder(cell.config)
+        if read_json(folder / "metrics.json").get(cell.folder.name, {}).get("run") != run:
+            return None
+        found: Any = read_json(folder / FILES[source]).get(cell.folder.name)
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        return found
+    metrics = read_json(cell.folder / "metrics.json")
+    return headline_top1(metrics) if metric == "top1" else metrics.get(metric)
+
+
+def show(matrix: Matrix, cells: Path | None) -> None:
+    """Print the table so far, and write cells.csv, table.csv, table.md and figure.png.
+
+    Args:
+        cells: a cells.csv to read instead of the cells' metrics.
+    """
+    values = read_cells(cells) if cells else list(collect(matrix))
+    if cells is None:
+        done = len({each.cell for each in values})
+        print(f"{matrix.name}: {done} of {count_of(len(matrix.cells), 'cell')} done")
+    if not values:
+        print(f"nothing to show yet; run: pipeline study {matrix.name} run")
+        return
+    if absent := [metric for metric in matrix.study.metrics if metric not in {each.metric for each in values}]:
+        print(f"no cell has the metric {', '.join(absent)}" + " yet" * matrix.study.evaluate)
+    summaries = summarize(values)
+    headings, lines = table_rows(summaries)
+    print("\n" + tabulate(lines, headings, tablefmt="plain", disable_numparse=True) + "\n")
+    if cells is None:
+        write_cells(matrix.folder / "cells.csv", values)
+    figure = matrix.study.figure
+    write_summaries(matrix.folder, summaries, figure.x if figure else None, bool(figure and figure.log))
+    print(f"{matrix.folder}: " + ", ".join(sorted(path.name for path in matrix.folder.iterdir() if path.suffix != ".partial")))

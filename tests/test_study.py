@@ -1,0 +1,355 @@
+"""`pipeline study`: the cells of a matrix, what counts as done, and the table."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from conftest import make_data_set, tree
+
+from pipeline.cli import study as command
+from pipeline.cli.main import main
+from pipeline.common.errors import PipelineError, UsageError
+from pipeline.config.params import dump, load
+from pipeline.config.schema import Config
+from pipeline.config.study import Cell, Study, expand, load_study
+from pipeline.config.validation import validate
+from pipeline.report.study import Summary, Value, read_cells, summarize, table_rows, write_cells, write_summaries
+
+ROOT = Path(__file__).parent.parent
+STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
+BASE = load(ROOT / "configs/digits.yaml")
+
+
+def cells(base: Config = BASE, **study) -> list[Cell]:
+    return expand(validate(Study, {"base": "digits", **study}, "test"), "test", base, "test")
+
+
+def call(*arguments: str, code: int = 0) -> str:
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+# expansion
+
+
+def test_levels_of_students_are_variants_of_one_configuration_and_all_others_are_configurations():
+    found = cells(students=["none", "hard"], axes={"student.epochs": [2, 4], "teacher_logits.views": [10, 20]}, seeds=[0, 1])
+    assert len(found) == 16 and len({cell.config.name for cell in found}) == 2
+    by_views = {cell.levels["views"]: cell.config for cell in found}
+    assert {label: config.teacher_logits.views for label, config in by_views.items()} == {"10": 10, "20": 20}
+    for cell in found:
+        student = cell.config.student_named(cell.variant)
+        assert student.epochs == int(cell.levels["epochs"]) and student.seed == cell.seed
+        assert student.distillation == cell.levels["student"]
+        assert cell.variant == f"{cell.levels['student']}-epochs{cell.levels['epochs']}-seed{cell.seed}"
+
+
+def test_every_cell_of_the_first_seed_comes_before_those_of_the_next():
+    found = cells(axes={"teacher_logits.views": [10, 20]}, seeds=[3, 1])
+    assert [cell.seed for cell in found] == [3] * 8 + [1] * 8
+
+
+def test_a_variant_s_kwargs_are_merged_and_its_own_settings_give_way_to_the_level():
+    cell = cells(students=["soft"], axes={"size": {"big": {"student.kwargs": {"embed_dim": 256}, "student.tau": 9.0}}})[0]
+    settings = cell.config.student_named(cell.variant)
+    assert settings.kwargs == BASE.student.kwargs | {"embed_dim": 256}
+    assert (settings.tau, settings.alpha) == (9.0, BASE.student_named("soft").alpha)
+
+
+def test_skip_leaves_out_combinations():
+    found = cells(
+        students=["hard", "soft"], axes={"teacher_logits.kind": ["argmax", "dense"]},
+        skip=[{"student": "soft", "kind": "argmax"}, {"student": "hard", "kind": ["dense"]}],
+    )  # fmt: skip
+    assert [(cell.levels["student"], cell.levels["kind"]) for cell in found] == [("hard", "argmax"), ("soft", "dense")]
+
+
+def names(**study) -> set[str]:
+    return {cell.name for cell in cells(axes={"V": {"some": study}}, students=["hard"])}
+
+
+def test_a_changed_level_or_base_names_another_configuration_and_how_it_runs_does_not():
+    first = names(**{"teacher_logits.views": 10})
+    assert first.isdisjoint(names(**{"teacher_logits.views": 20}))
+    assert first == names(**{"teacher_logits.views": 10, "teacher_logits.workers": 2, "student.log_steps": 3})
+
+
+def test_further_seeds_and_students_keep_the_names_of_earlier_cells():
+    few, more = cells(students=["hard"]), cells(students=["none", "hard"], seeds=[0, 1])
+    assert {cell.name for cell in few} < {cell.name for cell in more}
+
+
+def test_a_fine_tuned_student_is_a_cell_whose_name_says_what_it_started_from():
+    found = cells(students=["token"], finetune=True)
+    assert [cell.stage.partition("@")[0] for cell in found] == ["train-student", "finetune"]
+    assert found[0].config.finetune.students == [found[0].variant]
+    other = cells(students=["token"], finetune=True, axes={"x": {"y": {"student.epochs": 7}}})
+    assert found[1].folder.name.partition("seed0")[2] != other[1].folder.name.partition("seed0")[2]
+
+
+@pytest.mark.parametrize(
+    ("study", "message"),
+    [
+        ({"axes": {"student": {"a": {}}}}, "student and seed"),
+        ({"axes": {"V": {}}}, "at least one level"),
+        ({"axes": {"V": [1, 2]}}, "axes.V"),
+        ({"axes": {"V": {"1": {"teacher_logits.view": 1}}}}, "did you mean views"),
+        ({"axes": {"V": {"a/b": {}, "a b": {"recipe.hflip": 0.2}}}}, "names differ"),
+        ({"axes": {"x": {"a/b": {"student.lr": 0.1}, "a b": {"student.lr": 0.2}}}}, "twice"),
+        ({"students": ["nobody"]}, "none, soft, hard, token"),
+        ({"skip": [{"W": "1"}]}, "no such axis"),
+        ({"skip": [{"student": ["none", "soft", "hard", "token"]}]}, "at least one cell"),
+        ({"seeds": [1, 1]}, "different"),
+        ({"figure": {"x": "V"}}, "figure.x"),
+        ({"axis": {}}, "did you mean axes"),
+        ({"students": ["soft"], "axes": {"teacher_logits.kind": ["argmax"]}}, "topk, dense8 or dense"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_study_is_named(study, message):
+    with pytest.raises(UsageError, match=message):
+        cells(**study)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_shipped_study_is_valid_and_its_first_line_says_what_it_is(path):
+    study = load_study(path)
+    base = load(ROOT / "configs" / f"{study.base}.yaml")
+    found = expand(study, path.stem, base, path.stem)
+    assert len({cell.name for cell in found}) == len(found)
+    assert path.read_text().startswith("# ") and path.read_text().partition("\n")[0].endswith(".")
+
+
+def test_the_views_of_the_shipped_study_share_one_store():
+    study = load_study(ROOT / "configs/studies/cifar10-views.yaml")
+    found = expand(study, "views", load(ROOT / "configs/cifar10.yaml"), "views")
+    assert len({json.dumps(cell.config.recipe.model_dump(mode="json")) for cell in found}) == 1
+    assert {cell.config.teacher_logits.views for cell in found} == {1, 3, 10, 30}
+
+
+def test_the_shipped_ablations_are_those_of_table_8():
+    study = load_study(ROOT / "configs/studies/imagenet-table8.yaml")
+    found = {cell.levels["ablation"]: cell for cell in expand(study, "t", load(ROOT / "configs/imagenet-deit-base.yaml"), "t")}
+    assert found.keys() - {"default"} == {path.stem for path in (ROOT / "configs/table8").glob("*.yaml")}
+    for name in found.keys() - {"default"}:
+        ablation, cell = load(ROOT / f"configs/table8/{name}.yaml"), found[name]
+        ours, theirs = cell.config.student_named(cell.variant), ablation.student_named("none")
+        assert ours == theirs.model_copy(update={"compile": True}) and cell.config.recipe == ablation.recipe
+        mine = cell.config.finetune.model_copy(update={"students": ["none"], "compile": False})
+        assert mine == ablation.finetune
+
+
+# aggregation
+
+
+def value(student: str, seed: int, number: float, metric: str = "top1") -> Value:
+    return Value(f"x/{student}-seed{seed}", {"student": student, "views": "10"}, seed, f"run{seed}", metric, number)
+
+
+VALUES = [value("none", 0, 0.90), value("none", 1, 0.92), value("hard", 0, 0.95), value("hard", 0, 1.25, "loss")]
+
+
+def test_mean_and_standard_deviation_are_over_seeds():
+    none, hard, loss = summarize(VALUES)
+    assert none.mean == pytest.approx(0.91) and none.deviation == pytest.approx(math.sqrt(2) * 0.01)
+    assert none.show() == "91.00 ± 1.41 (2 seeds)"
+    assert hard.show() == "95.00 (1 seed)" and math.isnan(hard.deviation)
+    assert loss.show() == "1.25 (1 seed)"
+
+
+def test_two_values_of_one_seed_are_refused():
+    with pytest.raises(UsageError, match="two of seed 0"):
+        summarize([value("none", 0, 0.9), value("none", 0, 0.8)])
+
+
+def test_a_table_has_a_row_per_levels_and_leaves_out_axes_of_one_level():
+    headings, rows = table_rows(summarize(VALUES))
+    assert headings == ["student", "top1, %", "loss"]
+    assert rows == [["none", "91.00 ± 1.41 (2 seeds)", ""], ["hard", "95.00 (1 seed)", "1.25 (1 seed)"]]
+
+
+def test_all_files_are_made_from_cells_csv_alone(tmp_path):
+    write_cells(tmp_path / "cells.csv", VALUES)
+    again = read_cells(tmp_path / "cells.csv")
+    assert again == VALUES
+    for folder, values in (("a", VALUES), ("b", again)):
+        (tmp_path / folder).mkdir()
+        write_summaries(tmp_path / folder, summarize(values), "views", log=True)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b") and len(tree(tmp_path / "a")) == 3
+    lines = (tmp_path / "a/table.csv").read_text().splitlines()
+    assert lines[0] == "student,views,metric,mean,standard_deviation,seeds" and lines[2] == "hard,10,top1,0.95,,1"
+
+
+def test_a_file_that_is_no_cells_csv_is_refused(tmp_path):
+    (tmp_path / "cells.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UsageError, match="pipeline study wrote"):
+        read_cells(tmp_path / "cells.csv")
+
+
+def test_summaries_of_large_numbers_are_short():
+    assert Summary({}, "evaluation.parameters", (5_717_416.0,)).show() == "5,717,416 (1 seed)"
+
+
+# what is done, in a project with trained students: in process
+
+
+TINY = {
+    "student": {
+        "model": "deit_tiny_patch16_224", "kwargs": {"patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 1},
+        "epochs": 1, "warmup_epochs": 0, "batch_size": 8, "distillation": "none", "precision": "float32", "workers": 0,
+        "ema_decay": None,
+    },
+    "students": ["none"], "variants": {"none": {}, "slow": {"lr": 1e-5}},
+    "evaluate": {"workers": 0, "crop": 1.0},
+}  # fmt: skip
+STUDY = {"base": "base.yaml", "students": ["none"], "axes": {"student.lr": [0.001, 0.01]}, "seeds": [0, 1]}
+
+
+@pytest.fixture
+def project(in_tmp):
+    config, _ = make_data_set(in_tmp, {"cat": 6, "dog": 6}, {"cat": 2, "dog": 2}, **TINY)
+    Path("base.yaml").write_text(dump(config))
+    write_study()
+
+
+def write_study(**changes) -> None:
+    Path("tiny.yaml").write_text(yaml.safe_dump(STUDY | changes))
+
+
+def in_process(ran: list[str]):
+    """Runs commands in this process, and lists them."""
+
+    def execute(arguments: list[str]) -> int:
+        ran.append(" ".join(arguments[: arguments.index("--config")]))
+        return CliRunner().invoke(main, [*arguments, "--device", "cpu"] if arguments[0] != "prepare" else arguments).exit_code
+
+    return execute
+
+
+def run(*chosen: str) -> list[str]:
+    ran: list[str] = []
+    command.run(command.find("tiny.yaml", ()), chosen, False, in_process(ran))
+    return ran
+
+
+def test_a_study_runs_what_is_missing_and_a_second_run_does_nothing(project):
+    assert run() == [
+        "prepare --quick", "train-student --student none-lr0.001-seed0", "train-student --student none-lr0.01-seed0",
+        "train-student --student none-lr0.001-seed1", "train-student --student none-lr0.01-seed1",
+    ]  # fmt: skip
+    assert run() == []
+    printed = call("study", "tiny.yaml")
+    assert "4 of 4 cells done" in printed and "(2 seeds)" in printed
+    folder = Path("outputs/studies/tiny")
+    assert {path.name for path in folder.iterdir()} == {"cells.csv", "table.csv", "table.md", "figure.png"}
+    before = tree(folder)
+    call("study", "tiny.yaml", "--from", str(folder / "cells.csv"))
+    assert tree(folder) == before
+    # another learning rate for the same level: earlier results are not its own
+    write_study(axes={"lr": {"0.001": {"student.lr": 0.001}, "0.01": {"student.lr": 0.02}}})
+    assert "2 of 4 cells done" in call("study", "tiny.yaml")
+    # other validation images
+    Path("val/cat/000.png").unlink()
+    call("prepare", "--config", next(Path("outputs").glob("tiny-*/params.yaml")).as_posix())
+    assert "0 of 4 cells done" in call("study", "tiny.yaml")
+
+
+def test_one_cell_runs_alone_and_students_trained_before_are_shared(project):
+    matrix = command.find("tiny.yaml", ())
+    name = matrix.cells[-1].name
+    assert run(name) == ["prepare --quick", f"train-student --student {matrix.cells[-1].variant}"]
+    assert command.done_runs(matrix.cells).keys() == {name}
+    states = set(Path("work/state").iterdir())
+    write_study(axes={"student.lr": [0.01]}, seeds=[1], students=["slow"])  # the same settings by another name
+    assert len(run()) == 2
+    assert set(Path("work/state").iterdir()) == states
+    assert "1 of 1 cell done" in call("study", "tiny.yaml")
+
+
+def test_metrics_that_no_cell_has_are_named(project):
+    run(command.find("tiny.yaml", ()).cells[0].name)
+    write_study(metrics=["top1", "val_top_1", "evaluation.parameters"])
+    assert "no cell has the metric val_top_1, evaluation.parameters" in call("study", "tiny.yaml")
+
+
+def test_a_failed_command_ends_the_study_with_its_name(project):
+    with pytest.raises(PipelineError, match=r"train-student --student none-lr0.001-seed0.*\n.*\n.*exit code 3"):
+        command.run(command.find("tiny.yaml", ()), (), False, lambda arguments: 3 * (arguments[0] == "train-student"))
+
+
+def test_commands_and_dry_runs_name_every_cell_and_run_none(project):
+    printed = call("study", "tiny.yaml", "--commands")
+    assert sum("train-student" in line for line in printed.splitlines()) == 4
+    assert call("study", "tiny.yaml", "run", "--dry-run").count("train-student") == 4
+    assert not Path("work/state").exists()
+    assert load(printed.split()[-1]) == command.find("tiny.yaml", ()).cells[-1].config
+
+
+TAUGHT = {
+    "teacher": {
+        "model": "deit_tiny_patch16_224", "kwargs": TINY["student"]["kwargs"] | {"img_size": 16}, "epochs": 2,
+        "warmup_epochs": 0, "batch_size": 8, "precision": "float32", "workers": 0, "min_top1": 0.0, "ema_decay": None,
+    },
+    "teacher_logits": {"kind": "dense", "precision": "float32", "batch_groups": 1, "workers": 0},
+    "student": TINY["student"] | {"epochs": 8, "checkpoint_steps": 1, "checkpoint_minutes": 0.0},
+    "variants": {"none": {}, "hard": {"distillation": "hard"}},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_and_resumed_ends_with_the_same_numbers(tmp_path, monkeypatch):
+    study = yaml.safe_dump({
+        "base": "base.yaml", "students": ["none", "hard"], "axes": {"teacher_logits.views": [4, 8]}, "seeds": [0, 1],
+        "metrics": ["top1", "loss", "teacher.top1"], "figure": {"x": "views"},
+    })  # fmt: skip
+    tables = {}
+    for name in ("killed", "undisturbed"):
+        root = tmp_path / name
+        root.mkdir()
+        monkeypatch.chdir(root)
+        config, _ = make_data_set(root, {"cat": 6, "dog": 6}, {"cat": 2, "dog": 2}, **TINY | TAUGHT)
+        (root / "base.yaml").write_text(dump(config))
+        (root / "tiny.yaml").write_text(study)
+        arguments = [sys.executable, "-m", "pipeline", "study", "tiny.yaml", "run"]
+        if name == "killed":
+            process = subprocess.Popen(arguments, start_new_session=True)
+            while process.poll() is None and len(list(root.glob("work/state/*/step-*.ckpt"))) < 5:
+                time.sleep(0.02)
+            assert process.poll() is None, "it ended before it could be killed"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            assert "8 of 8" not in call("study", "tiny.yaml")
+        subprocess.run(arguments, check=True)
+        assert "8 of 8 cells done" in call("study", "tiny.yaml", "run")
+        assert "8 of 8 cells done" in call("study", "tiny.yaml")
+        tables[name] = tree(root / "outputs/studies/tiny")
+        assert len(list((root / "work/stores").glob("*.zarr"))) == 1
+    assert tables["killed"] == tables["undisturbed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "digits-quick"),
+        ([], "pipeline study --list"),
+        (["digits-quick", "run", "--cell", "x"], "a cell of digits-quick"),
+        (["digits-quick", "--dry-run"], "the action run"),
+        (["digits-quick", "run", "--from", "cells.csv"], "neither run"),
+    ],
+)  # fmt: skip
+def test_a_mistake_on_the_command_line_is_named(monkeypatch, arguments, message):
+    monkeypatch.chdir(ROOT)
+    assert message in call("study", *arguments, code=2)
+
+
+def test_the_shipped_studies_are_listed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert [line.split()[0] for line in call("study", "--list").splitlines()] == [path.stem for path in STUDIES]
