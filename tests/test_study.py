@@ -2,11 +2,6 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -299,40 +294,40 @@ TAUGHT = {
         "warmup_epochs": 0, "batch_size": 8, "precision": "float32", "workers": 0, "min_top1": 0.0, "ema_decay": None,
     },
     "teacher_logits": {"kind": "dense", "precision": "float32", "batch_groups": 1, "workers": 0},
-    "student": TINY["student"] | {"epochs": 8, "checkpoint_steps": 1, "checkpoint_minutes": 0.0},
+    "student": TINY["student"] | {"epochs": 2},
     "variants": {"none": {}, "hard": {"distillation": "hard"}},
 }  # fmt: skip
 
 
-@pytest.mark.slow
-def test_a_study_that_is_killed_and_resumed_ends_with_the_same_numbers(tmp_path, monkeypatch):
-    study = yaml.safe_dump({
-        "base": "base.yaml", "students": ["none", "hard"], "axes": {"teacher_logits.views": [4, 8]}, "seeds": [0, 1],
-        "metrics": ["top1", "loss", "teacher.top1"], "figure": {"x": "views"},
-    })  # fmt: skip
+def test_a_study_that_ends_anywhere_and_is_resumed_has_the_same_numbers(tmp_path, monkeypatch):
     tables = {}
-    for name in ("killed", "undisturbed"):
+    for name, stops in (("interrupted", (2, 5)), ("undisturbed", ())):
         root = tmp_path / name
         root.mkdir()
         monkeypatch.chdir(root)
         config, _ = make_data_set(root, {"cat": 6, "dog": 6}, {"cat": 2, "dog": 2}, **TINY | TAUGHT)
-        (root / "base.yaml").write_text(dump(config))
-        (root / "tiny.yaml").write_text(study)
-        arguments = [sys.executable, "-m", "pipeline", "study", "tiny.yaml", "run"]
-        if name == "killed":
-            process = subprocess.Popen(arguments, start_new_session=True)
-            while process.poll() is None and len(list(root.glob("work/state/*/step-*.ckpt"))) < 5:
-                time.sleep(0.02)
-            assert process.poll() is None, "it ended before it could be killed"
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            assert "8 of 8" not in call("study", "tiny.yaml")
-        subprocess.run(arguments, check=True)
-        assert "8 of 8 cells done" in call("study", "tiny.yaml", "run")
-        assert "8 of 8 cells done" in call("study", "tiny.yaml")
-        tables[name] = tree(root / "outputs/studies/tiny")
-        assert len(list((root / "work/stores").glob("*.zarr"))) == 1
-    assert tables["killed"] == tables["undisturbed"]
+        Path("base.yaml").write_text(dump(config))
+        write_study(
+            students=["none", "hard"], axes={"teacher_logits.views": [4, 8]}, seeds=[0],
+            metrics=["top1", "loss", "teacher.top1"], figure={"x": "views"},
+        )  # fmt: skip
+        matrix = command.find("tiny.yaml", ())
+        for stop in stops:
+            ran: list[str] = []
+
+            def execute(arguments: list[str], ran: list[str] = ran, stop: int = stop) -> int:
+                if len(ran) == stop:
+                    raise KeyboardInterrupt
+                return in_process(ran)(arguments)
+
+            with pytest.raises(KeyboardInterrupt):
+                command.run(matrix, (), False, execute)
+        assert len(run()) < 10 if stops else len(run()) == 10
+        assert run() == []
+        assert "4 of 4 cells done" in call("study", "tiny.yaml")
+        assert len(list(Path("work/stores").glob("*.zarr"))) == 1
+        tables[name] = tree(Path("outputs/studies/tiny"))
+    assert tables["interrupted"] == tables["undisturbed"]
 
 
 @pytest.mark.parametrize(
