@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import resource
+import shutil
 from pathlib import Path
 
 # before torch starts its threads: for models as small as these two cost several times what they bring
@@ -97,3 +98,35 @@ def full_disk(limit: int = 2048):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture(scope="session")
+def taught_template(tmp_path_factory) -> Path:
+    """A folder with 20 images prepared, a tiny teacher, and a complete dense store."""
+    from test_training import CHANGES, CPU
+
+    from pipeline.config.params import dump
+    from stages import teacher, teacher_logits
+
+    root = tmp_path_factory.mktemp("taught")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(root)
+        config, _ = make_data_set(
+            root, {"cat": 8, "dog": 6, "eel": 6}, {"cat": 2, "dog": 1, "eel": 1}, work="work", **CHANGES
+        )
+        teacher.run(config, CPU)
+        teacher.run(config, CPU, "finetune")
+        teacher_logits.run(config, CPU)
+        Path("params.yaml").write_text(dump(config))
+    return root
+
+
+@pytest.fixture
+def taught(taught_template, tmp_path, monkeypatch):
+    """A copy of it, of one's own, as the current folder."""
+    from test_training import loaded
+
+    root = tmp_path / "taught"
+    shutil.copytree(taught_template, root)
+    monkeypatch.chdir(root)
+    return loaded()

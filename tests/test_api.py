@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import CPU, loaded, losses, taught_template  # noqa: F401  (a fixture)
+from test_training import CPU, loaded, losses
 
 import pipeline
 from pipeline.batches.batch import mixed
@@ -33,7 +33,7 @@ def example(name: str):
 
 
 @pytest.fixture(scope="module")
-def trained(taught_template, tmp_path_factory):  # noqa: F811
+def trained(taught_template, tmp_path_factory):
     """A folder with a store, and what train-student did with it: losses and pictures per student."""
     root = Path(shutil.copytree(taught_template, tmp_path_factory.mktemp("api") / "taught"))
     seen: dict[str, list] = {}

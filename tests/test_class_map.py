@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_pretrained import BRIEF, offline_equals_online
-from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import CPU, loaded
 
 from pipeline.cli.dry_run import check
 from pipeline.common.errors import PipelineError, UsageError
@@ -34,7 +34,7 @@ def mapped(class_map: str, *overrides: str) -> tuple[Config, NormalizedModel]:
 
 
 @pytest.mark.parametrize("class_map", ["[6, 0, 3]", "{eel: 3, cat: 6, dog: 0}"])
-def test_the_published_teachers_logits_are_the_sources_of_these_classes(taught, class_map):  # noqa: F811
+def test_the_published_teachers_logits_are_the_sources_of_these_classes(taught, class_map):
     config, source = mapped(class_map)
     teacher.run(config, CPU)
     pictures = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 255
@@ -44,13 +44,13 @@ def test_the_published_teachers_logits_are_the_sources_of_these_classes(taught, 
     assert "run" not in json.loads((teacher_folder(config) / "metrics.json").read_text())  # nothing was trained
 
 
-def test_stored_predictions_of_a_restricted_teacher_are_the_online_ones(taught):  # noqa: F811
+def test_stored_predictions_of_a_restricted_teacher_are_the_online_ones(taught):
     config, _ = mapped("[6, 0, 3]")
     teacher.run(config, CPU)
     offline_equals_online(config)
 
 
-def test_both_heads_of_a_teacher_with_a_token_are_restricted(taught):  # noqa: F811
+def test_both_heads_of_a_teacher_with_a_token_are_restricted(taught):
     changes = "teacher.model=deit_tiny_distilled_patch16_224", "teacher.weights=vit.safetensors"
     config = loaded(*changes, "teacher.class_map=[5, 1, 2]", "finetune.teacher_size=16")
     config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"kwargs": VIT})})
@@ -64,7 +64,7 @@ def test_both_heads_of_a_teacher_with_a_token_are_restricted(taught):  # noqa: F
 
 
 @pytest.mark.slow
-def test_both_heads_of_a_levit_are_restricted_and_a_levit_learns_from_it(taught):  # noqa: F811
+def test_both_heads_of_a_levit_are_restricted_and_a_levit_learns_from_it(taught):
     levit = "{img_size: 64, embed_dim: [16, 32, 48], num_heads: [1, 2, 3], depth: [1, 1, 1], key_dim: 8}"
     config = loaded(
         *BRIEF, "teacher.model=levit_128s", "teacher.weights=levit.safetensors", f"teacher.kwargs={levit}",
@@ -88,7 +88,7 @@ def test_both_heads_of_a_levit_are_restricted_and_a_levit_learns_from_it(taught)
     assert any(name.startswith("head_dist.") for name in weights)
 
 
-def test_another_class_map_is_another_teacher(taught):  # noqa: F811
+def test_another_class_map_is_another_teacher(taught):
     described = []
     for class_map in ("[6, 0, 3]", "[6, 0, 2]"):
         config, _ = mapped(class_map)
@@ -100,7 +100,7 @@ def test_another_class_map_is_another_teacher(taught):  # noqa: F811
         teacher_logits.run(mapped("[6, 0, 3]")[0], CPU)
 
 
-def test_a_teacher_without_a_class_map_is_described_as_before(taught):  # noqa: F811
+def test_a_teacher_without_a_class_map_is_described_as_before(taught):
     assert teacher_architecture(taught.teacher).keys() == {"model", "kwargs", "mean", "std"}
 
 
@@ -132,13 +132,13 @@ def test_a_class_map_for_other_classes_is_refused(class_map, message):
         (["teacher.head_epochs=1"], "teacher.head_epochs must be 0 with teacher.class_map"),
     ],
 )
-def test_a_class_map_that_makes_no_sense_is_refused(taught, overrides, message):  # noqa: F811
+def test_a_class_map_that_makes_no_sense_is_refused(taught, overrides, message):
     with pytest.raises(UsageError, match=message):
         loaded("teacher.weights=a.pth", "teacher.class_map=[0, 1, 2]", *overrides)
 
 
 @pytest.mark.parametrize("dry", [True, False])
-def test_numbers_that_the_teacher_does_not_have_are_refused(taught, dry):  # noqa: F811
+def test_numbers_that_the_teacher_does_not_have_are_refused(taught, dry):
     config, _ = mapped("[6, 0, 7]")
     with pytest.raises(UsageError, match=r"(?s)numbers below 7.*found: +7"):
         check(config, "teacher") if dry else teacher.run(config, CPU)
@@ -147,7 +147,7 @@ def test_numbers_that_the_teacher_does_not_have_are_refused(taught, dry):  # noq
         check(tag, "teacher")
 
 
-def test_a_dry_run_with_a_class_map_announces_no_training(taught, capsys):  # noqa: F811
+def test_a_dry_run_with_a_class_map_announces_no_training(taught, capsys):
     teacher.run(mapped("[6, 0, 3]")[0], CPU, dry_run=True)
     teacher.run(loaded("teacher.weights=test_resnet.r160_in1k", "teacher.class_map=[0, 1, 2]"), CPU, dry_run=True)
     said = capsys.readouterr().out

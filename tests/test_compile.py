@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_ranks import two_ranks
-from test_training import CPU, loaded, losses, taught, taught_template, trained_losses  # noqa: F401  (fixtures)
+from test_training import CPU, loaded, losses, trained_losses
 
 from pipeline.config.params import dump
 from pipeline.config.paths import index_path, store_path, teacher_logits_folder
@@ -24,13 +24,13 @@ pytestmark = [
 SETTINGS = "student.drop_path=0", "student.batch_size=16", "student.accumulation=2"
 
 
-def test_a_compiled_student_has_the_losses_of_a_plain_one(taught):  # noqa: F811
+def test_a_compiled_student_has_the_losses_of_a_plain_one(taught):
     plain = trained_losses(loaded(*SETTINGS), "hard", "stored")
     assert trained_losses(loaded(*SETTINGS, "student.compile=true"), "hard", "stored") == pytest.approx(plain, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["hard", "none"])
-def test_two_ranks_of_a_compiled_student_have_them_too(taught, name):  # noqa: F811
+def test_two_ranks_of_a_compiled_student_have_them_too(taught, name):
     plain = trained_losses(loaded(*SETTINGS), name, "stored")
     shutil.rmtree("work/state")
     Path("params.yaml").write_text(dump(loaded(*SETTINGS, "student.compile=true")))
@@ -46,7 +46,7 @@ def all_logits(config: Config) -> np.ndarray:
     return np.concatenate([store.read(shard, view, "dense").payload for shard in shards for view in views])
 
 
-def test_a_compiled_teacher_predicts_as_a_plain_one(taught):  # noqa: F811
+def test_a_compiled_teacher_predicts_as_a_plain_one(taught):
     plain = all_logits(taught)
     shutil.rmtree("work/stores")
     teacher_logits.run(loaded("teacher_logits.compile=true"), CPU)

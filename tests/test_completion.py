@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_folders
-from test_training import CPU, loaded, newest_checkpoint, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import CPU, loaded, newest_checkpoint
 
 from pipeline.common.distributed import Rank
 from pipeline.common.errors import PipelineError
@@ -25,7 +25,7 @@ from stages import prepare, train_student
 
 
 @pytest.fixture
-def trained(taught) -> Config:  # noqa: F811
+def trained(taught) -> Config:
     """With a student that was trained; whatever trains again fails."""
     config = loaded("student.eval_epochs=1")
     train_student.run(config, CPU, "none")

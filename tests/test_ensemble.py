@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_pretrained import BRIEF, offline_equals_online
-from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import CPU, loaded
 
 from pipeline.cli.dry_run import check
 from pipeline.cli.matching import foreign_teachers
@@ -37,7 +37,7 @@ def several(*members: str, **changes) -> Config:
 
 
 @pytest.fixture
-def sources(taught) -> dict[str, NormalizedModel]:  # noqa: F811
+def sources(taught) -> dict[str, NormalizedModel]:
     """Weights of a RegNet of seven classes and of a ViT of 24 px, in files, and the models."""
     models = {}
     for name, section, classes in zip(("seven", "vit"), several().teacher.members[1:], (7, 3), strict=True):
@@ -50,7 +50,7 @@ def published(config: Config) -> NormalizedModel:
     return load_teacher(config, Index(index_path(config, "train")).classes, CPU)
 
 
-def test_the_predicted_probabilities_are_the_mean_of_the_members(taught, sources):  # noqa: F811
+def test_the_predicted_probabilities_are_the_mean_of_the_members(taught, sources):
     first, config = published(taught), several()
     teacher.run(config, CPU)
     pictures = 255 * torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -62,13 +62,14 @@ def test_the_predicted_probabilities_are_the_mean_of_the_members(taught, sources
     assert torch.equal(found, mean_logits(logits)) and found.std() > 1e-3
 
 
-def test_stored_predictions_of_an_ensemble_are_the_online_ones(taught, sources):  # noqa: F811
+def test_stored_predictions_of_an_ensemble_are_the_online_ones(taught, sources):
     config = several()
     teacher.run(config, CPU)
     offline_equals_online(config)
 
 
-def test_each_members_accuracy_is_published_and_the_ensembles_has_to_suffice(taught, sources, capsys):  # noqa: F811
+@pytest.mark.slow
+def test_each_members_accuracy_is_published_and_the_ensembles_has_to_suffice(taught, sources, capsys):
     config = several(overrides=["teacher.min_top1=1.0"])
     with pytest.raises(PipelineError, match=r"regnety_002 \+ seven.safetensors \+ vit.safetensors at 16 px"):
         teacher.run(config, CPU)
@@ -85,7 +86,7 @@ def first_top1() -> float:
     return json.loads((teacher_folder(loaded()) / "metrics.json").read_text())["top1"]
 
 
-def test_a_published_ensemble_describes_itself(taught, sources, tmp_path):  # noqa: F811
+def test_a_published_ensemble_describes_itself(taught, sources, tmp_path):
     config, pictures = several(), 255 * torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     teacher.run(config, CPU)
     model, description, _ = load_model(teacher_folder(config) / "weights.safetensors")
@@ -95,7 +96,7 @@ def test_a_published_ensemble_describes_itself(taught, sources, tmp_path):  # no
         export(model, description, pictures, tmp_path, ("timm",))
 
 
-def test_an_ensemble_trains_its_first_teacher_as_one_alone_is_trained(taught):  # noqa: F811
+def test_an_ensemble_trains_its_first_teacher_as_one_alone_is_trained(taught):
     assert configured_teacher(several(), "index") == configured_teacher(taught, "index")
     assert "ensemble" not in teacher_architecture(taught.teacher)
 
@@ -110,11 +111,11 @@ def test_an_ensemble_trains_its_first_teacher_as_one_alone_is_trained(taught):  
         (MEMBERS[0].replace("class_map", "size: 24, class_map"), MEMBERS[1]),
     ],
 )
-def test_other_members_or_another_order_are_another_teacher(taught, members):  # noqa: F811
+def test_other_members_or_another_order_are_another_teacher(taught, members):
     assert teacher_architecture(several().teacher) != teacher_architecture(several(*members).teacher)
 
 
-def test_the_published_teacher_of_another_ensemble_is_refused(taught, sources):  # noqa: F811
+def test_the_published_teacher_of_another_ensemble_is_refused(taught, sources):
     teacher.run(several(), CPU)
     config = several(*MEMBERS[::-1])
     foreign = ["train-student" in foreign_teachers(each) for each in (several(), config, taught)]
@@ -123,7 +124,7 @@ def test_the_published_teacher_of_another_ensemble_is_refused(taught, sources): 
         teacher_logits.run(config, CPU)
 
 
-def test_replaced_weights_of_a_member_are_another_teacher(taught, sources):  # noqa: F811
+def test_replaced_weights_of_a_member_are_another_teacher(taught, sources):
     config = several()
     teacher.run(config, CPU)
     before = describe_teacher(config.teacher, published(config), 16)
@@ -133,18 +134,18 @@ def test_replaced_weights_of_a_member_are_another_teacher(taught, sources):  # n
     assert before["weights"] != describe_teacher(config.teacher, published(config), 16)["weights"]
 
 
-def test_a_configuration_with_members_is_read_back_as_it_was_written(taught):  # noqa: F811
+def test_a_configuration_with_members_is_read_back_as_it_was_written(taught):
     assert resolve(parse_yaml(dump(several()), ""), (), "") == several()
 
 
 @pytest.mark.parametrize("dry", [True, False])
-def test_a_member_of_other_classes_is_refused_before_anything_is_trained(taught, sources, dry):  # noqa: F811
+def test_a_member_of_other_classes_is_refused_before_anything_is_trained(taught, sources, dry):
     config = several(MEMBERS[1], MEMBERS[0].replace(", class_map: [6, 0, 3]", ""), overrides=["teacher.seed=7"])
     with pytest.raises(UsageError, match=r"(?s)teacher.ensemble\[1\].weights seven.*3 classes.*set its class_map"):
         check(config, "teacher") if dry else teacher.run(config, CPU)
 
 
-def test_a_member_that_does_not_take_the_size_is_named(taught, sources):  # noqa: F811
+def test_a_member_that_does_not_take_the_size_is_named(taught, sources):
     with pytest.raises(UsageError, match=r"teacher.ensemble\[0\] vit.safetensors with pictures of 16 px"):
         teacher.run(several(MEMBERS[1].replace("size: 24, mean", "mean")), CPU)
 
@@ -158,12 +159,12 @@ def test_a_member_that_does_not_take_the_size_is_named(taught, sources):  # noqa
          "teacher_finetune.epochs must be 0 with teacher.ensemble"),
     ],
 )  # fmt: skip
-def test_an_ensemble_that_makes_no_sense_is_refused(taught, overrides, message):  # noqa: F811
+def test_an_ensemble_that_makes_no_sense_is_refused(taught, overrides, message):
     with pytest.raises(UsageError, match=message):
         loaded("teacher_finetune.batch_size=8", *overrides)
 
 
-def test_a_dry_run_names_every_member_and_writes_nothing(taught, sources, capsys):  # noqa: F811
+def test_a_dry_run_names_every_member_and_writes_nothing(taught, sources, capsys):
     before = (teacher_folder(taught) / "weights.safetensors").read_bytes()
     check(several(), "teacher")
     teacher.run(several(), CPU, dry_run=True)
@@ -172,7 +173,7 @@ def test_a_dry_run_names_every_member_and_writes_nothing(taught, sources, capsys
 
 
 @pytest.mark.slow
-def test_an_ensemble_is_evaluated_next_to_its_students(taught, sources, capsys):  # noqa: F811
+def test_an_ensemble_is_evaluated_next_to_its_students(taught, sources, capsys):
     config = several(overrides=["students=[hard]", "finetune.from=[]"])
     teacher.run(config, CPU)
     offline_equals_online(config)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from test_store_commands import call
-from test_training import taught, taught_template  # noqa: F401  (fixtures)
 
 from pipeline.cli.durations import Machine, Rates, duration, stage_seconds
 from pipeline.cli.estimate import Images, Student, generate_picture, table_by_kind, table_by_views
@@ -34,7 +33,7 @@ def quick(monkeypatch):
     monkeypatch.setattr("pipeline.cli.durations.MEASURE", 0.0)
 
 
-def test_every_stage_and_both_tables_are_printed_for_the_prepared_images(taught, quick):  # noqa: F811
+def test_every_stage_and_both_tables_are_printed_for_the_prepared_images(taught, quick):
     said = call("estimate", "--device", "cpu")
     for text in ("20 images, 3 classes", "20 of the images", "prepare", "teacher-logits", "train-student hard", "disk",
                  "student hard", "with the teacher in the loop", "8 *", "dense *", "argmax"):  # fmt: skip
@@ -42,18 +41,18 @@ def test_every_stage_and_both_tables_are_printed_for_the_prepared_images(taught,
     assert "the shards" not in said
 
 
-def test_numbers_of_images_and_classes_need_no_data(taught, quick, tmp_path, monkeypatch):  # noqa: F811
+def test_numbers_of_images_and_classes_need_no_data(taught, quick, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = call("estimate", "--config", "taught/params.yaml", "--device", "cpu", "--images", "1281167", "--classes", "7")
     assert "1,281,167 images, 7 classes" in said and "generated pictures" in said and "not included: the shards" in said
 
 
-def test_without_an_index_the_number_of_images_is_asked_for(taught, quick, tmp_path, monkeypatch):  # noqa: F811
+def test_without_an_index_the_number_of_images_is_asked_for(taught, quick, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "--images N" in call("estimate", "--config", "taught/params.yaml", "--device", "cpu", code=2)
 
 
-def test_nothing_is_written(taught, quick):  # noqa: F811
+def test_nothing_is_written(taught, quick):
     before = {path: path.stat().st_mtime_ns for path in taught_files()}
     call("estimate", "--device", "cpu")
     assert {path: path.stat().st_mtime_ns for path in taught_files()} == before
@@ -63,12 +62,12 @@ def taught_files() -> list[Path]:
     return [path for path in Path().rglob("*") if path.is_file()]
 
 
-def test_without_distillation_no_store_is_compared(taught, quick):  # noqa: F811
+def test_without_distillation_no_store_is_compared(taught, quick):
     said = call("estimate", "--device", "cpu", "--set", "students=[none]", "--set", "finetune.from=[]")
     assert "no store is needed" in said and "teacher-logits" not in said and "pays off" not in said
 
 
-def test_a_published_store_takes_the_place_of_the_teacher_s_stages(taught, quick):  # noqa: F811
+def test_a_published_store_takes_the_place_of_the_teacher_s_stages(taught, quick):
     said = call("estimate", "--device", "cpu", "--set", "teacher_logits.fetch=elsewhere")
     assert "fetching the published store" in said and "teacher-logits  " not in said
 

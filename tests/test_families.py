@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import CPU, loaded
 
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.paths import evaluation_folder, finetune_folder, outputs, student_folder
@@ -130,7 +130,7 @@ def test_ema_averages_statistics_of_batch_norm_and_copies_its_counter():
 
 
 @pytest.mark.slow
-def test_a_student_with_batch_norm_is_distilled_resumed_fine_tuned_and_evaluated(taught, monkeypatch):  # noqa: F811
+def test_a_student_with_batch_norm_is_distilled_resumed_fine_tuned_and_evaluated(taught, monkeypatch):
     config = loaded("student.model=test_resnet", "student.kwargs={}", "students=[hard]", "evaluate.sizes=[16]")
     undisturbed = config.model_copy(update={"work": "undisturbed", "name": "undisturbed"})
     shutil.copytree("work/stores", "undisturbed/stores")

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import (  # noqa: F401  (fixtures)
+from test_training import (
     CPU,
     Stop,
     loaded,
     newest_checkpoint,
-    taught,
-    taught_template,
     trained_losses,
 )
 from torch.amp.grad_scaler import GradScaler
@@ -42,13 +40,13 @@ def weights(config) -> dict[str, torch.Tensor]:
     return read_weights(student_folder(config, "hard") / "weights.safetensors")
 
 
-def test_a_step_in_float16_is_one_in_float32_up_to_rounding(taught):  # noqa: F811
+def test_a_step_in_float16_is_one_in_float32_up_to_rounding(taught):
     exact = trained_losses(loaded("student.epochs=3"), "hard", "stored")
     assert trained_losses(loaded(*HALF), "hard", "stored") == pytest.approx(exact, rel=2e-2)
     assert {line["loss_scale"] for line in steps()} == {65536} and steps()[-1]["skipped_steps"] == 0
 
 
-def test_the_gradient_is_unscaled_before_it_is_clipped_and_logged(taught):  # noqa: F811
+def test_the_gradient_is_unscaled_before_it_is_clipped_and_logged(taught):
     trained_losses(loaded(*HALF, "student.precision=float32", "student.clip_grad=0.5"), "hard", "stored")
     exact = [line["grad_norm"] for line in steps()]
     clipped = trained_losses(loaded(*HALF, "student.clip_grad=0.5"), "hard", "stored")
@@ -57,7 +55,7 @@ def test_the_gradient_is_unscaled_before_it_is_clipped_and_logged(taught):  # no
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_step_that_overflows_changes_neither_weights_nor_the_optimizers_state(taught, overflowing, monkeypatch, optimizer):  # noqa: F811
+def test_a_step_that_overflows_changes_neither_weights_nor_the_optimizers_state(taught, overflowing, monkeypatch, optimizer):
     seen, real = [], Trainer.train_step
 
     def watched(self, batches):
@@ -77,7 +75,7 @@ def test_a_step_that_overflows_changes_neither_weights_nor_the_optimizers_state(
 
 
 @pytest.mark.parametrize("at", [2, 7])
-def test_a_run_that_stops_and_is_resumed_ends_with_the_same_weights_and_scales(taught, overflowing, monkeypatch, at):  # noqa: F811
+def test_a_run_that_stops_and_is_resumed_ends_with_the_same_weights_and_scales(taught, overflowing, monkeypatch, at):
     config, real = loaded(*HALF), Trainer.train_step
     train_student.run(config, CPU, "hard")
     expected = weights(config), [(line["loss"], line["loss_scale"], line["skipped_steps"]) for line in steps()]
@@ -98,7 +96,7 @@ def test_a_run_that_stops_and_is_resumed_ends_with_the_same_weights_and_scales(t
     assert all(torch.equal(value, weights(config)[key]) for key, value in expected[0].items())
 
 
-def test_a_run_that_only_overflows_stops_and_keeps_its_last_checkpoint(taught, monkeypatch):  # noqa: F811
+def test_a_run_that_only_overflows_stops_and_keeps_its_last_checkpoint(taught, monkeypatch):
     real = scaling.LossScaler.unscale
     monkeypatch.setattr(scaling, "GradScaler", functools.partial(GradScaler, init_scale=4.0))
 
@@ -112,14 +110,14 @@ def test_a_run_that_only_overflows_stops_and_keeps_its_last_checkpoint(taught, m
     assert newest_checkpoint().name == "step-000000002.ckpt"
 
 
-def test_a_loss_that_is_not_finite_stops_a_run_in_float16_too(taught, monkeypatch):  # noqa: F811
+def test_a_loss_that_is_not_finite_stops_a_run_in_float16_too(taught, monkeypatch):
     real = Trainer.loss
     monkeypatch.setattr(Trainer, "loss", lambda self, batch: real(self, batch) * (torch.nan if self.step == 1 else 1))
     with pytest.raises(PipelineError, match=r"(?s)step 1.*finite loss.*loss nan"):
         train_student.run(loaded(*HALF), CPU, "hard")
 
 
-def test_a_store_is_computed_in_float16(taught):  # noqa: F811
+def test_a_store_is_computed_in_float16(taught):
     config = loaded("teacher_logits.precision=float16", "work=half")
     teacher_logits.run(config, CPU)
     store = next(Path("half/stores").glob("*.zarr"))

@@ -211,6 +211,7 @@ def test_file_of_another_form_counts_nothing(in_tmp, text):
     assert read_sample_counts(str(in_tmp)) == {}
 
 
+@pytest.mark.slow
 def test_the_configuration_of_the_public_imagenet_shards_reads_their_layout(in_tmp, capsys):
     preset = load(ROOT / "configs/imagenet-wds.yaml").data
     names = {split: expand(f"data.{split}", getattr(preset, split)) for split in ("train", "val")}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_training import CPU, loaded, taught_template  # noqa: F401  (a fixture)
+from test_training import CPU, loaded
 
 from pipeline.cli import prune, status
 from pipeline.cli.status_table import as_json, table
@@ -36,7 +36,7 @@ FEW = settings(
 
 
 @pytest.fixture(scope="module")
-def finished(taught_template, tmp_path_factory):  # noqa: F811
+def finished(taught_template, tmp_path_factory):
     """An experiment with a trained student; each test gives back the files that it changes."""
     root = tmp_path_factory.mktemp("hostile") / "taught"
     shutil.copytree(taught_template, root)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import CPU, Stop, loaded, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import CPU, Stop, loaded
 
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.paths import index_path, student_folder, teacher_folder
@@ -47,7 +47,7 @@ def publish_teacher(config: Config, purpose: str = "train-student", seed: int = 
 # the teacher in the loop
 
 
-def test_a_student_of_another_online_teacher_is_trained_anew(taught):  # noqa: F811
+def test_a_student_of_another_online_teacher_is_trained_anew(taught):
     config, weights = loaded(*BRIEF), student_folder(taught, "hard") / "weights.safetensors"
     train_student.run(config, CPU, "hard", teacher="online")
     first = read_weights(weights)
@@ -57,7 +57,7 @@ def test_a_student_of_another_online_teacher_is_trained_anew(taught):  # noqa: F
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
-def test_another_online_teacher_is_another_fine_tuning(taught, told):  # noqa: F811
+def test_another_online_teacher_is_another_fine_tuning(taught, told):
     config = loaded(*BRIEF)
     train_student.run(config, CPU, "hard")
     first = told(finetune.run, config, CPU, "hard", teacher="online")
@@ -69,7 +69,7 @@ def test_another_online_teacher_is_another_fine_tuning(taught, told):  # noqa: F
 @pytest.mark.parametrize(
     "change", ["teacher_logits.precision=bfloat16", "teacher.mean=[0.5, 0.5, 0.5]", "teacher.kwargs.output_stride=32"]
 )
-def test_an_online_teacher_that_answers_otherwise_is_another_run(taught, told, change):  # noqa: F811
+def test_an_online_teacher_that_answers_otherwise_is_another_run(taught, told, change):
     first = told(train_student.run, taught, CPU, "hard", teacher="online")
     publish_teacher(loaded(change))
     assert first != told(train_student.run, loaded(change), CPU, "hard", teacher="online")
@@ -82,14 +82,14 @@ def test_an_online_teacher_that_answers_otherwise_is_another_run(taught, told, c
     "change",
     ["teacher.kwargs.output_stride=32", "teacher.mean=[0.5, 0.5, 0.5]", "teacher.std=[0.5, 0.5, 0.5]"],
 )
-def test_the_same_weights_in_another_function_fill_another_store(taught, told, change):  # noqa: F811
+def test_the_same_weights_in_another_function_fill_another_store(taught, told, change):
     first, changed = told(teacher_logits.run, taught, CPU), loaded(change)
     same = load_teacher(taught, Index(index_path(taught, "train")).classes, CPU)
     save_teacher(teacher_folder(changed) / "weights.safetensors", changed.teacher, same)
     assert first != told(teacher_logits.run, changed, CPU)
 
 
-def test_a_teacher_that_sees_another_size_fills_another_store(taught, told):  # noqa: F811
+def test_a_teacher_that_sees_another_size_fills_another_store(taught, told):
     stores = [
         told(teacher_logits.run, loaded(*change), CPU, "finetune") for change in ([], ["finetune.teacher_size=16"])
     ]
@@ -97,12 +97,12 @@ def test_a_teacher_that_sees_another_size_fills_another_store(taught, told):  # 
     assert stores[0] == told(teacher_logits.run, loaded("finetune.teacher_size=24"), CPU, "finetune")
 
 
-def test_a_published_teacher_is_not_taken_for_another_function_of_the_same_weights(taught):  # noqa: F811
+def test_a_published_teacher_is_not_taken_for_another_function_of_the_same_weights(taught):
     with pytest.raises(PipelineError, match=r"(?s)kwargs.output_stride: 8, 32.*run: pipeline teacher$"):
         teacher_logits.run(loaded("teacher.kwargs.output_stride=32"), CPU)
 
 
-def test_another_function_of_the_same_weights_is_fine_tuned_anew(taught, told):  # noqa: F811
+def test_another_function_of_the_same_weights_is_fine_tuned_anew(taught, told):
     tuned = "teacher_finetune.epochs=1", "teacher_finetune.batch_size=8", "teacher_finetune.workers=0"
     first, changed = told(teacher.run, loaded(*tuned), CPU, "finetune"), loaded(*tuned, "teacher.std=[0.5, 0.5, 0.5]")
     same = load_teacher(taught, Index(index_path(taught, "train")).classes, CPU)
@@ -123,7 +123,7 @@ def vit_teacher(size: str = "24") -> Config:
     return config
 
 
-def test_a_teacher_of_a_fixed_input_size_answers_about_the_recipes_pictures(taught):  # noqa: F811
+def test_a_teacher_of_a_fixed_input_size_answers_about_the_recipes_pictures(taught):
     config = vit_teacher()
     teacher.run(config, CPU)
     teacher_logits.run(config, CPU)
@@ -134,17 +134,17 @@ def test_a_teacher_of_a_fixed_input_size_answers_about_the_recipes_pictures(taug
     assert all(torch.equal(offline[name], online[name]) for name in offline)
 
 
-def test_a_teacher_that_does_not_take_the_recipes_size_is_told_what_to_set(taught):  # noqa: F811
+def test_a_teacher_that_does_not_take_the_recipes_size_is_told_what_to_set(taught):
     with pytest.raises(UsageError, match=r"(?s)the teacher with pictures of 16 px.*24.*set teacher\.size"):
         teacher.run(vit_teacher("null"), CPU)
 
 
-def test_a_size_of_its_own_is_refused_for_a_teacher_that_is_trained_here(taught):  # noqa: F811
+def test_a_size_of_its_own_is_refused_for_a_teacher_that_is_trained_here(taught):
     with pytest.raises(UsageError, match=r"teacher\.size must be null without teacher\.weights"):
         loaded("teacher.size=24")
 
 
-def test_a_teachers_identity_tells_that_both_heads_answer(taught):  # noqa: F811
+def test_a_teachers_identity_tells_that_both_heads_answer(taught):
     distilled, plain = vit_teacher().teacher, taught.teacher
     assert describe_teacher(distilled, build_teacher(distilled, 3), 24)["head"] == "mean"
     assert describe_teacher(plain, build_teacher(plain, 3), 24)["head"] == "class"
@@ -181,7 +181,7 @@ def stopped_at(step: int, monkeypatch):
 
 
 @pytest.mark.parametrize("at", [3, 7])
-def test_a_network_with_batch_norm_that_stops_and_goes_on_ends_with_the_same_weights(taught, monkeypatch, at):  # noqa: F811
+def test_a_network_with_batch_norm_that_stops_and_goes_on_ends_with_the_same_weights(taught, monkeypatch, at):
     expected = trained_teacher()
     assert any(name.endswith("running_var") for name in expected)
     with monkeypatch.context() as patch, pytest.raises(Stop):
@@ -190,12 +190,12 @@ def test_a_network_with_batch_norm_that_stops_and_goes_on_ends_with_the_same_wei
     assert same(trained_teacher(anew=False), expected)
 
 
-def test_workers_change_nothing_for_a_network_with_batch_norm(taught):  # noqa: F811
+def test_workers_change_nothing_for_a_network_with_batch_norm(taught):
     assert same(trained_teacher(), trained_teacher("teacher.workers=2"))
 
 
 @pytest.mark.parametrize("tuned", [False, True], ids=["trained", "fine-tuned"])
-def test_accumulation_makes_another_run_of_a_network_with_batch_norm(taught, told, tuned):  # noqa: F811
+def test_accumulation_makes_another_run_of_a_network_with_batch_norm(taught, told, tuned):
     section, purpose = ("teacher_finetune", "finetune") if tuned else ("teacher", "train-student")
     settings = f"{section}.epochs=1", f"{section}.batch_size=8"
     whole = told(teacher.run, loaded(*settings), CPU, purpose)
@@ -203,12 +203,12 @@ def test_accumulation_makes_another_run_of_a_network_with_batch_norm(taught, tol
     assert whole != told(teacher.run, loaded(*settings, f"{section}.accumulation=2"), CPU, purpose)
 
 
-def test_accumulation_makes_no_other_run_of_a_vit(taught, told):  # noqa: F811
+def test_accumulation_makes_no_other_run_of_a_vit(taught, told):
     whole = told(train_student.run, taught, CPU, "hard")
     assert whole == told(train_student.run, loaded("student.accumulation=2"), CPU, "hard")
 
 
-def test_a_network_with_batch_norm_does_not_go_on_with_another_number_of_ranks(taught, monkeypatch):  # noqa: F811
+def test_a_network_with_batch_norm_does_not_go_on_with_another_number_of_ranks(taught, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stop):
         stopped_at(3, patch)
         trained_teacher()
@@ -217,7 +217,7 @@ def test_a_network_with_batch_norm_does_not_go_on_with_another_number_of_ranks(t
         trained_teacher(anew=False)
 
 
-def test_a_vit_goes_on_with_another_number_of_ranks(taught, monkeypatch):  # noqa: F811
+def test_a_vit_goes_on_with_another_number_of_ranks(taught, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stop):
         stopped_at(3, patch)
         train_student.run(taught, CPU, "none")
@@ -228,7 +228,7 @@ def test_a_vit_goes_on_with_another_number_of_ranks(taught, monkeypatch):  # noq
 # the configuration's part
 
 
-def test_run_json_of_every_training_stage_is_recognised_by_its_configuration(taught):  # noqa: F811
+def test_run_json_of_every_training_stage_is_recognised_by_its_configuration(taught):
     tuned = "teacher_finetune.epochs=1", "teacher_finetune.batch_size=8", "teacher_finetune.workers=0"
     config = loaded(*BRIEF, *tuned, "finetune.epochs=1")
     shutil.rmtree("work/state")
@@ -247,7 +247,7 @@ def test_run_json_of_every_training_stage_is_recognised_by_its_configuration(tau
         assert [name for name, run in configured.items() if is_run_of(run, described)] == [stage]
 
 
-def test_a_teacher_of_given_weights_names_no_run_but_its_weights(taught):  # noqa: F811
+def test_a_teacher_of_given_weights_names_no_run_but_its_weights(taught):
     config = vit_teacher()
     teacher.run(config, CPU)
     metrics = json.loads((teacher_folder(config) / "metrics.json").read_text())
@@ -255,14 +255,14 @@ def test_a_teacher_of_given_weights_names_no_run_but_its_weights(taught):  # noq
     assert metrics["weights"] == weights_hash(load_teacher(config, Index(index_path(config, "train")).classes, CPU).model)
 
 
-def test_a_teacher_of_other_classes_is_refused_although_there_are_as_many(taught):  # noqa: F811
+def test_a_teacher_of_other_classes_is_refused_although_there_are_as_many(taught):
     names = Index(index_path(taught, "train")).classes
     load_teacher(taught, names, CPU)
     with pytest.raises(PipelineError, match=r"(?s)other classes than the index.*class 1 being"):
         load_teacher(taught, [names[0], "another", *names[2:]], CPU)
 
 
-def test_weights_published_for_other_classes_or_input_are_not_used_as_they_are(taught):  # noqa: F811
+def test_weights_published_for_other_classes_or_input_are_not_used_as_they_are(taught):
     names = Index(index_path(taught, "train")).classes
     swapped = [names[1], names[0], names[2]]
     (teacher_folder(taught) / "weights.safetensors").rename("t.safetensors")

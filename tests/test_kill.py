@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_training import loaded, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import loaded
 
 from pipeline.config.params import dump
 from pipeline.config.paths import student_folder
@@ -80,7 +80,7 @@ def contents(root: str) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in files if ".lock" not in path.name}
 
 
-def test_a_store_written_by_two_parts_through_kills_is_that_of_an_undisturbed_run(taught, capsys):  # noqa: F811
+def test_a_store_written_by_two_parts_through_kills_is_that_of_an_undisturbed_run(taught, capsys):
     Path("params.yaml").write_text(dump(loaded("teacher_logits.views=40")))
     finish("teacher-logits")
     expected = contents("work/stores")
@@ -103,7 +103,7 @@ def test_a_store_written_by_two_parts_through_kills_is_that_of_an_undisturbed_ru
     assert contents("work/stores") == expected
 
 
-def test_a_student_trained_through_kills_has_the_weights_of_an_undisturbed_run(taught, capsys):  # noqa: F811
+def test_a_student_trained_through_kills_has_the_weights_of_an_undisturbed_run(taught, capsys):
     final = student_folder(loaded(), "hard") / "weights.safetensors"
     command = ("train-student", "--student", "hard")
     finish(*command)
@@ -127,7 +127,7 @@ def test_a_student_trained_through_kills_has_the_weights_of_an_undisturbed_run(t
 
 
 @pytest.mark.parametrize("command", [("teacher-logits",), ("train-student", "--student", "hard")])
-def test_a_job_that_is_preempted_with_its_loaders_workers_ends_well_and_goes_on(taught, command):  # noqa: F811
+def test_a_job_that_is_preempted_with_its_loaders_workers_ends_well_and_goes_on(taught, command):
     views = 400 if command == ("teacher-logits",) else 8  # eight are there
     changes = "teacher_logits.workers=2", f"teacher_logits.views={views}", "student.workers=2", "student.epochs=400"
     Path("params.yaml").write_text(dump(loaded(*changes)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from test_pretrained import BRIEF, offline_equals_online
-from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import CPU, loaded
 
 from pipeline.cli.dry_run import check
 from pipeline.cli.main import main
@@ -77,7 +77,7 @@ def forget() -> None:
 
 
 @pytest.fixture
-def own(taught, monkeypatch):  # noqa: F811
+def own(taught, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     write()
     yield student()
@@ -179,7 +179,7 @@ def test_prepare_records_the_source_for_dvc(own):
     assert json.loads(external_path(own).read_bytes()) == {}
 
 
-def test_prepare_records_local_weights_for_dvc(taught):  # noqa: F811
+def test_prepare_records_local_weights_for_dvc(taught):
     member = "{weights: member.safetensors, model: regnety_002}"
     names = "student.weights=s.pth", "finetune.weights=f.pth", f"teacher.ensemble=[{member}]"
     config = loaded("teacher.weights=regnety_002.pycls_in1k", *names)
@@ -208,6 +208,7 @@ def test_a_file_of_weights_alone_does_not_get_a_function_imported(own):
     assert description.model == "mine.nets:build" and description.code and model(torch.zeros(2, 3, 16, 16))[0].shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_is_exported_but_not_to_timm(own):
     train_student.run(own, CPU, "hard")
     Path("params.yaml").write_text(dump(own))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from test_store_commands import call
-from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import CPU, loaded
 
 from pipeline.cli.find_store import find_store
 from pipeline.config.store_spec import store_spec
@@ -41,7 +41,7 @@ def stored_logits(store: Store, row: dict) -> tuple[int, int, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["argmax", "dense", "topk"])
-def test_every_row_is_what_the_store_holds_for_this_image_and_view(taught, kind):  # noqa: F811
+def test_every_row_is_what_the_store_holds_for_this_image_and_view(taught, kind):
     override = ["--set", "teacher_logits.top_k=2", "--set", "students=[hard]"]  # soft ones need logits
     if kind == "topk":
         teacher_logits.run(loaded("teacher_logits.kind=topk", "teacher_logits.top_k=2"), CPU)
@@ -57,7 +57,7 @@ def test_every_row_is_what_the_store_holds_for_this_image_and_view(taught, kind)
             assert row["others"] == pytest.approx(float(logits.sum() - values.sum()), abs=1e-2)  # the third class
 
 
-def test_drawn_classes_are_exported_as_they_are_stored(taught):  # noqa: F811
+def test_drawn_classes_are_exported_as_they_are_stored(taught):
     drawn = "teacher_logits.kind=sampled", "teacher_logits.samples=3", "students=[hard]"
     teacher_logits.run(loaded(*drawn), CPU)
     rows = exported("sampled", "--set", drawn[1], "--set", drawn[2])
@@ -70,7 +70,7 @@ def test_drawn_classes_are_exported_as_they_are_stored(taught):  # noqa: F811
         assert row["sampled_classes"] == stored.payload[place].tolist() and row["argmax"] == stored.argmax[place]
 
 
-def test_the_same_store_gives_the_same_file_which_names_it(taught):  # noqa: F811
+def test_the_same_store_gives_the_same_file_which_names_it(taught):
     exported("dense")
     first = FILE.read_bytes()
     exported("dense")
@@ -79,7 +79,7 @@ def test_the_same_store_gives_the_same_file_which_names_it(taught):  # noqa: F81
 
 
 @pytest.mark.parametrize("damage", ["missing", "flipped"])
-def test_an_incomplete_or_damaged_store_is_not_exported(taught, damage):  # noqa: F811
+def test_an_incomplete_or_damaged_store_is_not_exported(taught, damage):
     (chunk,) = Path("work/stores").glob("*.zarr/argmax/c/1/2")
     if damage == "missing":
         chunk.unlink()
@@ -90,6 +90,6 @@ def test_an_incomplete_or_damaged_store_is_not_exported(taught, damage):  # noqa
     assert not list(Path().glob("*predictions*"))
 
 
-def test_without_pyarrow_the_extra_is_named(taught, monkeypatch):  # noqa: F811
+def test_without_pyarrow_the_extra_is_named(taught, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "install the extra `parquet`" in call("store", "export", "--parquet", str(FILE), code=2)

@@ -9,7 +9,7 @@ import timm
 import torch
 from conftest import small_config, write_folders
 from test_ranks import launch
-from test_training import CHANGES, CPU, Stop, loaded, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import CHANGES, CPU, Stop, loaded
 
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.params import dump
@@ -51,7 +51,7 @@ def state_folder_of(config: Config) -> str:
     return json.loads((teacher_folder(config) / "metrics.json").read_text())["run"]
 
 
-def test_weights_of_other_classes_get_a_new_classifier_and_are_trained(taught, capsys):  # noqa: F811
+def test_weights_of_other_classes_get_a_new_classifier_and_are_trained(taught, capsys):
     config = transferred()
     teacher.run(config, CPU)
     assert "its classifier is replaced, and it is trained for 2 epochs" in capsys.readouterr().out
@@ -60,20 +60,20 @@ def test_weights_of_other_classes_get_a_new_classifier_and_are_trained(taught, c
     assert "stem.conv.weight" in changed and "stem.bn.running_mean" in changed
 
 
-def test_weights_of_as_many_classes_are_used_as_they_are(taught):  # noqa: F811
+def test_weights_of_as_many_classes_are_used_as_they_are(taught):
     config = transferred(classes=3)
     teacher.run(config, CPU)
     assert not changed_names(config)
     assert "run" not in json.loads((teacher_folder(config) / "metrics.json").read_text())
 
 
-def test_the_classifier_alone_is_trained_where_head_epochs_are_all(taught):  # noqa: F811
+def test_the_classifier_alone_is_trained_where_head_epochs_are_all(taught):
     config = transferred("teacher.head_epochs=2")
     teacher.run(config, CPU)
     assert changed_names(config) == {"head.fc.weight", "head.fc.bias"}
 
 
-def test_the_classifier_is_trained_first_and_then_everything(taught, monkeypatch):  # noqa: F811
+def test_the_classifier_is_trained_first_and_then_everything(taught, monkeypatch):
     seen, real = [], Trainer.train_step
 
     def watched(self, batches):
@@ -94,7 +94,7 @@ def test_the_classifier_is_trained_first_and_then_everything(taught, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_run_that_is_stopped_in_either_phase_ends_with_the_same_weights(taught, monkeypatch, optimizer):  # noqa: F811
+def test_a_run_that_is_stopped_in_either_phase_ends_with_the_same_weights(taught, monkeypatch, optimizer):
     options = "teacher.head_epochs=1", f"teacher.optimizer={optimizer}", "teacher.checkpoint_minutes=0"
     config = transferred(*options, "teacher.ema_decay=0.9")
     teacher.run(config, CPU)
@@ -119,7 +119,7 @@ def test_a_run_that_is_stopped_in_either_phase_ends_with_the_same_weights(taught
     assert all(torch.equal(expected[name], tensor) for name, tensor in published(config).items())
 
 
-def test_stored_predictions_of_a_transferred_teacher_are_the_online_ones(taught):  # noqa: F811
+def test_stored_predictions_of_a_transferred_teacher_are_the_online_ones(taught):
     config = transferred("teacher.head_epochs=1")
     teacher.run(config, CPU)
     offline_equals_online(config)
@@ -136,7 +136,7 @@ def offline_equals_online(config: Config) -> None:
     assert all(torch.equal(offline[name], online[name]) for name in offline)
 
 
-def test_a_teacher_with_a_token_gets_two_new_heads(taught):  # noqa: F811
+def test_a_teacher_with_a_token_gets_two_new_heads(taught):
     changes = "teacher.model=deit_tiny_distilled_patch16_224", "teacher.weights=vit.safetensors", "teacher.epochs=1"
     config = loaded(*BRIEF, *changes, "teacher.head_epochs=1", "finetune.teacher_size=16")
     config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"kwargs": VIT})})
@@ -150,7 +150,7 @@ def test_a_teacher_with_a_token_gets_two_new_heads(taught):  # noqa: F811
     offline_equals_online(config)
 
 
-def test_a_vit_of_a_fixed_size_is_trained_at_its_own_size(taught):  # noqa: F811
+def test_a_vit_of_a_fixed_size_is_trained_at_its_own_size(taught):
     changes = "teacher.model=deit_tiny_patch16_224", "teacher.weights=vit.safetensors", "teacher.epochs=1"
     config = loaded(*BRIEF, *changes, "teacher.size=24")
     section = config.teacher.model_copy(update={"kwargs": VIT | {"img_size": 24}})
@@ -183,7 +183,7 @@ def test_a_pretrained_pair_in_float16_on_a_folder_without_validation_images(in_t
 # identity
 
 
-def test_source_weights_and_head_epochs_are_in_the_runs_identity(taught):  # noqa: F811
+def test_source_weights_and_head_epochs_are_in_the_runs_identity(taught):
     runs = []
     for overrides in ([], ["teacher.head_epochs=1"], ["teacher.seed=4"]):
         config = transferred(*overrides)
@@ -196,7 +196,7 @@ def test_source_weights_and_head_epochs_are_in_the_runs_identity(taught):  # noq
     assert len({*runs, state_folder_of(config)}) == 4
 
 
-def test_the_path_of_the_source_weights_is_not_in_the_runs_identity(taught):  # noqa: F811
+def test_the_path_of_the_source_weights_is_not_in_the_runs_identity(taught):
     config = transferred()
     teacher.run(config, CPU)
     first = state_folder_of(config)
@@ -205,7 +205,7 @@ def test_the_path_of_the_source_weights_is_not_in_the_runs_identity(taught):  # 
     assert state_folder_of(config) == first
 
 
-def test_a_teacher_without_weights_keeps_the_identity_that_it_had(taught):  # noqa: F811
+def test_a_teacher_without_weights_keeps_the_identity_that_it_had(taught):
     settings = configured_teacher(taught, None)["teacher_settings"]
     assert "head_epochs" not in settings and settings["weights"] is None
 
@@ -220,12 +220,12 @@ def test_a_teacher_without_weights_keeps_the_identity_that_it_had(taught):  # no
         (["teacher.weights=a.pth", "teacher.epochs=2", "teacher.head_epochs=3"], "must be at most teacher.epochs"),
     ],
 )
-def test_head_epochs_that_make_no_sense_are_refused(taught, overrides, message):  # noqa: F811
+def test_head_epochs_that_make_no_sense_are_refused(taught, overrides, message):
     with pytest.raises(UsageError, match=message):
         loaded(*overrides)
 
 
-def test_a_transferred_teacher_below_min_top1_is_refused(taught):  # noqa: F811
+def test_a_transferred_teacher_below_min_top1_is_refused(taught):
     (teacher_folder(taught) / "weights.safetensors").unlink()
     with pytest.raises(PipelineError, match=r"(?s)at least 1\.0000 \(teacher\.min_top1\)"):
         teacher.run(transferred("teacher.min_top1=1", "teacher.lr=0"), CPU)
@@ -252,7 +252,7 @@ def test_a_file_without_a_classifier_gets_a_new_one():
 
 
 @pytest.mark.parametrize(("classes", "fits"), [(1000, True), (3, False)])
-def test_a_timm_tag_is_fitted_like_a_file(taught, monkeypatch, classes, fits):  # noqa: F811
+def test_a_timm_tag_is_fitted_like_a_file(taught, monkeypatch, classes, fits):
     config, real = loaded("teacher.weights=test_resnet.r160_in1k", "teacher.kwargs={}"), timm.create_model
 
     def downloaded(name, pretrained=False, **kwargs):
@@ -265,7 +265,7 @@ def test_a_timm_tag_is_fitted_like_a_file(taught, monkeypatch, classes, fits):  
 
 
 @pytest.mark.slow
-def test_two_ranks_train_the_classifier_and_then_everything_as_one_does(taught):  # noqa: F811
+def test_two_ranks_train_the_classifier_and_then_everything_as_one_does(taught):
     options = "teacher.model=deit_tiny_patch16_224", "teacher.weights=vit.safetensors", "teacher.epochs=2"
     options += "teacher.head_epochs=1", "teacher.warmup_epochs=0", "teacher.optimizer=sgd", "teacher.lr=1"
     config = loaded(*options, "finetune.teacher_size=16")

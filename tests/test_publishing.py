@@ -27,7 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_ensemble import several, sources  # noqa: F401  (fixture)
 from test_store_commands import call, flip, the_store
-from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import CPU, loaded
 from test_unlabelled import trainable
 
 from pipeline.common.errors import PipelineError
@@ -50,7 +50,7 @@ KILLS = int(os.environ.get("KILLS", "3"))
 
 
 @pytest.fixture(scope="module")
-def labs(taught_template, tmp_path_factory) -> Path:  # noqa: F811
+def labs(taught_template, tmp_path_factory) -> Path:
     """Two folders and what the `first` has `published`: `second` has the same images, prepared independently."""
     root = tmp_path_factory.mktemp("labs")
     shutil.copytree(taught_template, root / "first")
@@ -107,7 +107,7 @@ def test_stages_with_fetch_configured_need_no_teacher(lab):
     assert "hard" in Path("outputs/small/evaluation/table.txt").read_text()
 
 
-def test_the_shards_of_a_folder_are_the_same_images_where_they_are_used_in_place(taught):  # noqa: F811
+def test_the_shards_of_a_folder_are_the_same_images_where_they_are_used_in_place(taught):
     indices = {split: Index(index_path(taught, split)) for split in ("train", "val")}
     places = [f"data.{split}={index.location}/*.tar" for split, index in indices.items()]
     config = loaded("data.source=shards", "name=in-place", *places)
@@ -144,7 +144,7 @@ def test_nothing_published_names_a_place(lab):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_arrives_as_it_was_published(kind, taught, tmp_path):  # noqa: F811
+def test_every_kind_arrives_as_it_was_published(kind, taught, tmp_path):
     config = loaded(f"teacher_logits.kind={kind}", "teacher_logits.top_k=2", "students=[hard]")
     shutil.rmtree("work/stores")
     teacher_logits.run(config, CPU)
@@ -165,7 +165,7 @@ def test_argmax_is_fetched_from_a_store_of_another_kind(lab):
     assert "every checksum as recorded" in call("store", "verify")
 
 
-def test_publishing_more_views_adds_packs_and_rewrites_only_the_manifest(taught, tmp_path):  # noqa: F811
+def test_publishing_more_views_adds_packs_and_rewrites_only_the_manifest(taught, tmp_path):
     target = tmp_path / "published"
     Path("params.yaml").write_text(dump(loaded("teacher_logits.views=4")))
     teacher_logits.run(loaded(), CPU)
@@ -352,7 +352,7 @@ def test_packs_of_another_block_are_refused_before_anything_is_committed(lab):
     assert not list(Path("work/stores").rglob("argmax/c/*/*"))
 
 
-def test_a_class_that_does_not_exist_is_refused(taught, tmp_path):  # noqa: F811
+def test_a_class_that_does_not_exist_is_refused(taught, tmp_path):
     store = opened_for_writing(taught)
     unit = store.units(4)[0]
     checks = store.read_check(unit)[:, : store.groups]
@@ -444,7 +444,7 @@ def test_where_only_the_second_store_needs_a_teacher_it_is_made_and_the_first_on
     assert "hard-finetuned" in Path("outputs/small/evaluation/table.txt").read_text()
 
 
-def test_a_full_disk_while_publishing_leaves_no_manifest_and_the_next_call_ends(taught, tmp_path, monkeypatch):  # noqa: F811
+def test_a_full_disk_while_publishing_leaves_no_manifest_and_the_next_call_ends(taught, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -458,7 +458,7 @@ def test_a_full_disk_while_publishing_leaves_no_manifest_and_the_next_call_ends(
     assert (tmp_path / "published/manifest.json").exists()
 
 
-def test_a_dry_run_of_publishing_tells_the_bytes_and_writes_nothing(taught, tmp_path):  # noqa: F811
+def test_a_dry_run_of_publishing_tells_the_bytes_and_writes_nothing(taught, tmp_path):
     target = tmp_path / "published"
     said = call("store", "publish", str(target), "--dry-run")
     assert not target.exists()
@@ -471,7 +471,7 @@ def test_a_dry_run_of_publishing_tells_the_bytes_and_writes_nothing(taught, tmp_
 
 
 @pytest.mark.parametrize("name", ["published.tar", "published"])
-def test_what_is_no_published_store_is_not_overwritten(name, taught, tmp_path):  # noqa: F811
+def test_what_is_no_published_store_is_not_overwritten(name, taught, tmp_path):
     file = tmp_path / name if name.endswith(".tar") else tmp_path / name / "manifest.json"
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(b"years of work")
@@ -497,7 +497,7 @@ def test_a_header_that_claims_a_huge_array_allocates_nothing():
         parse_array(huge)
 
 
-def test_another_store_is_not_published_into_the_same_folder(taught, tmp_path):  # noqa: F811
+def test_another_store_is_not_published_into_the_same_folder(taught, tmp_path):
     target = tmp_path / "published"
     call("store", "publish", str(target))
     before = tree(target)
@@ -508,13 +508,13 @@ def test_another_store_is_not_published_into_the_same_folder(taught, tmp_path): 
     assert tree(target) == before
 
 
-def test_an_incomplete_store_is_not_published(taught, tmp_path):  # noqa: F811
+def test_an_incomplete_store_is_not_published(taught, tmp_path):
     next(iter(the_store().glob("argmax/c/*/*"))).unlink()
     assert "incomplete" in call("store", "publish", str(tmp_path / "published"), code=1)
     assert not (tmp_path / "published/manifest.json").exists()
 
 
-def test_nothing_at_the_source_is_said_plainly(taught, tmp_path):  # noqa: F811
+def test_nothing_at_the_source_is_said_plainly(taught, tmp_path):
     assert "no published store" in call("store", "fetch", str(tmp_path / "nowhere"), code=1)
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_report import mini  # noqa: F401  (fixture)
-from test_training import CPU, loaded, newest_checkpoint, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import CPU, loaded, newest_checkpoint
 
 from pipeline.batches.loader import step_loader
 from pipeline.batches.plan import training_plan
@@ -95,7 +95,7 @@ COMMANDS = (
 
 
 @pytest.fixture(scope="module")
-def of_two_ranks(taught_template, tmp_path_factory) -> tuple[Path, str]:  # noqa: F811
+def of_two_ranks(taught_template, tmp_path_factory) -> tuple[Path, str]:
     """A folder in which two ranks did COMMANDS, where there was a teacher only; and what they said."""
     root = tmp_path_factory.mktemp("two") / "ranks"
     shutil.copytree(taught_template, root)
@@ -104,7 +104,7 @@ def of_two_ranks(taught_template, tmp_path_factory) -> tuple[Path, str]:  # noqa
     return root, two_ranks(*" ".join(COMMANDS).split(), folder=root)
 
 
-def test_thirty_steps_of_two_ranks_have_the_losses_of_one(taught, of_two_ranks):  # noqa: F811
+def test_thirty_steps_of_two_ranks_have_the_losses_of_one(taught, of_two_ranks):
     train_student.run(loaded(*PLAIN), CPU, "hard")
     log = newest_checkpoint().parent / "log.jsonl"
     alone, found = ([x["loss"] for x in read_log(at / log) if x["kind"] == "step"] for at in (Path(), of_two_ranks[0]))
@@ -113,7 +113,7 @@ def test_thirty_steps_of_two_ranks_have_the_losses_of_one(taught, of_two_ranks):
 
 
 @pytest.mark.parametrize("launched", [two_ranks, pytest.param(two_nodes, marks=pytest.mark.slow)])
-def test_a_killed_rank_is_restarted_and_the_run_goes_on_to_the_same_weights(taught, of_two_ranks, launched):  # noqa: F811
+def test_a_killed_rank_is_restarted_and_the_run_goes_on_to_the_same_weights(taught, of_two_ranks, launched):
     final = student_folder(taught, "hard") / "weights.safetensors"
     said = launched("train-student", "--student", "hard", die="9", restarts=1)
     assert Path("died").exists() and "resumes at step 9" in said
@@ -121,7 +121,7 @@ def test_a_killed_rank_is_restarted_and_the_run_goes_on_to_the_same_weights(taug
 
 
 @pytest.mark.slow
-def test_ranks_agree_on_the_steps_that_overflow_in_float16_and_go_on_with_the_same_scale(taught, monkeypatch):  # noqa: F811
+def test_ranks_agree_on_the_steps_that_overflow_in_float16_and_go_on_with_the_same_scale(taught, monkeypatch):
     half = "student.precision=float16", "student.epochs=5", "student.lr=0.002", *PLAIN[:1]
     half += ("student.checkpoint_activations=true",)
     command = ["train-student", "--student", "hard", *(word for change in half for word in ("--set", change))]
@@ -144,7 +144,7 @@ def test_ranks_agree_on_the_steps_that_overflow_in_float16_and_go_on_with_the_sa
 
 
 @pytest.mark.slow
-def test_ranks_go_on_from_rank_0s_checkpoint_though_another_sees_an_older_one(taught, of_two_ranks):  # noqa: F811
+def test_ranks_go_on_from_rank_0s_checkpoint_though_another_sees_an_older_one(taught, of_two_ranks):
     final = student_folder(taught, "hard") / "weights.safetensors"
     said = two_ranks("train-student", "--student", "hard", die="9", restarts=1, OLD_LISTING="1")
     assert Path("died").exists() and "resumes at step 9" in said
@@ -152,7 +152,7 @@ def test_ranks_go_on_from_rank_0s_checkpoint_though_another_sees_an_older_one(ta
 
 
 @pytest.mark.slow
-def test_a_network_with_batch_norm_goes_on_in_two_ranks_to_the_same_weights(taught, of_two_ranks):  # noqa: F811
+def test_a_network_with_batch_norm_goes_on_in_two_ranks_to_the_same_weights(taught, of_two_ranks):
     final = teacher_folder(taught) / "weights.safetensors"
     settings = "--set", "teacher.seed=5", "--set", "teacher.checkpoint_minutes=0"
     said = two_ranks("teacher", *settings, die="2", restarts=1)
@@ -161,7 +161,7 @@ def test_a_network_with_batch_norm_goes_on_in_two_ranks_to_the_same_weights(taug
 
 
 @pytest.mark.slow
-def test_a_student_with_batch_norm_goes_on_in_two_ranks_to_the_same_weights(taught):  # noqa: F811
+def test_a_student_with_batch_norm_goes_on_in_two_ranks_to_the_same_weights(taught):
     final = student_folder(taught, "hard") / "weights.safetensors"
     settings = (
         "student.model=regnety_002", "student.kwargs={depth: 8, output_stride: 8}", "student.epochs=2",
@@ -179,7 +179,7 @@ def test_a_student_with_batch_norm_goes_on_in_two_ranks_to_the_same_weights(taug
 
 
 @pytest.mark.slow
-def test_ranks_wait_for_another_job_longer_than_an_exchange_may_last(taught, capsys):  # noqa: F811
+def test_ranks_wait_for_another_job_longer_than_an_exchange_may_last(taught, capsys):
     train_student.run(taught, CPU, "hard", dry_run=True)
     state = Path(re.search(r"state: (\S+)", capsys.readouterr().out)[1])
     with kernel_lock(state / RUN_LOCK):
@@ -191,7 +191,8 @@ def test_ranks_wait_for_another_job_longer_than_an_exchange_may_last(taught, cap
     assert (state / "final.safetensors").exists()
 
 
-def test_sigterm_to_one_rank_ends_both_at_the_same_step(taught):  # noqa: F811
+@pytest.mark.slow
+def test_sigterm_to_one_rank_ends_both_at_the_same_step(taught):
     Path("params.yaml").write_text(dump(loaded("student.epochs=2000", "student.checkpoint_minutes=60")))
     process = launch("train-student", "--student", "hard")
     log = lambda: [p for p in Path("work/state").glob("*/log.jsonl") if '"step": 20,' in p.read_text()]  # noqa: E731
@@ -205,12 +206,12 @@ def test_sigterm_to_one_rank_ends_both_at_the_same_step(taught):  # noqa: F811
     assert len(ended) == 1 and newest_checkpoint().name == f"step-{int(ended.pop()):09d}.ckpt"
 
 
-def test_teacher_logits_of_two_ranks_fill_the_store_of_one(taught, of_two_ranks):  # noqa: F811
+def test_teacher_logits_of_two_ranks_fill_the_store_of_one(taught, of_two_ranks):
     manifest = teacher_logits_folder(taught, "train-student") / "manifest.json"
     assert (of_two_ranks[0] / manifest).read_bytes() == manifest.read_bytes()
 
 
-def test_two_ranks_train_and_publish_a_teacher_once(taught, of_two_ranks):  # noqa: F811
+def test_two_ranks_train_and_publish_a_teacher_once(taught, of_two_ranks):
     root, said = of_two_ranks
     weights = teacher_folder(taught) / "weights.safetensors"
     assert len(re.findall(r"^teacher: top-1 [\d.]+, top-5", said, re.MULTILINE)) == 1
@@ -252,7 +253,7 @@ def teacher_run(config: Config) -> Run:
 
 
 @pytest.mark.slow
-def test_ranks_exchange_batch_norms_statistics_before_validation_alone(taught):  # noqa: F811
+def test_ranks_exchange_batch_norms_statistics_before_validation_alone(taught):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

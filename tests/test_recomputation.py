@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import CPU, loaded
 from torch import nn
 
 from pipeline.common.errors import UsageError
@@ -53,7 +53,7 @@ def test_gradients_are_the_same_with_drop_path_and_fewer_activations_are_kept(na
     assert some < 0.7 * everything
 
 
-def test_a_student_ends_with_the_same_weights_in_the_same_state_folder(taught, monkeypatch):  # noqa: F811
+def test_a_student_ends_with_the_same_weights_in_the_same_state_folder(taught, monkeypatch):
     brief, found, calls = ("student.epochs=2", "student.accumulation=2"), [], []
     real = torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(a) or real(*a, **k))
@@ -100,17 +100,17 @@ def test_a_model_without_support_is_refused_by_name(kind):
 
 
 @pytest.mark.parametrize("section", ["teacher", "student", "finetune", "teacher_finetune"])
-def test_it_is_refused_with_compile_in_every_section(taught, section):  # noqa: F811
+def test_it_is_refused_with_compile_in_every_section(taught, section):
     with pytest.raises(UsageError, match=rf"{section}\.checkpoint_activations must be false with {section}\.compile"):
         loaded(f"{section}.checkpoint_activations=true", f"{section}.compile=true", "teacher_finetune.epochs=1",
                "teacher_finetune.batch_size=8")  # fmt: skip
 
 
-def test_runs_of_networks_with_batch_norm_are_refused(taught):  # noqa: F811
+def test_runs_of_networks_with_batch_norm_are_refused(taught):
     with pytest.raises(UsageError, match="without batch norm"):
         teacher.run(loaded("teacher.checkpoint_activations=true"), CPU)
 
 
-def test_fine_tuning_has_its_own_setting(taught):  # noqa: F811
+def test_fine_tuning_has_its_own_setting(taught):
     train_student.run(loaded("student.epochs=1"), CPU, "hard")
     finetune.run(loaded("student.epochs=1", "finetune.checkpoint_activations=true"), CPU, "hard", teacher="online")

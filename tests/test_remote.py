@@ -36,7 +36,7 @@ from test_store import (
     refusal,
 )
 from test_store_commands import call
-from test_training import loaded, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import loaded
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.batches.loader import _start_worker, evaluation_loader
@@ -627,7 +627,7 @@ def test_store_in_a_bucket_that_is_not_there_is_told_plainly(bucket):
 
 
 @pytest.fixture
-def remote(taught, bucket) -> tuple[str, ...]:  # noqa: F811
+def remote(taught, bucket) -> tuple[str, ...]:
     """Overrides that make of the taught experiment one over shards at S3, prepared; of the same teacher."""
     overrides = ["name=remote", "data.source=shards"]
     for split in SPLITS:
@@ -704,7 +704,7 @@ def test_teacher_logits_leaves_a_part_at_s3_to_the_machine_that_holds_it(dumped,
 
 
 @pytest.mark.parametrize("name", ["hard", "soft"])
-def test_student_of_shards_and_store_at_s3_has_the_weights_of_a_local_one(name, taught, dumped):  # noqa: F811
+def test_student_of_shards_and_store_at_s3_has_the_weights_of_a_local_one(name, taught, dumped):
     train_student.run(taught, CPU, name)
     url, config = store_url(loaded(*dumped)), loaded(*dumped[:-1])  # its training state is local
     train_student.run(config, CPU, name, store=url)
@@ -714,7 +714,7 @@ def test_student_of_shards_and_store_at_s3_has_the_weights_of_a_local_one(name, 
 
 
 @pytest.mark.parametrize("name", ["published", "published.tar"])
-def test_store_published_at_s3_is_fetched_as_it_was(name, taught, bucket):  # noqa: F811
+def test_store_published_at_s3_is_fetched_as_it_was(name, taught, bucket):
     before, url = tree(Path("work/stores")), f"{bucket.url}/{name}"
     call("store", "publish", url)
     shutil.rmtree("work/stores")
@@ -722,7 +722,7 @@ def test_store_published_at_s3_is_fetched_as_it_was(name, taught, bucket):  # no
     assert tree(Path("work/stores")) == before
 
 
-def test_publishing_again_at_s3_adds_what_is_missing_and_refuses_another_store(taught, bucket):  # noqa: F811
+def test_publishing_again_at_s3_adds_what_is_missing_and_refuses_another_store(taught, bucket):
     call("store", "publish", f"{bucket.url}/published")
     before = bucket.tree("published")
     packs = [key for key in bucket.keys("published/packs/")]
@@ -736,7 +736,7 @@ def test_publishing_again_at_s3_adds_what_is_missing_and_refuses_another_store(t
     assert "another store is published" in call("store", "publish", f"{bucket.url}/published", *more, code=2)
 
 
-def test_pack_damaged_at_s3_is_refused_by_its_name(taught, bucket):  # noqa: F811
+def test_pack_damaged_at_s3_is_refused_by_its_name(taught, bucket):
     call("store", "publish", f"{bucket.url}/published")
     damaged = bucket.keys("published/packs/")[1]
     bucket.flip(damaged)
@@ -744,7 +744,7 @@ def test_pack_damaged_at_s3_is_refused_by_its_name(taught, bucket):  # noqa: F81
     assert damaged.removeprefix("published/") in call("store", "fetch", f"{bucket.url}/published", code=1)
 
 
-def test_bucket_to_publish_in_that_is_not_there_is_named(taught, bucket):  # noqa: F811
+def test_bucket_to_publish_in_that_is_not_there_is_named(taught, bucket):
     assert "s3://no-such-bucket-here/a" in call("store", "publish", "s3://no-such-bucket-here/a", code=1)
 
 

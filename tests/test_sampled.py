@@ -11,7 +11,7 @@ from conftest import tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_store_commands import call
-from test_training import CPU, loaded, taught_template, trained_losses  # noqa: F401  (a fixture)
+from test_training import CPU, loaded, trained_losses
 
 import pipeline
 from pipeline.batches.batch import Renderer
@@ -188,7 +188,7 @@ def sampled(*more: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def template(taught_template, tmp_path_factory) -> Path:  # noqa: F811
+def template(taught_template, tmp_path_factory) -> Path:
     """A folder with a complete store of drawn classes next to the dense one."""
     root = Path(shutil.copytree(taught_template, tmp_path_factory.mktemp("sampled") / "sampled"))
     with pytest.MonkeyPatch.context() as patch:

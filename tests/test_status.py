@@ -13,7 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from conftest import tree
-from test_training import CPU, Stop, loaded, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import CPU, Stop, loaded
 
 from pipeline.cli import scan, status
 from pipeline.cli.main import main
@@ -161,34 +161,34 @@ def stop_at(step: int, monkeypatch, name: str = "hard", *overrides: str) -> None
         train_student.run(loaded(*overrides), CPU, name)
 
 
-def test_the_stages_are_those_of_dvc_in_their_order(taught):  # noqa: F811
+def test_the_stages_are_those_of_dvc_in_their_order(taught):
     stages = [stage.partition("@") for stage in told()]
     assert [student for _, at, student in stages if at] == [*taught.students, "hard"]
     assert {name for name, _, _ in stages} == {*yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]} - {"needed"}
 
 
-def test_nothing_has_begun_where_there_is_nothing(taught, tmp_path, monkeypatch):  # noqa: F811
+def test_nothing_has_begun_where_there_is_nothing(taught, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     shutil.copy("params.yaml", tmp_path / "empty")
     monkeypatch.chdir(tmp_path / "empty")
     assert {row.state for row in told().values()} == {"not begun"}
 
 
-def test_data_teacher_and_store_are_done_once_they_are_published(taught):  # noqa: F811
+def test_data_teacher_and_store_are_done_once_they_are_published(taught):
     rows = told()
     assert [rows[stage].state for stage in ("prepare", "teacher", "teacher-logits")] == ["done"] * 3
     assert (rows["prepare"].done, rows["prepare"].note) == (5, "20 + 4 images")
     assert rows["teacher"].top1 == json.loads(Path("outputs/small/teacher/metrics.json").read_text())["top1"]
 
 
-def test_what_is_published_is_done_though_work_is_gone(taught):  # noqa: F811
+def test_what_is_published_is_done_though_work_is_gone(taught):
     shutil.rmtree("work")
     rows = told()
     assert [rows[stage].percent for stage in ("prepare", "teacher", "teacher-logits")] == [100.0] * 3
     assert {rows[stage].state for stage in ("prepare", "teacher", "teacher-logits")} == {"done"}
 
 
-def test_shards_are_counted_before_there_is_an_index(taught):  # noqa: F811
+def test_shards_are_counted_before_there_is_an_index(taught):
     shutil.rmtree("outputs")
     next(Path("work/data").glob("*/train/index.json")).unlink()
     with kernel_lock(Path("work/data") / DATA_LOCK):
@@ -197,7 +197,7 @@ def test_shards_are_counted_before_there_is_an_index(taught):  # noqa: F811
     assert told()["prepare"].state == "stopped"
 
 
-def test_units_of_a_partial_store_are_those_that_it_lacks_none_of(taught):  # noqa: F811
+def test_units_of_a_partial_store_are_those_that_it_lacks_none_of(taught):
     for unit in ("0/1", "1/2"):
         (the_store() / "argmax/c" / unit).unlink()
     shutil.rmtree(the_store() / "dense/c/1/3")
@@ -207,34 +207,34 @@ def test_units_of_a_partial_store_are_those_that_it_lacks_none_of(taught):  # no
     assert row.state == "stopped"
 
 
-def test_a_store_runs_while_its_lease_is_held(taught):  # noqa: F811
+def test_a_store_runs_while_its_lease_is_held(taught):
     (the_store() / "argmax/c/0/1").unlink()
     with lease(f"{the_store()}.part-0-of-1.lock", "a test"):
         assert told()["teacher-logits"].state == "running"
     assert told()["teacher-logits"].state == "stopped"
 
 
-def test_a_dead_writers_lease_is_no_running_store(taught):  # noqa: F811
+def test_a_dead_writers_lease_is_no_running_store(taught):
     (the_store() / "argmax/c/0/1").unlink()
     Path(f"{the_store()}.part-0-of-1.lock").write_text("{}")
     age(3600)
     assert told()["teacher-logits"].state == "stopped"
 
 
-def test_more_views_leave_a_store_begun(taught):  # noqa: F811
+def test_more_views_leave_a_store_begun(taught):
     row = told("teacher_logits.views=12")["teacher-logits"]
     assert (row.state, row.done, row.total) == ("stopped", 8, 12)
 
 
-def test_a_store_of_another_recipe_is_of_another_configuration(taught):  # noqa: F811
+def test_a_store_of_another_recipe_is_of_another_configuration(taught):
     assert told("recipe.seed=5")["teacher-logits"].state == "done, of another configuration"
 
 
-def test_a_teacher_of_other_settings_is_of_another_configuration(taught):  # noqa: F811
+def test_a_teacher_of_other_settings_is_of_another_configuration(taught):
     assert told("teacher.lr=0.5")["teacher"].state == "done, of another configuration"
 
 
-def test_a_teacher_that_was_trained_here_is_not_one_from_weights(taught):  # noqa: F811
+def test_a_teacher_that_was_trained_here_is_not_one_from_weights(taught):
     assert told("teacher.weights=regnety_160.deit_in1k")["teacher"].state == "done, of another configuration"
 
 
@@ -244,7 +244,7 @@ def state_of(name: str) -> Path:
     return next(path.parent for path in states if json.loads(path.read_text())["name"] == f"student {name}")
 
 
-def test_a_training_runs_while_its_lock_is_held_however_long_ago_it_moved(taught, monkeypatch):  # noqa: F811
+def test_a_training_runs_while_its_lock_is_held_however_long_ago_it_moved(taught, monkeypatch):
     stop_at(5, monkeypatch)
     assert told()["train-student@hard"].state == "stopped"
     age(3600)
@@ -252,7 +252,7 @@ def test_a_training_runs_while_its_lock_is_held_however_long_ago_it_moved(taught
         assert told()["train-student@hard"].state == "running"
 
 
-def test_a_training_of_another_machine_runs_while_its_files_move(taught, monkeypatch):  # noqa: F811
+def test_a_training_of_another_machine_runs_while_its_files_move(taught, monkeypatch):
     stop_at(5, monkeypatch)
     (state_of("hard") / RUN_LOCK).write_text("another")
     assert told()["train-student@hard"].state == "running"
@@ -262,7 +262,7 @@ def test_a_training_of_another_machine_runs_while_its_files_move(taught, monkeyp
     assert row.moved_seconds_ago == pytest.approx(3600, abs=60)
 
 
-def test_a_running_training_tells_loss_and_speed_of_its_log(taught, monkeypatch):  # noqa: F811
+def test_a_running_training_tells_loss_and_speed_of_its_log(taught, monkeypatch):
     stop_at(5, monkeypatch)
     with kernel_lock(state_of("hard") / RUN_LOCK):
         row = told()["train-student@hard"]
@@ -270,21 +270,21 @@ def test_a_running_training_tells_loss_and_speed_of_its_log(taught, monkeypatch)
     assert row.images_per_second > 0 and row.seconds_left > 0
 
 
-def test_a_training_that_has_not_begun_tells_the_steps_that_it_will_have(taught):  # noqa: F811
+def test_a_training_that_has_not_begun_tells_the_steps_that_it_will_have(taught):
     before = told()["train-student@hard"].total
     train_student.run(taught, CPU, "hard")
     runs = [json.loads(path.read_text()) for path in Path("work/state").glob("*/run.json")]
     assert before == next(run["steps"] for run in runs if run["name"] == "student hard")
 
 
-def test_a_finished_student_is_done_with_its_top1(taught):  # noqa: F811
+def test_a_finished_student_is_done_with_its_top1(taught):
     train_student.run(taught, CPU, "hard")
     row = told()["train-student@hard"]
     metrics = json.loads((student_folder(taught, "hard") / "metrics.json").read_text())
     assert (row.state, row.done, row.top1) == ("done", row.total, metrics["val_top1_mean"])
 
 
-def test_a_student_of_other_settings_is_of_another_configuration_until_it_is_trained(taught):  # noqa: F811
+def test_a_student_of_other_settings_is_of_another_configuration_until_it_is_trained(taught):
     train_student.run(taught, CPU, "hard")
     assert told("student.lr=0.01")["train-student@hard"].state == "done, of another configuration"
     train_student.run(loaded("student.lr=0.01"), CPU, "hard")
@@ -292,7 +292,7 @@ def test_a_student_of_other_settings_is_of_another_configuration_until_it_is_tra
     assert told()["train-student@hard"].state == "done, of another configuration"
 
 
-def test_what_is_published_is_known_by_its_run_alone(taught):  # noqa: F811
+def test_what_is_published_is_known_by_its_run_alone(taught):
     train_student.run(taught, CPU, "hard")
     (student_folder(taught, "hard") / "curve.csv").unlink()
     (state_of("hard") / "log.jsonl").unlink()
@@ -300,12 +300,12 @@ def test_what_is_published_is_known_by_its_run_alone(taught):  # noqa: F811
     assert told("student.lr=0.01")["train-student@hard"].state == "done, of another configuration"
 
 
-def test_online_training_is_not_taken_for_the_stored_ones(taught):  # noqa: F811
+def test_online_training_is_not_taken_for_the_stored_ones(taught):
     train_student.run(taught, CPU, "hard-online", taught.student_named("hard"), "online")
     assert told()["train-student@hard"].state == "not begun"
 
 
-def test_an_evaluation_of_other_students_is_of_another_configuration(taught):  # noqa: F811
+def test_an_evaluation_of_other_students_is_of_another_configuration(taught):
     folder = Path("outputs/small/evaluation")
     folder.mkdir()
     models = ("teacher", *taught.students, "hard-finetuned")
@@ -320,7 +320,7 @@ def evaluated(*overrides: str) -> status.Row:
     return told("students=[hard]", "finetune.from=[]", *overrides)["evaluate"]
 
 
-def test_an_evaluation_is_done_until_a_model_is_trained_again(taught):  # noqa: F811
+def test_an_evaluation_is_done_until_a_model_is_trained_again(taught):
     options = "students=[hard]", "finetune.from=[]"
     train_student.run(loaded(*options), CPU, "hard")
     evaluate.run(loaded(*options), CPU)
@@ -337,7 +337,7 @@ def test_an_evaluation_is_done_until_a_model_is_trained_again(taught):  # noqa: 
     assert evaluated("student.lr=0.01").state == "done, of another configuration"
 
 
-def test_an_evaluation_names_the_runs_and_weights_of_its_models(taught):  # noqa: F811
+def test_an_evaluation_names_the_runs_and_weights_of_its_models(taught):
     options = "students=[hard]", "finetune.from=[]"
     train_student.run(loaded(*options), CPU, "hard")
     evaluate.run(loaded(*options), CPU)
@@ -348,7 +348,7 @@ def test_an_evaluation_names_the_runs_and_weights_of_its_models(taught):  # noqa
     assert metrics["hard"]["run"] == students["run"]
 
 
-def test_a_stage_that_failed_says_over_what_until_it_ends_well(taught):  # noqa: F811
+def test_a_stage_that_failed_says_over_what_until_it_ends_well(taught):
     said = CliRunner().invoke(main, ["train-student", "--device", "cpu", "--student", "hard", "--set", "student.lr=1e30"])
     assert said.exit_code == 1
     row = told("student.lr=1e30")["train-student@hard"]
@@ -358,7 +358,7 @@ def test_a_stage_that_failed_says_over_what_until_it_ends_well(taught):  # noqa:
     assert told()["train-student@hard"].state == "done"
 
 
-def test_a_stage_that_fails_before_its_first_file_has_failed(taught):  # noqa: F811
+def test_a_stage_that_fails_before_its_first_file_has_failed(taught):
     shutil.rmtree("outputs/small/students", ignore_errors=True)
     Path("outputs/small/teacher-logits/manifest.json").unlink()
     assert CliRunner().invoke(main, ["train-student", "--device", "cpu", "--student", "hard"]).exit_code == 1
@@ -366,32 +366,32 @@ def test_a_stage_that_fails_before_its_first_file_has_failed(taught):  # noqa: F
     assert (row.state, row.done) == ("failed", 0) and "manifest.json" in row.note
 
 
-def test_a_dry_run_that_fails_is_no_failure_of_the_stage(taught):  # noqa: F811
+def test_a_dry_run_that_fails_is_no_failure_of_the_stage(taught):
     index_path(taught, "train").write_text("damaged")
     assert CliRunner().invoke(main, ["train-student", "--device", "cpu", "--dry-run"]).exit_code == 1
     assert told()["train-student@hard"].state == "not begun"
 
 
-def test_a_student_of_another_teacher_s_answers_is_not_done(taught):  # noqa: F811
+def test_a_student_of_another_teacher_s_answers_is_not_done(taught):
     train_student.run(taught, CPU, "hard")
     manifest = Path("outputs/small/teacher-logits/manifest.json")
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"fingerprint": "0" * 32}))
     assert told()["train-student@hard"].state == "done, of another configuration"
 
 
-def test_another_configuration_s_shards_are_not_borrowed(taught):  # noqa: F811
+def test_another_configuration_s_shards_are_not_borrowed(taught):
     row = told("name=other")["prepare"]
     assert (row.state, row.done) == ("not begun", 0)
 
 
-def test_another_teacher_s_store_is_not_borrowed(taught):  # noqa: F811
+def test_another_teacher_s_store_is_not_borrowed(taught):
     shutil.rmtree("outputs/small/teacher")
     shutil.rmtree("outputs/small/teacher-logits")
     assert told()["teacher-logits"].state == "stopped"
     assert told("teacher.model=regnety_004")["teacher-logits"].state == "not begun"
 
 
-def test_files_that_are_cut_short_are_no_error(taught, monkeypatch):  # noqa: F811
+def test_files_that_are_cut_short_are_no_error(taught, monkeypatch):
     stop_at(5, monkeypatch)
     for root in ("outputs", "work"):
         for path in [path for path in Path(root).rglob("*") if path.suffix in (".json", ".jsonl", ".csv")]:
@@ -399,7 +399,7 @@ def test_files_that_are_cut_short_are_no_error(taught, monkeypatch):  # noqa: F8
     assert set(told()) >= {"prepare", "evaluate"}
 
 
-def test_a_folder_that_cannot_be_read_is_named(taught, monkeypatch):  # noqa: F811
+def test_a_folder_that_cannot_be_read_is_named(taught, monkeypatch):
     def forbidden(path):
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -408,14 +408,14 @@ def test_a_folder_that_cannot_be_read_is_named(taught, monkeypatch):  # noqa: F8
     assert said.exit_code == 1 and "Permission denied" in said.output and "work/" in said.output
 
 
-def test_nothing_is_written(taught, monkeypatch):  # noqa: F811
+def test_nothing_is_written(taught, monkeypatch):
     stop_at(5, monkeypatch)
     before = tree(Path("."))
     assert CliRunner().invoke(main, ["status"]).exit_code == 0
     assert tree(Path(".")) == before
 
 
-def test_json_is_an_array_of_an_object_a_stage(taught):  # noqa: F811
+def test_json_is_an_array_of_an_object_a_stage(taught):
     said = CliRunner().invoke(main, ["status", "--json"])
     rows = json.loads(said.output)
     assert [row["stage"] for row in rows] == list(told())
@@ -430,7 +430,7 @@ def start(*arguments: str, code: str = "from pipeline.cli.main import main; main
     )  # fmt: skip
 
 
-def test_watching_ends_well_with_ctrl_c(taught):  # noqa: F811
+def test_watching_ends_well_with_ctrl_c(taught):
     # a shell that starts the tests in its background has them ignore it
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     with start("--watch", "0.1", code=heed + "from pipeline.cli.main import main; main()") as process:
@@ -443,7 +443,7 @@ def test_watching_ends_well_with_ctrl_c(taught):  # noqa: F811
     assert (process.returncode, errors) == (0, "")
 
 
-def test_no_torch_is_loaded(taught):  # noqa: F811
+def test_no_torch_is_loaded(taught):
     code = (
         "import sys; from pipeline.cli.main import main; main(standalone_mode=False)\n"
         "heavy = {'torch', 'timm', 'zarr', 'cv2', 'webdataset'} & set(sys.modules); assert not heavy, heavy"
@@ -452,7 +452,7 @@ def test_no_torch_is_loaded(taught):  # noqa: F811
     assert "teacher-logits" in said and errors == ""
 
 
-def test_prune_keeps_what_status_counts(taught, monkeypatch):  # noqa: F811
+def test_prune_keeps_what_status_counts(taught, monkeypatch):
     stop_at(5, monkeypatch)
     assert "0 stores, 0 states" in CliRunner().invoke(main, ["prune"]).output
     Path("params.yaml").write_text(dump(loaded("student.lr=0.5")))

@@ -9,7 +9,7 @@ import torch
 from test_class_map import mapped
 from test_pretrained import BRIEF, transferred
 from test_status import told
-from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import CPU, loaded
 
 from pipeline.config.paths import teacher_folder
 from pipeline.models.weights import read_weights
@@ -21,7 +21,7 @@ TRANSFER = *BRIEF, FILE, "teacher.epochs=2"
 
 
 @pytest.fixture
-def pretrained(taught):  # noqa: F811
+def pretrained(taught):
     """The folder with a published teacher whose weights were used as they are, and its store."""
     config = transferred(classes=3)
     teacher.run(config, CPU)
@@ -56,7 +56,7 @@ def test_another_architecture_makes_teacher_and_store_another_configurations(pre
     assert states(FILE) == ["done", "done"]
 
 
-def test_another_class_map_makes_teacher_and_store_another_configurations(taught):  # noqa: F811
+def test_another_class_map_makes_teacher_and_store_another_configurations(taught):
     teacher.run(mapped("[6, 0, 3]")[0], CPU)
     own = "teacher.weights=seven.safetensors", "teacher.class_map=[6, 0, 3]"
     teacher_logits.run(loaded(*own), CPU)
@@ -106,7 +106,7 @@ def test_a_teacher_reused_for_finetuning_is_the_published_one(pretrained):
     assert (row["teacher"].state, row["teacher-finetune"].state) == ("done", FOREIGN)
 
 
-def test_a_transferred_teacher_is_done_without_its_state_folder(taught):  # noqa: F811
+def test_a_transferred_teacher_is_done_without_its_state_folder(taught):
     teacher.run(transferred(), CPU)
     row = told(*TRANSFER)["teacher"]
     assert (row.state, row.done) == ("done", row.total)
@@ -115,7 +115,7 @@ def test_a_transferred_teacher_is_done_without_its_state_folder(taught):  # noqa
     assert (row.state, row.done) == ("done", row.total) and row.total > 0
 
 
-def test_a_teacher_transferred_from_other_weights_is_of_another_configuration(taught):  # noqa: F811
+def test_a_teacher_transferred_from_other_weights_is_of_another_configuration(taught):
     teacher.run(transferred(), CPU)
     replace_source()
     assert told(*BRIEF, "teacher.weights=other.pth", "teacher.epochs=2")["teacher"].state == FOREIGN

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from conftest import tree
-from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import CPU, loaded
 
 from pipeline.cli import prune
 from pipeline.cli.find_store import find_store
@@ -63,16 +63,16 @@ def delete(path: Path, _: random.Random) -> None:
 # verify
 
 
-def test_a_complete_store_is_verified(taught):  # noqa: F811
+def test_a_complete_store_is_verified(taught):
     assert "every checksum as recorded" in call("store", "verify")
 
 
-def test_units_computed_again_are_the_same(taught):  # noqa: F811
+def test_units_computed_again_are_the_same(taught):
     said = call("store", "verify", "--teacher", "2", "--device", "cpu")
     assert said.count(" 0 of ") == 2 and said.count("predictions differ, 0 checks, logits by at most 0") == 2
 
 
-def test_another_teacher_s_predictions_are_found(taught, monkeypatch):  # noqa: F811
+def test_another_teacher_s_predictions_are_found(taught, monkeypatch):
     right = TeacherForward.logits
     monkeypatch.setattr(TeacherForward, "logits", lambda *arguments: -right(*arguments))
     said = call("store", "verify", "--teacher", "1", "--device", "cpu", code=1)
@@ -122,12 +122,12 @@ DAMAGE = [(kind, damage) for kind in FILES for damage in (flip, cut, delete) if 
 
 
 @pytest.mark.parametrize(("kind", "damage"), DAMAGE)
-def test_verify_finds_damage(kind, damage, taught):  # noqa: F811
+def test_verify_finds_damage(kind, damage, taught):
     assert damaged_and_verified(kind, damage, 6, random.Random(3)) == []
 
 
 @pytest.mark.slow
-def test_a_campaign_of_damage_is_found_by_verify_and_never_trains_another_loss(taught, capsys):  # noqa: F811
+def test_a_campaign_of_damage_is_found_by_verify_and_never_trains_another_loss(taught, capsys):
     train_student.run(loaded(), CPU, "soft")
     expected = (student_folder(loaded(), "soft") / "weights.safetensors").read_bytes()
     chance, counts, trained = random.Random(0), {}, 0
@@ -161,7 +161,7 @@ def trains_the_same_or_stops(kind: str, damage, chance: random.Random, expected:
 # several writers
 
 
-def test_a_plain_run_beside_a_part_is_refused_and_both_leave_its_files(taught):  # noqa: F811
+def test_a_plain_run_beside_a_part_is_refused_and_both_leave_its_files(taught):
     next(path for path in the_store().glob("argmax/c/*/*") if path.is_file()).unlink()
     partial = the_store() / "argmax" / "c" / "0" / "1.0123abc.partial"
     partial.write_bytes(b"half")
@@ -173,7 +173,7 @@ def test_a_plain_run_beside_a_part_is_refused_and_both_leave_its_files(taught): 
     assert not partial.exists()
 
 
-def test_publishing_leaves_the_files_of_who_adds_views(taught):  # noqa: F811
+def test_publishing_leaves_the_files_of_who_adds_views(taught):
     partial = the_store() / "argmax" / "c" / "2" / "1.0123abc.partial"
     partial.parent.mkdir()
     partial.write_bytes(b"half")
@@ -186,7 +186,7 @@ def test_publishing_leaves_the_files_of_who_adds_views(taught):  # noqa: F811
 # publishing
 
 
-def test_a_store_is_published_only_when_all_of_it_is_read_back_as_written(taught):  # noqa: F811
+def test_a_store_is_published_only_when_all_of_it_is_read_back_as_written(taught):
     chunk = next(path for path in sorted(the_store().glob("dense/c/*/*/*")) if path.is_file())
     whole = tree(the_store())
     manifest = Path("outputs/small/teacher-logits/manifest.json")
@@ -200,7 +200,7 @@ def test_a_store_is_published_only_when_all_of_it_is_read_back_as_written(taught
     assert manifest.exists() and tree(the_store()) == whole
 
 
-def test_a_unit_that_the_disk_does_not_give_back_is_not_published(taught, monkeypatch):  # noqa: F811
+def test_a_unit_that_the_disk_does_not_give_back_is_not_published(taught, monkeypatch):
     next(path for path in the_store().glob("argmax/c/*/*") if path.is_file()).unlink()
     real = StoreWriter.write_unit
 
@@ -213,7 +213,7 @@ def test_a_unit_that_the_disk_does_not_give_back_is_not_published(taught, monkey
         teacher_logits.run(taught, CPU)
 
 
-def test_a_complete_store_needs_no_lock(taught, monkeypatch):  # noqa: F811
+def test_a_complete_store_needs_no_lock(taught, monkeypatch):
     """It may lie on a disk that is read-only."""
     shutil.rmtree("outputs/small/teacher-logits")
     before = tree(Path("work"))
@@ -222,7 +222,7 @@ def test_a_complete_store_needs_no_lock(taught, monkeypatch):  # noqa: F811
     assert tree(Path("work")) == before and Path("outputs/small/teacher-logits/manifest.json").exists()
 
 
-def test_fewer_classes_than_top_k_are_told_and_stored(taught):  # noqa: F811
+def test_fewer_classes_than_top_k_are_told_and_stored(taught):
     arguments = ("teacher-logits", "--device", "cpu", "--set", "teacher_logits.kind=topk")
     assert "top_k 10: there are 3 classes, and all are stored" in call(*arguments, "--dry-run")
     assert "store complete" in call(*arguments)
@@ -231,7 +231,7 @@ def test_fewer_classes_than_top_k_are_told_and_stored(taught):  # noqa: F811
 # repair
 
 
-def test_repair_drops_what_is_damaged_and_teacher_logits_computes_it_again(taught):  # noqa: F811
+def test_repair_drops_what_is_damaged_and_teacher_logits_computes_it_again(taught):
     whole = tree(the_store())
     chunk = next(path for path in sorted(the_store().glob("dense/c/*/*/*")) if path.is_file())
     flip(chunk, random.Random(1))
@@ -242,7 +242,7 @@ def test_repair_drops_what_is_damaged_and_teacher_logits_computes_it_again(taugh
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")], ids=repr)
-def test_repair_and_teacher_logits_keep_what_they_cannot_read(error, taught, monkeypatch):  # noqa: F811
+def test_repair_and_teacher_logits_keep_what_they_cannot_read(error, taught, monkeypatch):
     whole = tree(Path("work"))
 
     def short(self, path, *_):
@@ -254,7 +254,7 @@ def test_repair_and_teacher_logits_keep_what_they_cannot_read(error, taught, mon
     assert tree(Path("work")) == whole
 
 
-def test_repair_deletes_nothing_outside_work(taught, tmp_path):  # noqa: F811
+def test_repair_deletes_nothing_outside_work(taught, tmp_path):
     manifest = Path("outputs/small/teacher-logits/manifest.json")
     shutil.copytree(the_store(), tmp_path / "outside.zarr")
     for path in (tmp_path / "outside.zarr").glob("argmax/c/*/*"):
@@ -266,7 +266,7 @@ def test_repair_deletes_nothing_outside_work(taught, tmp_path):  # noqa: F811
     assert tree(tmp_path / "outside.zarr") == before
 
 
-def test_repair_of_a_whole_store_changes_nothing(taught):  # noqa: F811
+def test_repair_of_a_whole_store_changes_nothing(taught):
     whole = tree(the_store())
     assert "complete" in call("store", "repair") and tree(the_store()) == whole
 
@@ -274,35 +274,35 @@ def test_repair_of_a_whole_store_changes_nothing(taught):  # noqa: F811
 # info and estimate
 
 
-def test_info_of_a_partial_store_says_what_is_missing(taught):  # noqa: F811
+def test_info_of_a_partial_store_says_what_is_missing(taught):
     next(path for path in the_store().glob("argmax/c/*/*") if path.is_file()).unlink()
     said = call("store", "info")
     assert "1 units are missing" in said and "pipeline teacher-logits" in said
 
 
-def test_info_names_recipe_teacher_and_versions(taught):  # noqa: F811
+def test_info_names_recipe_teacher_and_versions(taught):
     said = call("store", "info")
     assert "regnety_002" in said and "16 px" in said and "zarr" in said and "complete: 8 views as dense" in said
 
 
-def test_a_store_is_found_without_its_manifest(taught):  # noqa: F811
+def test_a_store_is_found_without_its_manifest(taught):
     Path("outputs/small/teacher-logits/manifest.json").unlink()
     assert str(the_store().name) in call("store", "info")
 
 
-def test_no_store_says_what_to_run(taught):  # noqa: F811
+def test_no_store_says_what_to_run(taught):
     shutil.rmtree("work/stores")
     Path("outputs/small/teacher-logits/manifest.json").unlink()
     assert "pipeline teacher-logits" in call("store", "info", code=1)
 
 
-def test_estimate_counts_the_bytes_of_a_view(taught):  # noqa: F811
+def test_estimate_counts_the_bytes_of_a_view(taught):
     said = call("store", "estimate")
     # the argmax, and three classes in float16
     assert "20 images x 8 views as dense" in said and ": 8 bytes per view" in said
 
 
-def test_estimate_of_imagenet_needs_no_data(taught):  # noqa: F811
+def test_estimate_of_imagenet_needs_no_data(taught):
     said = call(
         "store", "estimate", "--config", str(Path(__file__).parent.parent / "configs/imagenet-deit-tiny.yaml"),
         "--images", "1281167", "--views-per-second", "5000",
@@ -342,7 +342,7 @@ def copied(path: Path, digit: str) -> Path:
     return Path(shutil.copytree(path, path.with_name(digit * 32 + path.suffix)))
 
 
-def test_prune_lists_what_nothing_needs_and_deletes_it_only_when_told(taught):  # noqa: F811
+def test_prune_lists_what_nothing_needs_and_deletes_it_only_when_told(taught):
     before = tree(Path("work"))
     stray = copied(the_store(), "0")
     described = json.loads((stray / "zarr.json").read_text())
@@ -354,7 +354,7 @@ def test_prune_lists_what_nothing_needs_and_deletes_it_only_when_told(taught):  
     assert tree(Path("work")) == before
 
 
-def test_prune_keeps_a_student_s_state_and_drops_that_of_other_settings(taught):  # noqa: F811
+def test_prune_keeps_a_student_s_state_and_drops_that_of_other_settings(taught):
     train_student.run(loaded(), CPU, "hard")
     assert "0 states" in call("prune")
     change("student.lr=0.01")
@@ -362,7 +362,7 @@ def test_prune_keeps_a_student_s_state_and_drops_that_of_other_settings(taught):
     assert "1 states" in call("prune")
 
 
-def test_prune_keeps_what_outputs_refer_to_whatever_is_configured(taught):  # noqa: F811
+def test_prune_keeps_what_outputs_refer_to_whatever_is_configured(taught):
     train_student.run(loaded(), CPU, "hard")
     before = tree(Path("work"))
     change("student.lr=0.01", "recipe.seed=5", "data.seed=5", "teacher.lr=0.5")
@@ -374,7 +374,7 @@ def test_prune_keeps_what_outputs_refer_to_whatever_is_configured(taught):  # no
     assert any(name.startswith(student) for name in kept)
 
 
-def test_prune_keeps_the_run_that_published_metrics_name(taught):  # noqa: F811
+def test_prune_keeps_the_run_that_published_metrics_name(taught):
     train_student.run(loaded(), CPU, "hard")
     state, metrics = state_of("student hard"), Path("outputs/small/students/hard/metrics.json")
     assert json.loads(metrics.read_text())["run"] == state.name
@@ -388,7 +388,7 @@ def test_prune_keeps_the_run_that_published_metrics_name(taught):  # noqa: F811
     assert not state.exists()
 
 
-def test_prune_knows_an_interrupted_experiment_by_its_last_command(taught):  # noqa: F811
+def test_prune_knows_an_interrupted_experiment_by_its_last_command(taught):
     """Its overrides are in no file of configs/, and its params.yaml was written over."""
     call("teacher-logits", "--set", "name=other", "--set", "recipe.seed=5", "--dry-run")
     assert not Path("outputs/other").exists()
@@ -403,7 +403,7 @@ def test_prune_knows_an_interrupted_experiment_by_its_last_command(taught):  # n
 
 
 @pytest.mark.parametrize("work", ["work/", "./work", "work/../work", "absolute"])
-def test_prune_takes_a_folder_for_the_same_however_it_is_written(work, taught):  # noqa: F811
+def test_prune_takes_a_folder_for_the_same_however_it_is_written(work, taught):
     shutil.rmtree("outputs/small/teacher-logits")
     change(f"work={Path('work').absolute() if work == 'absolute' else work}")
     before = tree(Path("work"))
@@ -411,14 +411,14 @@ def test_prune_takes_a_folder_for_the_same_however_it_is_written(work, taught): 
     assert tree(Path("work")) == before
 
 
-def test_prune_refuses_without_any_configuration(taught):  # noqa: F811
+def test_prune_refuses_without_any_configuration(taught):
     before = tree(Path("work"))
     Path("params.yaml").unlink()
     assert "no configuration here" in call("prune", "--yes", code=2)
     assert tree(Path("work")) == before
 
 
-def test_prune_keeps_what_may_be_of_data_that_it_does_not_know(taught):  # noqa: F811
+def test_prune_keeps_what_may_be_of_data_that_it_does_not_know(taught):
     train_student.run(loaded(), CPU, "hard")
     shutil.rmtree("outputs")
     age(Path("work"))
@@ -428,7 +428,7 @@ def test_prune_keeps_what_may_be_of_data_that_it_does_not_know(taught):  # noqa:
 
 
 @pytest.mark.parametrize("damage", [flip, cut, delete])
-def test_prune_keeps_what_nothing_tells_whose_it_is(damage, taught):  # noqa: F811
+def test_prune_keeps_what_nothing_tells_whose_it_is(damage, taught):
     train_student.run(loaded(), CPU, "hard")
     forget("student.lr=0.01", "recipe.seed=5")
     state, store, chance = state_of("student hard"), the_store(), random.Random(1)
@@ -441,7 +441,7 @@ def test_prune_keeps_what_nothing_tells_whose_it_is(damage, taught):  # noqa: F8
     assert state.exists() and store.exists() and "0 stores" in said and "damaged" in said
 
 
-def test_prune_leaves_folders_that_are_not_its_own(taught, tmp_path):  # noqa: F811
+def test_prune_leaves_folders_that_are_not_its_own(taught, tmp_path):
     for folder in ("stores", "state", "data"):
         for name in ("notes", "0123.zarr", "A" * 32):
             (Path("work") / folder / name).mkdir()
@@ -456,7 +456,7 @@ def test_prune_leaves_folders_that_are_not_its_own(taught, tmp_path):  # noqa: F
     assert len(list(Path("work").glob("*/notes"))) == 3
 
 
-def test_prune_leaves_what_only_a_link_leads_to(taught, tmp_path):  # noqa: F811
+def test_prune_leaves_what_only_a_link_leads_to(taught, tmp_path):
     forget("student.lr=0.01", "recipe.seed=5", "teacher.lr=0.5")
     for folder in ("stores", "state"):
         shutil.move(Path("work") / folder, tmp_path / folder)
@@ -466,7 +466,7 @@ def test_prune_leaves_what_only_a_link_leads_to(taught, tmp_path):  # noqa: F811
     assert tree(tmp_path) == before
 
 
-def test_prune_leaves_what_a_process_works_on(taught):  # noqa: F811
+def test_prune_leaves_what_a_process_works_on(taught):
     train_student.run(loaded(), CPU, "hard")
     forget("student.lr=0.01", "recipe.seed=5")
     state, store = state_of("student hard"), the_store()
@@ -477,7 +477,7 @@ def test_prune_leaves_what_a_process_works_on(taught):  # noqa: F811
     assert not store.exists() and not state.exists()
 
 
-def test_prune_leaves_what_a_process_takes_up_meanwhile(taught, monkeypatch):  # noqa: F811
+def test_prune_leaves_what_a_process_takes_up_meanwhile(taught, monkeypatch):
     train_student.run(loaded(), CPU, "hard")
     forget("student.lr=0.01", "recipe.seed=5")
     state, store = state_of("student hard"), the_store()
@@ -488,7 +488,7 @@ def test_prune_leaves_what_a_process_takes_up_meanwhile(taught, monkeypatch):  #
     assert store.exists() and state.exists()
 
 
-def test_prune_leaves_what_another_machine_may_work_on(taught):  # noqa: F811
+def test_prune_leaves_what_another_machine_may_work_on(taught):
     train_student.run(loaded(), CPU, "hard")
     forget("student.lr=0.01", "recipe.seed=5")
     state, store = state_of("student hard"), the_store()
@@ -501,7 +501,7 @@ def test_prune_leaves_what_another_machine_may_work_on(taught):  # noqa: F811
     assert store.exists() and state.exists() and said.count("another machine") == 2
 
 
-def test_prune_knows_data(taught):  # noqa: F811
+def test_prune_knows_data(taught):
     data = next(Path("work/data").glob("*/train")).parent
     new = copied(data, "1")
     for path in new.glob("*/index.json"):
@@ -514,7 +514,7 @@ def test_prune_knows_data(taught):  # noqa: F811
     assert "1 data sets" in call("prune", "--yes") and not new.exists() and data.exists()
 
 
-def test_prune_keeps_the_data_of_what_it_keeps(taught):  # noqa: F811
+def test_prune_keeps_the_data_of_what_it_keeps(taught):
     index = index_path(loaded(), "train")
     index.write_text(json.dumps({"fingerprint": "3" * 32}))
     age(Path("work"))
@@ -523,7 +523,7 @@ def test_prune_keeps_the_data_of_what_it_keeps(taught):  # noqa: F811
     assert tree(Path("work/data")) == data and the_store().exists()
 
 
-def test_a_prune_that_was_killed_is_finished_by_the_next(taught):  # noqa: F811
+def test_a_prune_that_was_killed_is_finished_by_the_next(taught):
     before = tree(Path("work"))
     for folder in ("stores", "state", "data"):
         (Path("work") / folder / (".deleted-" + "1" * 32) / "half").mkdir(parents=True)
@@ -532,7 +532,7 @@ def test_a_prune_that_was_killed_is_finished_by_the_next(taught):  # noqa: F811
     assert not list(Path("work").glob("*/.deleted-*")) and tree(Path("work")) == before
 
 
-def test_prune_removes_the_locks_beside_a_store(taught):  # noqa: F811
+def test_prune_removes_the_locks_beside_a_store(taught):
     with lease(part_lease_path(str(the_store()), 0, 1), "a test"):
         pass
     forget("recipe.seed=5")
@@ -541,17 +541,17 @@ def test_prune_removes_the_locks_beside_a_store(taught):  # noqa: F811
     assert not list(Path("work/stores").iterdir())
 
 
-def test_another_recipe_s_store_is_unneeded(taught):  # noqa: F811
+def test_another_recipe_s_store_is_unneeded(taught):
     forget("recipe.seed=5")
     assert "1 stores" in call("prune")
 
 
-def test_states_stay_in_a_folder_where_work_is_a_url(taught):  # noqa: F811
+def test_states_stay_in_a_folder_where_work_is_a_url(taught):
     config = taught.model_copy(update={"work": "memory://bucket/work"})
     assert state_folder(config, "f" * 32) == Path("work/state") / ("f" * 32)
 
 
-def test_a_url_whose_library_is_missing_is_told_without_a_traceback(taught, monkeypatch):  # noqa: F811
+def test_a_url_whose_library_is_missing_is_told_without_a_traceback(taught, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     result = CliRunner().invoke(main, ["store", "info", "--set", "work=s3://bucket/work"])
     assert result.exit_code == 1 and "s3fs" in result.output and "Traceback" not in result.output

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
-from test_training import CPU, loaded, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import CPU, loaded
 
 from pipeline.cli.main import main
 from pipeline.common.errors import PipelineError, UsageError
@@ -114,7 +114,7 @@ def run_of(config) -> str:
     return json.loads((student_folder(config, "hard") / "metrics.json").read_text())["run"]
 
 
-def test_a_student_is_distilled_from_weights_which_are_in_its_identity(taught, capsys):  # noqa: F811
+def test_a_student_is_distilled_from_weights_which_are_in_its_identity(taught, capsys):
     config = loaded(*BRIEF, SOURCE, "student.lr=0", "student.min_lr=0", "student.warmup_lr=0")
     source = built(PLAIN, seed=1)
     save_weights(Path("source.safetensors"), source.model)
@@ -130,7 +130,7 @@ def test_a_student_is_distilled_from_weights_which_are_in_its_identity(taught, c
     assert run_of(config) != first
 
 
-def test_a_student_without_weights_keeps_the_identity_that_it_had(taught):  # noqa: F811
+def test_a_student_without_weights_keeps_the_identity_that_it_had(taught):
     assert "weights" not in configured_student(taught, taught.student, "index")["student"]
     from_file = taught.student.model_copy(update={"weights": "here.pth"})
     from_tag = taught.student.model_copy(update={"weights": f"{PLAIN}.fb_in1k"})
@@ -147,7 +147,7 @@ def test_a_student_without_weights_keeps_the_identity_that_it_had(taught):  # no
         ("deit_tiny_patch16_224.fb_in1k", 0, "which a dry run does not download"),
     ],
 )
-def test_a_dry_run_checks_the_weights(taught, weights, code, message):  # noqa: F811
+def test_a_dry_run_checks_the_weights(taught, weights, code, message):
     save_weights(Path("source.safetensors"), built("test_resnet").model)
     arguments = "train-student", "--dry-run", "--student", "hard", "--set", f"student.weights={weights}"
     result = CliRunner().invoke(main, arguments)

@@ -299,6 +299,7 @@ TAUGHT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_study_that_ends_anywhere_and_is_resumed_has_the_same_numbers(tmp_path, monkeypatch):
     tables = {}
     for name, stops in (("interrupted", (2, 5)), ("undisturbed", ())):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import CPU, Stop, loaded, newest_checkpoint, taught, taught_template  # noqa: F401  (fixtures)
+from test_training import CPU, Stop, loaded, newest_checkpoint
 
 from pipeline.cli.main import main
 from pipeline.common.errors import UsageError
@@ -58,7 +58,7 @@ def interrupted(config, step: int, monkeypatch) -> None:
         train_student.run(config, CPU, "hard")
 
 
-def test_a_tracker_gets_every_line_of_the_log_in_order(taught, calls):  # noqa: F811
+def test_a_tracker_gets_every_line_of_the_log_in_order(taught, calls):
     config = loaded(*BRIEF, *WANDB)
     train_student.run(config, CPU, "hard")
     (_, project, name, group, settings, resume), *logs, end = calls
@@ -69,7 +69,7 @@ def test_a_tracker_gets_every_line_of_the_log_in_order(taught, calls):  # noqa: 
     assert {"step/loss", "step/lr", "epoch/val_top1_class", "epoch/speed/seconds"} <= {key for log in logs for key in log[2]}
 
 
-def test_a_tracker_that_takes_an_id_gets_the_runs(taught, calls, monkeypatch):  # noqa: F811
+def test_a_tracker_that_takes_an_id_gets_the_runs(taught, calls, monkeypatch):
     found = {}
     monkeypatch.setattr(sys.modules["pretended_tracker"], "init", lambda **arguments: found.update(arguments))
     train_student.run(loaded(*BRIEF, *WANDB), CPU, "hard")
@@ -77,7 +77,7 @@ def test_a_tracker_that_takes_an_id_gets_the_runs(taught, calls, monkeypatch):  
 
 
 @pytest.mark.parametrize("minutes", [0, 60], ids=["from a checkpoint", "from the start"])
-def test_a_resumed_run_repeats_nothing(taught, calls, monkeypatch, minutes):  # noqa: F811
+def test_a_resumed_run_repeats_nothing(taught, calls, monkeypatch, minutes):
     config = loaded(*BRIEF, *WANDB, TENSORBOARD, f"student.checkpoint_minutes={minutes}")
     for step in (3, 6):
         interrupted(config, step, monkeypatch)
@@ -100,7 +100,7 @@ def events(config) -> dict[str, list[tuple[int, float]]]:
     return {name: [(event.step, event.value) for event in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
 
 
-def test_the_time_of_a_point_is_that_of_its_line_in_the_log(taught, monkeypatch):  # noqa: F811
+def test_the_time_of_a_point_is_that_of_its_line_in_the_log(taught, monkeypatch):
     config = loaded(*BRIEF, TENSORBOARD)
     interrupted(config, 3, monkeypatch)
     train_student.run(config, CPU, "hard")
@@ -111,14 +111,14 @@ def test_the_time_of_a_point_is_that_of_its_line_in_the_log(taught, monkeypatch)
     assert times == pytest.approx([line["time"] for line in logged() if line["kind"] == "step"], abs=0.01)
 
 
-def test_a_tracker_that_is_configured_later_gets_the_lines_before_too(taught, calls, monkeypatch):  # noqa: F811
+def test_a_tracker_that_is_configured_later_gets_the_lines_before_too(taught, calls, monkeypatch):
     interrupted(loaded(*BRIEF), 6, monkeypatch)
     train_student.run(loaded(*BRIEF, *WANDB), CPU, "hard")
     assert [call[1] for call in calls if call[0] == "log"] == [line["step"] for line in logged()]
 
 
 @pytest.mark.parametrize("function", ["init", "log", "finish"])
-def test_a_tracker_that_fails_is_warned_of_once_and_stops_nothing(taught, calls, monkeypatch, capsys, function):  # noqa: F811
+def test_a_tracker_that_fails_is_warned_of_once_and_stops_nothing(taught, calls, monkeypatch, capsys, function):
     def broken(*_: object, **__: object) -> None:
         raise ConnectionError("no network")
 
@@ -130,14 +130,14 @@ def test_a_tracker_that_fails_is_warned_of_once_and_stops_nothing(taught, calls,
     assert "step/loss" in events(config)
 
 
-def test_a_missing_package_stops_no_training(taught, monkeypatch, capsys):  # noqa: F811
+def test_a_missing_package_stops_no_training(taught, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
     train_student.run(loaded(*BRIEF, TENSORBOARD, "logging.wandb=photos", "logging.module=no_such_module"), CPU, "hard")
     said = capsys.readouterr().err
     assert said.count("warning: logging.") == 2 and "no_such_module" in said
 
 
-def test_a_dry_run_names_a_missing_package(taught):  # noqa: F811
+def test_a_dry_run_names_a_missing_package(taught):
     arguments = ["train-student", "--student", "hard", "--dry-run", "--device", "cpu"]
     assert CliRunner().invoke(main, [*arguments, "--set", TENSORBOARD]).exit_code == 0
     result = CliRunner().invoke(main, [*arguments, "--set", "logging.wandb=x", "--set", "logging.module=no_such.module"])
@@ -146,12 +146,12 @@ def test_a_dry_run_names_a_missing_package(taught):  # noqa: F811
 
 
 @pytest.mark.parametrize("module", ["a b", "../wandb", "", "1x", "os;"])
-def test_a_module_is_named_as_in_python(taught, module):  # noqa: F811
+def test_a_module_is_named_as_in_python(taught, module):
     with pytest.raises(UsageError, match=r"logging\.module"):
         loaded(f"logging.module={module!r}")
 
 
-def test_other_ranks_open_no_tracker_and_without_one_nothing_is_imported(taught, calls, monkeypatch):  # noqa: F811
+def test_other_ranks_open_no_tracker_and_without_one_nothing_is_imported(taught, calls, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "tensorboard"]:
         monkeypatch.delitem(sys.modules, name)
     train_student.run(loaded(*BRIEF, "logging.module=pretended_tracker"), CPU, "hard")
@@ -163,7 +163,7 @@ def test_other_ranks_open_no_tracker_and_without_one_nothing_is_imported(taught,
     assert not Path("nowhere").exists()
 
 
-def test_logging_changes_no_identity(taught, calls):  # noqa: F811
+def test_logging_changes_no_identity(taught, calls):
     train_student.run(loaded(*BRIEF), CPU, "hard")
     train_student.run(loaded(*BRIEF, *WANDB, TENSORBOARD), CPU, "hard")  # done: nothing to log
     assert not calls

@@ -19,7 +19,6 @@ from pipeline.batches.plan import training_plan
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.lock import kernel_lock
 from pipeline.common.signals import Interrupted
-from pipeline.config.params import dump
 from pipeline.config.paths import (
     RUN_LOCK,
     finetune_folder,
@@ -73,31 +72,6 @@ CHANGES = {
 
 # of an undistilled student, on a CPU in float32; drop-path is drawn, so another torch may change them
 RECORDED = [1.088534, 1.091031, 1.113389, 1.108593, 1.101251, 1.097926, 1.101695, 1.108798]
-
-
-@pytest.fixture(scope="session")
-def taught_template(tmp_path_factory) -> Path:
-    """A folder with 20 images prepared, a tiny teacher, and a complete dense store."""
-    root = tmp_path_factory.mktemp("taught")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.chdir(root)
-        config, _ = make_data_set(
-            root, {"cat": 8, "dog": 6, "eel": 6}, {"cat": 2, "dog": 1, "eel": 1}, work="work", **CHANGES
-        )
-        teacher.run(config, CPU)
-        teacher.run(config, CPU, "finetune")
-        teacher_logits.run(config, CPU)
-        Path("params.yaml").write_text(dump(config))
-    return root
-
-
-@pytest.fixture
-def taught(taught_template, tmp_path, monkeypatch) -> Config:
-    """A copy of it, of one's own, as the current folder."""
-    root = tmp_path / "taught"
-    shutil.copytree(taught_template, root)
-    monkeypatch.chdir(root)
-    return loaded()
 
 
 TUNED = "teacher_finetune.batch_size=8", "teacher_finetune.workers=0"
