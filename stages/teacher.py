@@ -82,7 +82,9 @@ def mark_unneeded(config: Config, purpose: str) -> None:
     """Write placeholders for weights, curve and metrics, as DVC expects them: no student learns from a teacher."""
     save = lambda path: save_weights(path, nn.Module(), NOT_NEEDED)  # noqa: E731
     publish(teacher_folder(config, purpose), save, NOT_NEEDED, NOT_NEEDED)
-    print(f"teacher for {purpose}: not needed, no student learns from one")
+    fetched = config.needs_store(purpose)
+    why = "the predictions are fetched" if fetched else "no student learns from one"
+    print(f"teacher for {purpose}: not needed, {why}")
 
 
 def teacher_or_run(

@@ -166,7 +166,7 @@ def mark_unneeded(config: Config, purpose: str) -> None:
     write_manifest(folder / "manifest.json", NOT_NEEDED)
     with atomic_write(folder / "summary.json") as temporary:
         temporary.write_text(json.dumps(NOT_NEEDED) + "\n")
-    print(f"teacher-logits for {purpose}: not needed, no student listens to a teacher")
+    print(f"teacher-logits for {purpose}: not needed, no student learns from one")
 
 
 def describe(spec: StoreSpec, index: Index, path: str) -> str:

@@ -163,13 +163,10 @@ def test_folders_stand_for_the_images_below_them(tmp_path):
         image_files([tmp_path / "empty"])
 
 
-def test_a_missing_image_is_bad_use(saved, tmp_path):
-    with pytest.raises(UsageError, match="no such file"):
-        list(predict_files(*saved[1:], [tmp_path / "a.jpg"]))
-
-
-def test_a_file_that_is_no_image_is_named(saved, tmp_path):
+def test_files_that_cannot_be_read_are_named_and_the_others_are_classified(saved, tmp_path):
     _, model, description = saved
     (tmp_path / "a.jpg").write_bytes(b"no image")
-    with pytest.raises(UsageError, match=r"a\.jpg"):
-        list(predict_files(model, description, [tmp_path / "a.jpg"]))
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    broken, missing, good = predict_files(model, description, [tmp_path / name for name in ("a.jpg", "b.png", "c.jpg")])
+    assert "a.jpg: not a readable image" in str(broken) and "c.jpg: no such file" in str(missing)
+    assert good.image == tmp_path / "b.png"

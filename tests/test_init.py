@@ -158,9 +158,9 @@ def test_choices_suit_what_is_given(overrides, gpu, images):
 @pytest.mark.parametrize(
     ("overrides", "key", "reason"),
     [
-        (("recipe.size=32",), "student.kwargs", "8 x 8 patches, half"),
-        (("recipe.size=100",), "student.kwargs", "10 x 10 patches, half"),
-        (("recipe.size=48", "student.kwargs.patch_size=4"), "student.kwargs", "12 x 12 patches, half"),
+        (("recipe.size=32",), "student.kwargs", "8 x 8 patches of"),
+        (("recipe.size=100",), "student.kwargs", "10 x 10 patches of"),
+        (("recipe.size=48", "student.kwargs.patch_size=4"), "student.kwargs", "12 x 12 patches of"),
         (("recipe.size=32",), "teacher.kwargs", "4 x 4"),
         (("student.epochs=300",), "student.warmup_epochs", "5 at most"),
         (("student.epochs=100",), "teacher_logits.views", "about one view per epoch"),

@@ -678,3 +678,14 @@ def test_fetching_killed_at_random_moments_ends_with_the_published_store(lab):
         assert tree(the_store()) == published
         shutil.rmtree("work/stores")
         shutil.rmtree("outputs/small/teacher-logits")
+
+
+@pytest.mark.parametrize("name", ["README.md", "samples.npy", "thesis.txt"])
+def test_a_folder_with_other_files_is_left_alone(name, taught, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / name).write_text("mine\n")
+    said = call("store", "publish", str(folder), code=2)
+    assert "something else is here" in said and name in said
+    assert "something else is here" in call("store", "publish", "--dry-run", str(folder), code=2)
+    assert [path.name for path in folder.iterdir()] == [name]

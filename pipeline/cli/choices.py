@@ -107,7 +107,7 @@ def _learning(section: str, facts: Facts, plan: Plan, rate: float, why: str) -> 
     return {
         f"{section}.epochs": Choice(epochs, f"about {epochs * steps:,} steps in all; {why}"),
         f"{section}.warmup_epochs": Choice(
-            min(5, max(1, epochs // 10), epochs - 1), "about a tenth of the epochs, 5 at most"
+            min(5, max(int(epochs >= 5), epochs // 10)), "about a tenth of the epochs, 5 at most; none below 5 epochs"
         ),
         f"{section}.batch_size": Choice(batch, f"about {steps:,} steps per epoch"),
         f"{section}.lr": Choice(round(rate * 512 / batch, 6), f"{rate:g} at this batch size: lr is for a batch of 512"),
@@ -228,7 +228,7 @@ def _student_weights(facts: Facts) -> Choices:
 
 def _student_shape(facts: Facts, plan: Plan) -> Choices:
     shape: dict[str, Any] = {"patch_size": plan.patch}
-    reason = f"{plan.size // plan.patch} x {plan.size // plan.patch} patches"
+    reason = f"{plan.size // plan.patch} x {plan.size // plan.patch} patches of {plan.patch} pixels a side"
     if not facts.gpu:
         shape |= {"embed_dim": 128, "depth": 6, "num_heads": 2}
         reason += ", half of DeiT-Ti's layers and two thirds of its width, for a CPU"

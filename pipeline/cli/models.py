@@ -91,18 +91,27 @@ def predict(
     """
     import json
 
+    from pipeline.common.errors import PipelineError
+    from pipeline.common.wording import count_of
     from pipeline.config.params import load
     from pipeline.models.description import load_model
     from pipeline.models.predict import image_files, predict_files
 
     weights = weights or _weights(load(path, overrides), name)
     model, description, _ = load_model(weights, lambda: load(path, overrides).own_models())
+    failed = 0
     for prediction in predict_files(model, description, image_files(list(images)), top):
+        if isinstance(prediction, PipelineError):
+            click.echo(str(prediction), err=True)
+            failed += 1
+            continue
         pairs = list(zip(prediction.classes, prediction.probabilities, strict=True))
         if as_json:
             print(json.dumps({"image": str(prediction.image), "classes": dict(pairs)}))
         else:
             print(f"{prediction.image}: " + ", ".join(f"{label} {share:.1%}" for label, share in pairs))
+    if failed:
+        raise PipelineError(f"{count_of(failed, 'image')} could not be read", do="see the messages above")
 
 
 def _weights(config: Config, name: str | None) -> Path:

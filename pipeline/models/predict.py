@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from pipeline.common.errors import UsageError, unreadable
+from pipeline.common.errors import PipelineError, UsageError, unreadable
 from pipeline.models.build import NormalizedModel
 from pipeline.models.description import ModelDescription
 from pipeline.shards.conversion import FOLDER_FORMATS
@@ -56,16 +56,20 @@ def preprocess(images: list[np.ndarray], description: ModelDescription) -> torch
 @torch.no_grad()
 def predict_files(
     model: NormalizedModel, description: ModelDescription, paths: list[Path], top: int = 5
-) -> Iterator[Prediction]:
-    """Predictions for image files, in order.
-
-    Raises:
-        UsageError: a file is missing, or is no image of a supported format.
-    """
+) -> Iterator[Prediction | PipelineError]:
+    """Predictions for image files, in order; for a file that is missing or no image, an error that says so."""
     top = min(top, len(description.classes))
     for first in range(0, len(paths), BATCH):
-        batch = paths[first : first + BATCH]
-        pictures = preprocess([read_image(path) for path in batch], description)
+        batch, images = [], []
+        for path in paths[first : first + BATCH]:
+            try:
+                images.append(read_image(path))
+                batch.append(path)
+            except PipelineError as error:
+                yield error
+        if not images:
+            continue
+        pictures = preprocess(images, description)
         probabilities, classes = model(pictures.to(model.mean.device))[0].softmax(1).topk(top)
         for path, values, numbers in zip(batch, probabilities.tolist(), classes.tolist(), strict=True):
             yield Prediction(path, [description.classes[number] for number in numbers], values)

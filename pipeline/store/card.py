@@ -59,6 +59,7 @@ at most the number in `manifest.json`, and `kind` may also be `argmax`.
 label, CRC-32C) shard by shard. A file in `packs` is a tar of `.npy` arrays with the predictions for one block of views
 of some shards: `000000/argmax.npy` is uint16 (views, samples) of shard 0.
 """
+TITLE = CARD.partition("\n")[0].encode()
 
 
 def describe(publication: Publication) -> str:

@@ -25,7 +25,7 @@ def check_belongs(source: Source, index: Index, spec: StoreSpec) -> None:
     settings = spec.recipe.model_dump(mode="json")
     if published.recipe != recipe_fingerprint(spec.recipe):
         found = differences(published.recipe_settings, settings, "recipe")
-        raise refuse("its recipe", "; ".join(found[:5]) or "another version of the views", "as published, as configured",
+        raise refuse("its recipe", "; ".join(found[:5]) or "another version of the views", "the same here (each setting: published, here)",
                      "configure the recipe that the store was made with, or compute your own store")  # fmt: skip
     shards = [(shard.name, shard.samples) for shard in published.shards]
     described = len(published.classes) == len(index.classes) and shards == [*zip(index.names, index.samples, strict=True)]

@@ -1,105 +1,26 @@
 """Publishing a complete store, so that others need no teacher: `pipeline store publish`."""
 
-import contextlib
 import hashlib
-import io
 import json
-import tarfile
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import fsspec
 
 from pipeline.batches.plan import Unit
-from pipeline.common.errors import PipelineError, Unreadable, UsageError, is_io_error, unreadable, unwritable
-from pipeline.common.files import atomic_write, is_local
+from pipeline.common.errors import PipelineError, Unreadable, UsageError, unreadable
 from pipeline.common.progress import progress
 from pipeline.common.wording import count_of
 from pipeline.config.store_spec import StoreSpec
 from pipeline.store import publication as form
+from pipeline.store.card import TITLE
 from pipeline.store.card import describe as describe_card
 from pipeline.store.encoding import classes_per_row, row_bytes
 from pipeline.store.manifest import build_manifest
 from pipeline.store.packs import array_bytes, build_pack, pack_bytes, pack_shapes, read_arrays, shard_ranges
 from pipeline.store.publication import File, PackFile, Publication, Source
 from pipeline.store.reader import Store
-
-
-class Target(Protocol):
-    """Where a publication is written to."""
-
-    def has(self, name: str, size: int) -> bool:
-        """Whether there is a complete file with this name and size."""
-        ...
-
-    def write(self, name: str, data: bytes) -> None: ...
-
-
-class FolderTarget:
-    """A folder at a path or URL. Files are complete or absent: renamed locally, single PUTs at object stores."""
-
-    def __init__(self, where: str):
-        self._filesystem, root = fsspec.core.url_to_fs(where)
-        self._root = root.rstrip("/")
-
-    def has(self, name: str, size: int) -> bool:
-        try:
-            return self._filesystem.info(f"{self._root}/{name}")["size"] == size
-        except FileNotFoundError:
-            return False
-
-    def write(self, name: str, data: bytes) -> None:
-        path = f"{self._root}/{name}"
-        if is_local(self._filesystem):
-            with atomic_write(Path(path)) as temporary:
-                temporary.write_bytes(data)
-        else:
-            self._filesystem.pipe_file(path, data)
-
-
-class ArchiveTarget:
-    """A tar file with deterministic bytes."""
-
-    def __init__(self, tar: tarfile.TarFile):
-        self._tar = tar
-
-    def has(self, name: str, size: int) -> bool:
-        return False
-
-    def write(self, name: str, data: bytes) -> None:
-        member = tarfile.TarInfo(name)
-        member.size = len(data)
-        self._tar.addfile(member, io.BytesIO(data))
-
-
-@contextlib.contextmanager
-def open_target(where: str) -> Iterator[Target]:
-    """A folder, or a `.tar` that appears when the block has succeeded.
-
-    Raises:
-        PipelineError: the disk is full, or the server refuses.
-    """
-    try:
-        if not form.is_archive(where):
-            yield FolderTarget(where)
-            return
-        filesystem, path = fsspec.core.url_to_fs(where)
-        if is_local(filesystem):
-            with atomic_write(Path(path)) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-                yield ArchiveTarget(tar)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            with tarfile.open(f"{folder}/store.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-                yield ArchiveTarget(tar)
-            filesystem.put_file(f"{folder}/store.tar", path)
-    except PipelineError:
-        raise
-    except Exception as error:
-        if not is_io_error(error) and "://" not in where:
-            raise
-        raise unwritable(where, error) from error
+from pipeline.store.targets import Target, open_target
 
 
 def publish_store(
@@ -156,7 +77,11 @@ def _existing(where: str) -> Publication | None:
         filesystem, path = fsspec.core.url_to_fs(where)
         # `exists` would take any error for absence, and what is there would be overwritten
         filesystem.info(path if form.is_archive(where) else f"{path.rstrip('/')}/{form.MANIFEST}")
-    except (FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
+        return None
+    except FileNotFoundError:
+        if not form.is_archive(where):
+            _check_free(where)
         return None
     except Exception as error:  # servers' clients raise nearly anything
         raise unreadable(where, error) from error
@@ -170,6 +95,31 @@ def _existing(where: str) -> Publication | None:
             expected="nothing, or a published store", found=str(error).splitlines()[0],
             do="name another place, or remove what is there",
         ) from error  # fmt: skip
+
+
+def _check_free(where: str) -> None:
+    """Refuse a folder without a manifest whose files publishing would overwrite, unless a killed call wrote them.
+
+    Raises:
+        UsageError: there are other files.
+        Unreadable: a disk or server does not answer.
+    """
+    filesystem, path = fsspec.core.url_to_fs(where)
+    try:
+        names = {entry.rstrip("/").rpartition("/")[2] for entry in filesystem.ls(path, detail=False)}
+        other = sorted(name for name in names - {"packs", form.SAMPLES, form.CARD} if not name.startswith("."))
+        card = filesystem.cat_file(f"{path.rstrip('/')}/{form.CARD}") if form.CARD in names else TITLE
+    except FileNotFoundError:
+        return
+    except Exception as error:  # servers' clients raise nearly anything
+        raise unreadable(where, error) from error
+    if not card.startswith(TITLE) or (form.SAMPLES in names and "packs" not in names):
+        other = sorted(names & {form.CARD, form.SAMPLES})
+    if other:
+        raise UsageError(
+            f"{where}: something else is here",
+            expected="nothing, an empty folder, or a published store", found=", ".join(other[:5]), do="name another folder",
+        )  # fmt: skip
 
 
 def _check_same(
