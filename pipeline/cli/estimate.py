@@ -173,7 +173,8 @@ def table_by_views(
     for views in sorted({max(round(epochs * fraction / block), 1) * block for fraction in FRACTIONS} | {spec.views}):
         size = estimate(replace(spec, views=views), images.samples, images.classes)
         seconds = machine.labelling(config, rates, images.count, views)
-        after, ten = student.pays_after(seconds), seconds + 10 * student.offline
+        # without what every stage takes to start, which would decide for a few images
+        after, ten = student.pays_after(seconds - durations.START), seconds + 10 * student.offline
         paid = "never" if after is None else f"{after:.2f} students"
         mark = " *" if views == spec.views else ""
         rows.append([f"{views}{mark}", f"{size.bytes / 1e9:,.3g} GB", duration(seconds), paid, duration(ten), duration(10 * student.online)])
