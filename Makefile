@@ -22,7 +22,7 @@ lint: install
 	basedpyright --level error
 
 slow: install
-	pytest -m slow $(PARALLEL)
+	pytest -m 'slow and not campaign' $(PARALLEL)
 
 install: .venv/installed
 

@@ -121,6 +121,7 @@ def test_gpu_names_the_parts_when_one_is_unknown():
     assert done.returncode == 2 and "--only: teachers; there are teacher, bits" in done.stderr
 
 
+@pytest.mark.campaign
 def test_scale_writes_and_reads_a_small_store():
     found = rows(report("scale.py", "--rows", "500", "--shards", "2", "--views", "30", "--rounds", "1"))
     assert found["files, without the arrays' metadata"] == [4, 4]
@@ -152,6 +153,7 @@ def test_views_reports_every_way(photos):
     assert found["timm, uint8"][1] == 1
 
 
+@pytest.mark.campaign
 def test_loader_reports_every_slice(photos):
     found = rows(report("loader.py", str(photos), "--rounds", "1"))
     assert list(found)[1:] == ["1", "2", "4", "16"]  # below the title
