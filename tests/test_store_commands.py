@@ -41,8 +41,8 @@ def call(*arguments: str, code: int = 0) -> str:
     return result.output
 
 
-def the_store() -> Path:
-    (path,) = Path("work/stores").glob("*.zarr")
+def the_store(root: Path = Path()) -> Path:
+    (path,) = (root / "work" / "stores").glob("*.zarr")
     return path
 
 
