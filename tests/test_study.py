@@ -12,8 +12,10 @@ from conftest import make_data_set, tree
 from pipeline.cli import study as command
 from pipeline.cli.main import main
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.config.params import dump, load
-from pipeline.config.schema import Config
+from pipeline.config import schema
+from pipeline.config import study as study_module
+from pipeline.config.params import dump, load, parse_yaml, resolve
+from pipeline.config.schema import Config, Student
 from pipeline.config.study import Cell, Study, expand, load_study
 from pipeline.config.validation import validate
 from pipeline.report.study import Summary, Value, read_cells, summarize, table_rows, write_cells, write_summaries
@@ -76,6 +78,34 @@ def test_a_changed_level_or_base_names_another_configuration_and_how_it_runs_doe
     first = names(**{"teacher_logits.views": 10})
     assert first.isdisjoint(names(**{"teacher_logits.views": 20}))
     assert first == names(**{"teacher_logits.views": 10, "teacher_logits.workers": 2, "student.log_steps": 3})
+
+
+def test_a_further_key_with_its_default_renames_no_configuration(monkeypatch):
+    class Extended(Student):
+        further: int = 3
+
+    def extended(**own) -> Config:
+        return BASE.model_copy(update={"student": Extended(**BASE.student.model_dump(), **own)})
+
+    assert study_module._digest(extended()) == study_module._digest(BASE)
+    assert study_module._digest(extended(further=4)) != study_module._digest(BASE)
+    settings = BASE.student.model_dump(mode="json")
+    before = study_module._student_digest(settings, {"seed": 1}, "", "")
+    monkeypatch.setattr(study_module, "Student", Extended)
+    monkeypatch.setattr(schema, "Student", Extended)
+    assert study_module._student_digest(settings, {"seed": 1}, "", "") == before
+    assert study_module._student_digest(settings, {"seed": 1, "further": 4}, "", "") != before
+
+
+def test_a_default_that_is_written_out_renames_no_configuration():
+    written = resolve(parse_yaml(dump(BASE), "test"), (), "test")
+    assert [cell.name for cell in cells(written)] == [cell.name for cell in cells()]
+
+
+def test_names_of_configurations_are_those_of_earlier_versions():
+    """If this fails, results of earlier studies are no longer found: their folders have other names."""
+    found = cells(Config(), axes={"teacher_logits.views": [300, 600]}, finetune=True)
+    assert [cell.name for cell in found[::2]] == ["test-views300-c6cb23/hard-seed0-2afb9b", "test-views600-8f0cf6/hard-seed0-2afb9b"]
 
 
 def test_further_seeds_and_students_keep_the_names_of_earlier_cells():

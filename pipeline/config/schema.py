@@ -18,7 +18,7 @@ from pipeline.config.validation import Section, validate
 
 __all__ = [
     "EXECUTION_ONLY", "PURPOSES", "Config", "Data", "Evaluate", "Finetune", "Logging", "Recipe", "Student", "Teacher",
-    "TeacherFinetune", "TeacherLogits", "Training", "finetune_fields", "result_fields",
+    "TeacherFinetune", "TeacherLogits", "Training", "changed_fields", "changed_student", "finetune_fields", "result_fields",
 ]  # fmt: skip
 
 PURPOSES = ("train-student", "finetune")
@@ -72,10 +72,7 @@ class Config(Section):
                 found="no such entry in `variants`",
                 do=f"add `variants.{name}: {{}}` to params.yaml or correct the name",
             )
-        own, student = self.variants[name], self.student.model_dump()
-        if isinstance(own.get("kwargs"), dict):
-            own = own | {"kwargs": student["kwargs"] | own["kwargs"]}
-        return validate(Student, student | own, section=f"variants.{name}")
+        return changed_student(self.student, self.variants[name], f"variants.{name}")
 
     def needs_store(self, purpose: str) -> bool:
         """Whether any student of train-student or finetune is distilled."""
@@ -129,6 +126,21 @@ class Config(Section):
         return self.finetune_recipe().model_copy(update=plain | off)
 
 
+def changed_student(student: Student, own: dict[str, Any], section: str) -> Student:
+    """A student with some keys changed; kwargs are merged.
+
+    Args:
+        section: the name of `own`, for messages.
+
+    Raises:
+        UsageError: no valid key or value of a student.
+    """
+    values = student.model_dump()
+    if isinstance(own.get("kwargs"), dict):
+        own = own | {"kwargs": values["kwargs"] | own["kwargs"]}
+    return validate(Student, values | own, section=section)
+
+
 # How a run is carried out, not what it computes: these change no result and no fingerprint.
 EXECUTION_ONLY = {
     "workers", "accumulation", "checkpoint_minutes", "checkpoint_steps", "stop_above", "log_steps", "eval_epochs",
@@ -141,6 +153,11 @@ def result_fields(section: Section) -> dict[str, Any]:
     return section.model_dump(mode="json", by_alias=True, exclude=EXECUTION_ONLY)
 
 
+def changed_fields(section: Section) -> dict[str, Any]:
+    """The same, of keys whose value is not the default: they stay the same when another version adds keys."""
+    return section.model_dump(mode="json", by_alias=True, exclude=EXECUTION_ONLY, exclude_defaults=True)
+
+
 def finetune_fields(section: Finetune) -> dict[str, Any]:
-    """The same for fine-tuning, without its starting point: a run's identity has the initial weights themselves."""
+    """`result_fields` of fine-tuning, without its starting point: a run's identity has the initial weights themselves."""
     return {key: value for key, value in result_fields(section).items() if key not in ("from", "weights")}

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.common.errors import UsageError
 from pipeline.config.params import override_key, parse_yaml, read_text, resolve
 from pipeline.config.paths import finetune_folder, student_folder
-from pipeline.config.schema import Config, result_fields
+from pipeline.config.schema import Config, Student, changed_fields, changed_student
 from pipeline.config.types import NAME, Seed
 from pipeline.config.validation import Section, fingerprint, validate
 
@@ -198,7 +198,7 @@ def _configuration(
             raise UsageError(f"{source}: student {student}", expected=f"one of the base's variants: {known}", found="none of them")
         changed = _changed(values["variants"][student], own)
         # what a fine-tuned student started from is in no file that names its run
-        digest = fingerprint([values["student"], changed])[:DIGITS] if study.finetune else ""
+        digest = _student_digest(values["student"], changed, source, title)[:DIGITS] if study.finetune else ""
         variant = "-".join(filter(None, [student, _title(study, levels, student=True), f"{SEED}{seed}", digest]))
         if variant in variants:
             raise UsageError(f"{source}: {title}", expected="cells of different names", found=f"{variant} twice", do="rename a level")
@@ -217,11 +217,20 @@ def _configuration(
 
 
 def _digest(config: Config) -> str:
-    """Fingerprint of all that may change a result and that neither a run's own settings nor its data's index say."""
+    """Fingerprint of all that may change a result and that neither a run's own settings nor its data's index say.
+
+    Defaults are left out, so that a further key does not rename the configurations of earlier studies.
+    """
     sections = ("recipe", "teacher", "teacher_finetune", "teacher_logits", "student", "finetune")
-    values = {name: result_fields(getattr(config, name)) for name in sections}
-    del values["finetune"]["from"]
+    values = {name: changed_fields(getattr(config, name)) for name in sections}
+    values["finetune"].pop("from", None)
     return fingerprint(values)
+
+
+def _student_digest(base: Any, changed: dict, source: str, title: str) -> str:
+    """The same of one student's settings."""
+    student = validate(Student, base, f"{source}: {title}", "student")
+    return fingerprint(changed_fields(changed_student(student, changed, f"{source}: {title}: student")))
 
 
 def _title(study: Study, levels: dict[str, str], student: bool) -> str:
