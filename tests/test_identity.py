@@ -10,6 +10,7 @@ import torch
 from test_training import CPU, Stop, loaded
 
 from pipeline.common.errors import PipelineError, UsageError
+from pipeline.config.params import resolve
 from pipeline.config.paths import index_path, student_folder, teacher_folder
 from pipeline.config.schema import Config
 from pipeline.models.build import build_teacher
@@ -18,7 +19,7 @@ from pipeline.models.pretrained import load_pretrained
 from pipeline.models.teacher import describe_teacher, load_teacher, save_teacher
 from pipeline.models.weights import read_weights, save_weights, weights_hash
 from pipeline.shards.index import Index
-from pipeline.training.identity import configured_runs, is_run_of
+from pipeline.training.identity import configured_runs, configured_student, is_run_of
 from pipeline.training.trainer import Trainer
 from stages import finetune, teacher, teacher_logits, train_student
 
@@ -280,3 +281,13 @@ def test_weights_published_for_other_classes_or_input_are_not_used_as_they_are(t
     as_indexed, as_swapped = (load_pretrained(mapped, order, Path("checksums"))[0] for order in (names, swapped))
     bias = "model.head.fc.bias"
     assert torch.equal(as_indexed.state_dict()[bias][[1, 0, 2]], as_swapped.state_dict()[bias])
+
+
+def test_reused_predictions_are_in_a_student_s_identity_and_their_absence_is_not():
+    config = resolve({"recipe": {"mix_prob": 0.0}}, (), "test")
+    student = config.student_named("hard")
+    default, reused = (
+        configured_student(config, student.model_copy(update={"reuse_view": view}), "index") for view in (None, 3)
+    )
+    assert "reuse_view" not in default["student"]
+    assert reused == default | {"student": default["student"] | {"reuse_view": 3}}

@@ -576,6 +576,26 @@ def test_answers_go_to_the_device_as_they_are_stored_and_are_decoded_there(small
     assert answer.logits.dtype == torch.float32 and answer.logits.device == answer.argmax.device == elsewhere
 
 
+@pytest.mark.parametrize("kind", ["argmax", "dense"])
+def test_reused_predictions_are_those_of_one_view_for_the_pictures_of_every_view(kind, small_set, store):
+    batch = renderer(small_set).render(ITEMS)
+    argmax, payload = read_predictions(store, batch, kind, reuse_view=6)
+    assert 6 not in {item.view for item in ITEMS} and len({item.view // 4 for item in ITEMS}) == 2
+    for number, item in enumerate(ITEMS):
+        answers = [answer(item.shard, row, 6) for row in batch.members[number].tolist()]
+        own = slice(4 * number, 4 * number + len(answers))
+        assert argmax[own].tolist() == answers
+        assert payload is None or payload[own].argmax(1).tolist() == answers
+    again = renderer(small_set).render(ITEMS)
+    assert torch.equal(batch.images, again.images) and batch.checks == again.checks
+
+
+def test_a_group_that_is_not_the_one_the_teacher_saw_is_refused_with_reused_predictions_too(small_set, store, monkeypatch):
+    monkeypatch.setattr(pipeline.batches.batch, "render", changed_pixel)
+    with pytest.raises(PipelineError, match="another order, lambda, partner or pixel"):
+        read_predictions(store, renderer(small_set).render([Item(2, 1, 5)]), "argmax", reuse_view=0)
+
+
 def test_argmax_alone_has_no_payload(small_set, store):
     assert read_predictions(store, renderer(small_set).render(ITEMS), "argmax")[1] is None
 

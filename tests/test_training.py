@@ -38,6 +38,7 @@ from pipeline.training import trainer as training
 from pipeline.training.log import Log, read_log
 from pipeline.training.run import Run
 from pipeline.training.seeding import step_seed
+from pipeline.training.teachers import create_teacher
 from pipeline.training.trainer import Trainer, train
 from stages import finetune, teacher, teacher_logits, train_student
 
@@ -334,6 +335,26 @@ def test_a_changed_recipe_fills_another_store_and_leaves_the_first(taught):
     teacher_logits.run(loaded("recipe.hflip=0.25"), CPU)
     assert len(list(Path("work/stores").glob("*.zarr"))) == 2
     assert files == {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+
+
+def test_a_student_with_reused_predictions_is_warned_of_and_is_another_run_on_the_same_pictures(taught, monkeypatch, capsys):
+    seen, real = [], Trainer.loss
+    monkeypatch.setattr(Trainer, "loss", lambda self, batch: seen.append(batch.checks) or real(self, batch))
+    unmixed = "recipe.mix_prob=0", "student.epochs=2", "student.eval_epochs=2", "finetune.from=[]"
+    teacher_logits.run(loaded(*unmixed), CPU)
+    train_student.run(loaded(*unmixed), CPU, "hard")
+    own, seen[:] = list(seen), []
+    assert "warning" not in capsys.readouterr().out
+    before = set(Path("work/state").iterdir())
+    reused = loaded(*unmixed, "variants.hard.reuse_view=5")
+    train_student.run(reused, CPU, "hard")
+    assert own == seen
+    assert "warning: reuse_view 5" in capsys.readouterr().out
+    assert len(set(Path("work/state").iterdir()) - before) == 1
+    with pytest.raises(UsageError, match="reuse_view 5"):
+        train_student.run(reused, CPU, "hard", teacher="online")
+    with pytest.raises(UsageError, match="reuse_view 5"):
+        create_teacher(reused, reused.student_named("hard"), "finetune", Index(index_path(reused, "train")), CPU)
 
 
 def test_changed_pixels_stop_training_at_the_first_group(taught, monkeypatch):

@@ -23,6 +23,7 @@ def conflicting_settings(config: "Config") -> Iterator[str]:
     yield from _unlabelled(config)
     yield from _students(config)
     yield from _sample_tau(config)
+    yield from _reuse_view(config)
     yield from _teacher_sizes(config)
     yield from _teacher_head(config)
     yield from _ensemble(config)
@@ -152,6 +153,24 @@ def _sample_tau(config: "Config") -> Iterator[str]:
                 "teacher_logits.sample_tau must be the tau of softly distilled students, which is that of the drawn"
                 f" classes: {tau:g}, student {name} has tau {student.tau:g}"
             )
+
+
+def _reuse_view(config: "Config") -> Iterator[str]:
+    recipe, views = config.recipe, config.teacher_logits.views
+    mixed = recipe.mix_prob > 0 and (recipe.mixup_alpha > 0 or recipe.cutmix_alpha > 0)
+    tuned = [name for name in config.finetune.students if name in config.variants]
+    for name in dict.fromkeys([*config.students, *tuned]):
+        if (view := config.student_named(name).reuse_view) is None:
+            continue
+        if mixed:
+            yield (
+                "recipe.mix_prob must be 0 with reuse_view: predictions of a mixed image belong to no single image;"
+                f" found {recipe.mix_prob:g}, student {name} has reuse_view {view}"
+            )
+        if view >= views:
+            yield f"reuse_view must be less than teacher_logits.views: student {name} has {view}, {views} views"
+        if name in tuned:
+            yield f"finetune.from must be of students with reuse_view null: student {name} has {view}"
 
 
 def _teacher_sizes(config: "Config") -> Iterator[str]:

@@ -216,10 +216,20 @@ class Student(Training):
     """Temperature of soft distillation (3 in the paper)."""
     soft_reduction: Literal["numel", "batchmean"] = "numel"
     """numel divides by batch x classes as DeiT's code does, batchmean by the batch."""
+    reuse_view: CountOrZero | None = None
+    """null: each view has its own predictions. N: those of view N of the image are used for all its views, as if the
+    teacher had seen each image once. The student does not see what the teacher saw: only to measure what that costs.
+    Needs recipe.mix_prob 0."""
 
     @model_validator(mode="after")
     def _own_model(self):
         check_own_model(self.model, self.kwargs, _timm_tag(self.weights))
+        return self
+
+    @model_validator(mode="after")
+    def _reuses_predictions(self):
+        if self.reuse_view is not None and self.distillation == "none":
+            raise ValueError(f"reuse_view must be null without distillation: found {self.reuse_view}")
         return self
 
     @property

@@ -75,7 +75,8 @@ def objective(student: Student | None) -> str:
     if student is None or student.distillation == "none":
         return "labels only"
     soft = f", τ {student.tau:g}, {student.soft_reduction}" if student.distillation == "soft" else ""
-    return f"{student.distillation} distillation, α {student.alpha:g}{soft}"
+    reused = "" if student.reuse_view is None else f", predictions for view {student.reuse_view} only"
+    return f"{student.distillation} distillation, α {student.alpha:g}{soft}{reused}"
 
 
 def trained_run(folder: Path) -> str | None:

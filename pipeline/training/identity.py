@@ -48,6 +48,8 @@ def configured_student(config: Config, student: Student, index: str | None) -> d
         del settings["weights"]  # as before there was such a key
     elif not student.timm_tag:
         settings["weights"] = "file"  # a run's identity has the initial weights themselves
+    if student.reuse_view is None:
+        del settings["reuse_view"]  # as before there was such a key
     return {"student": settings | code_of(student.model), "views": config.teacher_logits.views, **_views(config.recipe, index)}
 
 

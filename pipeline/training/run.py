@@ -171,6 +171,11 @@ def describe_run(run: Run) -> str:
     if run.depends_on_slices:
         slots = plan.batch_groups * plan.recipe.group_size // (world_size() * run.settings.accumulation)
         text += f"\n  ranks: {world_size()}; it resumes only with as many, as batch norm sees {slots} images at a time"
+    if run.distillation and run.distillation.reuse_view is not None:
+        text += (
+            f"\n  warning: reuse_view {run.distillation.reuse_view}: every view is trained with the predictions for this one,"
+            " so the student does not see what the teacher saw"
+        )
     if views > plan.views:
         text += f"\n  {views} views needed, {plan.views} stored: each is used {views / plan.views:.1f} times"
     return text

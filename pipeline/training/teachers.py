@@ -27,9 +27,11 @@ class StoredTeacher:
 
     store: Store
     kind: str
+    reuse_view: int | None = None
+    """See `read_predictions`."""
 
     def __call__(self, batch: Batch, pictures: torch.Tensor) -> TeacherOutput:
-        argmax, payload = read_predictions(self.store, batch, self.kind)
+        argmax, payload = read_predictions(self.store, batch, self.kind, self.reuse_view)
         logits = samples = None
         if payload is not None:  # decoded on the device: encoded, it has a quarter or half of the bytes to copy
             payload = send(payload, pictures.device)
@@ -60,10 +62,16 @@ class OnlineTeacher:
         return TeacherOutput(logits.argmax(1), None, self.sampler([batch], logits))
 
 
-def read_predictions(store: Store, batch: Batch, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+def read_predictions(
+    store: Store, batch: Batch, kind: str, reuse_view: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The store's predictions for each slot of a batch: argmax int64 (G * S,), payload (G * S, width) or None.
 
     G groups of S slots; unused slots hold class 0 and zeros, and have weight 0.
+
+    Args:
+        reuse_view: a view whose predictions of the same samples are returned for every view. The checks compared are
+            still those of the batch's own views, so samples, their order and pixels are as in any other run.
 
     Raises:
         PipelineError: a unit is missing or damaged, or a group is not the one the teacher saw.
@@ -72,8 +80,10 @@ def read_predictions(store: Store, batch: Batch, kind: str) -> tuple[torch.Tenso
     argmax = np.zeros((len(batch.items), slots), np.int64)
     payload = None
     for number, (item, members) in enumerate(zip(batch.items, batch.members, strict=True)):
-        stored = store.read(item.shard, item.view, kind)
+        stored = store.read(item.shard, item.view, kind if reuse_view is None else "argmax")
         _compare_check(store, stored, batch, number)
+        if reuse_view is not None:
+            stored = store.read(item.shard, reuse_view, kind)
         argmax[number, : len(members)] = stored.argmax[members]
         if stored.payload is not None:
             if payload is None:
@@ -117,11 +127,15 @@ def create_teacher(
     Raises:
         NotReady: there is no store, or no teacher, yet.
         PipelineError: the store is incomplete, or differs from its manifest.
-        UsageError: it belongs to another index or recipe, or its classes were drawn at another temperature.
+        UsageError: it belongs to another index or recipe, or its classes were drawn at another temperature; reuse_view
+            with a teacher in the loop or in fine-tuning.
     """
     if settings.distillation == "none":
         return NoTeacher(), None
     _check_tau(config, settings)
+    if settings.reuse_view is not None and (teacher == "online" or purpose == "finetune"):
+        raise UsageError(f"reuse_view {settings.reuse_view}", expected="training from the store of train-student",
+                         found="fine-tuning" if purpose == "finetune" else "--teacher online", do="set reuse_view to null")  # fmt: skip
     if teacher == "online":
         return _online_teacher(config, settings, purpose, index, device)
     return _stored_teacher(config, settings, purpose, index, store)
@@ -150,8 +164,11 @@ def _stored_teacher(
         )
     if kind == "sampled":
         check_sampling(store, spec)
-    store.cache_size = settings.open_shards + 4
-    return StoredTeacher(store, kind), {"store": store.fingerprint, "kind": kind, "units": manifest["units"]}
+    store.cache_size = (settings.open_shards + 4) * (1 if settings.reuse_view is None else 2)
+    identity = {"store": store.fingerprint, "kind": kind, "units": manifest["units"]}
+    if settings.reuse_view is not None:
+        identity["reuse_view"] = settings.reuse_view
+    return StoredTeacher(store, kind, settings.reuse_view), identity
 
 
 def _online_teacher(
