@@ -15,6 +15,7 @@ import torch
 from conftest import make_data_set
 from torch import nn
 
+from pipeline.batches.batch import Renderer, mixed
 from pipeline.batches.plan import training_plan
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.lock import kernel_lock
@@ -30,6 +31,7 @@ from pipeline.config.paths import (
 from pipeline.config.schema import Config
 from pipeline.models.adapt import fixres_modules
 from pipeline.models.build import build_student, build_teacher
+from pipeline.models.teacher import load_teacher
 from pipeline.models.weights import read_weights
 from pipeline.shards.index import Index
 from pipeline.store.writer import StoreWriter
@@ -124,6 +126,23 @@ def test_hard_distillation_offline_equals_online_to_the_bit(taught):
 def test_soft_distillation_offline_equals_online_up_to_float16(taught):
     offline = trained_losses(taught, "soft", "stored")
     assert offline == pytest.approx(trained_losses(taught, "soft", "online"), rel=2e-3)
+
+
+def test_a_deit_with_two_heads_teaches_with_their_mean(taught):
+    kwargs = "teacher.kwargs={img_size: 16, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 3}"
+    config = loaded("teacher.model=deit_tiny_distilled_patch16_224", kwargs, "finetune.from=[]")
+    teacher.run(config, CPU)
+    teacher_logits.run(config, CPU)
+    train = Index(index_path(config, "train"))
+    stored, _ = create_teacher(config, config.student_named("soft"), "train-student", train, CPU)
+    batch = Renderer(train, config.recipe).render(training_plan(train, config.recipe, config.student, 8).items(0))
+    model, used = load_teacher(config, train.classes, CPU).model, batch.weights.flatten() > 0
+    pictures = (mixed(batch) / 255 - torch.tensor(config.teacher.mean)[:, None, None]) / torch.tensor(config.teacher.std)[:, None, None]
+    tokens = model.forward_features(pictures)
+    logits = (model.head(tokens[:, 0]) + model.head_dist(tokens[:, 1])) / 2
+    assert model.head.weight.shape == model.head_dist.weight.shape == (3, 24)
+    torch.testing.assert_close(stored(batch, pictures).logits[used], logits[used].float(), rtol=2e-3, atol=2e-3)
+    assert trained_losses(config, "hard", "stored") == trained_losses(config, "hard", "online")
 
 
 def test_an_undistilled_student_sees_the_same_pictures(taught, monkeypatch):
