@@ -13,16 +13,26 @@ from pipeline.config.schema import Config
 from pipeline.models.adapt import load_resized_weights
 from pipeline.models.build import build_student
 from pipeline.models.class_map import check_same_classes
+from pipeline.models.tokens import LayerCosine
 from pipeline.models.weights import read_description, read_weights
 from pipeline.report.analysis import Analysis, analyze
 from pipeline.report.entries import Entry, list_entries, require_weights
 from pipeline.report.evaluator import Evaluator
-from pipeline.report.examples import draw_examples, example_section, training_examples
+from pipeline.report.examples import Example, draw_examples, example_section, training_examples
 from pipeline.report.facts import describe_experiment
 from pipeline.report.html import Report, write_report
 from pipeline.report.plots import Curve, plot_curves, plot_disagreement
+from pipeline.report.reliability import plot_reliability, plot_token_cosines
 from pipeline.report.settings import describe_origin, loading_code, objective, published_as, training_rows
-from pipeline.report.tables import Result, SizeResult, format_sizes, format_table, write_comparisons, write_tables
+from pipeline.report.tables import (
+    Result,
+    SizeResult,
+    format_sizes,
+    format_table,
+    write_comparisons,
+    write_evidence,
+    write_tables,
+)
 from pipeline.shards.index import Index
 from pipeline.shards.published import open_index
 from pipeline.store.manifest import read_manifest, read_summary
@@ -48,31 +58,29 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     if config.needs_store("train-student"):
         store, manifest = open_store(config, train)
         summary = read_summary(teacher_logits_folder(config, "train-student") / "summary.json")
-    logged = {e.name: read_curve(e.folder / "curve.csv") for e in entries if (e.folder / "curve.csv").exists()}
-    curves = {
-        entry.name: Curve(objective(entry.student), logged[entry.name]) for entry in entries if entry.name in logged
-    }
-    training = training_rows(config, entries)
+    curves, training = read_curves(entries), training_rows(config, entries)
     identities = {entry.name: published_as(entry.folder) for entry in entries}
-    evaluator, results, predictions, sizes = Evaluator(config, val, device), [], {}, []
+    evaluator, evaluations, sizes = Evaluator(config, val, device), {}, []
     for entry in entries:
-        rows, predictions[entry.name] = evaluator.results(entry, evaluator.load(entry))
-        results += rows
+        evaluations[entry.name] = evaluator.evaluate(entry, evaluator.load(entry))
         sizes += evaluator.size_results(entry)
     if Rank.init_process_group(device).rank:
         return  # rank 0 writes
+    results = [row for each in evaluations.values() for row in each.results]
+    tokens = {name: each.tokens for name, each in evaluations.items() if each.tokens}
+    predictions = {name: each.predictions for name, each in evaluations.items()}
     analysis, folder = analyze(config, entries, predictions, val), evaluation_folder(config)
-    write_tables(folder, results, analysis.intervals, sizes, analysis.disagreement, identities)
+    write_tables(folder, results, sizes, analysis, tokens, identities)
     write_comparisons(folder, analysis.headline.comparisons, analysis.classes, analysis.confusions)
-    plot_disagreement(folder / "disagreement.png", analysis.disagreement)
-    plot_curves(folder / "curves.png", curves)
+    write_evidence(folder, analysis.calibration, tokens)
     examples = training_examples(config, train, store, manifest)
-    draw_examples(folder / "views.png", examples)
+    draw_pictures(folder, analysis, curves, tokens, examples)
     report = Report(
         title=config.name,
         results=results,
         analysis=analysis,
         curves=curves,
+        tokens=tokens,
         views=example_section(examples),
         training=training,
         facts=describe_origin() | describe_experiment(config, train, val, store, summary, device),
@@ -80,6 +88,27 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     )
     write_report(folder / "report.html", report)
     write_text(folder, results, sizes, analysis)
+
+
+def read_curves(entries: list[Entry]) -> dict[str, Curve]:
+    """The training curves of the models that have one, by name."""
+    logged = [(entry, entry.folder / "curve.csv") for entry in entries]
+    return {e.name: Curve(objective(e.student), read_curve(path)) for e, path in logged if path.exists()}
+
+
+def draw_pictures(
+    folder: Path,
+    analysis: Analysis,
+    curves: dict[str, Curve],
+    tokens: dict[str, list[LayerCosine]],
+    examples: list[Example],
+) -> None:
+    """Draw every picture of the evaluation as a PNG."""
+    plot_disagreement(folder / "disagreement.png", analysis.disagreement)
+    plot_curves(folder / "curves.png", curves)
+    plot_reliability(folder / "reliability.png", analysis.reliability)
+    plot_token_cosines(folder / "token_cosine.png", tokens)
+    draw_examples(folder / "views.png", examples)
 
 
 def write_text(folder: Path, results: list[Result], sizes: list[SizeResult], analysis: Analysis) -> None:
@@ -115,9 +144,9 @@ def run_weights(
     student = student.model_copy(update={"distillation": "hard"})
     crop, path = config.evaluate.crop, Path(weights)
     entry = Entry(path.name, student.model, path, "", size, crop, "float32", student=student)
-    rows, _ = Evaluator(config, val, device).results(entry, built.to(device).eval())
+    evaluation = Evaluator(config, val, device).evaluate(entry, built.to(device).eval())
     if Rank.init_process_group(device).rank == 0:
-        print(format_table(rows))
+        print(format_table(evaluation.results))
 
 
 def print_entries(entries: list[Entry], val: Index) -> None:

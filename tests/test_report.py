@@ -2,9 +2,11 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import re
 import shutil
+import tempfile
 from html import unescape
 from pathlib import Path
 
@@ -31,8 +33,10 @@ from pipeline.config.schema import Recipe, Student
 from pipeline.models.build import build_student, build_teacher, parameter_count
 from pipeline.models.evaluation import classifiers, disagreement, multiply_adds, top_k_accuracy
 from pipeline.models.teacher import save_teacher
+from pipeline.models.tokens import LayerCosine
 from pipeline.models.weights import DESCRIPTION, read_weights, save_weights
 from pipeline.report.analysis import Analysis
+from pipeline.report.calibration import calibrate
 from pipeline.report.classes import class_results, confusions
 from pipeline.report.comparison import Predictions, find_headline
 from pipeline.report.entries import Entry, list_entries
@@ -53,11 +57,11 @@ from stages import evaluate, prepare, teacher_logits
 property_settings = settings(derandomize=True, deadline=None, max_examples=40)
 
 TOKEN = "token & <b>$x$</b>"
-RESULTS = [
+RESULTS = (
     Result("teacher", "regnety_160, 224 px", "class", 0.82, 0.961, 83_590_000, 15_911_000_000, 335.0),
     Result(TOKEN, "deit_tiny, 224 px", "class", 0.739, 0.915, 5_910_800, 1_261_000_000, 2529.5),
     Result(TOKEN, "deit_tiny, 224 px", "mean", 0.745, 0.97, 5_910_800, 1_261_000_000, 2529.5),
-]
+)
 TABLE = {"truth": {"truth": 0.0, TOKEN: 0.182}, TOKEN: {"truth": 0.182, TOKEN: 0.0}}
 
 
@@ -149,7 +153,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
 ENTRY = Entry("hard", "deit_tiny", Path("hard"), "", 224, 0.875, "float32")
 
 
-def analysis(results: list[Result] = RESULTS, classes: int = 3) -> Analysis:
+def analysis(results: tuple[Result, ...] = RESULTS, classes: int = 3) -> Analysis:
     """Of images of so many classes, each as often as its number + 1, and of which one is classified as the next."""
     labels = np.repeat(np.arange(classes), np.arange(classes) + 1)
     predicted = labels.copy()
@@ -158,6 +162,7 @@ def analysis(results: list[Result] = RESULTS, classes: int = 3) -> Analysis:
     names = [f"<b>{number}" for number in range(classes)]
     student = dataclasses.replace(ENTRY, name=TOKEN, student=Student())
     intervals = {(row.model, row.classifier): accuracy_interval(np.array([True, False])) for row in results}
+    calibration = {TOKEN: calibrate(np.full(len(labels), 0.75), predicted == labels)}
     return Analysis(
         find_headline([student], {TOKEN: {"class": Predictions(predicted, np.full(len(predicted), 0.5, np.float32))}}, labels),
         intervals,
@@ -166,28 +171,45 @@ def analysis(results: list[Result] = RESULTS, classes: int = 3) -> Analysis:
         [Mistake(thumbnail(np.zeros((8, 8, 3), np.uint8), "a/<i>key"), "<i>", "dog", 0.987)],
         TABLE,
         ["token softmax"],
+        calibration,
+        calibration,
     )
 
 
-def report(tmp_path: Path, results: list[Result] = RESULTS, classes: int = 3) -> str:
+@functools.cache
+def report(results: tuple[Result, ...] = RESULTS, classes: int = 3, two_tokens: bool = True) -> str:
     curves = {TOKEN: Curve("labels", [{"epoch": "1", "loss": "2", "val_top1_class": "0.5"}])}
+    tokens = {TOKEN: [LayerCosine(layer, 0.5, 0.1) for layer in ("parameters", "input", "1", "norm")]} if two_tokens else {}
     views = Section([[Cell(np.zeros((300, 100, 3), np.uint8), "<i>")]], headings=["original"])
     facts = {"Students": {TOKEN: "hard <i>"}, "Empty": {}}
-    written = Report("run <1>", results, analysis(results, classes), curves, views, [], facts, "print('<i>')")
-    write_report(tmp_path / "report.html", written)
-    return (tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = analysis(results, classes)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "report.html"
+        write_report(path, Report("run <1>", list(results), shown, curves, tokens, views, [], facts, "print('<i>')"))
+        assert list(path.parent.iterdir()) == [path]
+        return path.read_text(encoding="utf-8")
 
 
-def test_report_is_one_file_that_opens_offline(tmp_path):
-    page = re.sub(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+", "PICTURE", report(tmp_path))
-    assert page.count('src="PICTURE"') == 3 and page.count('srcset="PICTURE"') == 1
+def test_report_is_one_file_that_opens_offline():
+    page = re.sub(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+", "PICTURE", report())
+    assert page.count('src="PICTURE"') == 5 and page.count('srcset="PICTURE"') == 3
     assert "http" not in page and "<script" not in page and "<link" not in page and "url(" not in page
     assert "{{" not in page and "{%" not in page
-    assert not list(tmp_path.glob("*.partial"))
 
 
-def test_report_escapes_every_name(tmp_path):
-    page = report(tmp_path)
+def test_report_shows_tokens_only_of_models_that_have_two():
+    pages = [report(two_tokens=two) for two in (True, False)]
+    assert ["distillation token" in page for page in pages] == [True, False]
+
+
+def test_report_shows_the_calibration_of_every_model():
+    # 3 of 6 images are right, at a confidence of 75 %
+    cells = re.search(r"<h2>Calibration</h2>.*?<tbody>.*?</th>(.*?)</tr>", report(), re.S)
+    assert re.findall(r"<td>(.*?)</td>", cells[1])[:3] == ["50.00", "75.00", "25.00"]
+
+
+def test_report_escapes_every_name():
+    page = report()
     assert "<b>" not in page and "<i>" not in page and "<1>" not in page
     assert unescape(page).count(TOKEN) >= 4  # results, twice in the matrix, the run
 
@@ -196,23 +218,23 @@ def marked(page: str) -> list[str]:
     return re.findall(r"<td[^>]*><strong>(.*?)</strong>", page)
 
 
-def test_report_marks_the_highest_accuracies_and_no_cost(tmp_path):
-    assert marked(report(tmp_path)) == ["82.00", "97.00"]
+def test_report_marks_the_highest_accuracies_and_no_cost():
+    assert marked(report()) == ["82.00", "97.00"]
 
 
-def test_ties_on_paper_are_not_marked(tmp_path):
+def test_ties_on_paper_are_not_marked():
     shares = {"a": 0.8, "b": 0.800001, "c": 0.7}
     twins = [Result(name, "", "class", 0.5, top5, 10, 10, 1.0) for name, top5 in shares.items()]
-    assert marked(report(tmp_path, twins)) == []
+    assert marked(report(tuple(twins))) == []
 
 
-def test_report_names_what_table_4_leaves_out(tmp_path):
-    assert "Left out: token softmax." in " ".join(report(tmp_path).split())
+def test_report_names_what_table_4_leaves_out():
+    assert "Left out: token softmax." in " ".join(report().split())
 
 
 @pytest.mark.parametrize("classes", [2, MATRIX_CLASSES, MATRIX_CLASSES + 1, 300])
-def test_confusion_is_readable_for_any_number_of_classes(tmp_path, classes):
-    page = unescape(report(tmp_path, classes=classes))
+def test_confusion_is_readable_for_any_number_of_classes(classes):
+    page = unescape(report(classes=classes))
     cells = len(re.findall(r"<td style=[^>]*>", page)) - 4  # the other heat map has 4
     assert cells == (classes**2 if classes <= MATRIX_CLASSES else 0)
     assert ("confuses most often" in page) == (classes > MATRIX_CLASSES)
@@ -353,12 +375,20 @@ def mini(tmp_path_factory):
         yield config, device
 
 
+@pytest.fixture(scope="module")
+def evaluated(mini) -> Path:
+    """The folder of its evaluation."""
+    evaluate.run(*mini)
+    return evaluation_folder(mini[0]).absolute()
+
+
 def test_evaluate_writes_metrics_that_a_second_run_repeats(mini, capsys):
     config, device = mini
     folder = evaluation_folder(config)
     same = (
         "metrics.json", "accuracy.csv", "comparison.csv", "classes.csv", "confusions.csv", "disagreement.csv",
-        "disagreement.png", "views.png", "curves.png",
+        "disagreement.png", "views.png", "curves.png", "calibration.csv", "token_cosine.csv", "reliability.png",
+        "token_cosine.png",
     )  # fmt: skip
     first, second = [], []
     for written in (first, second):
@@ -367,8 +397,9 @@ def test_evaluate_writes_metrics_that_a_second_run_repeats(mini, capsys):
     assert first == second
     metrics = json.loads((folder / "metrics.json").read_text())
     assert list(metrics) == ["teacher", "token", "plain", "token-finetuned"]
-    assert {"class", "distillation", "mean", "softmax", "parameters", "gmacs"} == set(metrics["token-finetuned"])
-    assert {"class", "parameters", "gmacs"} == set(metrics["plain"])
+    two_heads = {"class", "distillation", "mean", "softmax", "parameters", "gmacs", "ece", "token_cosine"}
+    assert two_heads == set(metrics["token-finetuned"])
+    assert {"class", "parameters", "gmacs", "ece"} == set(metrics["plain"])
     assert metrics["token-finetuned"]["gmacs"] > metrics["token"]["gmacs"] > 0
     assert all(model["class"]["top5"] == 1 for model in metrics.values())  # of two classes
     rates = json.loads((folder / "throughput.json").read_text())
@@ -382,14 +413,11 @@ def test_evaluate_writes_metrics_that_a_second_run_repeats(mini, capsys):
     assert str(folder / "report.html") in capsys.readouterr().out
 
 
-def test_tables_of_classes_agree_with_the_metrics(mini):
-    config, device = mini
-    evaluate.run(config, device)
-    folder = evaluation_folder(config)
-    metrics = json.loads((folder / "metrics.json").read_text())
+def test_tables_of_classes_agree_with_the_metrics(evaluated):
+    metrics = json.loads((evaluated / "metrics.json").read_text())
     tables = {}
     for name in ("classes", "confusions", "comparison", "accuracy"):
-        with open(folder / f"{name}.csv", newline="") as file:
+        with open(evaluated / f"{name}.csv", newline="") as file:
             tables[name] = list(csv.DictReader(file))
     assert {row["class"]: row["images"] for row in tables["classes"]} == {"cat": "5", "dog": "5"}
     for model, own in metrics.items():
@@ -403,6 +431,23 @@ def test_tables_of_classes_agree_with_the_metrics(mini):
         first, second = (own.get("mean", own["class"])["top1"] for own in values)
         assert float(row["top1_difference"]) == pytest.approx(first - second)
     assert all(float(row["top1_low"]) <= float(row["top1"]) <= float(row["top1_high"]) for row in tables["accuracy"])
+
+
+def test_calibration_and_token_cosines_are_in_the_metrics_and_in_tables(evaluated):
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    with open(evaluated / "calibration.csv", newline="") as file:
+        bins = list(csv.DictReader(file))
+    with open(evaluated / "token_cosine.csv", newline="") as file:
+        layers = list(csv.DictReader(file))
+    for name, own in metrics.items():
+        filled = [row for row in bins if row["model"] == name and row["images"] != "0"]
+        images = np.array([int(row["images"]) for row in filled])
+        confidence, accuracy = (np.array([float(row[key]) for row in filled]) for key in ("confidence", "accuracy"))
+        assert images.sum() == 10 and images @ accuracy / 10 == pytest.approx(own.get("mean", own["class"])["top1"])
+        assert images @ np.abs(confidence - accuracy) / 10 == pytest.approx(own["ece"], abs=1e-6)
+        found = [row for row in layers if row["model"] == name]
+        assert [row["layer"] for row in found] == (["parameters", "input", "1", "norm"] if "mean" in own else [])
+        assert not found or float(found[-1]["mean"]) == pytest.approx(own["token_cosine"], abs=1e-6)
 
 
 def test_mistakes_are_the_wrong_images_of_highest_confidence(mini):
@@ -426,7 +471,7 @@ def test_code_in_the_report_loads_the_model_and_classifies_a_picture(mini, tmp_p
     entry = next(entry for entry in list_entries(config) if entry.name == name)
     val = Index(index_path(config, "val"))
     evaluator = Evaluator(config, val, device)
-    _, own = evaluator.results(entry, evaluator.load(entry))
+    own = evaluator.evaluate(entry, evaluator.load(entry)).predictions
     expected = own["mean" if "mean" in own else "class"]
     code = loading_code(config, entry)
     for row in range(3):
@@ -477,12 +522,9 @@ def test_report_says_when_it_was_written_and_by_which_commit(tmp_path, monkeypat
     assert list(describe_origin()["Report"]) == ["written"]
 
 
-def test_accuracy_at_the_size_of_training_is_that_of_the_table(mini):
-    config, device = mini
-    evaluate.run(config, device)
-    folder = evaluation_folder(config)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    with open(folder / "sizes.csv", newline="") as file:
+def test_accuracy_at_the_size_of_training_is_that_of_the_table(evaluated):
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    with open(evaluated / "sizes.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file)]
     assert {row["size"] for row in rows} == {"16", "32"} and {row["model"] for row in rows} == set(metrics)
     own = [row for row in rows if row["size"] == row["trained"]]
@@ -560,7 +602,7 @@ def test_damaged_summary_or_curve_is_refused_before_anything_is_evaluated(mini, 
     if name.endswith("curve.csv"):
         write_curve(path)
     kept = path.read_bytes()
-    monkeypatch.setattr(Evaluator, "results", lambda *_: pytest.fail("it computes"))
+    monkeypatch.setattr(Evaluator, "evaluate", lambda *_: pytest.fail("it computes"))
     try:
         path.unlink() if damage is None else path.write_bytes(damage)
         with pytest.raises(PipelineError, match=str(path)):
@@ -586,7 +628,7 @@ def test_weights_from_anywhere_are_evaluated_and_nothing_is_written(mini, tmp_pa
     assert sorted(Path(".").rglob("*")) == before
     entry = next(entry for entry in list_entries(config) if entry.name == "token")
     evaluator = Evaluator(config, Index(index_path(config, "val")), device)
-    rows, _ = evaluator.results(entry, evaluator.load(entry))
+    rows = evaluator.evaluate(entry, evaluator.load(entry)).results
     printed = {line.split()[-6]: float(line.split()[-5]) for line in output.splitlines() if " class " in line}
     printed |= {line.split()[0]: float(line.split()[1]) for line in output.splitlines() if line.startswith(" ")}
     assert {row.classifier for row in rows} == {"class", "distillation", "mean", "softmax"}

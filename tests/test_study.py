@@ -15,6 +15,7 @@ from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config import schema
 from pipeline.config import study as study_module
 from pipeline.config.params import dump, load, parse_yaml, resolve
+from pipeline.config.paths import evaluation_folder
 from pipeline.config.schema import Config, Student
 from pipeline.config.study import Cell, Study, expand, load_study
 from pipeline.config.validation import validate
@@ -303,6 +304,15 @@ def test_metrics_that_no_cell_has_are_named(project):
     run(command.find("tiny.yaml", ()).cells[0].name)
     write_study(metrics=["top1", "val_top_1", "evaluation.parameters"])
     assert "no cell has the metric val_top_1, evaluation.parameters" in call("study", "tiny.yaml")
+
+
+def test_calibration_is_a_metric_of_the_evaluation_of_the_same_run(in_tmp):
+    cell = cells()[0]
+    evaluation_folder(cell.config).mkdir(parents=True)
+    metrics = {cell.folder.name: {"run": "this", "ece": 0.0421, "token_cosine": 0.93}}
+    (evaluation_folder(cell.config) / "metrics.json").write_text(json.dumps(metrics))
+    assert [command.read_metric(cell, "evaluation.ece", run) for run in ("this", "other")] == [0.0421, None]
+    assert command.read_metric(cell, "evaluation.token_cosine", "this") == 0.93
 
 
 def test_a_failed_command_ends_the_study_with_its_name(project):

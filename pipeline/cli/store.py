@@ -52,15 +52,21 @@ def estimate(path: str, overrides: tuple[str, ...], purpose: str, rate: float, i
 
 
 @store.command()
+@click.option("--views", "folder", metavar="FOLDER", type=click.Path(file_okay=False, path_type=Path),
+              help="Also read all predictions and write agreement.csv and agreement.png to FOLDER.")  # fmt: skip
 @WHICH_STORE
 @STORE
 @config_options
-def info(path: str, overrides: tuple[str, ...], purpose: str, named: str | None) -> None:
+def info(path: str, overrides: tuple[str, ...], purpose: str, named: str | None, folder: Path | None) -> None:
     """Describe a store: index, recipe, teacher, library versions, and which units are missing.
 
+    With --views, also how the teacher sees each view: how often its class is the label, and the one that it
+    predicts most often for the image, and its mean confidence (for topk, dense8 and dense).
+
     \b
-    Example:
+    Examples:
       pipeline store info --for finetune
+      pipeline store info --views agreement
     """
     from pipeline.cli.find_store import find_store
     from pipeline.config.params import load
@@ -69,7 +75,15 @@ def info(path: str, overrides: tuple[str, ...], purpose: str, named: str | None)
 
     config = load(path, overrides)
     spec = store_spec(config, purpose)
-    click.echo(describe_store(find_store(config, spec, named), spec))
+    found = find_store(config, spec, named)
+    click.echo(describe_store(found, spec))
+    if folder:
+        from pipeline.report.agreement import describe_agreement, write_agreement
+        from pipeline.store.agreement import measure_agreement
+
+        agreement = measure_agreement(found, spec)
+        write_agreement(folder, agreement)
+        click.echo("\n".join([describe_agreement(agreement), f"{folder}: agreement.csv, agreement.png"]))
 
 
 @store.command()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from pipeline.config.schema import Config
 from pipeline.models.evaluation import disagreement
+from pipeline.report.calibration import Calibration, calibrate
 from pipeline.report.classes import ClassResult, Confusion, class_results, confusions
 from pipeline.report.comparison import (
     AllPredictions,
@@ -34,6 +35,10 @@ class Analysis:
     """The paper's Table 4."""
     left_out: list[str]
     """Classifiers that are not in that table."""
+    calibration: dict[str, Calibration]
+    """Of every model's joint classifier."""
+    reliability: dict[str, Calibration]
+    """Those that are drawn: of a student without distillation, the best student and the teacher."""
 
 
 def analyze(config: Config, entries: list[Entry], predictions: AllPredictions, val: Index) -> Analysis:
@@ -42,6 +47,7 @@ def analyze(config: Config, entries: list[Entry], predictions: AllPredictions, v
     headline = find_headline(entries, predictions, labels)
     best, rows = headline.best, compared_predictions(config, predictions, labels)
     decided = {name: each.classes for name, each in joint.items()}
+    calibration = {name: calibrate(each.confidence, each.classes == labels) for name, each in joint.items()}
     return Analysis(
         headline,
         {
@@ -54,4 +60,16 @@ def analyze(config: Config, entries: list[Entry], predictions: AllPredictions, v
         confident_mistakes(val, labels, joint[best.name], best.size, best.crop),
         disagreement(rows),
         left_out(predictions, rows),
+        calibration,
+        {name: calibration[name] for name in drawn_models(entries, headline)},
     )
+
+
+def drawn_models(entries: list[Entry], headline: Headline) -> list[str]:
+    """A student without distillation (the best student's counterpart, or else the first one), the best student, and
+    the teacher; those that there are."""
+    counterparts = [name for each in headline.comparisons if each.about for name in (each.first, each.second)]
+    plain = [entry.name for entry in entries if entry.student and not entry.distilled]
+    first = [name for name in counterparts if name in plain] or plain
+    teacher = [entry.name for entry in entries if entry.student is None]
+    return list(dict.fromkeys([*first[:1], headline.best.name, *teacher]))

@@ -10,10 +10,23 @@ from pipeline.config.paths import TEACHER
 from pipeline.config.schema import Config
 from pipeline.models.build import NormalizedModel, parameter_count
 from pipeline.models.evaluation import classifiers, multiply_adds, predict, throughput, top_k_accuracy
+from pipeline.models.tokens import LayerCosine, TokenCosines
 from pipeline.report.comparison import Predictions
 from pipeline.report.entries import Entry, load_model
 from pipeline.report.tables import Result, SizeResult
 from pipeline.shards.index import Index
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on the validation set."""
+
+    results: list[Result]
+    """A row per classifier."""
+    predictions: dict[str, Predictions]
+    """By classifier."""
+    tokens: list[LayerCosine]
+    """Empty without a trained distillation token."""
 
 
 @dataclass
@@ -30,16 +43,19 @@ class Evaluator:
     def load(self, entry: Entry, size: int | None = None) -> NormalizedModel:
         return load_model(self.config, entry, self.val.classes, self.device, size)
 
-    def results(self, entry: Entry, model: NormalizedModel) -> tuple[list[Result], dict[str, Predictions]]:
-        """A row and the predictions per classifier."""
+    def evaluate(self, entry: Entry, model: NormalizedModel) -> Evaluation:
+        """Results, predictions and token cosines, from one pass over the images."""
         settings, size = self.config.evaluate, entry.size
-        scores = self._scores(entry, model, size)
+        cosines = TokenCosines(model, entry.distilled)
+        with cosines.record():
+            scores = self._scores(entry, model, size)
+        tokens = cosines.gather(len(self.val), self.device)
         macs, speed = multiply_adds(model, size), 0.0
         if Rank.init_process_group(self.device).rank == 0:
             speed = throughput(model, size, settings.batch_size, settings.throughput_seconds, entry.precision)
         cost, detail = (parameter_count(model.model), macs, speed), f"{entry.model}, {size} px"
         rows = [Result(entry.name, detail, name, *self._accuracy(each), *cost) for name, each in scores.items()]
-        return rows, {name: self._predictions(name, each) for name, each in scores.items()}
+        return Evaluation(rows, {name: self._predictions(name, each) for name, each in scores.items()}, tokens)
 
     def size_results(self, entry: Entry) -> list[SizeResult]:
         """A row per size in `evaluate.sizes` and classifier; position embeddings are resized."""

@@ -1,18 +1,22 @@
 """report.html: one self-contained page, rendered with Jinja."""
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.common.files import atomic_write
+from pipeline.models.tokens import LayerCosine
 from pipeline.report.analysis import Analysis
 from pipeline.report.classes import ClassResult, Confusion
 from pipeline.report.comparison import describe_interval
 from pipeline.report.grid import Section
 from pipeline.report.pictures import data_uri, thumbnail
-from pipeline.report.plots import DARK, LIGHT, Curve, Theme, plot_curves
+from pipeline.report.plots import DARK, LIGHT, Curve, plot_curves
+from pipeline.report.reliability import plot_reliability, plot_token_cosines
 from pipeline.report.settings import TrainingRow
 from pipeline.report.tables import COLUMNS, Result, by_model
 
@@ -30,6 +34,8 @@ class Report:
     results: list[Result]
     analysis: Analysis
     curves: dict[str, Curve]
+    tokens: dict[str, list[LayerCosine]]
+    """Of the models with two tokens."""
     views: Section
     training: list[TrainingRow]
     facts: dict[str, dict[str, str]]
@@ -60,7 +66,9 @@ def write_report(path: Path, report: Report) -> None:
         pairs=wrong[:PAIRS],
         pair_count=len(wrong),
         largest=max((share for row in analysis.disagreement.values() for share in row.values()), default=0) or 1,
-        curves={theme.name: _curves(report.curves, theme) for theme in (LIGHT, DARK)},
+        curves=_themed(plot_curves, report.curves),
+        reliability=_themed(plot_reliability, analysis.reliability),
+        token_cosines=_themed(plot_token_cosines, report.tokens),
         views=[[thumbnail(cell.picture, cell.caption) for cell in row] for row in report.views.rows],
         describe_interval=describe_interval,
     )
@@ -68,11 +76,14 @@ def write_report(path: Path, report: Report) -> None:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _curves(curves: dict[str, Curve], theme: Theme) -> str:
-    """The training curves as a data URI."""
-    file = io.BytesIO()
-    plot_curves(file, curves, theme)
-    return data_uri(file.getvalue(), "png")
+def _themed(plot: Callable, shown: Any) -> dict[str, str]:
+    """A plot for light and for dark pages, as data URIs by the theme's name."""
+    uris = {}
+    for theme in (LIGHT, DARK):
+        file = io.BytesIO()
+        plot(file, shown, theme)
+        uris[theme.name] = data_uri(file.getvalue(), "png")
+    return uris
 
 
 def confusion_matrix(

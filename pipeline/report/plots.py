@@ -14,6 +14,7 @@ from pipeline.report.grid import save_figure, shorten
 
 DPI = 150
 MARKERS = "osD^vP"
+LINE_STYLES = ("-", "--", ":", "-.")
 DASHES = (0, (2, 1.5))
 COLUMNS = 2
 
@@ -77,12 +78,15 @@ def _draw_curves(
         _draw(losses[curve.objective], curve.epochs, "loss", 1, style)
         both = _draw(accuracy, curve.epochs, "val_top1_mean", 100, style)
         _draw(accuracy, curve.epochs, "val_top1_class", 100, style | {"linestyle": DASHES if both else "-"})
-        handles.append(Line2D([], [], label=_plain(name), **style))
+        handles.append(Line2D([], [], label=plain_text(name), **style))
         two_heads |= both
     note = " (dashed: class head alone)" * two_heads
-    _plain_axes(accuracy, f"validation top-1, %{note}", theme)
-    for objective, axes in losses.items():
-        _plain_axes(axes, f"training loss: {objective}", theme)
+    titles = {accuracy: f"validation top-1, %{note}"}
+    titles |= {axes: f"training loss: {objective}" for objective, axes in losses.items()}
+    for axes, title in titles.items():
+        style_axes(axes, title, theme)
+        axes.set_xlabel("epoch", color=theme.muted)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend = {"frameon": False, "handlelength": 2.4, "labelcolor": theme.ink}
     figure.legend(handles=handles, loc="outside lower center", ncols=6, **legend)
 
@@ -97,10 +101,9 @@ def _draw(axes: Axes, epochs: list[dict[str, str]], column: str, scale: float, s
     return bool(rows)
 
 
-def _plain_axes(axes: Axes, title: str, theme: Theme) -> None:
+def style_axes(axes: Axes, title: str, theme: Theme) -> None:
+    """Give axes a title, and the look of all plots: few lines, in the theme's colours."""
     axes.set_title(title, loc="left", fontsize=11, color=theme.ink)
-    axes.set_xlabel("epoch", color=theme.muted)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=theme.line, lw=0.8)
     axes.set_axisbelow(True)
     axes.set_facecolor(theme.page)
@@ -114,7 +117,7 @@ def plot_disagreement(path: Path, table: dict[str, dict[str, float]]) -> None:
     names = list(table)
     shares = np.array([[table[a][b] for b in names] for a in names])
     largest = max(shares.max(), 1e-9)
-    labels = [_plain(name, 28) for name in names]
+    labels = [plain_text(name, 28) for name in names]
     side, room = 0.9 * len(names), 0.08 * max(len(label) for label in labels)
     figure = Figure((side + 1.6 * room + 1, 0.6 * side + room + 1), dpi=DPI, layout="constrained", facecolor=LIGHT.page)
     axes = figure.subplots()
@@ -131,6 +134,6 @@ def plot_disagreement(path: Path, table: dict[str, dict[str, float]]) -> None:
     save_figure(figure, path)
 
 
-def _plain(text: str, length: int = 60) -> str:
+def plain_text(text: str, length: int = 60) -> str:
     """Shortened text that matplotlib does not read as mathematics."""
     return shorten(text, length).replace("$", r"\$")

@@ -21,9 +21,8 @@ from pipeline.common.errors import UsageError
 from pipeline.common.files import atomic_write
 from pipeline.common.wording import count_of
 from pipeline.report.grid import save_figure
-from pipeline.report.plots import DPI, LIGHT, MARKERS
+from pipeline.report.plots import DPI, LIGHT, LINE_STYLES, MARKERS
 
-LINE_STYLES = ("-", "--", ":", "-.")
 OWN_COLUMNS = ("cell", "seed", "run", "metric", "value")
 """Columns of cells.csv besides the axes."""
 

@@ -11,9 +11,11 @@ from typing import Any
 from tabulate import tabulate
 
 from pipeline.common.files import atomic_write
+from pipeline.models.tokens import LayerCosine
+from pipeline.report.analysis import Analysis
+from pipeline.report.calibration import Calibration
 from pipeline.report.classes import ClassResult, Confusion
 from pipeline.report.comparison import Comparison
-from pipeline.report.intervals import Estimate
 
 
 @dataclass(frozen=True)
@@ -117,20 +119,24 @@ def _plain_table(lines: list[list[str]], headings: list[str], texts: int) -> str
 def write_tables(
     folder: Path,
     results: list[Result],
-    intervals: dict[tuple[str, str], Estimate],
     sizes: list[SizeResult],
-    disagreement: dict[str, dict[str, float]],
+    analysis: Analysis,
+    tokens: dict[str, list[LayerCosine]],
     identities: dict[str, dict[str, str]],
 ) -> None:
     """Write metrics.json, throughput.json, accuracy.csv, sizes.csv and disagreement.csv.
 
     Args:
+        tokens: cosines of the models with two tokens; the last one, that of the heads' input, is in metrics.json.
         identities: what identifies each model's weights, as metrics.json names it.
-        intervals: of top-1, by model and classifier.
     """
     metrics: dict[str, dict[str, Any]] = {}
     for row in results:
         about = {**identities[row.model], "parameters": row.parameters, "gmacs": row.macs / 1e9}
+        # rounded, as the last digits depend on which images share a batch
+        about["ece"] = round(analysis.calibration[row.model].ece, 6)
+        if row.model in tokens:
+            about["token_cosine"] = round(tokens[row.model][-1].mean, 6)
         metrics.setdefault(row.model, about)[row.classifier] = {"top1": row.top1, "top5": row.top5}
     _write_json(folder / "metrics.json", metrics)
     speeds = {row.model: {"images_per_second": round(row.throughput, 1)} for row in results}
@@ -138,14 +144,14 @@ def write_tables(
     rows = [
         asdict(row) | {"top1_low": interval.low, "top1_high": interval.high}
         for row in results
-        for interval in [intervals[row.model, row.classifier]]
+        for interval in [analysis.intervals[row.model, row.classifier]]
     ]
     _write_csv(folder / "accuracy.csv", ["model", "classifier", "top1", "top1_low", "top1_high", "top5"], rows)
     columns = [field.name for field in fields(SizeResult)]
     _write_csv(folder / "sizes.csv", columns, (asdict(row) for row in sizes))
     pairs = (
         {"first": first, "second": second, "share": share}
-        for first, row in disagreement.items()
+        for first, row in analysis.disagreement.items()
         for second, share in row.items()
     )
     _write_csv(folder / "disagreement.csv", ["first", "second", "share"], pairs)
@@ -166,6 +172,20 @@ def write_comparisons(
     _write_csv(folder / "classes.csv", ["class", "images", *models], by_class)
     columns = [field.name for field in fields(Confusion)]
     _write_csv(folder / "confusions.csv", columns, (asdict(row) for row in confusions))
+
+
+def write_evidence(folder: Path, calibration: dict[str, Calibration], tokens: dict[str, list[LayerCosine]]) -> None:
+    """Write calibration.csv, a row per model and bin, and token_cosine.csv, a row per model and layer."""
+    rows = (
+        {"model": name, "low": i / len(each.images), "high": (i + 1) / len(each.images), "images": int(each.images[i])}
+        | ({"confidence": each.confidence[i], "accuracy": each.accuracy[i]} if each.images[i] else {})
+        for name, each in calibration.items()
+        for i in range(len(each.images))
+    )
+    columns = ["model", "low", "high", "images", "confidence", "accuracy"]
+    _write_csv(folder / "calibration.csv", columns, rows)
+    layers = ({"model": name, **asdict(layer)} for name, each in tokens.items() for layer in each)
+    _write_csv(folder / "token_cosine.csv", ["model", "layer", "mean", "deviation"], layers)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

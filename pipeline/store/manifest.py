@@ -38,6 +38,19 @@ def damaged_units(store: Store, units: list[Unit], kind: str) -> list[tuple[Unit
     return found
 
 
+def require_complete(store: Store, views: int, kind: str) -> None:
+    """Check that no unit of views 0..views-1 is missing.
+
+    Raises:
+        PipelineError: one is.
+    """
+    if missing := store.missing(views, kind):
+        raise PipelineError(
+            f"{store.path}: the teacher predictions", expected=f"{views} views as {kind}",
+            found=f"{len(missing):,} units missing", do="compute them: pipeline teacher-logits",
+        )  # fmt: skip
+
+
 def build_manifest(store: Store, views: int, kind: str) -> dict[str, Any]:
     """Build the JSON that stands for a complete store: its identity, and a hash of every unit's checksums.
 

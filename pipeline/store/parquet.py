@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from pipeline.batches.plan import Unit
-from pipeline.common.errors import PipelineError, UsageError
+from pipeline.common.errors import UsageError
 from pipeline.common.files import atomic_write
 from pipeline.common.progress import progress
 from pipeline.config.store_spec import StoreSpec
 from pipeline.store.encoding import decode_logits, encode, payload_width, to_numpy
+from pipeline.store.manifest import require_complete
 from pipeline.store.reader import Store
 
 
@@ -37,11 +38,7 @@ def export_parquet(store: Store, spec: StoreSpec, path: Path) -> int:
         raise UsageError(
             "export to Parquet", expected="pyarrow", found=str(error), do="install the extra `parquet`"
         ) from None
-    if missing := store.missing(spec.views, spec.kind):
-        raise PipelineError(
-            f"{store.path}: the teacher predictions", expected=f"{spec.views} views as {spec.kind}",
-            found=f"{len(missing):,} units missing", do="compute them: pipeline teacher-logits",
-        )  # fmt: skip
+    require_complete(store, spec.views, spec.kind)
     schema, units, rows = _schema(pyarrow, store, spec), store.units(spec.views), 0
     with atomic_write(path) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
         with progress(len(units), "export", "unit") as bar:
