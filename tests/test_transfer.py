@@ -25,7 +25,7 @@ CIFAR10 = os.path.abspath(os.environ["CIFAR10"]) if "CIFAR10" in os.environ else
 CPU = torch.device("cpu")
 CLASSES = "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
 SOURCE, TARGET = CLASSES[::2], CLASSES[1::2]
-SOURCE_IMAGES, TARGET_IMAGES, VAL_IMAGES = 1000, 50, 400
+SOURCE_IMAGES, TARGET_IMAGES, VAL_IMAGES = 5000, 50, 400
 """Training images per class of both data sets, and validation images per class."""
 SEEDS = 2
 PLAIN, TOKEN = "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
@@ -46,7 +46,7 @@ SETTINGS = {
     },
     "teacher_logits": {"views": 18, "kind": "argmax", "precision": "float32", "workers": 1},
     "student": {
-        **COMMON, "model": PLAIN, "kwargs": {"patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3},
+        **COMMON, "model": PLAIN, "kwargs": {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3},
         "epochs": 18, "lr": 0.008, "eval_epochs": 6,
     },
     "students": ["plain"],
@@ -58,7 +58,7 @@ TRANSFER = {
     "name": "transfer",
     "teacher": {"batch_size": 32, "epochs": 24, "lr": 0.008, "eval_epochs": 24, "min_top1": 0.35},
     "teacher_logits": {"views": 36},
-    "student": {"batch_size": 32, "epochs": 36, "lr": 0.016, "eval_epochs": 36},
+    "student": {"batch_size": 32, "epochs": 36, "eval_epochs": 36},
 }
 STUDENTS = {
     "labels": {"distillation": "none"},
@@ -119,8 +119,8 @@ def transfer(folder: Path, seed: int, weights: dict[str, str]) -> dict[str, floa
         values = merge(values, {section: {"seed": seed}})
     values["teacher"]["weights"] = weights["teacher"]
     values["variants"] = {
-        f"{start}-{name}": settings | {"weights": file}
-        for start, file in (("scratch", None), ("pretrained", weights["student"]))
+        f"{start}-{name}": settings | {"weights": file, "lr": lr}
+        for start, file, lr in (("scratch", None, 0.016), ("pretrained", weights["student"], 0.005))
         for name, settings in STUDENTS.items()
     }
     values["students"] = [*values["variants"]]
@@ -137,5 +137,5 @@ def test_a_pretrained_pair_beats_the_same_student_from_scratch_on_other_classes(
     for name, found in means.items():
         print(f"{name:20} {found:.4f}:", *(f"{each[name]:.4f}" for each in results))
     best = means.pop("pretrained-distilled")
-    assert best > means["scratch-labels"] + 0.03
+    assert best > means["scratch-labels"] + 0.1
     assert best > max(means["scratch-distilled"], means["pretrained-labels"])

@@ -94,9 +94,21 @@ def _recipe(facts: Facts, plan: Plan) -> Choices:
     return {
         "recipe.size": Choice(plan.size, f"{fills}; {pretrained if plan.pretrained['student'] else scratch}"),
         "recipe.scale": Choice([0.25, 1.0], "milder crops than DeiT's 0.08: at this size a small crop shows too little"),
-        "recipe.mix_prob": Choice(0.5, "half as much Mixup and CutMix as in DeiT, whose runs are far longer"),
+        **(_moderate_augmentation() if facts.gpu else _light_augmentation()),
         "recipe.group_size": Choice(plan.group, several if groups > 1 else "a divisor of the batch sizes"),
         "recipe.block": Choice(plan.block, "views that share one decode"),
+    }
+
+
+def _moderate_augmentation() -> Choices:
+    return {"recipe.mix_prob": Choice(0.5, "half as much Mixup and CutMix as in DeiT, whose runs are far longer")}
+
+
+def _light_augmentation() -> Choices:
+    return {
+        "recipe.auto_augment": Choice(None, "crops, flips and color_jitter alone: a run this short gains nothing from RandAugment"),
+        "recipe.erase_prob": Choice(0.0, "nor from random erasing"),
+        "recipe.mix_prob": Choice(0.2, "a fifth of DeiT's Mixup and CutMix, whose runs are far longer"),
     }
 
 
@@ -108,6 +120,9 @@ def _learning(section: str, facts: Facts, plan: Plan, rate: float, why: str) -> 
         f"{section}.epochs": Choice(epochs, f"about {epochs * steps:,} steps in all; {why}"),
         f"{section}.warmup_epochs": Choice(
             min(5, max(int(epochs >= 5), epochs // 10)), "about a tenth of the epochs, 5 at most; none below 5 epochs"
+        ),
+        f"{section}.warmup_lr": Choice(
+            round(rate / 10, 6), "DeiT's schedule starts with an epoch or more at this rate, too many here for DeiT's 1e-6"
         ),
         f"{section}.batch_size": Choice(batch, f"about {steps:,} steps per epoch"),
         f"{section}.lr": Choice(round(rate * 512 / batch, 6), f"{rate:g} at this batch size: lr is for a batch of 512"),

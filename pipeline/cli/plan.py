@@ -9,7 +9,7 @@ from pipeline.common.errors import UsageError
 Given = Mapping[str, Any]
 """Overrides of the command line by section.key, as YAML values that nothing has validated yet."""
 
-SCRATCH_STEPS, FINE_TUNING_STEPS = 500, 250
+SCRATCH_STEPS, FINE_TUNING_STEPS = 400, 250
 """Steps that a training has at least, from scratch and from pretrained weights."""
 FEW_PER_CLASS = 50
 """Images per class below which training from scratch learns hardly anything."""
@@ -18,8 +18,8 @@ LARGEST_PATCH = 16
 DECODE = 3
 """Cost of a decode relative to a rendering, for photographs."""
 SEEN = {
-    "teacher": {"cpu": (32_000, 10, 60), "gpu": (1_500_000, 40, 120)},
-    "student": {"cpu": (32_000, 15, 90), "gpu": (3_000_000, 60, 300)},
+    "teacher": {"cpu": (26_000, 10, 60), "gpu": (1_500_000, 40, 120)},
+    "student": {"cpu": (26_000, 15, 90), "gpu": (3_000_000, 60, 300)},
 }
 """Images to see in all when training from scratch, fewest and most epochs."""
 SEEN_PRETRAINED = {
@@ -116,14 +116,15 @@ def image_size(facts: Facts, pretrained: bool) -> int:
 def patch_size(facts: Facts, given: Given, size: int, pretrained: bool) -> int:
     """Pixels: the divisor of the image size that is closest to the wanted size, and at least half of it.
 
-    Wanted are 16 x 16 patches on a GPU; on a CPU 8 x 8, or patches of 16 pixels. None is larger than 16 pixels.
+    Wanted are 16 x 16 patches on a GPU; on a CPU patches of 8 pixels, or of 16 for images of 96 pixels and more. None is
+    larger than 16 pixels.
 
     Raises:
         UsageError: there is none, or the image size is not a multiple of the patch size that is given or pretrained.
     """
     kwargs = given.get("student.kwargs")
     own = _number(kwargs, "patch_size") if isinstance(kwargs, dict) else None
-    wanted = round(size / 16) if facts.gpu else round(size / 8) if size < 96 else LARGEST_PATCH
+    wanted = round(size / 16) if facts.gpu else min(8, round(size / 4)) if size < 96 else LARGEST_PATCH
     wanted = min(max(wanted, 1), LARGEST_PATCH)
     fixed = own or (LARGEST_PATCH if pretrained else None)
     allowed = [fixed] if fixed else range(-(-wanted // 2), LARGEST_PATCH + 1)

@@ -156,7 +156,7 @@ def _cells(row: Row) -> list[str]:
         count += f"/{short(row.total)}"
     return [
         row.stage,
-        "done" if row.state == FOREIGN else row.state,
+        "outdated" if row.state == FOREIGN else row.state,
         "" if row.percent is None else str(int(row.percent)),
         f"{count} {row.unit}" if row.done or row.total is not None else "",
         "" if row.images_per_second is None else short(row.images_per_second),
