@@ -1,0 +1,42 @@
+"""Differences between rows of a study: paired by seed, against a reference."""
+
+from math import isnan, sqrt
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.report.differences import Difference, differences
+from pipeline.report.study import Value
+
+
+def value(views: str, seed: int, number: float, student: str = "token", metric: str = "top1") -> Value:
+    return Value(f"v{views}/{student}-seed{seed}", {"student": student, "views": views}, seed, "run", metric, number)
+
+
+def test_a_row_is_compared_with_the_reference_of_the_same_seed_and_other_levels():
+    values = [value("1", 0, 0.5), value("1", 1, 0.6), value("30", 1, 0.9), value("30", 0, 0.7), value("30", 0, 0.1, "none")]
+    assert differences(values, {"views": "30"}) == [
+        Difference({"student": "token", "views": "1"}, "top1", (pytest.approx(-0.2), pytest.approx(-0.3)))  # type: ignore[arg-type]
+    ]
+
+
+def test_seeds_without_a_reference_and_other_metrics_are_left_out():
+    values = [value("1", 0, 0.5), value("1", 1, 0.6), value("30", 1, 0.9), value("30", 0, 2.0, metric="loss")]
+    (found,) = differences(values, {"views": "30"})
+    assert found.values == (pytest.approx(-0.3),) and isnan(found.half_width) and found.show() == "-30.00"
+
+
+def test_the_interval_is_students():
+    found = Difference({}, "top1", (-0.01, 0.0, 0.01))
+    assert found.half_width == pytest.approx(4.302653 * 0.01 / sqrt(3), rel=1e-6)
+    assert found.show() == "0.00 (-2.48 to 2.48)"
+    assert Difference({}, "loss", (0.5, 0.5)).show() == "0.50 (0.50 to 0.50)"
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=5), st.floats(-0.5, 0.5))
+def test_a_constant_difference_has_no_uncertainty(numbers, gap):
+    values = [value("30", seed, number) for seed, number in enumerate(numbers)]
+    values += [value("1", seed, number + gap) for seed, number in enumerate(numbers)]
+    (found,) = differences(values, {"views": "30"})
+    assert found.mean == pytest.approx(gap, abs=1e-12) and found.half_width == pytest.approx(0, abs=1e-12)
