@@ -27,7 +27,7 @@ def describe_agreement(agreement: Agreement) -> str:
         ]
         for name, mean in agreement.items()
     ]
-    headings = ["quantity", "mean", "views of images", "what is averaged"]
+    headings = ["quantity", "mean", "views", "what is averaged"]
     return tabulate(
         rows, headings, tablefmt="plain", disable_numparse=True, colalign=("left", "right", "right", "left")
     )

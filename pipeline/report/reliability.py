@@ -25,6 +25,7 @@ def plot_reliability(path: Path | BinaryIO, calibrations: dict[str, Calibration]
         _draw_images(lower, each, theme)
         style_axes(lower, "", theme)
         lower.set_xlabel("confidence, %", color=theme.muted)
+    grid[1, 0].set_ylim(0.7, 1.5 * max(each.images.max() for each in calibrations.values()))
     grid[0, 0].set_ylabel("accuracy, %", color=theme.muted)
     grid[1, 0].set_ylabel("images", color=theme.muted)
     save_figure(figure, path)
@@ -50,7 +51,6 @@ def _draw_images(axes: Axes, each: Calibration, theme: Theme) -> None:
         width * (np.arange(len(each.images)) + 0.5), each.images, width, color=theme.line, edgecolor=theme.ink, lw=0.8
     )
     axes.set_yscale("log")
-    axes.set_ylim(0.7, None)
     axes.yaxis.set_major_locator(LogLocator(numticks=4))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.yaxis.set_minor_locator(NullLocator())
@@ -62,7 +62,8 @@ def plot_token_cosines(path: Path | BinaryIO, cosines: dict[str, list[LayerCosin
     if cosines:
         axes, depth = figure.subplots(), max(len(layers) for layers in cosines.values()) - 3
         for number, (name, layers) in enumerate(cosines.items()):
-            places = [_place(each.layer, depth) for each in layers]
+            # next to one another, so that bars of different models do not hide each other
+            places = [_place(each.layer, depth) + 0.08 * (number - (len(cosines) - 1) / 2) for each in layers]
             style: dict[str, Any] = {"color": theme.curves[number % len(theme.curves)], "marker": MARKERS[number % len(MARKERS)]}
             style |= {"ls": LINE_STYLES[number % len(LINE_STYLES)], "label": plain_text(name), "ms": 5, "lw": 1.5}
             deviations = [each.deviation for each in layers]
@@ -75,7 +76,7 @@ def plot_token_cosines(path: Path | BinaryIO, cosines: dict[str, list[LayerCosin
         axes.xaxis.set_major_locator(FixedLocator(ticks))
         axes.set_xticks(ticks, [PARAMETERS, INPUT, *map(str, blocks), NORM])
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("after block", color=theme.muted)
+        axes.set_xlabel("layer (a number: after that block)", color=theme.muted)
         axes.legend(frameon=False, handlelength=3.5, labelcolor=theme.ink)
     else:
         figure.text(0.5, 0.5, "no model has a trained distillation token", ha="center", color=theme.muted)
