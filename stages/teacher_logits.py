@@ -16,6 +16,7 @@ from pipeline.batches.plan import Unit
 from pipeline.common.errors import NotReady
 from pipeline.common.files import atomic_write
 from pipeline.common.lease import part_lease, part_lease_path
+from pipeline.common.versions import library_versions
 from pipeline.common.wording import count_of
 from pipeline.config.paths import NOT_NEEDED, store_path, teacher_logits_folder
 from pipeline.config.schema import Config
@@ -27,7 +28,6 @@ from pipeline.store.compatibility import check_belongs
 from pipeline.store.estimate import estimate
 from pipeline.store.fetching import UnitFetcher, check_as_published
 from pipeline.store.labelling import UnitWorker
-from pipeline.store.layout import library_versions
 from pipeline.store.maintenance import remove_damaged
 from pipeline.store.manifest import damaged_units, publish, write_manifest
 from pipeline.store.publication import Source

@@ -660,7 +660,7 @@ def test_full_disk_is_told_plainly_and_leaves_the_unit_missing(tmp_path):
 
 
 def test_a_distribution_that_is_not_installed_is_no_full_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_files, "VERSIONS", ("numpy", "no-such-thing"))
+    monkeypatch.setattr("pipeline.common.versions.VERSIONS", ("numpy", "no-such-thing"))
     assert list(create(tmp_path / "s.zarr").group.attrs["versions"]) == ["numpy"]
 
 

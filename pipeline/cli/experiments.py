@@ -1,4 +1,4 @@
-"""The commands about several experiments: `pipeline study`."""
+"""The commands about several experiments: `pipeline study` and `pipeline compare`."""
 
 from __future__ import annotations
 
@@ -54,3 +54,27 @@ def study(name: str | None, action: str, as_list: bool, commands: bool, cells: t
     if action == "run":
         return study.run(matrix, cells, dry_run, study.run_subprocess)
     study.show(matrix, source)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, metavar="RUN RUN ...")
+@click.option("--output", default="outputs/comparison.png", show_default=True, type=click.Path(dir_okay=False, path_type=Path),
+              help="Where the training curves are drawn.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+def compare(runs: tuple[str, ...], output: Path, as_json: bool) -> None:
+    """Compare trainings: their metrics, the settings that differ, and their curves.
+
+    A RUN is the folder of a student or a teacher, such as outputs/NAME/students/STUDENT, or NAME/STUDENT for
+    short; a state folder, also of a training that still runs; or the short name that trackers show, such as
+    student-token-1a2b3c4d. Only settings that a result depends on are compared, as the runs recorded them:
+    also the fingerprints of images and store, and the weights that a run started from. Runs of equal
+    settings whose results differ are pointed out, with what differs between the machines.
+
+    \b
+    Examples:
+      pipeline compare digits/none digits/token
+      pipeline compare outputs/digits/teacher outputs/digits-small/teacher --output teachers.png
+    """
+    from pipeline.cli import compare
+
+    compare.run(runs, output, as_json)

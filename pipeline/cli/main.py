@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli.experiments import study
+from pipeline.cli.experiments import compare, study
 from pipeline.cli.group import Group
 from pipeline.cli.models import export, predict
 from pipeline.cli.options import IF_NEEDED, PART, TEACHER, WHICH_STORE, WHICH_TEACHER, config_options, stage_options
@@ -40,7 +40,7 @@ def main() -> None:
     checks the machine, estimate measures it and prints what an experiment costs, status shows how far every
     stage has got, views draws what a recipe produces, store inspects, repairs and publishes stores, predict
     classifies images with a trained model, export writes it for timm, ONNX Runtime and torch.export, study
-    runs a matrix of experiments, prune frees disk space.
+    runs a matrix of experiments, compare shows trainings side by side, prune frees disk space.
 
     \b
     Example:
@@ -290,3 +290,4 @@ main.add_command(prune)
 main.add_command(export)
 main.add_command(predict)
 main.add_command(study)
+main.add_command(compare)

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
+from pipeline.common.versions import library_versions
 from pipeline.common.wording import count_of
 from pipeline.config.paths import FINETUNED, teacher_folder
 from pipeline.config.schema import Config, Recipe, Student
 from pipeline.report.settings import objective, trained_run
 from pipeline.shards.index import Index
-from pipeline.store.layout import library_versions
 from pipeline.store.reader import Store
 from pipeline.views.draw import recipe_fingerprint
 

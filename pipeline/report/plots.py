@@ -17,6 +17,8 @@ MARKERS = "osD^vP"
 LINE_STYLES = ("-", "--", ":", "-.")
 DASHES = (0, (2, 1.5))
 COLUMNS = 2
+LEGEND_CHARACTERS = 130
+"""In a row of the legend of curves, with about six for each line's sample."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def _draw_curves(
         axes.set_xlabel("epoch", color=theme.muted)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend = {"frameon": False, "handlelength": 2.4, "labelcolor": theme.ink}
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, **legend)
+    columns = max(1, min(6, LEGEND_CHARACTERS // (max(len(plain_text(name)) for name in curves) + 6)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, **legend)
 
 
 def _draw(axes: Axes, epochs: list[dict[str, str]], column: str, scale: float, style: dict) -> bool:

@@ -11,8 +11,6 @@ and `sampled` have one chunk per unit. For the dense kinds a unit is a zarr shar
 training reads together (recipe.repeats).
 """
 
-import contextlib
-import importlib.metadata
 import json
 import math
 from collections.abc import Iterable
@@ -36,8 +34,6 @@ from pipeline.views.draw import group_count
 
 FORMAT = 2
 NO_CHECK = 2**64 - 1
-VERSIONS = ("numpy", "opencv-python-headless", "pillow", "timm", "torch", "torchvision", "zarr")
-"""Libraries that views, predictions and the store's bytes may depend on."""
 
 
 @dataclass(frozen=True)
@@ -275,12 +271,3 @@ def store_exists(path: str) -> bool:
     except Exception as error:
         raise unreadable(path, error) from error
     return True
-
-
-def library_versions() -> dict[str, str]:
-    """Installed versions of VERSIONS."""
-    found = {}
-    for name in VERSIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found

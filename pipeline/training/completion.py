@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.common.distributed import Rank, world_size
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import atomic_write, remove_partial_files
 from pipeline.common.lock import kernel_lock
+from pipeline.common.versions import library_versions
 from pipeline.config.paths import RUN_LOCK
 from pipeline.config.validation import fingerprint
 from pipeline.models.description import describe_model
 from pipeline.models.weights import DESCRIPTION, load_weights, read_saved_weights, save_weights
-from pipeline.training.identity import run_summary
+from pipeline.training.identity import run_dependencies, run_summary
 from pipeline.training.log import write_curve
 from pipeline.training.monitoring import validate
 from pipeline.training.run import Run
@@ -92,14 +95,21 @@ def _train(run: Run, rank: Rank) -> dict[str, Any]:
     if rank.rank == 0:
         remove_partial_files(run.folder)
         with atomic_write(run.folder / "run.json") as temporary:
-            summary = {"name": run.name, "steps": run.steps} | run_summary(run.identity)
-            temporary.write_text(json.dumps(summary, indent=1) + "\n")
+            temporary.write_text(json.dumps(run_record(run), indent=1) + "\n")
     metrics = train(run)
     if rank.rank == 0:
         about = {"run": fingerprint(run.identity), "ranks": world_size(), "metrics": metrics}
         with atomic_write(run.folder / "final.safetensors") as temporary:
             save_weights(temporary, run.model.model, about)
     return metrics
+
+
+def run_record(run: Run) -> dict[str, Any]:
+    """The contents of run.json: what is recognised by `is_run_of`, and for people the rest of the identity and the machine."""
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type
+    environment = {"device": device, "ranks": world_size(), **library_versions()}
+    others = {"dependencies": run_dependencies(run.identity), "environment": environment}
+    return {"name": run.name, "steps": run.steps} | run_summary(run.identity) | others
 
 
 def _load(run: Run, rank: Rank) -> dict[str, Any]:

@@ -8,6 +8,7 @@ No module imported here needs torch.
 from typing import Any
 
 from pipeline.config.schema import Config, Recipe, Student, Training, finetune_fields, result_fields
+from pipeline.config.validation import fingerprint
 from pipeline.models.provenance import code_of
 from pipeline.views.draw import recipe_fingerprint
 
@@ -83,6 +84,15 @@ def run_summary(identity: dict[str, Any]) -> dict[str, Any]:
     teacher = identity.get("teacher")
     store = {"store": teacher["store"]} if isinstance(teacher, dict) and "store" in teacher else {}
     return {key: identity[key] for key in SUMMARY_FIELDS if key in identity} | store
+
+
+def run_dependencies(identity: dict[str, Any]) -> dict[str, Any]:
+    """The other part of an identity; of a store's units, which may be many, the fingerprint."""
+    found = {key: value for key, value in identity.items() if key not in SUMMARY_FIELDS}
+    teacher = found.get("teacher")
+    if isinstance(teacher, dict) and "units" in teacher:
+        found["teacher"] = teacher | {"units": fingerprint(teacher["units"])}
+    return found
 
 
 def configured_runs(config: Config, index: str | None) -> dict[str, dict[str, Any]]:
