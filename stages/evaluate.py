@@ -20,6 +20,7 @@ from pipeline.report.entries import Entry, list_entries, require_weights
 from pipeline.report.evaluator import Evaluator
 from pipeline.report.examples import Example, draw_examples, example_section, training_examples
 from pipeline.report.facts import describe_experiment
+from pipeline.report.further_sets import FurtherSets
 from pipeline.report.html import Report, write_report
 from pipeline.report.plots import Curve, plot_curves, plot_disagreement
 from pipeline.report.reliability import plot_reliability, plot_token_cosines
@@ -43,14 +44,16 @@ from pipeline.training.log import read_curve
 def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     """Write metrics, tables, pictures and report.html into outputs/<name>/evaluation/.
 
-    metrics.json is the same after every run; what depends on the machine's load is in throughput.json.
+    metrics.json is the same after every run; what depends on the machine's load is in throughput.json. Further sets
+    (`evaluate.real_labels`, `evaluate.sets`) are checked first, and evaluated at each model's own size.
 
     Raises:
         PipelineError: a model was not trained yet, or the store is missing or damaged.
     """
     train, val = (open_index(config, split) for split in ("train", "val"))
     entries = list_entries(config)
-    print_entries(entries, val)
+    evaluator = Evaluator(config, val, device)
+    print_entries(entries, val, evaluator.further)
     if dry_run:
         return
     require_weights(entries)
@@ -60,7 +63,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
         summary = read_summary(teacher_logits_folder(config, "train-student") / "summary.json")
     curves, training = read_curves(entries), training_rows(config, entries)
     identities = {entry.name: published_as(entry.folder) for entry in entries}
-    evaluator, evaluations, sizes = Evaluator(config, val, device), {}, []
+    evaluations, sizes = {}, []
     for entry in entries:
         evaluations[entry.name] = evaluator.evaluate(entry, evaluator.load(entry))
         sizes += evaluator.size_results(entry)
@@ -138,22 +141,25 @@ def run_weights(
     built = build_student(student, config.recipe, len(val.classes), size)
     load_resized_weights(built, read_weights(weights), weights)
     print(f"{weights}: {student.model} at {size} px, crop {config.evaluate.crop:g}, on {len(val):,} images")
+    evaluator = Evaluator(config, val, device)
     if dry_run:
         return
     # a file does not say whether its distillation head was trained, so all heads are shown
     student = student.model_copy(update={"distillation": "hard"})
     crop, path = config.evaluate.crop, Path(weights)
     entry = Entry(path.name, student.model, path, "", size, crop, "float32", student=student)
-    evaluation = Evaluator(config, val, device).evaluate(entry, built.to(device).eval())
+    evaluation = evaluator.evaluate(entry, built.to(device).eval())
     if Rank.init_process_group(device).rank == 0:
         print(format_table(evaluation.results))
 
 
-def print_entries(entries: list[Entry], val: Index) -> None:
+def print_entries(entries: list[Entry], val: Index, further: FurtherSets) -> None:
     print(f"evaluate {count_of(len(entries), 'model')} on {count_of(len(val), 'image')}")
     for entry in entries:
         missing = "" if entry.weights.exists() else " (missing)"
         print(f"  {entry.name}: {entry.model}, {entry.size} px, crop {entry.crop:g}: {entry.weights}{missing}")
+    if lines := further.describe():
+        print("\n".join(["further sets", *lines]))
 
 
 def open_store(config: Config, index: Index) -> tuple[Store, dict[str, Any]]:

@@ -6,7 +6,9 @@ Workers only render; the training process attaches the teacher's predictions and
 import dataclasses
 import gc
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
@@ -83,8 +85,20 @@ def unit_loader(units: list[Unit], index: Index, recipe: Recipe, workers: int | 
     return _loader(_UnitDataset(units, index, recipe), workers, pin)
 
 
+class ImageSet(Protocol):
+    """Images by row; an `Index` is one."""
+
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+
+    def locate(self, row: int) -> tuple[int, int]: ...
+
+    def image(self, shard: int, position: int) -> np.ndarray: ...
+
+
 class _EvaluationDataset(Dataset):
-    def __init__(self, index: Index, rows: range, size: int, crop: float):
+    def __init__(self, index: ImageSet, rows: range, size: int, crop: float):
         self.index, self.rows, self.size, self.crop = index, rows, size, crop
 
     def __len__(self) -> int:
@@ -96,7 +110,7 @@ class _EvaluationDataset(Dataset):
 
 
 def evaluation_loader(
-    index: Index, rows: range, size: int, crop: float, batch: int, workers: int | None, pin: bool
+    index: ImageSet, rows: range, size: int, crop: float, batch: int, workers: int | None, pin: bool
 ) -> Iterable[torch.Tensor]:
     """The samples `rows` in index order, as uint8 (batch, 3, size, size)."""
     return _loader(_EvaluationDataset(index, rows, size, crop), workers, pin, batch_size=batch)

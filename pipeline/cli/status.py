@@ -19,7 +19,7 @@ import click
 
 from pipeline.batches.plan import training_plan
 from pipeline.cli.failures import failure_path, settings_digest
-from pipeline.cli.matching import foreign_teachers, have_changed, is_foreign, is_own_store
+from pipeline.cli.matching import foreign_teachers, have_changed, is_foreign, is_own_store, lacks_sets
 from pipeline.cli.scan import (
     is_store_of,
     latest,
@@ -285,7 +285,7 @@ def _evaluate(experiment: Experiment, other_models: bool) -> Facts:
     models = evaluated_models(config)
     metrics = read_json(folder / "metrics.json") if (folder / "table.txt").exists() else {}
     known = {TEACHER, *config.variants, *(f"{name}-{FINETUNED}" for name in config.variants)}
-    other = other_models or metrics.keys() & known != models.keys() or have_changed(metrics, models)
+    other = other_models or metrics.keys() & known != models.keys() or have_changed(metrics, models) or lacks_sets(metrics, config)
     foreign = bool(metrics) and other
     untrained = [name for name, where in models.items() if not (where / "weights.safetensors").exists()]
     last = metrics.get(next(reversed(models), ""))

@@ -11,7 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from pipeline.cli.configure import CONFIGS, STUDIES
-from pipeline.cli.matching import have_changed
+from pipeline.cli.matching import have_changed, lacks_sets
 from pipeline.cli.scan import read_json
 from pipeline.cli.status import Experiment
 from pipeline.cli.status_table import headline_top1
@@ -217,9 +217,9 @@ def _done_run(cell: Cell, experiment: Experiment) -> str | None:
 
 
 def _is_evaluated(config: Config) -> bool:
-    """Whether the evaluation is of the models that are published."""
+    """Whether the evaluation is of the models that are published, and of the configured sets."""
     metrics, models = read_json(evaluation_folder(config) / "metrics.json"), evaluated_models(config)
-    return metrics.keys() >= models.keys() and not have_changed(metrics, models)
+    return metrics.keys() >= models.keys() and not have_changed(metrics, models) and not lacks_sets(metrics, config)
 
 
 def collect(matrix: Matrix) -> Iterator[Value]:

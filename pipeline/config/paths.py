@@ -39,6 +39,11 @@ def external_path(config: Config) -> Path:
     return outputs(config) / "external.json"
 
 
+def evaluation_sets_path(config: Config) -> Path:
+    """Digests of the further evaluation sets, which DVC does not know but `evaluate` depends on."""
+    return outputs(config) / "evaluation-sets.json"
+
+
 def index_path(config: Config, split: str) -> Path:
     return outputs(config) / "data" / split / "index.json"
 

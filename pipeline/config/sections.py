@@ -10,6 +10,7 @@ from pipeline.config.types import (
     IMAGENET_STD,
     Alpha,
     Count,
+    File,
     Fraction,
     FractionBelowOne,
     LocalFolder,
@@ -19,6 +20,7 @@ from pipeline.config.types import (
     PositiveFraction,
     Range,
     Seed,
+    SetName,
     Triple,
     Workers,
 )
@@ -188,7 +190,18 @@ class Evaluate(Section):
     sizes: list[Pixels] = []
     """Additional image sizes at which every model is evaluated, with resized position embeddings. This is not the
     paper's Table 10, for which a model is fine-tuned at each size."""
+    real_labels: File | None = None
+    """ImageNet-ReaL's labels of the validation images (Beyer et al. 2020), for `real_top1`: real.json, or timm for the copy
+    in timm. The samples' keys have to contain ImageNet's file names (ILSVRC2012_val_00000293)."""
+    sets: dict[SetName, LocalFolder] = {}
+    """Further evaluation sets, for `NAME_top1`: folders by name, for example {v2: imagenetv2-matched-frequency-format-val}.
+    Each has a folder of images per class of the index, with its name; or, of ImageNet, with its number (0 to 999)."""
     workers: Workers = None
     """Loading processes; null: chosen for the machine."""
     throughput_seconds: NonNegative = 5.0
     """How long to measure each model's throughput."""
+
+    @property
+    def further_sets(self) -> list[str]:
+        """The names of the evaluation sets besides validation."""
+        return [*["real"] * (self.real_labels is not None), *self.sets]

@@ -64,6 +64,12 @@ def _check_class_map(value: str | list[int] | dict[str, int]) -> str | list[int]
     return value
 
 
+def _check_set_name(value: str) -> str:
+    if value == "real" or not re.fullmatch("[a-z][a-z0-9_]{0,30}", value):
+        raise InvalidValue("a name of lower-case letters, digits and _ other than real, such as v2", value)
+    return value
+
+
 def _check_work(value: str) -> str:
     value = _expand_user(value)
     if "::" in value or "%" in value:
@@ -114,6 +120,8 @@ Count = Annotated[int, Field(ge=1, le=100_000)]
 CountOrZero = Annotated[int, Field(ge=0, le=100_000)]
 Pixels = Annotated[int, Field(ge=8, le=4096)]
 """Height and width of a square image."""
+SetName = Annotated[str, AfterValidator(_check_set_name)]
+"""The name of a further evaluation set, which prefixes its metrics."""
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Workers = Annotated[int, Field(ge=0, le=1024)] | None
 """Loader workers per process; null: chosen for the machine, see pipeline.common.cores."""

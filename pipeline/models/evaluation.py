@@ -9,17 +9,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import softmax
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.batches.loader import evaluation_loader
+from pipeline.batches.loader import ImageSet, evaluation_loader
 from pipeline.common.arithmetic import autocast
 from pipeline.common.distributed import Rank
 from pipeline.models.build import NormalizedModel
-from pipeline.shards.index import Index
 
 
 @torch.no_grad()
 def predict(
     model: NormalizedModel,
-    index: Index,
+    images: ImageSet,
     size: int,
     crop: float,
     batch: int,
@@ -27,21 +26,21 @@ def predict(
     device: torch.device,
     precision: str = "float32",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the class head and of the distillation head for every sample, float32 (samples, classes) on the CPU.
+    """Logits of the class head and of the distillation head for every image, float32 (images, classes) on the CPU.
 
     Under torchrun each rank computes its share, and all ranks get all logits.
     """
     rank, training = Rank.init_process_group(device), model.training
     model.to(device).eval()
-    parts = [[torch.zeros(0, len(index.classes))] * 2]  # a rank may have no share of a small set
-    share = rank.local_range(len(index))
-    for pictures in evaluation_loader(index, share, size, crop, batch, workers, device.type == "cuda"):
+    parts = [[torch.zeros(0, len(images.classes))] * 2]  # a rank may have no share of a small set
+    share = rank.local_range(len(images))
+    for pictures in evaluation_loader(images, share, size, crop, batch, workers, device.type == "cuda"):
         with autocast(device.type, precision):
             heads = model(pictures.to(device, non_blocking=True).float())
         parts.append([logits.float().cpu() for logits in heads])
     model.train(training)
     class_logits, distillation_logits = (
-        rank.all_gather(torch.cat(part), len(index), device) for part in zip(*parts, strict=True)
+        rank.all_gather(torch.cat(part), len(images), device) for part in zip(*parts, strict=True)
     )
     return class_logits, distillation_logits
 

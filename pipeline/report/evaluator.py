@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import softmax
 
+from pipeline.batches.loader import ImageSet
 from pipeline.common.distributed import Rank
 from pipeline.config.paths import TEACHER
 from pipeline.config.schema import Config
@@ -13,6 +14,7 @@ from pipeline.models.evaluation import classifiers, multiply_adds, predict, thro
 from pipeline.models.tokens import LayerCosine, TokenCosines
 from pipeline.report.comparison import Predictions
 from pipeline.report.entries import Entry, load_model
+from pipeline.report.further_sets import open_further_sets
 from pipeline.report.tables import Result, SizeResult
 from pipeline.shards.index import Index
 
@@ -39,6 +41,7 @@ class Evaluator:
 
     def __post_init__(self):
         self.labels = torch.from_numpy(self.val.labels())
+        self.further = open_further_sets(self.config, self.val)
 
     def load(self, entry: Entry, size: int | None = None) -> NormalizedModel:
         return load_model(self.config, entry, self.val.classes, self.device, size)
@@ -54,7 +57,11 @@ class Evaluator:
         if Rank.init_process_group(self.device).rank == 0:
             speed = throughput(model, size, settings.batch_size, settings.throughput_seconds, entry.precision)
         cost, detail = (parameter_count(model.model), macs, speed), f"{entry.model}, {size} px"
-        rows = [Result(entry.name, detail, name, *self._accuracy(each), *cost) for name, each in scores.items()]
+        others = self._further_top1(entry, model, scores)
+        rows = [
+            Result(entry.name, detail, name, *self._accuracy(each), *cost, others=others[name])
+            for name, each in scores.items()
+        ]
         return Evaluation(rows, {name: self._predictions(name, each) for name, each in scores.items()}, tokens)
 
     def size_results(self, entry: Entry) -> list[SizeResult]:
@@ -67,9 +74,23 @@ class Evaluator:
             for name, scores in self._scores(entry, self.load(entry, size), size).items()
         ]
 
-    def _scores(self, entry: Entry, model: NormalizedModel, size: int) -> dict[str, torch.Tensor]:
+    def _further_top1(
+        self, entry: Entry, model: NormalizedModel, scores: dict[str, torch.Tensor]
+    ) -> dict[str, dict[str, float]]:
+        """Top-1 on the further sets, by classifier; `scores` are those of the validation images."""
+        real = self.further.real
+        found = {name: {"real": real.top1(each)} if real else {} for name, each in scores.items()}
+        for key, other in self.further.folders.items():
+            for name, each in self._scores(entry, model, entry.size, other.images).items():
+                found[name][key] = top_k_accuracy(each, other.labels, 1)
+        return found
+
+    def _scores(
+        self, entry: Entry, model: NormalizedModel, size: int, images: ImageSet | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Scores of every classifier for images, those of validation by default."""
         batch, workers = self.config.evaluate.batch_size, self.config.evaluate.workers
-        heads = predict(model, self.val, size, entry.crop, batch, workers, self.device, entry.precision)
+        heads = predict(model, images or self.val, size, entry.crop, batch, workers, self.device, entry.precision)
         return classifiers(heads, model.distilled and entry.distilled)
 
     def _accuracy(self, scores: torch.Tensor) -> tuple[float, float]:

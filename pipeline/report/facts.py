@@ -97,6 +97,8 @@ def _describe_evaluation(config: Config, device: torch.device) -> Terms:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "batch size": f"{settings.batch_size}, throughput over {settings.throughput_seconds:g} s",
+        **({"ReaL's labels": settings.real_labels} if settings.real_labels else {}),
+        **{f"set {name}": folder for name, folder in settings.sets.items()},
         "crop": f"{settings.crop:g}, fine-tuned {settings.crop_finetuned:g}, teacher {config.teacher.crop:g}",
         "python": platform.python_version(),
         **library_versions(),

@@ -18,7 +18,7 @@ from pipeline.report.pictures import data_uri, thumbnail
 from pipeline.report.plots import DARK, LIGHT, Curve, plot_curves
 from pipeline.report.reliability import plot_reliability, plot_token_cosines
 from pipeline.report.settings import TrainingRow
-from pipeline.report.tables import COLUMNS, Result, by_model
+from pipeline.report.tables import Result, by_model, result_columns
 
 MATRIX_CLASSES = 20
 """Up to so many classes, the confusion matrix is shown; beyond, the most confused pairs."""
@@ -59,7 +59,7 @@ def write_report(path: Path, report: Report) -> None:
         report=report,
         analysis=analysis,
         headline=analysis.headline,
-        columns=[(column, column.show_best(report.results)) for column in COLUMNS],
+        columns=[(column, column.show_best(report.results)) for column in result_columns(report.results)],
         models=by_model(report.results),
         classes=analysis.classes[:CLASSES],
         matrix=confusion_matrix(analysis.classes, analysis.confusions),

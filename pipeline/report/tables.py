@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class Result:
     """Multiply-adds per image."""
     throughput: float
     """Images per second."""
+    others: dict[str, float] = field(default_factory=dict, hash=False)
+    """Top-1 on further sets, by name; the same sets in every row of a table."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +84,28 @@ COLUMNS = (
 )
 
 
+def result_columns(results: Sequence[Result]) -> list[Column]:
+    """COLUMNS, with the accuracies on further sets after those on the validation set."""
+    further = [
+        Column(f"{name} %", lambda row, name=name: 100 * row.others[name], "{:.2f}".format, of_model=False)
+        for name in (results[0].others if results else ())
+    ]
+    own = [column for column in COLUMNS if not column.of_model]
+    return [*own, *further, *COLUMNS[len(own) :]]
+
+
 def by_model(results: list[Result]) -> list[list[Result]]:
     return [list(rows) for _, rows in groupby(results, lambda row: row.model)]
 
 
 def format_table(results: list[Result]) -> str:
     """The results as plain text, a line per classifier; what a model's classifiers share is printed once."""
-    lines = []
+    lines, columns = [], result_columns(results)
     for rows in by_model(results):
         for number, row in enumerate(rows):
-            shown = ["" if number and column.of_model else column.show(row) for column in COLUMNS]
+            shown = ["" if number and column.of_model else column.show(row) for column in columns]
             lines.append(["" if number else row.model, row.classifier, *shown])
-    return _plain_table(lines, ["model", "classifier", *(column.heading for column in COLUMNS)], texts=2)
+    return _plain_table(lines, ["model", "classifier", *(column.heading for column in columns)], texts=2)
 
 
 def format_sizes(rows: list[SizeResult]) -> str:
@@ -137,16 +149,17 @@ def write_tables(
         about["ece"] = round(analysis.calibration[row.model].ece, 6)
         if row.model in tokens:
             about["token_cosine"] = round(tokens[row.model][-1].mean, 6)
-        metrics.setdefault(row.model, about)[row.classifier] = {"top1": row.top1, "top5": row.top5}
+        metrics.setdefault(row.model, about)[row.classifier] = {"top1": row.top1, "top5": row.top5, **_others(row)}
     _write_json(folder / "metrics.json", metrics)
     speeds = {row.model: {"images_per_second": round(row.throughput, 1)} for row in results}
     _write_json(folder / "throughput.json", speeds)
     rows = [
-        asdict(row) | {"top1_low": interval.low, "top1_high": interval.high}
+        asdict(row) | {"top1_low": interval.low, "top1_high": interval.high} | _others(row)
         for row in results
         for interval in [analysis.intervals[row.model, row.classifier]]
     ]
-    _write_csv(folder / "accuracy.csv", ["model", "classifier", "top1", "top1_low", "top1_high", "top5"], rows)
+    columns = ["model", "classifier", "top1", "top1_low", "top1_high", "top5", *_others(results[0])]
+    _write_csv(folder / "accuracy.csv", columns, rows)
     columns = [field.name for field in fields(SizeResult)]
     _write_csv(folder / "sizes.csv", columns, (asdict(row) for row in sizes))
     pairs = (
@@ -155,6 +168,11 @@ def write_tables(
         for second, share in row.items()
     )
     _write_csv(folder / "disagreement.csv", ["first", "second", "share"], pairs)
+
+
+def _others(row: Result) -> dict[str, float]:
+    """The accuracies on further sets as files name them: real_top1, v2_top1."""
+    return {f"{name}_top1": value for name, value in row.others.items()}
 
 
 def write_comparisons(

@@ -20,6 +20,21 @@ def list_folder(data: Data, split: str) -> Listing:
     root = Path(getattr(data, split)).expanduser()
     if not getattr(data, split) or not root.is_dir():
         raise _no_folder(data, split, root)
+    return list_class_folders(root, f"data.{split}")
+
+
+def list_class_folders(root: Path, what: str) -> Listing:
+    """List one folder of images per class below `root`, which the configuration key `what` names.
+
+    Raises:
+        UsageError: no such folder.
+        PipelineError: no class, or a class without images.
+    """
+    if not root.is_dir():
+        raise UsageError(
+            f"{what}: {str(root)!r}", expected="a folder with one folder of images per class", found="no such folder",
+            do=f"correct {what}",
+        )  # fmt: skip
     entries = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
     classes = [name for name in entries if (root / name).is_dir()]
     names, labels, signatures = [], [], []
@@ -46,7 +61,7 @@ def list_folder(data: Data, split: str) -> Listing:
             f"{root}: no classes",
             expected="one folder of images per class, for example cat/001.jpg",
             found="no folder in it",
-            do=f"point data.{split} at the folder that holds the class folders",
+            do=f"point {what} at the folder that holds the class folders",
         )
     return Listing(classes, names, labels, signatures, ignored, root)
 
