@@ -159,6 +159,41 @@ def test_a_killed_repro_goes_on_where_it_was(project, params):
     assert "resumes at step" in call(project, "dvc", "repro")
 
 
+def test_a_commit_is_compared_with_an_experiment_and_the_files_of_both_are_found(project, params):
+    target, key = "train-student@none", "outputs/dag/students/none/metrics.json"
+    for setting in ("user.name=tests", "user.email=tests@example.org"):
+        call(project, "git", "config", *setting.split("="))
+    call(project, "git", "add", "dvc.yaml", ".dvc/config", ".dvcignore", ".gitignore", "pipeline", "stages", "configs")
+    call(project, "git", "add", "params.yaml", "dvc.lock")
+    call(project, "git", "commit", "-m", "baseline")
+    before = json.loads((project / key).read_text())
+    assert ran(call(project, "dvc", "exp", "run", "--set-param", "student.epochs=3", target))[-1] == target
+    after = json.loads((project / key).read_text())
+    assert json.loads(call(project, "dvc", "params", "diff", "--json"))["params.yaml"] == {
+        "student.epochs": {"old": 2, "new": 3, "diff": 1}
+    }
+    changed = json.loads(call(project, "dvc", "metrics", "diff", "--json"))
+    assert changed.keys() == {key} and changed[key]["epoch"] == {"old": 2, "new": 3, "diff": 1}
+    assert (changed[key]["loss"]["old"], changed[key]["loss"]["new"]) == (before["loss"], after["loss"])
+    assert "index.html" in call(project, "dvc", "plots", "diff")
+    page = (project / "dvc_plots/index.html").read_text()
+    assert '"rev": "HEAD"' in page and '"rev": "workspace"' in page
+    shown = call(project, "dvc", "exp", "show", "--csv")
+    assert shown.count(str(after["loss"])) == 2 and str(before["loss"]) in shown  # workspace and experiment; the commit
+
+
+def test_metrics_that_were_in_no_cache_before_run_nothing_again(tmp_path):
+    """dvc.yaml of earlier versions kept metrics and plots out of DVC's cache."""
+    call(tmp_path, "git", "init", "-q")
+    call(tmp_path, "dvc", "init", "-q")
+    stage = {"cmd": "cp in out", "deps": ["in"], "metrics": [{"out": {"cache": False}}]}
+    (tmp_path / "in").write_text("{}")
+    for metrics in ([{"out": {"cache": False}}], ["out"]):
+        (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"stage": stage | {"metrics": metrics}}}))
+        said = call(tmp_path, "dvc", "repro")
+    assert ran(said) == [] and "didn't change" in said
+
+
 def test_students_that_listen_to_nobody_pay_for_no_teacher(tmp_path):
     root = copy_project(tmp_path / "alone")
     alone = ("students=[none]", "finetune.from=[none]", "student.epochs=1", "student.warmup_epochs=0")

@@ -38,6 +38,14 @@ ELSEWHERE = {  # command: a file, and what in it runs the command or makes it wo
     "dvc metrics show": ("tests/test_dag.py", '"dvc", "metrics", "show"'),
     "dvc plots show": ("tests/test_dag.py", '"dvc", "plots", "show"'),
     "pipeline study digits-quick run": ("tests/test_study.py", '"study", "tiny.yaml", "run"'),
+    "pipeline compare digits/none digits/token": ("tests/test_compare.py", 'call("digits/none", "digits/token")'),
+    "git add params.yaml dvc.lock": ("tests/test_dag.py", '"git", "add", "params.yaml", "dvc.lock"'),
+    "git commit -m baseline": ("tests/test_dag.py", '"git", "commit", "-m", "baseline"'),
+    "dvc exp run --set-param student.epochs=5": ("tests/test_dag.py", '"dvc", "exp", "run", "--set-param", "student.epochs='),
+    "dvc params diff": ("tests/test_dag.py", '"dvc", "params", "diff"'),
+    "dvc metrics diff": ("tests/test_dag.py", '"dvc", "metrics", "diff"'),
+    "dvc plots diff": ("tests/test_dag.py", '"dvc", "plots", "diff"'),
+    "dvc exp show": ("tests/test_dag.py", '"dvc", "exp", "show"'),
     "dvc dag": ("tests/test_dag.py", '"dvc", "dag"'),
 }
 
