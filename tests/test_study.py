@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from conftest import make_data_set, tree
 
 from pipeline.cli import study as command
+from pipeline.cli import study_table
 from pipeline.cli.main import main
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config import schema
@@ -17,9 +18,11 @@ from pipeline.config import study as study_module
 from pipeline.config.params import dump, load, parse_yaml, resolve
 from pipeline.config.paths import evaluation_folder
 from pipeline.config.schema import Config, Student
-from pipeline.config.study import Cell, Study, expand, load_study
+from pipeline.config.study import Cell, Figure, Study, expand, load_study
 from pipeline.config.validation import validate
-from pipeline.report.study import Summary, Value, read_cells, summarize, table_rows, write_cells, write_summaries
+from pipeline.report import study_figure
+from pipeline.report.study import Summary, Value, read_cells, summarize, table_rows, write_cells, write_tables
+from pipeline.report.study_figure import draw_figure
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
@@ -114,6 +117,14 @@ def test_further_seeds_and_students_keep_the_names_of_earlier_cells():
     assert {cell.name for cell in few} < {cell.name for cell in more}
 
 
+def test_students_that_are_only_fine_tuned_are_not_trained_before():
+    (cell,) = cells(students=["token"], finetune="only", set={"finetune.weights": "elsewhere.safetensors"})
+    assert cell.stage.startswith("finetune@") and cell.config.students == []
+    assert cell.config.finetune.students == [cell.variant] and cell.config.finetune.weights == "elsewhere.safetensors"
+    commands = [" ".join(each[: each.index("--config")]) for each in command.setup_commands(cell.config, "only")]
+    assert commands == ["prepare --quick", "teacher", "teacher --for finetune", "teacher-logits --for finetune"]
+
+
 def test_a_fine_tuned_student_is_a_cell_whose_name_says_what_it_started_from():
     found = cells(students=["token"], finetune=True)
     assert [cell.stage.partition("@")[0] for cell in found] == ["train-student", "finetune"]
@@ -136,6 +147,10 @@ def test_a_fine_tuned_student_is_a_cell_whose_name_says_what_it_started_from():
         ({"skip": [{"student": ["none", "soft", "hard", "token"]}]}, "at least one cell"),
         ({"seeds": [1, 1]}, "different"),
         ({"figure": {"x": "V"}}, "figure.x"),
+        ({"figure": {"x": "top1"}}, "figure.x"),
+        ({"figure": {"x": "loss", "along": "V"}, "metrics": ["top1", "loss"]}, "figure.along"),
+        ({"figure": {"x": "views", "along": "student"}, "axes": {"teacher_logits.views": [10]}}, "figure.along"),
+        ({"finetune": "yes"}, "finetune"),
         ({"axis": {}}, "did you mean axes"),
         ({"students": ["soft"], "axes": {"teacher_logits.kind": ["argmax"]}}, "teacher_logits.kind must be"),
     ],
@@ -156,7 +171,7 @@ def test_every_shipped_study_is_valid_and_its_first_line_says_what_it_is(path):
 
 def test_the_views_of_the_shipped_study_share_one_store():
     study = load_study(ROOT / "configs/studies/cifar10-views.yaml")
-    found = expand(study, "views", load(ROOT / "configs/cifar10.yaml"), "views")
+    found = expand(study, "views", load(ROOT / f"configs/{study.base}.yaml"), "views")
     assert len({json.dumps(cell.config.recipe.model_dump(mode="json")) for cell in found}) == 1
     assert {cell.config.teacher_logits.views for cell in found} == {1, 3, 10, 30}
 
@@ -208,10 +223,46 @@ def test_all_files_are_made_from_cells_csv_alone(tmp_path):
     assert again == VALUES
     for folder, values in (("a", VALUES), ("b", again)):
         (tmp_path / folder).mkdir()
-        write_summaries(tmp_path / folder, summarize(values), "views", log=True)
+        write_tables(tmp_path / folder / "table.csv", tmp_path / folder / "table.md", summarize(values))
+        draw_figure(tmp_path / folder / "figure.png", summarize(values), Figure(x="views", log=True))
     assert tree(tmp_path / "a") == tree(tmp_path / "b") and len(tree(tmp_path / "a")) == 3
     lines = (tmp_path / "a/table.csv").read_text().splitlines()
     assert lines[0] == "student,views,metric,mean,standard_deviation,seeds" and lines[2] == "hard,10,top1,0.95,,1"
+
+
+def test_tables_and_figures_of_a_folder_of_cells_are_made_again_without_data_or_params(in_tmp):
+    Path("configs").symlink_to(ROOT / "configs")
+    write_cells(Path("results/digits-quick.csv"), VALUES)
+    write_cells(Path("results/other.csv"), VALUES)
+    printed = call("study", "--from", "results")
+    assert "digits-quick: from results/digits-quick.csv" in printed and "91.00 ± 1.41 (2 seeds)" in printed
+    made = {"digits-quick.md", "digits-quick.png", "digits-quick-table.csv"}
+    assert {path.name for path in Path("results").iterdir()} == made | {"digits-quick.csv", "other.csv"}
+    before = tree(Path("results"))
+    assert f"results: {', '.join(sorted(made))}" in call("study", "digits-quick", "--from", "results/digits-quick.csv", "--to", "results")
+    assert tree(Path("results")) == before
+    assert not Path("outputs").exists()
+
+
+def test_a_figure_over_a_metric_has_a_point_for_every_row(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(study_figure, "_plot", lambda lines, log: drawn.update(lines) or REAL_PLOT(lines, log))
+    values = [
+        Value(f"x/{student}-{size}-{seed}", {"student": student, "size": size}, seed, "run", metric, number * (1 + seed))
+        for student in ("none", "token") for size, speed in (("S", 900.0), ("Ti", 2500.0)) for seed in (0, 1)
+        for metric, number in (("top1", speed / 10000), ("throughput.images_per_second", speed))
+    ]  # fmt: skip
+    summaries = summarize(values)
+    draw_figure(tmp_path / "figure.png", summaries, Figure(x="throughput.images_per_second", along="size", log=True))
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert drawn.keys() == {"none", "token"}
+    small, tiny = drawn["token"]
+    assert (small.text, small.x, small.y) == ("S", 1350.0, pytest.approx(13.5))
+    assert (tiny.text, tiny.x, tiny.y) == ("Ti", 3750.0, pytest.approx(37.5))
+    assert tiny.y_deviation == pytest.approx(25 / math.sqrt(2)) and tiny.x_deviation == pytest.approx(2500 / math.sqrt(2))
+
+
+REAL_PLOT = study_figure._plot
 
 
 def test_a_file_that_is_no_cells_csv_is_refused(tmp_path):
@@ -279,6 +330,9 @@ def test_a_study_runs_what_is_missing_and_a_second_run_does_nothing(project):
     before = tree(folder)
     call("study", "tiny.yaml", "--from", str(folder / "cells.csv"))
     assert tree(folder) == before
+    call("study", "tiny.yaml", "--to", "results")
+    assert {path.name for path in Path("results").iterdir()} == {"tiny.csv", "tiny-table.csv", "tiny.md", "tiny.png"}
+    assert sorted(tree(Path("results")).values()) == sorted(before.values())
     # another learning rate for the same level: earlier results are not its own
     write_study(axes={"lr": {"0.001": {"student.lr": 0.001}, "0.01": {"student.lr": 0.02}}})
     assert "2 of 4 cells done" in call("study", "tiny.yaml")
@@ -311,8 +365,8 @@ def test_calibration_is_a_metric_of_the_evaluation_of_the_same_run(in_tmp):
     evaluation_folder(cell.config).mkdir(parents=True)
     metrics = {cell.folder.name: {"run": "this", "ece": 0.0421, "token_cosine": 0.93}}
     (evaluation_folder(cell.config) / "metrics.json").write_text(json.dumps(metrics))
-    assert [command.read_metric(cell, "evaluation.ece", run) for run in ("this", "other")] == [0.0421, None]
-    assert command.read_metric(cell, "evaluation.token_cosine", "this") == 0.93
+    assert [study_table.read_metric(cell, "evaluation.ece", run) for run in ("this", "other")] == [0.0421, None]
+    assert study_table.read_metric(cell, "evaluation.token_cosine", "this") == 0.93
 
 
 def test_a_failed_command_ends_the_study_with_its_name(project):
@@ -378,7 +432,9 @@ def test_a_study_that_ends_anywhere_and_is_resumed_has_the_same_numbers(tmp_path
         ([], "pipeline study --list"),
         (["digits-quick", "run", "--cell", "x"], "a cell of digits-quick"),
         (["digits-quick", "--dry-run"], "the action run"),
-        (["digits-quick", "run", "--from", "cells.csv"], "neither run"),
+        (["digits-quick", "run", "--to", "results"], "neither run"),
+        (["digits-quick", "--from", "configs"], "a folder"),
+        (["--from", "configs"], "NAME.csv"),
     ],
 )  # fmt: skip
 def test_a_mistake_on_the_command_line_is_named(monkeypatch, arguments, message):
@@ -388,4 +444,6 @@ def test_a_mistake_on_the_command_line_is_named(monkeypatch, arguments, message)
 
 def test_the_shipped_studies_are_listed(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert [line.split()[0] for line in call("study", "--list").splitlines()] == [path.stem for path in STUDIES]
+    listed = [line.split()[0] for line in call("study", "--list").splitlines()]
+    assert sorted(listed) == sorted(path.stem for path in STUDIES)
+    assert listed.index("imagenet-table2") < listed.index("imagenet-table3") < listed.index("imagenet-table10")

@@ -16,11 +16,13 @@ from pipeline.common.errors import UsageError
 @click.option("--commands", is_flag=True, help="Print all commands, for a cluster's job array, and run none.")
 @click.option("--cell", "cells", multiple=True, metavar="CELL", help="run: only this cell, for example NAME-1a2b3c/hard-seed0.")
 @click.option("--dry-run", is_flag=True, help="run: only print the commands that are missing.")
-@click.option("--from", "source", type=click.Path(dir_okay=False, path_type=Path), metavar="CELLS.CSV",
-              help="show: make table and figure from this file.")  # fmt: skip
+@click.option("--from", "source", type=click.Path(exists=True, path_type=Path), metavar="CELLS.CSV",
+              help="show: make table and figure from this file; or, without NAME, from NAME.csv of every study in a folder.")
+@click.option("--to", "folder", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER",
+              help="show: write to this folder, as NAME.csv, NAME-table.csv, NAME.md and NAME.png.")  # fmt: skip
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key of the base.")
 def study(name: str | None, action: str, as_list: bool, commands: bool, cells: tuple[str, ...], dry_run: bool,
-          source: Path | None, overrides: tuple[str, ...]) -> None:  # fmt: skip
+          source: Path | None, folder: Path | None, overrides: tuple[str, ...]) -> None:  # fmt: skip
     """Run a matrix of experiments, or show its table.
 
     configs/studies/NAME.yaml names a base configuration, the axes that vary and the seeds. Each cell is a
@@ -29,31 +31,39 @@ def study(name: str | None, action: str, as_list: bool, commands: bool, cells: t
     are used. It may be interrupted at any moment, and the same command resumes.
 
     Without an action, it prints mean, standard deviation and number of seeds of every metric so far, and
-    writes cells.csv, table.csv, table.md and figure.png to outputs/studies/NAME.
+    writes cells.csv, table.csv, table.md and figure.png to outputs/studies/NAME. They can be made again from
+    cells.csv alone, without data, params.yaml or outputs.
 
     \b
     Examples:
       pipeline study --list
       pipeline study digits-quick run
       pipeline study digits-quick
+      pipeline study digits-quick --from cells.csv --to results
+      pipeline study --from results
       pipeline study cifar10-views --commands --set data.train=cifar10/train --set data.val=cifar10/test
     """
-    from pipeline.cli import study
+    from pipeline.cli import study, study_table
 
     if as_list:
         return study.list_studies()
+    if name is None and source and source.is_dir():
+        return study_table.show_all(source, folder)
     if name is None:
         raise UsageError("pipeline study", expected="the name of a study", do="see pipeline study --list")
     if action != "run" and (cells or dry_run):
         raise UsageError("--cell and --dry-run", expected="the action run", do=f"pipeline study {name} run")
-    if source and (action == "run" or commands):
-        raise UsageError("--from", expected="neither run nor --commands with it", do=f"pipeline study {name} --from {source}")
+    if (source or folder) and (action == "run" or commands):
+        raise UsageError("--from and --to", expected="neither run nor --commands with them", do=f"pipeline study {name}")
+    if source and source.is_dir():
+        raise UsageError(f"--from {source}", expected="a file of cells with the name of a study", found="a folder",
+                         do=f"pipeline study {name} --from {source / name}.csv")  # fmt: skip
     matrix = study.find(name, overrides)
     if commands:
         return study.print_commands(matrix)
     if action == "run":
         return study.run(matrix, cells, dry_run, study.run_subprocess)
-    study.show(matrix, source)
+    study_table.show(matrix, source, folder)
 
 
 @click.command()

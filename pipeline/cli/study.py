@@ -1,12 +1,12 @@
-"""`pipeline study`: the cells of a study, the commands that they take, and the table of what they have given so far."""
+"""`pipeline study`: the cells of a study, the commands that they take, and which of them are done."""
 
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tabulate import tabulate
 
@@ -14,28 +14,18 @@ from pipeline.cli.configure import CONFIGS, STUDIES
 from pipeline.cli.matching import have_changed, lacks_sets
 from pipeline.cli.scan import read_json
 from pipeline.cli.status import Experiment
-from pipeline.cli.status_table import headline_top1
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.signals import raise_on_sigterm
 from pipeline.common.wording import count_of
 from pipeline.config.params import load, record
-from pipeline.config.paths import (
-    evaluated_models,
-    evaluation_folder,
-    teacher_folder,
-    teacher_logits_folder,
-    used_params,
-)
+from pipeline.config.paths import evaluated_models, evaluation_folder, teacher_logits_folder, used_params
 from pipeline.config.schema import PURPOSES, Config
 from pipeline.config.study import Cell, Study, expand, load_study
 from pipeline.config.validation import fingerprint
-from pipeline.report.study import Value, read_cells, summarize, table_rows, write_cells, write_summaries
 from pipeline.training.identity import is_run_of
 
 Execute = Callable[[list[str]], int]
 """Runs a command of `pipeline`, given without that word; returns its exit code."""
-FILES = {"evaluation": "metrics.json", "throughput": "throughput.json"}
-"""Files of `pipeline evaluate`, by the prefix of the metrics that are read from them."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +35,6 @@ class Matrix:
     name: str
     study: Study
     cells: list[Cell]
-
-    @property
-    def folder(self) -> Path:
-        return Path("outputs") / "studies" / self.name
 
     @property
     def configs(self) -> list[Config]:
@@ -64,7 +50,7 @@ def find(name: str, overrides: tuple[str, ...]) -> Matrix:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else STUDIES / f"{name}.yaml"
     if not path.exists():
-        known = ", ".join(sorted(studies()))
+        known = ", ".join(studies())
         raise UsageError(f"study {name!r}", expected=f"one of {known}, or a YAML file", found=f"no {path}")
     study = load_study(path)
     base = study.base if study.base.endswith((".yaml", ".yml")) else CONFIGS / f"{study.base}.yaml"
@@ -72,8 +58,13 @@ def find(name: str, overrides: tuple[str, ...]) -> Matrix:
 
 
 def studies() -> dict[str, Path]:
-    """The files in configs/studies/ by name."""
-    return {path.stem: path for path in sorted(STUDIES.glob("*.yaml"))}
+    """The files in configs/studies/ by name; table2 before table10."""
+    return {path.stem: path for path in sorted(STUDIES.glob("*.yaml"), key=lambda path: natural_order(path.stem))}
+
+
+def natural_order(name: str) -> list[tuple[str, int]]:
+    """A key that sorts numbers in names by their value."""
+    return [(text, int(digits or -1)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
 
 
 def list_studies() -> None:
@@ -85,11 +76,11 @@ def list_studies() -> None:
 # commands
 
 
-def setup_commands(config: Config, finetune: bool) -> list[list[str]]:
+def setup_commands(config: Config, finetune: bool | str) -> list[list[str]]:
     """What the students of a configuration need: shards, teachers and stores."""
     options = ["--config", str(used_params(config))]
     commands = [["prepare", "--quick", *options]]
-    for purpose in PURPOSES[: 1 + finetune]:
+    for purpose in PURPOSES[: 1 + bool(finetune)]:
         chosen = ["--for", purpose] * (purpose == "finetune")
         if config.needs_teacher(purpose) or (purpose == "train-student" and config.needs_teacher("finetune")):
             commands.append(["teacher", *chosen, *options])
@@ -183,7 +174,7 @@ def run_subprocess(command: list[str]) -> int:
         raise
 
 
-# results
+# what is done
 
 
 def done_runs(cells: Iterable[Cell]) -> dict[str, str]:
@@ -220,63 +211,3 @@ def _is_evaluated(config: Config) -> bool:
     """Whether the evaluation is of the models that are published, and of the configured sets."""
     metrics, models = read_json(evaluation_folder(config) / "metrics.json"), evaluated_models(config)
     return metrics.keys() >= models.keys() and not have_changed(metrics, models) and not lacks_sets(metrics, config)
-
-
-def collect(matrix: Matrix) -> Iterator[Value]:
-    """The metrics of the cells that are done."""
-    done = done_runs(matrix.cells)
-    for cell in matrix.cells:
-        if run := done.get(cell.name):
-            levels = dict(cell.levels)
-            if matrix.study.finetune:
-                levels["fine-tuned"] = "yes" if cell.finetuned else "no"
-            for metric in matrix.study.metrics:
-                value = read_metric(cell, metric, run)
-                if isinstance(value, int | float) and not isinstance(value, bool):
-                    yield Value(cell.name, levels, cell.seed, run, metric, float(value))
-
-
-def read_metric(cell: Cell, metric: str, run: str) -> Any:
-    """A metric of a cell, or None.
-
-    Args:
-        run: the cell's; an evaluation of another run has no metrics for it.
-    """
-    source, _, key = metric.partition(".")
-    if source == "teacher" and key:
-        return read_json(teacher_folder(cell.config) / "metrics.json").get(key)
-    if source in FILES and key:
-        folder = evaluation_folder(cell.config)
-        if read_json(folder / "metrics.json").get(cell.folder.name, {}).get("run") != run:
-            return None
-        found: Any = read_json(folder / FILES[source]).get(cell.folder.name)
-        for part in key.split("."):
-            found = found.get(part) if isinstance(found, dict) else None
-        return found
-    metrics = read_json(cell.folder / "metrics.json")
-    return headline_top1(metrics) if metric == "top1" else metrics.get(metric)
-
-
-def show(matrix: Matrix, cells: Path | None) -> None:
-    """Print the table so far, and write cells.csv, table.csv, table.md and figure.png.
-
-    Args:
-        cells: a cells.csv to read instead of the cells' metrics.
-    """
-    values = read_cells(cells) if cells else list(collect(matrix))
-    if cells is None:
-        done = len({each.cell for each in values})
-        print(f"{matrix.name}: {done} of {count_of(len(matrix.cells), 'cell')} done")
-    if not values:
-        print(f"nothing to show yet; run: pipeline study {matrix.name} run")
-        return
-    if absent := [metric for metric in matrix.study.metrics if metric not in {each.metric for each in values}]:
-        print(f"no cell has the metric {', '.join(absent)}" + " yet" * matrix.study.evaluate)
-    summaries = summarize(values)
-    headings, lines = table_rows(summaries)
-    print("\n" + tabulate(lines, headings, tablefmt="plain", disable_numparse=True) + "\n")
-    if cells is None:
-        write_cells(matrix.folder / "cells.csv", values)
-    figure = matrix.study.figure
-    write_summaries(matrix.folder, summaries, figure.x if figure else None, bool(figure and figure.log))
-    print(f"{matrix.folder}: " + ", ".join(sorted(path.name for path in matrix.folder.iterdir() if path.suffix != ".partial")))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -31,10 +31,13 @@ DIGITS = 6
 
 
 class Figure(Section):
-    """What the figure shows: a metric against an axis, with a line for each combination of the others."""
+    """What the figure shows: the first metric against an axis or against another metric, with a line for each combination
+    of the other axes."""
 
     x: str
-    """An axis with numbers as levels."""
+    """An axis with numbers as levels, or another of `metrics`, such as throughput.images_per_second."""
+    along: str | None = None
+    """With a metric as x: the axis whose levels are the points of a line, next to which they are written."""
     log: bool = False
     """Whether the horizontal axis is logarithmic."""
 
@@ -54,13 +57,13 @@ class Study(Section):
     """Values of `student.seed`."""
     skip: list[dict[str, list[str]]] = []
     """Combinations to leave out: levels of some axes, `student` included."""
-    finetune: bool = False
-    """Whether every student is fine-tuned too."""
+    finetune: bool | Literal["only"] = False
+    """Whether every student is fine-tuned too; only: from `finetune.weights`, and no student is trained before."""
     evaluate: bool = False
-    """Whether `pipeline evaluate` runs for every configuration, for metrics that begin with `evaluation.`."""
+    """Whether `pipeline evaluate` runs for every configuration, for metrics from its files."""
     metrics: Annotated[list[str], Field(min_length=1)] = ["top1"]
     """Columns of the table: top1 (of both heads' mean, if there are two), a key of the student's metrics.json, or
-    teacher.KEY, evaluation.KEY or throughput.KEY from these files."""
+    teacher.KEY, evaluation.KEY, throughput.KEY or details.KEY (of the evaluation) from these files. The first is in the figure."""
     figure: Figure | None = None
     """The figure; null: a dot for every row of the table."""
 
@@ -104,9 +107,16 @@ class Study(Section):
                     raise ValueError(f"skip: levels of an axis, of {', '.join(known) or 'no such axis'}, not {axis} {unknown[0]}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be different: {self.seeds}")
-        if self.figure and not all(map(_is_number, self.axes.get(self.figure.x, ["no such axis"]))):
-            raise ValueError(f"figure.x must be an axis with numbers as levels: found {self.figure.x}")
+        if self.figure:
+            self._check_figure(self.figure)
         return self
+
+    def _check_figure(self, figure: Figure) -> None:
+        by_metric = figure.x in self.metrics[1:]
+        if not by_metric and not all(map(_is_number, self.axes.get(figure.x, ["no such axis"]))):
+            raise ValueError(f"figure.x must be an axis with numbers as levels, or a metric but the first: found {figure.x}")
+        if figure.along is not None and not (by_metric and figure.along in (STUDENT, *self.axes)):
+            raise ValueError(f"figure.along must be an axis, and figure.x a metric: found {figure.along}")
 
 
 @dataclass(frozen=True)
@@ -204,15 +214,17 @@ def _configuration(
             raise UsageError(f"{source}: {title}", expected="cells of different names", found=f"{variant} twice", do="rename a level")
         variants[variant] = changed
         cells.append((variant, levels, seed))
-    last = {"students": [*variants], "variants": variants}
+    last = {"students": [] if study.finetune == "only" else [*variants], "variants": variants}
     values = {**values, **last, "finetune": {**values["finetune"], "from": [*variants] if study.finetune else []}}
     config = resolve(values, (), f"{source}: {title}")
+    if study.finetune == "only" and not config.finetune.weights:
+        raise UsageError(f"{source}: {title}", expected="finetune.weights with finetune: only", found="null", do="set it to a file")
     name = f"{title}-{_digest(config)[:DIGITS]}"
     config = resolve({**values, "name": name}, (), f"{source}: {title}")
     return [
         Cell(config, variant, levels, seed, tuned)
         for variant, levels, seed in cells
-        for tuned in ((False, True) if study.finetune else (False,))
+        for tuned in {False: (False,), True: (False, True), "only": (True,)}[study.finetune]
     ]
 
 

@@ -1,27 +1,21 @@
-"""The table and the figure of a study, from its cells: mean, standard deviation and number of seeds.
+"""The table of a study, from its cells: mean, standard deviation and number of seeds.
 
 cells.csv has a line per cell and metric, and everything else is made from it alone.
 """
 
 import csv
 import io
-import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from tabulate import tabulate
 
 from pipeline.common.errors import UsageError
 from pipeline.common.files import atomic_write
 from pipeline.common.wording import count_of
-from pipeline.report.grid import save_figure
-from pipeline.report.plots import DPI, LIGHT, LINE_STYLES, MARKERS
 
 OWN_COLUMNS = ("cell", "seed", "run", "metric", "value")
 """Columns of cells.csv besides the axes."""
@@ -67,8 +61,8 @@ class Summary:
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric is an accuracy in 0..1."""
-    return any(part in ("top1", "top5") for part in metric.replace(".", "_").split("_"))
+    """Whether a metric is an accuracy, or another share of the images, in 0..1."""
+    return any(part in ("top1", "top5", "disagreement") for part in metric.replace(".", "_").split("_"))
 
 
 def heading(metric: str) -> str:
@@ -146,25 +140,18 @@ def read_cells(path: Path) -> list[Value]:
         ) from None  # fmt: skip
 
 
-def write_summaries(folder: Path, summaries: Sequence[Summary], x: str | None, log: bool) -> None:
-    """Write table.csv, table.md and figure.png.
-
-    Args:
-        x: the axis of the figure; None: a dot for every row of the table.
-        log: whether that axis is logarithmic.
-    """
+def write_tables(path: Path, markdown: Path, summaries: Sequence[Summary]) -> None:
+    """Write the table as CSV, a line per mean, and as Markdown."""
     axes = list(dict.fromkeys(axis for each in summaries for axis in each.levels))
     rows = [
         {**each.levels, "metric": each.metric, "mean": each.mean, "seeds": len(each.values)}
         | {"standard_deviation": each.deviation if len(each.values) > 1 else ""}
         for each in summaries
     ]
-    _write_csv(folder / "table.csv", [*axes, "metric", "mean", "standard_deviation", "seeds"], rows)
+    _write_csv(path, [*axes, "metric", "mean", "standard_deviation", "seeds"], rows)
     headings, lines = table_rows(summaries)
-    with atomic_write(folder / "table.md") as temporary:
+    with atomic_write(markdown) as temporary:
         temporary.write_text(tabulate(lines, headings, tablefmt="github", disable_numparse=True) + "\n")
-    shown = [each for each in summaries if each.metric == summaries[0].metric]
-    (draw_lines(folder / "figure.png", shown, x, log) if x else draw_dots(folder / "figure.png", shown))
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
@@ -172,71 +159,3 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-
-
-def draw_lines(path: Path, summaries: Sequence[Summary], x: str, log: bool) -> None:
-    """Plot one metric against an axis: means with standard deviations, a line per combination of the other axes."""
-    others = [axis for axis in varying_axes(summaries) if axis != x]
-    lines: dict[str, list[Summary]] = {}
-    for each in summaries:
-        lines.setdefault(", ".join(_level(axis, each) for axis in others), []).append(each)
-    figure = Figure((6.4, 4.2), dpi=DPI, layout="constrained", facecolor=LIGHT.page)
-    axes = figure.subplots()
-    styles = zip(itertools.cycle(LIGHT.curves), itertools.cycle(MARKERS), itertools.cycle(LINE_STYLES))
-    for (label, found), (colour, marker, style) in zip(lines.items(), styles, strict=False):
-        points = sorted(found, key=lambda each: float(each.levels[x]))
-        places = [float(each.levels[x]) for each in points]
-        axes.errorbar(places, *_means(points), label=label, color=colour, marker=marker, ls=style, ms=5, lw=1.5, capsize=3)
-    if log:
-        axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(sorted({float(each.levels[x]) for each in summaries})))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set_xlabel(_plain(x), color=LIGHT.muted)
-    _finish(axes, summaries, "y")
-    if any(lines):
-        axes.legend(frameon=False, handlelength=3.5, labelcolor=LIGHT.ink)
-    save_figure(figure, path)
-
-
-def draw_dots(path: Path, summaries: Sequence[Summary]) -> None:
-    """Plot one metric: a dot with its standard deviation for each combination of levels, below each other."""
-    names = varying_axes(summaries)
-    labels = [", ".join(_level(axis, each) for axis in names) for each in summaries]
-    figure = Figure((6.4, 1.0 + 0.3 * len(labels)), dpi=DPI, layout="constrained", facecolor=LIGHT.page)
-    axes = figure.subplots()
-    means, deviations = _means(summaries)
-    axes.errorbar(means, range(len(labels)), xerr=deviations, color="#000000", marker="o", ls="", ms=5, capsize=3)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.invert_yaxis()
-    _finish(axes, summaries, "x")
-    save_figure(figure, path)
-
-
-def _level(axis: str, each: Summary) -> str:
-    """A level as it stands in a legend: numbers with their axis."""
-    level = each.levels.get(axis, "")
-    return _plain(f"{axis} {level}" if level.replace(".", "").isdigit() else level)
-
-
-def _means(summaries: Sequence[Summary]) -> tuple[list[float], list[float]]:
-    scale = 100 if is_share(summaries[0].metric) else 1
-    deviations = [0.0 if math.isnan(each.deviation) else scale * each.deviation for each in summaries]
-    return [scale * each.mean for each in summaries], deviations
-
-
-def _finish(axes: Axes, summaries: Sequence[Summary], value_axis: str) -> None:
-    """Name the axis of values, and say what the bars are."""
-    counts = sorted({len(each.values) for each in summaries})
-    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    text = f"{_plain(heading(summaries[0].metric))} (mean ± standard deviation of {seeds} seeds)"
-    (axes.set_ylabel if value_axis == "y" else axes.set_xlabel)(text, color=LIGHT.muted)
-    axes.grid(axis="both", color=LIGHT.line, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=LIGHT.muted, length=0)
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib does not read as mathematics."""
-    return text.replace("$", r"\$")

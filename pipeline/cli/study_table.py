@@ -1,0 +1,118 @@
+"""`pipeline study`: the table and the figure of what the cells of a study have given so far."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from pipeline.cli.scan import read_json
+from pipeline.cli.status_table import headline_top1
+from pipeline.cli.study import Matrix, done_runs, find, studies
+from pipeline.common.errors import UsageError
+from pipeline.common.wording import count_of
+from pipeline.config.paths import evaluation_folder, teacher_folder
+from pipeline.config.study import Cell
+from pipeline.report.study import Value, read_cells, summarize, table_rows, write_cells, write_tables
+from pipeline.report.study_figure import draw_figure
+
+FILES = {"evaluation": "metrics.json", "throughput": "throughput.json", "details": "details.json"}
+"""Files of `pipeline evaluate`, by the prefix of the metrics that are read from them."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the results of a study are written."""
+
+    folder: Path
+    cells: str = "cells.csv"
+    table: str = "table.csv"
+    markdown: str = "table.md"
+    figure: str = "figure.png"
+
+    @classmethod
+    def of(cls, name: str, folder: Path | None) -> "Files":
+        """The files of a study in its own folder, or with its name in a folder of several."""
+        if folder is None:
+            return cls(Path("outputs") / "studies" / name)
+        return cls(folder, f"{name}.csv", f"{name}-table.csv", f"{name}.md", f"{name}.png")
+
+
+def collect(matrix: Matrix) -> Iterator[Value]:
+    """The metrics of the cells that are done."""
+    done = done_runs(matrix.cells)
+    for cell in matrix.cells:
+        if run := done.get(cell.name):
+            levels = dict(cell.levels)
+            if matrix.study.finetune is True:
+                levels["fine-tuned"] = "yes" if cell.finetuned else "no"
+            for metric in matrix.study.metrics:
+                value = read_metric(cell, metric, run)
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    yield Value(cell.name, levels, cell.seed, run, metric, float(value))
+
+
+def read_metric(cell: Cell, metric: str, run: str) -> Any:
+    """A metric of a cell, or None.
+
+    Args:
+        run: the cell's; an evaluation of another run has no metrics for it.
+    """
+    source, _, key = metric.partition(".")
+    if source == "teacher" and key:
+        return read_json(teacher_folder(cell.config) / "metrics.json").get(key)
+    if source in FILES and key:
+        folder = evaluation_folder(cell.config)
+        if read_json(folder / "metrics.json").get(cell.folder.name, {}).get("run") != run:
+            return None
+        found: Any = read_json(folder / FILES[source]).get(cell.folder.name)
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        return found
+    metrics = read_json(cell.folder / "metrics.json")
+    return headline_top1(metrics) if metric == "top1" else metrics.get(metric)
+
+
+def show(matrix: Matrix, cells: Path | None, folder: Path | None) -> None:
+    """Print the table so far, and write cells, table and figure.
+
+    Args:
+        cells: a file of cells to read instead of the cells' metrics.
+        folder: where to write; None: outputs/studies/NAME.
+    """
+    values, files = read_cells(cells) if cells else list(collect(matrix)), Files.of(matrix.name, folder)
+    if cells is None:
+        done = len({each.cell for each in values})
+        print(f"{matrix.name}: {done} of {count_of(len(matrix.cells), 'cell')} done")
+    if not values:
+        print(f"nothing to show yet; run: pipeline study {matrix.name} run")
+        return
+    if absent := [metric for metric in matrix.study.metrics if metric not in {each.metric for each in values}]:
+        print(f"no cell has the metric {', '.join(absent)}" + " yet" * bool(matrix.study.evaluate))
+    summaries = summarize(values)
+    headings, lines = table_rows(summaries)
+    print("\n" + tabulate(lines, headings, tablefmt="plain", disable_numparse=True) + "\n")
+    if cells is None:
+        write_cells(files.folder / files.cells, values)
+    write_tables(files.folder / files.table, files.folder / files.markdown, summaries)
+    draw_figure(files.folder / files.figure, summaries, matrix.study.figure)
+    written = [*([files.cells] if cells is None else []), files.table, files.markdown, files.figure]
+    print(f"{files.folder}: {', '.join(sorted(written))}")
+
+
+def show_all(source: Path, folder: Path | None) -> None:
+    """Make tables and figures again from the file NAME.csv of every study that has one in a folder.
+
+    Args:
+        folder: where to write; None: there.
+
+    Raises:
+        UsageError: no study has one.
+    """
+    found = {name: source / f"{name}.csv" for name in studies() if (source / f"{name}.csv").exists()}
+    if not found:
+        raise UsageError(f"{source}", expected="a file NAME.csv of a study", found="none", do="pipeline study NAME --to FOLDER writes it")
+    for name, cells in found.items():
+        print(f"{name}: from {cells}")
+        show(find(name, ()), cells, folder or source)

@@ -1,0 +1,140 @@
+"""The figure of a study: its first metric against an axis, against another metric, or as a dot per row of the table."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFormatter
+
+from pipeline.config.study import Figure as Settings
+from pipeline.report.grid import save_figure
+from pipeline.report.plots import DPI, LIGHT, LINE_STYLES, MARKERS
+from pipeline.report.study import Summary, heading, is_share, varying_axes
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a mean is drawn, with the standard deviations; accuracies in percent."""
+
+    x: float
+    x_deviation: float
+    y: float
+    y_deviation: float
+    text: str = ""
+    """Next to it."""
+
+
+def draw_figure(path: Path, summaries: Sequence[Summary], settings: Settings | None) -> None:
+    """Write the figure as PNG; without settings, or without values for its horizontal axis, a dot per row."""
+    shown = [each for each in summaries if each.metric == summaries[0].metric]
+    if settings and settings.x in shown[0].levels:
+        draw_lines(path, shown, settings.x, settings.log)
+    elif settings and any(each.metric == settings.x for each in summaries):
+        draw_against_metric(path, shown, [each for each in summaries if each.metric == settings.x], settings)
+    else:
+        draw_dots(path, shown)
+
+
+def draw_lines(path: Path, summaries: Sequence[Summary], x: str, log: bool) -> None:
+    """Plot one metric against an axis: means with standard deviations, a line per combination of the other axes."""
+    lines: dict[str, list[Point]] = {}
+    for each in summaries:
+        others = [axis for axis in varying_axes(summaries) if axis != x]
+        lines.setdefault(_label(others, each), []).append(Point(float(each.levels[x]), 0.0, *_scaled(each)))
+    axes = _plot(lines, log)
+    axes.xaxis.set_major_locator(FixedLocator(sorted({point.x for points in lines.values() for point in points})))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(_plain(x), color=LIGHT.muted)
+    _finish(axes, summaries, "y")
+    save_figure(_figure(axes), path)
+
+
+def draw_against_metric(path: Path, summaries: Sequence[Summary], others: Sequence[Summary], settings: Settings) -> None:
+    """Plot one metric against another, `others`: a line along one axis per combination of the remaining ones."""
+    places = {tuple(each.levels.items()): _scaled(each) for each in others}
+    lines: dict[str, list[Point]] = {}
+    for each in summaries:
+        if (place := places.get(tuple(each.levels.items()))) is not None:
+            remaining = [axis for axis in varying_axes(summaries) if axis != settings.along]
+            text = _plain(each.levels[settings.along]) if settings.along else ""
+            lines.setdefault(_label(remaining, each), []).append(Point(*place, *_scaled(each), text))
+    axes = _plot(lines, settings.log)
+    if settings.log:
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(_plain(heading(settings.x)), color=LIGHT.muted)
+    _finish(axes, summaries, "y")
+    save_figure(_figure(axes), path)
+
+
+def draw_dots(path: Path, summaries: Sequence[Summary]) -> None:
+    """Plot one metric: a dot with its standard deviation for each combination of levels, below each other."""
+    labels = [_label(varying_axes(summaries), each) for each in summaries]
+    figure = Figure((6.4, 1.0 + 0.3 * len(labels)), dpi=DPI, layout="constrained", facecolor=LIGHT.page)
+    axes = figure.subplots()
+    means, deviations = zip(*map(_scaled, summaries), strict=True)
+    axes.errorbar(means, range(len(labels)), xerr=deviations, color="#000000", marker="o", ls="", ms=5, capsize=3)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    _finish(axes, summaries, "x")
+    save_figure(figure, path)
+
+
+def _plot(lines: dict[str, list[Point]], log: bool) -> Axes:
+    """Plot lines that can be told apart without colours."""
+    figure = Figure((6.4, 4.2), dpi=DPI, layout="constrained", facecolor=LIGHT.page)
+    axes = figure.subplots()
+    styles = zip(itertools.cycle(LIGHT.curves), itertools.cycle(MARKERS), itertools.cycle(LINE_STYLES))
+    for (label, found), (colour, marker, style) in zip(lines.items(), styles, strict=False):
+        points = sorted(found, key=lambda point: point.x)
+        x, x_deviations = [point.x for point in points], [point.x_deviation for point in points]
+        y, y_deviations = [point.y for point in points], [point.y_deviation for point in points]
+        axes.errorbar(x, y, y_deviations, x_deviations if any(x_deviations) else None, label=label, color=colour,
+                      marker=marker, ls=style, ms=5, lw=1.5, capsize=3)  # fmt: skip
+        for point in points:
+            axes.annotate(point.text, (point.x, point.y), (5, 5), textcoords="offset points", color=LIGHT.muted, size=8)
+    if log:
+        axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    if any(lines):
+        axes.legend(frameon=False, handlelength=3.5, labelcolor=LIGHT.ink)
+    return axes
+
+
+def _figure(axes: Axes) -> Figure:
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    return figure
+
+
+def _label(names: Sequence[str], each: Summary) -> str:
+    """Levels as they stand in a legend: numbers with their axis."""
+    levels = [(axis, each.levels.get(axis, "")) for axis in names]
+    return _plain(", ".join(f"{axis} {level}" if level.replace(".", "").isdigit() else level for axis, level in levels))
+
+
+def _scaled(each: Summary) -> tuple[float, float]:
+    """Mean and standard deviation, 0 for a single seed; accuracies in percent."""
+    scale = 100 if is_share(each.metric) else 1
+    return scale * each.mean, 0.0 if math.isnan(each.deviation) else scale * each.deviation
+
+
+def _finish(axes: Axes, summaries: Sequence[Summary], value_axis: str) -> None:
+    """Name the axis of values, and say what the bars are."""
+    counts = sorted({len(each.values) for each in summaries})
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    bars = "one seed" if counts == [1] else f"mean ± standard deviation of {seeds} seeds"
+    text = f"{_plain(heading(summaries[0].metric))} ({bars})"
+    (axes.set_ylabel if value_axis == "y" else axes.set_xlabel)(text, color=LIGHT.muted)
+    axes.grid(axis="both", color=LIGHT.line, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=LIGHT.muted, length=0)
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib does not read as mathematics."""
+    return text.replace("$", r"\$")
