@@ -173,6 +173,7 @@ def analysis(results: tuple[Result, ...] = RESULTS, classes: int = 3) -> Analysi
         ["token softmax"],
         calibration,
         calibration,
+        {},
     )
 
 
@@ -387,7 +388,7 @@ def test_evaluate_writes_metrics_that_a_second_run_repeats(mini, capsys):
     folder = evaluation_folder(config)
     same = (
         "metrics.json", "accuracy.csv", "comparison.csv", "classes.csv", "confusions.csv", "disagreement.csv",
-        "disagreement.png", "views.png", "curves.png", "calibration.csv", "token_cosine.csv", "reliability.png",
+        "details.json", "disagreement.png", "views.png", "curves.png", "calibration.csv", "token_cosine.csv", "reliability.png",
         "token_cosine.png",
     )  # fmt: skip
     first, second = [], []
@@ -431,6 +432,23 @@ def test_tables_of_classes_agree_with_the_metrics(evaluated):
         first, second = (own.get("mean", own["class"])["top1"] for own in values)
         assert float(row["top1_difference"]) == pytest.approx(first - second)
     assert all(float(row["top1_low"]) <= float(row["top1"]) <= float(row["top1_high"]) for row in tables["accuracy"])
+
+
+def test_details_are_shapes_and_disagreements_of_every_student(evaluated):
+    details = json.loads((evaluated / "details.json").read_text())
+    assert details.keys() == {"token", "plain", "token-finetuned"}
+    assert {key: value for key, value in details["token"].items() if key != "disagreement"} == {
+        "embed_dim": 12, "num_heads": 3, "depth": 1,
+    }  # fmt: skip
+    lines = (line.split(",") for line in (evaluated / "disagreement.csv").read_text().splitlines()[1:])
+    share = {(first, second): float(value) for first, second, value in lines}
+    token = details["token"]["disagreement"]
+    assert token["class"] == {
+        "teacher": share["token class", "teacher"], "undistilled": share["token class", "plain class"],
+        "distillation": share["token class", "token distillation"], "mean": share["token class", "token mean"],
+    }  # fmt: skip
+    assert token["distillation"]["class"] == token["class"]["distillation"]
+    assert details["plain"]["disagreement"] == {"class": {"teacher": share["plain class", "teacher"]}}
 
 
 def test_calibration_and_token_cosines_are_in_the_metrics_and_in_tables(evaluated):

@@ -1,6 +1,7 @@
 """Everything that the report derives from the predictions of the compared models."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.config.schema import Config
 from pipeline.models.evaluation import disagreement
@@ -16,6 +17,7 @@ from pipeline.report.comparison import (
 )
 from pipeline.report.entries import Entry
 from pipeline.report.intervals import Estimate, accuracy_interval
+from pipeline.report.model_details import student_details
 from pipeline.report.pictures import Mistake, confident_mistakes
 from pipeline.shards.index import Index
 
@@ -39,6 +41,8 @@ class Analysis:
     """Of every model's joint classifier."""
     reliability: dict[str, Calibration]
     """Those that are drawn: of a student without distillation, the best student and the teacher."""
+    details: dict[str, dict[str, Any]]
+    """See `student_details`."""
 
 
 def analyze(config: Config, entries: list[Entry], predictions: AllPredictions, val: Index) -> Analysis:
@@ -62,6 +66,7 @@ def analyze(config: Config, entries: list[Entry], predictions: AllPredictions, v
         left_out(predictions, rows),
         calibration,
         {name: calibration[name] for name in drawn_models(entries, headline)},
+        student_details(config, entries, predictions),
     )
 
 

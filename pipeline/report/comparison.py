@@ -119,12 +119,12 @@ def _distillation_pair(best: Entry, ranked: list[Entry]) -> tuple[Entry, Entry] 
     source = best.name.removesuffix(f"-{FINETUNED}")
     for first in [best, *(entry for entry in ranked if entry.name == source and entry is not best)]:
         for second in ranked:
-            if second.distilled != first.distilled and _training(second) == _training(first):
+            if second.distilled != first.distilled and compared_settings(second) == compared_settings(first):
                 return first, second
     return None
 
 
-def _training(entry: Entry) -> tuple[object, ...]:
+def compared_settings(entry: Entry) -> tuple[object, ...]:
     """What two students must share to be compared; a distillation token is part of distillation."""
     assert entry.student
     model, fine_tuned = entry.student.model.replace("_distilled", ""), entry.name.endswith(FINETUNED)

@@ -136,7 +136,7 @@ def write_tables(
     tokens: dict[str, list[LayerCosine]],
     identities: dict[str, dict[str, str]],
 ) -> None:
-    """Write metrics.json, throughput.json, accuracy.csv, sizes.csv and disagreement.csv.
+    """Write metrics.json, throughput.json, details.json, accuracy.csv, sizes.csv and disagreement.csv.
 
     Args:
         tokens: cosines of the models with two tokens; the last one, that of the heads' input, is in metrics.json.
@@ -153,6 +153,7 @@ def write_tables(
     _write_json(folder / "metrics.json", metrics)
     speeds = {row.model: {"images_per_second": round(row.throughput, 1)} for row in results}
     _write_json(folder / "throughput.json", speeds)
+    _write_json(folder / "details.json", analysis.details)
     rows = [
         asdict(row) | {"top1_low": interval.low, "top1_high": interval.high} | _others(row)
         for row in results
