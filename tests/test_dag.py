@@ -121,6 +121,11 @@ def test_a_students_learning_rate_runs_students_and_no_teacher(project, params):
     assert not {"teacher", "teacher-logits", "teacher-logits-finetune"} & stages
 
 
+def test_a_further_evaluation_set_runs_the_evaluation_alone(project, params):
+    change(project, evaluate__sets={"v2": "elsewhere"})
+    assert would_run(project) == ["prepare", "evaluate"]
+
+
 def test_a_student_added_to_the_list_is_the_only_one_to_run(project, params):
     change(project, students=["none", "soft", "token", "hard"])
     assert computed(call(project, "dvc", "repro")) == ["train-student@hard", "evaluate"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import make_data_set, small_config, write_folders
 from test_report import mini  # noqa: F401
-from timm.data import ImageNetInfo
+from timm.data import ImageNetInfo, RealLabelsImagenet
 
 from pipeline.cli.matching import lacks_sets
 from pipeline.common.errors import PipelineError, UsageError
@@ -130,6 +130,20 @@ def test_labels_are_found_by_the_number_in_the_key_and_images_without_any_are_le
     assert real.top1(scores) == 0.5
     scores[own[2], 0] = 2.0
     assert real.top1(scores) == 1.0
+
+
+def test_the_accuracy_is_that_of_timm_s_evaluator(in_tmp):
+    val = validation(in_tmp, [f"ILSVRC2012_val_{number:08d}" for number in (3, 1, 2)])
+    path = real_json([[1, 0], [], [0]])
+    scores = torch.randn(20, 3, 3, generator=torch.Generator().manual_seed(0))
+    files = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in ilsvrc_numbers(val, path, 3)]
+    real, found = open_real_labels(path, val), set()
+    for each in scores:
+        theirs = RealLabelsImagenet(files, path, topk=(1,))
+        theirs.add_result(each)
+        found.add(real.top1(each))
+        assert 100 * real.top1(each) == theirs.get_accuracy(1)
+    assert found == {0.0, 0.5, 1.0}
 
 
 def test_labels_follow_the_names_of_an_index_in_another_order(in_tmp):
