@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.report.differences import Difference, differences
+from pipeline.report.differences import Difference, difference_table, differences
 from pipeline.report.study import Value
 
 
@@ -24,18 +24,25 @@ def test_a_row_is_compared_with_the_reference_of_the_same_seed_and_other_levels(
 def test_seeds_without_a_reference_and_other_metrics_are_left_out():
     values = [value("1", 0, 0.5), value("1", 1, 0.6), value("30", 1, 0.9), value("30", 0, 2.0, metric="loss")]
     (found,) = differences(values, {"views": "30"})
-    assert found.values == (pytest.approx(-0.3),) and isnan(found.half_width) and found.show() == "-30.00"
+    assert found.values == (pytest.approx(-0.3),) and isnan(found.half_width) and found.show() == "-30.00 (1 seed)"
+
+
+def test_the_table_names_what_is_compared_with():
+    found = differences([value("1", 0, 0.5), value("30", 0, 0.75)], {"views": "30"})
+    headings, rows = difference_table(found, {"views": "30"})
+    assert headings == ["student", "views", "top1, points: difference from views 30 (95 % interval)"]
+    assert rows == [["token", "1", "-25.00 (1 seed)"]]
 
 
 def test_the_interval_is_students():
     found = Difference({}, "top1", (-0.01, 0.0, 0.01))
     assert found.half_width == pytest.approx(4.302653 * 0.01 / sqrt(3), rel=1e-6)
-    assert found.show() == "0.00 (-2.48 to 2.48)"
-    assert Difference({}, "loss", (0.5, 0.5)).show() == "0.50 (0.50 to 0.50)"
+    assert found.show() == "0.00 (-2.48 to 2.48, 3 seeds)"
+    assert Difference({}, "loss", (0.5, 0.5)).show() == "0.50 (0.50 to 0.50, 2 seeds)"
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=5), st.floats(-0.5, 0.5))
-def test_a_constant_difference_has_no_uncertainty(numbers, gap):
+def test_a_constant_difference_has_no_uncertainty(numbers: list[float], gap: float):
     values = [value("30", seed, number) for seed, number in enumerate(numbers)]
     values += [value("1", seed, number + gap) for seed, number in enumerate(numbers)]
     (found,) = differences(values, {"views": "30"})

@@ -223,7 +223,7 @@ def test_all_files_are_made_from_cells_csv_alone(tmp_path):
     assert again == VALUES
     for folder, values in (("a", VALUES), ("b", again)):
         (tmp_path / folder).mkdir()
-        write_tables(tmp_path / folder / "table.csv", tmp_path / folder / "table.md", summarize(values))
+        write_tables(tmp_path / folder / "table.csv", tmp_path / folder / "table.md", summarize(values), [table_rows(summarize(values))])
         draw_figure(tmp_path / folder / "figure.png", summarize(values), Figure(x="views", log=True))
     assert tree(tmp_path / "a") == tree(tmp_path / "b") and len(tree(tmp_path / "a")) == 3
     lines = (tmp_path / "a/table.csv").read_text().splitlines()

@@ -14,6 +14,7 @@ from pipeline.common.errors import UsageError
 from pipeline.common.wording import count_of
 from pipeline.config.paths import evaluation_folder, teacher_folder
 from pipeline.config.study import Cell
+from pipeline.report.differences import difference_table, differences
 from pipeline.report.study import Value, read_cells, summarize, table_rows, write_cells, write_tables
 from pipeline.report.study_figure import draw_figure
 
@@ -91,11 +92,15 @@ def show(matrix: Matrix, cells: Path | None, folder: Path | None) -> None:
     if absent := [metric for metric in matrix.study.metrics if metric not in {each.metric for each in values}]:
         print(f"no cell has the metric {', '.join(absent)}" + " yet" * bool(matrix.study.evaluate))
     summaries = summarize(values)
-    headings, lines = table_rows(summaries)
-    print("\n" + tabulate(lines, headings, tablefmt="plain", disable_numparse=True) + "\n")
+    tables = [table_rows(summaries)]
+    if compared := differences([each for each in values if each.metric == values[0].metric], matrix.study.reference):
+        tables.append(difference_table(compared, matrix.study.reference))
+    for headings, lines in tables:
+        print("\n" + tabulate(lines, headings, tablefmt="plain", disable_numparse=True))
+    print()
     if cells is None:
         write_cells(files.folder / files.cells, values)
-    write_tables(files.folder / files.table, files.folder / files.markdown, summaries)
+    write_tables(files.folder / files.table, files.folder / files.markdown, summaries, tables)
     draw_figure(files.folder / files.figure, summaries, matrix.study.figure)
     written = [*([files.cells] if cells is None else []), files.table, files.markdown, files.figure]
     print(f"{files.folder}: {', '.join(sorted(written))}")

@@ -64,6 +64,9 @@ class Study(Section):
     metrics: Annotated[list[str], Field(min_length=1)] = ["top1"]
     """Columns of the table: top1 (of both heads' mean, if there are two), a key of the student's metrics.json, or
     teacher.KEY, evaluation.KEY, throughput.KEY or details.KEY (of the evaluation) from these files. The first is in the figure."""
+    reference: dict[str, str] = {}
+    """Levels of some axes, `student` included: every row is compared with the one that has these and its own other levels,
+    by the first metric."""
     figure: Figure | None = None
     """The figure; null: a dot for every row of the table."""
 
@@ -92,6 +95,12 @@ class Study(Section):
         lists = [{axis: found if isinstance(found, list) else [found] for axis, found in each.items()} for each in skip]
         return [{axis: [_label(level) for level in found] for axis, found in each.items()} for each in lists]
 
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _reference(cls, reference: Any) -> Any:
+        """Read numbers as names of levels."""
+        return {axis: _label(level) for axis, level in reference.items()} if isinstance(reference, dict) else reference
+
     @model_validator(mode="after")
     def _consistent(self):
         for axis, levels in self.axes.items():
@@ -99,12 +108,11 @@ class Study(Section):
                 raise ValueError(f"a name of letters, digits and ._- other than student and seed for an axis, not {axis}")
             if not levels:
                 raise ValueError(f"at least one level of axes.{axis}")
-        for each in self.skip:
-            for axis, levels in each.items():
-                known = self.students or levels if axis == STUDENT else [*self.axes.get(axis, ())]
-                unknown = [level for level in levels if level not in known]
-                if unknown:
-                    raise ValueError(f"skip: levels of an axis, of {', '.join(known) or 'no such axis'}, not {axis} {unknown[0]}")
+        named = [("skip", axis, level) for each in self.skip for axis, levels in each.items() for level in levels]
+        for key, axis, level in [*named, *(("reference", *each) for each in self.reference.items())]:
+            known = self.students or [level] if axis == STUDENT else [*self.axes.get(axis, ())]
+            if level not in known:
+                raise ValueError(f"{key}: levels of an axis, of {', '.join(known) or 'no such axis'}, not {axis} {level}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be different: {self.seeds}")
         if self.figure:

@@ -1,11 +1,12 @@
 """Differences between the rows of a study's table, paired by seed, with confidence intervals over the seeds."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import nan, sqrt
 from statistics import fmean, stdev
 
-from pipeline.report.study import Value, is_share
+from pipeline.common.wording import count_of
+from pipeline.report.study import Table, Value, is_share
 
 CONFIDENCE = 0.95
 
@@ -35,10 +36,10 @@ class Difference:
         return float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * stdev(self.values) / sqrt(count)
 
     def show(self) -> str:
-        """For example `-0.31 (-0.82 to 0.20)`; of accuracies, in percentage points."""
-        scale, half = 100 if is_share(self.metric) else 1, self.half_width
+        """For example `-0.31 (-0.82 to 0.20, 3 seeds)`; of accuracies, in percentage points."""
+        scale, half, seeds = 100 if is_share(self.metric) else 1, self.half_width, count_of(len(self.values), "seed")
         mean, low, high = (f"{scale * each:.2f}" for each in (self.mean, self.mean - half, self.mean + half))
-        return mean if len(self.values) < 2 else f"{mean} ({low} to {high})"
+        return f"{mean} ({seeds})" if len(self.values) < 2 else f"{mean} ({low} to {high}, {seeds})"
 
 
 def differences(values: Iterable[Value], reference: Mapping[str, str]) -> list[Difference]:
@@ -57,6 +58,14 @@ def differences(values: Iterable[Value], reference: Mapping[str, str]) -> list[D
         if paired and others is not found[key]:
             compared.append(Difference(first.levels, first.metric, paired))
     return compared
+
+
+def difference_table(found: Sequence[Difference], reference: Mapping[str, str]) -> Table:
+    """A row per difference, all of one metric, with the levels of every axis."""
+    metric = f"{found[0].metric}, points" if is_share(found[0].metric) else found[0].metric
+    other = ", ".join(f"{axis} {level}" for axis, level in reference.items())
+    heading = f"{metric}: difference from {other} (95 % interval)"
+    return [*found[0].levels, heading], [[*each.levels.values(), each.show()] for each in found]
 
 
 def _key(metric: str, levels: Mapping[str, str]) -> tuple:

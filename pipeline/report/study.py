@@ -17,6 +17,8 @@ from pipeline.common.errors import UsageError
 from pipeline.common.files import atomic_write
 from pipeline.common.wording import count_of
 
+Table = tuple[list[str], list[list[str]]]
+"""Headings and rows."""
 OWN_COLUMNS = ("cell", "seed", "run", "metric", "value")
 """Columns of cells.csv besides the axes."""
 
@@ -90,8 +92,8 @@ def summarize(values: Iterable[Value]) -> list[Summary]:
     return [Summary(levels[key], key[-1], tuple(seeds.values())) for key, seeds in found.items()]
 
 
-def table_rows(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a row per combination of levels with a column per metric; axes of one level are left out."""
+def table_rows(summaries: Sequence[Summary]) -> Table:
+    """A row per combination of levels with a column per metric; axes of one level are left out."""
     axes = varying_axes(summaries)
     metrics = list(dict.fromkeys(each.metric for each in summaries))
     rows: dict[tuple, dict[str, str]] = {}
@@ -140,8 +142,8 @@ def read_cells(path: Path) -> list[Value]:
         ) from None  # fmt: skip
 
 
-def write_tables(path: Path, markdown: Path, summaries: Sequence[Summary]) -> None:
-    """Write the table as CSV, a line per mean, and as Markdown."""
+def write_tables(path: Path, markdown: Path, summaries: Sequence[Summary], tables: Sequence[Table]) -> None:
+    """Write the means as CSV, a line each, and `tables` as Markdown."""
     axes = list(dict.fromkeys(axis for each in summaries for axis in each.levels))
     rows = [
         {**each.levels, "metric": each.metric, "mean": each.mean, "seeds": len(each.values)}
@@ -149,9 +151,9 @@ def write_tables(path: Path, markdown: Path, summaries: Sequence[Summary]) -> No
         for each in summaries
     ]
     _write_csv(path, [*axes, "metric", "mean", "standard_deviation", "seeds"], rows)
-    headings, lines = table_rows(summaries)
+    texts = [tabulate(lines, headings, tablefmt="github", disable_numparse=True) for headings, lines in tables]
     with atomic_write(markdown) as temporary:
-        temporary.write_text(tabulate(lines, headings, tablefmt="github", disable_numparse=True) + "\n")
+        temporary.write_text("\n\n".join(texts) + "\n")
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
