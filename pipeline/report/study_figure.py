@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, ScalarFormatter
 
 from pipeline.config.study import Figure as Settings
 from pipeline.report.grid import save_figure
@@ -64,7 +64,8 @@ def draw_against_metric(path: Path, summaries: Sequence[Summary], others: Sequen
             lines.setdefault(_label(remaining, each), []).append(Point(*place, *_scaled(each), text))
     axes = _plot(lines, settings.log)
     if settings.log:
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(_plain(heading(settings.x)), color=LIGHT.muted)
     _finish(axes, summaries, "y")
     save_figure(_figure(axes), path)
