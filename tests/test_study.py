@@ -354,6 +354,18 @@ def test_one_cell_runs_alone_and_students_trained_before_are_shared(project):
     assert "1 of 1 cell done" in call("study", "tiny.yaml")
 
 
+def test_students_that_are_only_fine_tuned_are_run_from_weights_and_done(project):
+    assert len(run(command.find("tiny.yaml", ()).cells[0].name)) == 2
+    trained = next(Path("outputs").glob("*/students/*/weights.safetensors"))
+    tuning = {"weights": str(trained), "size": 16, "epochs": 1, "batch_size": 8, "precision": "float32", "workers": 0}
+    changes = {f"finetune.{key}": value for key, value in tuning.items()} | {"finetune.ema_decay": None}
+    write_study(set=changes, axes={"finetune.lr": [0.001, 0.01]}, seeds=[0], finetune="only")
+    assert [each.partition(" ")[0] for each in run()] == ["prepare", "finetune"] * 2
+    assert run() == []
+    printed = call("study", "tiny.yaml")
+    assert "2 of 2 cells done" in printed and "fine-tuned" not in printed
+
+
 def test_metrics_that_no_cell_has_are_named(project):
     run(command.find("tiny.yaml", ()).cells[0].name)
     write_study(metrics=["top1", "val_top_1", "evaluation.parameters"])
