@@ -343,3 +343,11 @@ def test_soft_distillation_from_a_store_of_classes_alone_is_refused_before_anyth
 
 def test_a_model_or_a_size_needs_the_weights_that_are_evaluated(project):
     assert "--weights FILE" in call("evaluate", "--model", "deit_tiny_patch16_224", "--device", "cpu", code=2)
+
+
+def test_ctrl_c_ends_a_command_in_one_line(project, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stages.prepare.run", interrupted)
+    assert call("prepare", code=130).strip() == "interrupted; the same command continues, or starts again"

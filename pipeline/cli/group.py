@@ -1,8 +1,11 @@
-"""The click group behind `pipeline`: reports expected errors as one message, without a traceback."""
+"""The click group behind `pipeline`: reports expected errors, and Ctrl-C, as one message, without a traceback."""
 
 import click
 
 from pipeline.common.errors import PipelineError, killed_worker_error, out_of_memory_error, too_many_open_files
+
+INTERRUPTED = 128 + 2
+"""A shell's exit code of a command that Ctrl-C ended."""
 
 
 class Group(click.Group):
@@ -17,5 +20,8 @@ class Group(click.Group):
                 message = killed_worker_error(error)
             if message is None:
                 raise
+        except KeyboardInterrupt:
+            click.echo("interrupted; the same command continues, or starts again", err=True)
+            context.exit(INTERRUPTED)
         click.echo(f"error: {message}", err=True)
         context.exit(message.exit_code)
