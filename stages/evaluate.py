@@ -10,6 +10,7 @@ from pipeline.common.files import atomic_write
 from pipeline.common.wording import count_of
 from pipeline.config.paths import evaluation_folder, store_path, teacher_logits_folder
 from pipeline.config.schema import Config
+from pipeline.config.validation import fingerprint
 from pipeline.models.adapt import load_resized_weights
 from pipeline.models.build import build_student
 from pipeline.models.class_map import check_same_classes
@@ -62,7 +63,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
         store, manifest = open_store(config, train)
         summary = read_summary(teacher_logits_folder(config, "train-student") / "summary.json")
     curves, training = read_curves(entries), training_rows(config, entries)
-    identities = {entry.name: published_as(entry.folder) for entry in entries}
+    identities = identify(entries, val)
     evaluations, sizes = {}, []
     for entry in entries:
         evaluations[entry.name] = evaluator.evaluate(entry, evaluator.load(entry))
@@ -91,6 +92,12 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     )
     write_report(folder / "report.html", report)
     write_text(folder, results, sizes, analysis)
+
+
+def identify(entries: list[Entry], val: Index) -> dict[str, dict[str, str]]:
+    """What identifies each model's weights, and the images and the crop, as the metrics of a training do."""
+    validation = {entry.name: {"validation": fingerprint([val.fingerprint, entry.crop])} for entry in entries}
+    return {entry.name: published_as(entry.folder) | validation[entry.name] for entry in entries}
 
 
 def read_curves(entries: list[Entry]) -> dict[str, Curve]:

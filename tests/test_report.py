@@ -398,9 +398,9 @@ def test_evaluate_writes_metrics_that_a_second_run_repeats(mini, capsys):
     assert first == second
     metrics = json.loads((folder / "metrics.json").read_text())
     assert list(metrics) == ["teacher", "token", "plain", "token-finetuned"]
-    two_heads = {"class", "distillation", "mean", "softmax", "parameters", "gmacs", "ece", "token_cosine"}
+    two_heads = {"class", "distillation", "mean", "softmax", "parameters", "gmacs", "ece", "token_cosine", "validation"}
     assert two_heads == set(metrics["token-finetuned"])
-    assert {"class", "parameters", "gmacs", "ece"} == set(metrics["plain"])
+    assert {"class", "parameters", "gmacs", "ece", "validation"} == set(metrics["plain"])
     assert metrics["token-finetuned"]["gmacs"] > metrics["token"]["gmacs"] > 0
     assert all(model["class"]["top5"] == 1 for model in metrics.values())  # of two classes
     rates = json.loads((folder / "throughput.json").read_text())

@@ -346,6 +346,7 @@ def test_an_evaluation_names_the_runs_and_weights_of_its_models(taught):
     students = json.loads((student_folder(taught, "hard") / "metrics.json").read_text())
     assert (metrics["teacher"]["run"], metrics["teacher"]["weights"]) == (teachers["run"], teachers["weights"])
     assert metrics["hard"]["run"] == students["run"]
+    assert metrics["hard"]["validation"] == students["validation"]
 
 
 def test_a_stage_that_failed_says_over_what_until_it_ends_well(taught):

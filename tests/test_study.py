@@ -16,13 +16,14 @@ from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config import schema
 from pipeline.config import study as study_module
 from pipeline.config.params import dump, load, parse_yaml, resolve
-from pipeline.config.paths import evaluation_folder
+from pipeline.config.paths import evaluated_models, evaluation_folder
 from pipeline.config.schema import Config, Student
 from pipeline.config.study import Cell, Figure, Study, expand, load_study
 from pipeline.config.validation import validate
 from pipeline.report import study_figure
 from pipeline.report.study import Summary, Value, read_cells, summarize, table_rows, write_cells, write_tables
 from pipeline.report.study_figure import draw_figure
+from pipeline.training.identity import configured_runs
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
@@ -123,6 +124,13 @@ def test_students_that_are_only_fine_tuned_are_not_trained_before():
     assert cell.config.finetune.students == [cell.variant] and cell.config.finetune.weights == "elsewhere.safetensors"
     commands = [" ".join(each[: each.index("--config")]) for each in command.setup_commands(cell.config, "only")]
     assert commands == ["prepare --quick", "teacher", "teacher --for finetune", "teacher-logits --for finetune"]
+
+
+def test_seeds_of_students_that_are_only_fine_tuned_are_different_runs():
+    found = cells(students=["token"], finetune="only", set={"finetune.weights": "elsewhere.safetensors"}, seeds=[0, 1])
+    assert [cell.config.finetune.seed for cell in found] == [cell.seed for cell in found] == [0, 1]
+    first, second = (configured_runs(cell.config, "index")[cell.stage] for cell in found)
+    assert first != second and len({cell.name for cell in found}) == 2
 
 
 def test_a_fine_tuned_student_is_a_cell_whose_name_says_what_it_started_from():
@@ -379,6 +387,18 @@ def test_calibration_is_a_metric_of_the_evaluation_of_the_same_run(in_tmp):
     (evaluation_folder(cell.config) / "metrics.json").write_text(json.dumps(metrics))
     assert [study_table.read_metric(cell, "evaluation.ece", run) for run in ("this", "other")] == [0.0421, None]
     assert study_table.read_metric(cell, "evaluation.token_cosine", "this") == 0.93
+
+
+def test_an_evaluation_on_earlier_validation_images_is_neither_shown_nor_taken_for_done(in_tmp):
+    cell = cells(students=["none"])[0]
+    cell.folder.mkdir(parents=True)
+    evaluation_folder(cell.config).mkdir(parents=True)
+    evaluated = {name: {"run": "this", "validation": "earlier", "ece": 0.1} for name in evaluated_models(cell.config)}
+    (evaluation_folder(cell.config) / "metrics.json").write_text(json.dumps(evaluated))
+    for images, shown in (("earlier", 0.1), ("later", None)):
+        (cell.folder / "metrics.json").write_text(json.dumps({"run": "this", "validation": images}))
+        assert study_table.read_metric(cell, "evaluation.ece", "this") == shown
+        assert command._is_evaluated(cell.config) is (shown is not None)
 
 
 def test_a_failed_command_ends_the_study_with_its_name(project):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.cli.matching import is_evaluation_of
 from pipeline.cli.scan import read_json, read_log_tail
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.params import load
@@ -170,13 +171,12 @@ def _origin(published: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluation_of(folder: Path, published: dict[str, Any]) -> dict[str, Any]:
-    """What `pipeline evaluate` measured of a model, if it is still the published one."""
+    """What `pipeline evaluate` measured of a model, if it is still the published one, on the same images."""
     root = folder.parent.parent if folder.parent.name == "students" else folder.parent
     found = read_json(root / "evaluation" / "metrics.json").get(folder.name)
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or found.keys().isdisjoint(("run", "weights")):
         return {}
-    same = [found[key] == published.get(key) for key in ("run", "weights") if key in found]
-    return found if same and all(same) else {}
+    return found if is_evaluation_of(found, published) else {}
 
 
 def _objective(described: dict[str, Any]) -> str:

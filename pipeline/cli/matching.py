@@ -58,16 +58,29 @@ def is_own_store(config: Config, spec: StoreSpec, attributes: dict[str, Any]) ->
     return configured and weights in (None, teacher.get("weights"))
 
 
+def is_evaluation_of(evaluated: object, published: dict[str, Any]) -> bool:
+    """Whether a model was evaluated with the weights that are published, on the images and the crop of their metrics.
+
+    Args:
+        evaluated: the model's entry in the evaluation's metrics.json.
+        published: metrics.json next to the weights; a teacher's names no images.
+    """
+    expected = {key: published.get(key) for key in ("run", "weights")}
+    if "validation" in published:
+        expected["validation"] = published["validation"]
+    return isinstance(evaluated, dict) and not _differ(expected, evaluated)
+
+
 def have_changed(evaluated: dict[str, Any], models: dict[str, Path]) -> bool:
-    """Whether other weights than the evaluated ones are published, or none.
+    """Whether other weights than the evaluated ones are published, or none, or they were validated on other images since.
 
     Args:
         evaluated: the evaluation's metrics.json.
         models: the folder of each model.
     """
     for name, folder in models.items():
-        published, then = read_json(folder / "metrics.json"), evaluated.get(name)
-        if isinstance(then, dict) and _differ({key: published.get(key) for key in ("run", "weights")}, then):
+        then = evaluated.get(name)
+        if isinstance(then, dict) and not is_evaluation_of(then, read_json(folder / "metrics.json")):
             return True
     return False
 

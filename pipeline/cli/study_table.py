@@ -7,6 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from pipeline.cli.matching import is_evaluation_of
 from pipeline.cli.scan import read_json
 from pipeline.cli.status_table import headline_top1
 from pipeline.cli.study import Matrix, done_runs, find, studies
@@ -58,20 +59,21 @@ def read_metric(cell: Cell, metric: str, run: str) -> Any:
     """A metric of a cell, or None.
 
     Args:
-        run: the cell's; an evaluation of another run has no metrics for it.
+        run: the cell's; an evaluation of another run, or on other images, has no metrics for it.
     """
     source, _, key = metric.partition(".")
+    metrics = read_json(cell.folder / "metrics.json")
     if source == "teacher" and key:
         return read_json(teacher_folder(cell.config) / "metrics.json").get(key)
     if source in FILES and key:
         folder = evaluation_folder(cell.config)
-        if read_json(folder / "metrics.json").get(cell.folder.name, {}).get("run") != run:
+        evaluated = read_json(folder / "metrics.json").get(cell.folder.name, {})
+        if evaluated.get("run") != run or not is_evaluation_of(evaluated, metrics | {"run": run}):
             return None
         found: Any = read_json(folder / FILES[source]).get(cell.folder.name)
         for part in key.split("."):
             found = found.get(part) if isinstance(found, dict) else None
         return found
-    metrics = read_json(cell.folder / "metrics.json")
     return headline_top1(metrics) if metric == "top1" else metrics.get(metric)
 
 

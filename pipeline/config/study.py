@@ -54,7 +54,7 @@ class Study(Section):
     axes: dict[str, dict[str, Changes]] = {}
     """Levels of each axis, and what each changes. An axis that is named `section.key` may be a list of its values."""
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
-    """Values of `student.seed`."""
+    """Values of `student.seed`; with finetune: only, also of `finetune.seed`."""
     skip: list[dict[str, list[str]]] = []
     """Combinations to leave out: levels of some axes, `student` included."""
     finetune: bool | Literal["only"] = False
@@ -182,9 +182,11 @@ def expand(study: Study, name: str, base: Config, source: str) -> list[Cell]:
         values = _changed(settings, others)
         title = _title(study, levels, student=False)
         for seed in study.seeds:
-            key = "-".join(filter(None, [name, title]))
-            shared.setdefault(key, []).append((values, own | {SEED: seed}, levels, seed))
-            if shared[key][0][0] != values:
+            # students that all start from the same weights differ by nothing else
+            seeded = _changed(values, {"finetune.seed": seed}) if study.finetune == "only" else values
+            key = "-".join(filter(None, [name, title, f"{SEED}{seed}" * (study.finetune == "only")]))
+            shared.setdefault(key, []).append((seeded, own | {SEED: seed}, levels, seed))
+            if shared[key][0][0] != seeded:
                 raise UsageError(f"{source}: {key}", expected="levels whose names differ in letters, digits or ._-",
                                  found="two that do not", do="rename one")  # fmt: skip
     cells = [cell for key, members in shared.items() for cell in _configuration(study, key, members, source)]

@@ -140,7 +140,7 @@ def write_tables(
 
     Args:
         tokens: cosines of the models with two tokens; the last one, that of the heads' input, is in metrics.json.
-        identities: what identifies each model's weights, as metrics.json names it.
+        identities: what identifies each model's weights, and images and crop of validation, as metrics.json names it.
     """
     metrics: dict[str, dict[str, Any]] = {}
     for row in results:
