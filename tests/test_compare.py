@@ -140,6 +140,16 @@ def test_the_evaluation_of_the_same_weights_is_shown_and_that_of_others_is_not(i
     assert "evaluation.class.top1, % 50.00 -" in said
 
 
+def test_an_evaluation_on_other_images_than_the_published_metrics_are_of_is_not_shown(in_tmp):
+    folder = write_run(DIGITS, "none")
+    published = json.loads((folder / "metrics.json").read_text())
+    Path("outputs/digits/evaluation").mkdir()
+    for images, shown in (("images", True), ("others", False)):
+        evaluated = {"none": {"run": published["run"], "validation": images, "ece": 0.1}}
+        Path("outputs/digits/evaluation/metrics.json").write_text(json.dumps(evaluated))
+        assert bool(compare.evaluation_of(folder, published)) is shown
+
+
 def test_the_training_settings_of_a_student_and_of_its_fine_tuning_are_set_side_by_side():
     student = run_of("a", settings={"student.epochs": 3, "student.lr": 1.0, "student.model": "deit"})
     tuned = run_of("a-finetuned", settings={"finetune.epochs": 2, "finetune.lr": 1.0, "finetune.size": 24, "student.model": "deit"})
@@ -187,6 +197,8 @@ def test_accuracies_on_other_images_are_no_other_result():
     first, second = run_of("a"), run_of("b", metrics={"loss": 1.0, "val_top1_class": 0.9}, validation="b")
     said = remarks([first, second])
     assert "not comparable" in said[0] and "equal results" in said[1]
+    calibrated = [run_of(name, metrics={"evaluation.ece": ece}, validation=name) for name, ece in (("a", 0.1), ("b", 0.2))]
+    assert "equal results" in remarks(calibrated)[1]
     assert "different results" in remarks([first, run_of("b", metrics={"loss": 1.0, "val_top1_class": 0.9})])[0]
 
 
@@ -199,6 +211,16 @@ def test_dependencies_that_an_earlier_version_did_not_record_are_no_difference()
     first, second = run_of("a"), run_of("b", settings={"lr": 1, "dependencies.start": "x"})
     assert "equal settings" in remarks([first, run_of("b", run="2", settings=second.settings)])[0]
     assert remarks([run_of("a", settings={"lr": 1, "dependencies.start": "y"}), second]) == []
+
+
+def test_dependencies_that_one_run_did_not_record_are_still_compared_between_the_others():
+    first, second = (run_of(name, settings={"lr": 1, "dependencies.views": views}) for name, views in (("a", 10), ("b", 30)))
+    assert differing_settings([first, second, run_of("c")]) == {"dependencies.views": [10, 30, None]}
+
+
+def test_a_run_that_goes_on_has_no_other_result_yet():
+    first, second = (run_of(name, metrics={"epoch": epoch, "loss": 3.0 - epoch}) for name, epoch in (("a", 2), ("b", 1)))
+    assert remarks([first, second]) == []
 
 
 def test_a_missing_value_differs_from_any_other():

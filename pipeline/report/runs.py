@@ -64,13 +64,6 @@ def differing(values: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {key: row for key, row in found.items() if any(value != row[0] for value in row)}
 
 
-def recorded_settings(runs: Sequence[TrainedRun]) -> list[dict[str, Any]]:
-    """The settings of each run, without the dependencies if a run.json is of a version that did not record them."""
-    if all(any(key.startswith(DEPENDENCIES) for key in run.settings) for run in runs if run.settings):
-        return [run.settings for run in runs]
-    return [{key: value for key, value in run.settings.items() if not key.startswith(DEPENDENCIES)} for run in runs]
-
-
 def aligned(runs: Sequence[TrainedRun]) -> list[TrainedRun]:
     """The runs with the keys of the training loop in one section, `training`, if they are of different ones."""
     sections = [next((key.partition(".")[0] for key in run.settings if key.endswith(".epochs")), "") for run in runs]
@@ -88,10 +81,15 @@ def _aligned(key: str, section: str) -> str:
 
 
 def differing_settings(runs: Sequence[TrainedRun]) -> dict[str, list[Any]]:
-    """The settings in which the runs differ, as far as they are known, with the value of each run."""
-    settings = recorded_settings(runs)
-    found = differing([each for each in settings if each])
-    return {key: [each.get(key) for each in settings] for key in found}
+    """The settings in which the runs differ, as far as they are known, with the value of each run.
+
+    Dependencies are compared among the runs that recorded them: a run.json of an earlier version has none.
+    """
+    known = [run.settings for run in runs if run.settings]
+    recorded = [each for each in known if any(key.startswith(DEPENDENCIES) for key in each)]
+    found = [key for key in differing(known) if not key.startswith(DEPENDENCIES)]
+    found += [key for key in differing(recorded) if key.startswith(DEPENDENCIES)]
+    return {key: [run.settings.get(key) for run in runs] for key in found}
 
 
 def results(run: TrainedRun) -> dict[str, float]:
@@ -105,7 +103,9 @@ def remarks(runs: Sequence[TrainedRun]) -> list[str]:
     if len({run.validation for run in runs if run.validation}) > 1:
         found.append("validated on different images or crops: accuracies are not comparable")
     for first, second in itertools.combinations(runs, 2):
-        if first.settings and not differing(recorded_settings([first, second])):
+        # epochs differ if one is still running
+        same_length = first.metrics.get("epoch") == second.metrics.get("epoch")
+        if first.settings and second.settings and same_length and not differing_settings([first, second]):
             found.append(f"{first.name} and {second.name}: {_equal_settings(first, second)}")
     return found
 
@@ -114,7 +114,7 @@ def _equal_settings(first: TrainedRun, second: TrainedRun) -> str:
     """A sentence about two runs of equal settings."""
     shared = results(first).keys() & results(second).keys()
     if first.validation != second.validation:
-        shared = {key for key in shared if not is_share(key)}
+        shared = {key for key in shared if not is_share(key) and not key.startswith("evaluation.")}
     other = [key for key in results(first) if key in shared and first.metrics[key] != second.metrics[key]]
     same = "the same run" if first.run == second.run else "equal settings"
     if not other:
