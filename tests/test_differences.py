@@ -38,7 +38,8 @@ def test_the_interval_is_students():
     found = Difference({}, "top1", (-0.01, 0.0, 0.01))
     assert found.half_width == pytest.approx(4.302653 * 0.01 / sqrt(3), rel=1e-6)
     assert found.show() == "0.00 (-2.48 to 2.48, 3 seeds)"
-    assert Difference({}, "loss", (0.5, 0.5)).show() == "0.50 (0.50 to 0.50, 2 seeds)"
+    assert Difference({}, "loss", (0.5, 0.5)).show() == "0.5 (0.5 to 0.5, 2 seeds)"
+    assert Difference({}, "evaluation.ece", (0.00125, 0.00125)).show() == "0.00125 (0.00125 to 0.00125, 2 seeds)"
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=5), st.floats(-0.5, 0.5))

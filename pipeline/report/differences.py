@@ -37,8 +37,9 @@ class Difference:
 
     def show(self) -> str:
         """For example `-0.31 (-0.82 to 0.20, 3 seeds)`; of accuracies, in percentage points."""
-        scale, half, seeds = 100 if is_share(self.metric) else 1, self.half_width, count_of(len(self.values), "seed")
-        mean, low, high = (f"{scale * each:.2f}" for each in (self.mean, self.mean - half, self.mean + half))
+        number = (lambda value: f"{100 * value:.2f}") if is_share(self.metric) else (lambda value: f"{value:.4g}")
+        half, seeds = self.half_width, count_of(len(self.values), "seed")
+        mean, low, high = map(number, (self.mean, self.mean - half, self.mean + half))
         return f"{mean} ({seeds})" if len(self.values) < 2 else f"{mean} ({low} to {high}, {seeds})"
 
 
