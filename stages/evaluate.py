@@ -63,7 +63,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
         store, manifest = open_store(config, train)
         summary = read_summary(teacher_logits_folder(config, "train-student") / "summary.json")
     curves, training = read_curves(entries), training_rows(config, entries)
-    identities = identify(entries, val)
+    identities = identify(config, entries, val)
     evaluations, sizes = {}, []
     for entry in entries:
         evaluations[entry.name] = evaluator.evaluate(entry, evaluator.load(entry))
@@ -94,10 +94,11 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     write_text(folder, results, sizes, analysis)
 
 
-def identify(entries: list[Entry], val: Index) -> dict[str, dict[str, str]]:
-    """What identifies each model's weights, and the images and the crop, as the metrics of a training do."""
+def identify(config: Config, entries: list[Entry], val: Index) -> dict[str, dict[str, str]]:
+    """What identifies each model's weights, the images and the crop, as the metrics of a training do, and further sets."""
+    shared = config.evaluate.sets_identity
     validation = {entry.name: {"validation": fingerprint([val.fingerprint, entry.crop])} for entry in entries}
-    return {entry.name: published_as(entry.folder) | validation[entry.name] for entry in entries}
+    return {entry.name: published_as(entry.folder) | validation[entry.name] | shared for entry in entries}
 
 
 def read_curves(entries: list[Entry]) -> dict[str, Curve]:

@@ -17,7 +17,7 @@ from pipeline.config import schema
 from pipeline.config import study as study_module
 from pipeline.config.params import dump, load, parse_yaml, resolve
 from pipeline.config.paths import evaluated_models, evaluation_folder
-from pipeline.config.schema import Config, Student
+from pipeline.config.schema import Config, Evaluate, Student
 from pipeline.config.study import Cell, Figure, Study, expand, load_study
 from pipeline.config.validation import validate
 from pipeline.report import study_figure
@@ -387,6 +387,17 @@ def test_calibration_is_a_metric_of_the_evaluation_of_the_same_run(in_tmp):
     (evaluation_folder(cell.config) / "metrics.json").write_text(json.dumps(metrics))
     assert [study_table.read_metric(cell, "evaluation.ece", run) for run in ("this", "other")] == [0.0421, None]
     assert study_table.read_metric(cell, "evaluation.token_cosine", "this") == 0.93
+
+
+def test_the_accuracy_on_a_further_set_of_the_same_name_from_elsewhere_is_not_shown(in_tmp):
+    here, there = (cells(BASE.model_copy(update={"evaluate": Evaluate(sets={"v2": name})}))[0] for name in ("here", "there"))
+    assert here.folder == there.folder
+    evaluation_folder(here.config).mkdir(parents=True)
+    evaluated = {"run": "this", "class": {"top1": 0.75, "v2_top1": 0.5}} | here.config.evaluate.sets_identity
+    (evaluation_folder(here.config) / "metrics.json").write_text(json.dumps({here.folder.name: evaluated}))
+    found = [study_table.read_metric(cell, "evaluation.class.v2_top1", "this") for cell in (here, there)]
+    assert found == [0.5, None]
+    assert study_table.read_metric(there, "evaluation.class.top1", "this") == 0.75
 
 
 def test_an_evaluation_on_earlier_validation_images_is_neither_shown_nor_taken_for_done(in_tmp):

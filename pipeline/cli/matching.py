@@ -86,14 +86,17 @@ def have_changed(evaluated: dict[str, Any], models: dict[str, Path]) -> bool:
 
 
 def lacks_sets(evaluated: dict[str, Any], config: Config) -> bool:
-    """Whether an evaluation was of other further sets than the configured ones.
+    """Whether an evaluation was of other further sets than the configured ones, or of these names from elsewhere.
 
     Args:
         evaluated: the evaluation's metrics.json.
     """
     configured = {f"{name}_top1" for name in config.evaluate.further_sets}
-    heads = [found.get("class") for found in evaluated.values() if isinstance(found, dict)]
-    return any({key for key in head if key.endswith("_top1")} != configured for head in heads if isinstance(head, dict))
+    models = [found for found in evaluated.values() if isinstance(found, dict)]
+    heads = [found.get("class") for found in models]
+    return any(_differ(config.evaluate.sets_identity, found) for found in models) or any(
+        {key for key in head if key.endswith("_top1")} != configured for head in heads if isinstance(head, dict)
+    )
 
 
 def _differ(expected: dict[str, Any], published: dict[str, Any]) -> bool:

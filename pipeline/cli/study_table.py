@@ -7,7 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from pipeline.cli.matching import is_evaluation_of
+from pipeline.cli.matching import is_evaluation_of, lacks_sets
 from pipeline.cli.scan import read_json
 from pipeline.cli.status_table import headline_top1
 from pipeline.cli.study import Matrix, done_runs, find, studies
@@ -69,6 +69,8 @@ def read_metric(cell: Cell, metric: str, run: str) -> Any:
         folder = evaluation_folder(cell.config)
         evaluated = read_json(folder / "metrics.json").get(cell.folder.name, {})
         if evaluated.get("run") != run or not is_evaluation_of(evaluated, metrics | {"run": run}):
+            return None
+        if key.endswith("_top1") and lacks_sets({cell.folder.name: evaluated}, cell.config):
             return None
         found: Any = read_json(folder / FILES[source]).get(cell.folder.name)
         for part in key.split("."):

@@ -24,7 +24,7 @@ from pipeline.config.types import (
     Triple,
     Workers,
 )
-from pipeline.config.validation import Section
+from pipeline.config.validation import Section, fingerprint
 
 
 class Data(Section):
@@ -205,3 +205,8 @@ class Evaluate(Section):
     def further_sets(self) -> list[str]:
         """The names of the evaluation sets besides validation."""
         return [*["real"] * (self.real_labels is not None), *self.sets]
+
+    @property
+    def sets_identity(self) -> dict[str, str]:
+        """What metrics.json says of where they are, by its key there; empty without any."""
+        return {"sets": fingerprint([self.real_labels, self.sets])} if self.further_sets else {}
