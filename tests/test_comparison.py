@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.config.schema import Student
+from pipeline.report import model_details
 from pipeline.report.classes import class_results, confusions
 from pipeline.report.comparison import Predictions, find_headline
 from pipeline.report.entries import Entry
@@ -140,3 +141,15 @@ def test_thumbnails_are_small_and_small_pictures_keep_every_pixel(side):
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (3725, "1 h 2 min")])
 def test_durations_are_in_units_that_suit(seconds, text):
     assert format_duration(seconds) == text
+
+
+def test_a_student_is_set_against_one_without_distillation_of_all_its_other_settings():
+    token = Student(distillation="hard", model="deit_tiny_distilled_patch16_224", seed=1, lr=0.01, tau=9.0)
+    plain = token.model_copy(update={"distillation": "none", "model": "deit_tiny_patch16_224", "tau": 3.0})
+    students = {"token": token, "lr": plain.model_copy(update={"lr": 0.1}), "seed": plain.model_copy(update={"seed": 0}), "same": plain}
+    entries = {name: dataclasses.replace(ENTRY, name=name, student=student) for name, student in students.items()}
+    predicted = {name: {"class": predictions(label)} for name, label in {"token": 0, "lr": 1, "seed": 1, "same": 0}.items()}
+    found = model_details.disagreements(list(entries.values()), predicted)
+    assert found["token"] == {"class": {"undistilled": 0.0}}
+    del entries["same"]
+    assert model_details.disagreements(list(entries.values()), predicted)["token"] == {"class": {}}

@@ -7,7 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from pipeline.config.paths import TEACHER
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, result_fields
 from pipeline.config.types import is_own_model
 from pipeline.models.build import build_student
 from pipeline.report.comparison import AllPredictions, compared_settings, joint_classifier
@@ -15,6 +15,8 @@ from pipeline.report.entries import Entry
 
 UNDISTILLED = "undistilled"
 CLASSIFIERS = ("class", "distillation", "mean")
+DISTILLATION = ("model", "distillation", "alpha", "tau", "soft_reduction", "reuse_view")
+"""Settings of a student that distillation may change: `model` by a distillation token alone, see `compared_settings`."""
 Disagreement = dict[str, dict[str, float]]
 """Share of the images that are classified differently, by a model's own classifier and what it is compared with."""
 
@@ -63,4 +65,5 @@ def _undistilled(entry: Entry, entries: list[Entry]) -> Entry | None:
 
 def _without_distillation(entry: Entry) -> tuple[object, ...]:
     assert entry.student
-    return entry.student.seed, *compared_settings(entry)
+    others = {key: value for key, value in result_fields(entry.student).items() if key not in DISTILLATION}
+    return others, *compared_settings(entry)
