@@ -137,5 +137,5 @@ def test_a_pretrained_pair_beats_the_same_student_from_scratch_on_other_classes(
     for name, found in means.items():
         print(f"{name:20} {found:.4f}:", *(f"{each[name]:.4f}" for each in results))
     best = means.pop("pretrained-distilled")
-    assert best > means["scratch-labels"] + 0.1
-    assert best > max(means["scratch-distilled"], means["pretrained-labels"])
+    assert best > means["scratch-labels"] + 0.08
+    assert best > means["scratch-distilled"] + 0.05
