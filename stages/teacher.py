@@ -5,6 +5,7 @@ For fine-tuning at a higher resolution it is evaluated there, after its own fine
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -244,14 +245,17 @@ def accuracy_or_refusal(
     metrics = _evaluate(config, teacher, val, size, device)
     if float(metrics["top1"]) >= section.min_top1:
         return metrics
-    do = "check that its classes are in the index's order; train it longer; or lower teacher.min_top1"
+    longer = "train it longer (teacher.epochs)"
+    do = f"check that its classes are in the index's order; {longer}" if section.weights else longer
+    do += "; or lower teacher.min_top1"
     if size != trained and not config.teacher_finetune.epochs:
         do = f"it is poor at a size other than its own: set finetune.teacher_size to {trained} or null, or adapt it"
         do += " with teacher_finetune.epochs"
+    largest = np.bincount(val.labels()).max() / len(val)
     raise PipelineError(
         f"teacher {section.title} at {size} px: top-1 on {val.path}",
         expected=f"at least {section.min_top1:.4f} (teacher.min_top1)",
-        found=f"{metrics['top1']:.4f}",
+        found=f"{metrics['top1']:.4f}; always naming the largest class gives {largest:.4f}",
         do=do,
     )
 

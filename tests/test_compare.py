@@ -69,6 +69,14 @@ def test_a_run_is_found_by_its_folder_its_short_form_its_state_folder_and_what_t
     assert compare.find(str(state)) == compare.find(f"student-none-{run[:8]}") == compare.find(run) == state
 
 
+def test_the_name_alone_is_a_student_of_the_experiment_in_params_yaml(in_tmp):
+    folder = write_run(DIGITS, "none")
+    with pytest.raises(UsageError):
+        compare.find("none")
+    Path("params.yaml").write_text(dump(DIGITS))
+    assert compare.find("none") == folder
+
+
 def test_a_name_of_no_run_or_of_two_is_refused(in_tmp):
     write_run(DIGITS, "none")
     for name in ("digits/nobody", "digits", "student-none-00000000", "outputs/digits"):

@@ -76,6 +76,10 @@ def test_wrong_type_or_value_is_refused_with_key_and_finding(key, value):
     assert message.startswith(f"trial.yaml: {key}\n") and repr(value) in message
 
 
+def test_null_is_an_empty_text():
+    assert resolve({"data": {"train": "a", "val_fraction": 0.1}}, ("data.val=",), "test").data.val == ""
+
+
 @pytest.mark.parametrize("key", ["student.lr", "student.clip_grad"])
 def test_infinity_is_refused(key):
     assert key in refusal(nested(key, float("inf")))

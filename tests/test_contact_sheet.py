@@ -22,6 +22,7 @@ from pipeline.report.contact_sheet import (
     describe_view,
     find_sample,
     group_section,
+    mixed_view,
     op_section,
     sample_section,
 )
@@ -107,6 +108,14 @@ def test_an_unmixed_group_says_so(small_set):
     _, index = small_set
     recipe = Recipe(size=16, group_size=4, repeats=2, block=4, mix_prob=0)
     assert "not mixed" in group_section(index, recipe, 1, 2, 0, 4).title
+
+
+def test_the_first_view_in_which_the_group_is_mixed_is_shown(small_set):
+    _, index = small_set
+    recipe = Recipe(size=16, group_size=4, repeats=2, block=4, mix_prob=0.2)
+    mixed_ones = [view for view in range(40) if "not mixed" not in group_section(index, recipe, 1, 2, view, 4).title]
+    assert mixed_view(index, recipe, 1, 2, range(40)) == mixed_ones[0] > 0
+    assert mixed_view(index, recipe, 1, 2, range(mixed_ones[0])) == 0
 
 
 def test_the_sheet_of_ops_has_a_cell_per_op_and_magnitude(small_set):

@@ -150,11 +150,15 @@ def test_decoders_that_differ_will_fail(monkeypatch):
 )
 def test_a_quota_below_the_visible_cores_is_warned_of(tmp_path, quota, level):
     (tmp_path / "cpu.max").write_text(quota + "\n")
-    assert machine.check_cores(tmp_path / "cpu.max").level is level
+    assert machine.check_cores(tmp_path / "cpu.max", load=0.0).level is level
 
 
 def test_a_machine_without_cgroups_has_no_quota(tmp_path):
-    assert machine.check_cores(tmp_path / "absent").level is Level.OK
+    assert machine.check_cores(tmp_path / "absent", load=0.0).level is Level.OK
+
+
+def test_a_load_above_the_number_of_cores_is_warned_of(tmp_path):
+    assert machine.check_cores(tmp_path / "absent", load=1e6).level is Level.WARN
 
 
 class _Gpu:

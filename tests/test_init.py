@@ -537,6 +537,23 @@ def test_the_preset_for_photographs_holds_these_choices():
     assert preset == config(TYPICAL).model_copy(update={"name": "photos"})
 
 
+def test_options_that_are_not_repeated_are_named(project):
+    assert "not repeated" not in init("My photos", "recipe.size=48", "student.epochs=30")
+    said = init("My photos", "student.epochs=60")
+    assert "not repeated from the command that wrote params.yaml: recipe.size=48; give them again to keep them" in said
+
+
+@pytest.mark.parametrize(("overrides", "wanted"), [
+    (("teacher_logits.views=100",), "choose 102 or 99, or give student.epochs alone"),
+    (("teacher_logits.views=2",), "choose 3, or give student.epochs alone"),
+    (("teacher_logits.views=100", "recipe.block=30"), "choose 120 or 90"),
+])  # fmt: skip
+def test_views_that_no_block_divides_are_refused_with_some_that_one_does(overrides, wanted):
+    with pytest.raises(UsageError, match="teacher_logits.views") as found:
+        config(TYPICAL, *overrides)
+    assert wanted in str(found.value)
+
+
 RATES = Rates(
     decode=0.003, render=0.001, forward={"teacher": 0.01, "none": 0.02, "token": 0.02},
     step={"teacher": 0.03, "none": 0.05, "token": 0.06}, parameters={"teacher": 1_000_000, "none": 500_000, "token": 600_000},

@@ -48,14 +48,17 @@ def find(name: str) -> Path:
     """The folder of a training: its state folder, or that of its published weights.
 
     Args:
-        name: such a folder, EXPERIMENT/STUDENT, or a run's fingerprint or what trackers call it.
+        name: such a folder, EXPERIMENT/STUDENT, STUDENT of the experiment in params.yaml, or a run's fingerprint or what
+            trackers call it.
 
     Raises:
         UsageError: there is none, or more than one.
     """
-    experiment, _, model = name.partition("/")
+    experiment, _, model = name.rpartition("/")
+    if not experiment and Path("params.yaml").exists():
+        experiment = load("params.yaml").name
     short = [Path("outputs", experiment, "students", model), Path("outputs", experiment, model)]
-    for place in [Path(name), *short * bool(model)]:
+    for place in [Path(name), *short * bool(experiment and model)]:
         if (place / "metrics.json").exists() or (place / "run.json").exists():
             return place
     found = []
@@ -66,7 +69,7 @@ def find(name: str) -> Path:
     raise UsageError(
         f"run {name}",
         expected="a folder such as outputs/NAME/students/STUDENT, outputs/NAME/teacher or work/state/FINGERPRINT;"
-        " NAME/STUDENT; or a run's short name, such as student-token-1a2b3c4d",
+        " NAME/STUDENT; STUDENT of params.yaml; or a run's short name, such as student-token-1a2b3c4d",
         found=f"{len(found)} runs: {', '.join(map(str, found))}" if found else "no metrics.json and no run.json",
         do="train it first, or see the names in outputs/*/students and work/state",
     )  # fmt: skip

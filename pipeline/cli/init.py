@@ -54,6 +54,8 @@ def run(
         print(f"warning: {line}")
     if with_estimate:
         _print_estimate(config, found, device)
+    if dropped := dropped_options(output, overrides):
+        print(f"not repeated from the command that wrote {output}: {' '.join(dropped)}; give them again to keep them")
     command = shlex.join(["pipeline", "init", str(root), *overrides])
     text = annotate(config, _unchanged(choices, overrides))
     with atomic_write(output) as temporary:
@@ -165,6 +167,18 @@ def _is_as_written(path: Path) -> bool:
     return bool(found) and checksum == fingerprint(text)
 
 
+def dropped_options(path: Path, overrides: tuple[str, ...]) -> list[str]:
+    """The section.key=value of the `pipeline init` that wrote a file whose keys are not given this time."""
+    try:
+        command = path.read_text().partition("\n")[0].removeprefix("# Written by: ")
+        words = shlex.split(command)
+    except (OSError, ValueError):
+        return []
+    given = {text.partition("=")[0] for text in overrides}
+    earlier = words[3:] if words[:2] == ["pipeline", "init"] else []
+    return [text for text in earlier if text.partition("=")[0] not in given]
+
+
 def refuse_changed(path: Path, config: Config) -> None:
     """Protect a params.yaml that holds more than what a command wrote or writes again.
 
@@ -181,7 +195,7 @@ def refuse_changed(path: Path, config: Config) -> None:
     if not known:
         raise UsageError(
             f"{path}",
-            expected="no such file, or an experiment of configs/ without changes",
+            expected="no such file, or one without changes: written by pipeline init, or an experiment of configs/",
             found="a configuration with changes, which would be lost",
             do="keep it under another name, choose another file with --output, or overwrite it with --force",
         )
@@ -195,4 +209,4 @@ def _print_estimate(config: Config, found: photos.Photos, device: torch.device) 
     sizes = durations.bytes_written(config, rates, images, classes, found.bytes)
     print(durations.describe(seconds, sizes, device))
     if sum(seconds.values()) > 3600 and not gpu:
-        print("to shorten it: fewer epochs (student.epochs with teacher_logits.views), a smaller recipe.size, a GPU")
+        print("to shorten it: fewer epochs (teacher.epochs, student.epochs), a smaller recipe.size, a GPU")

@@ -129,9 +129,13 @@ def same_pixels(jpeg: bytes) -> bool:
     return np.array_equal(decode(jpeg), decode_trusted(jpeg))
 
 
-def check_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> Finding:
-    """Compare the cores that are visible with the quota of a container."""
-    cores = available_cores()
+def check_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max"), load: float | None = None) -> Finding:
+    """Compare the cores that are visible with the quota of a container and the load.
+
+    Args:
+        load: the mean number of processes that ran or waited for a core in the last minute; None: this machine's.
+    """
+    cores, load = available_cores(), os.getloadavg()[0] if load is None else load
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     text = f"{cores} cores, {memory:,.0f} GiB of memory"
     with contextlib.suppress(OSError, ValueError):
@@ -142,6 +146,12 @@ def check_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> Finding:
                 " to suit it, or processes wait for one another"
             )
             return Finding(Level.WARN, "cores", text)
+    if load > 1.5 * cores:
+        text += (
+            f"; but the load average is {load:.1f}: estimates are for this load, and on a CPU the threads of a step wait for one"
+            " another, so OMP_NUM_THREADS=1 may be faster"
+        )
+        return Finding(Level.WARN, "cores", text)
     return Finding(Level.OK, "cores", text)
 
 

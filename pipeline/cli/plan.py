@@ -175,11 +175,23 @@ def steps_per_epoch(images: int, batch: int) -> int:
 
 
 def views_and_block(epochs: int, given: Given) -> tuple[int, int]:
-    """At least one view per epoch, in blocks: a multiple of the repeats, and cheap to decode and to render."""
+    """At least one view per epoch, in blocks: a multiple of the repeats, and cheap to decode and to render.
+
+    Raises:
+        UsageError: the number of views that is given is no multiple of any block.
+    """
     repeats = _number(given, "recipe.repeats") or 3
     block, views = _number(given, "recipe.block"), _number(given, "teacher_logits.views")
     blocks = [block] if block else range(repeats, max(30, repeats) + 1, repeats)
     if views:
-        return views, max([block for block in blocks if views % block == 0], default=blocks[0])
+        if views % blocks[0]:
+            below = views // blocks[0] * blocks[0]
+            raise UsageError(
+                f"teacher_logits.views {views}",
+                expected=f"a multiple of {'recipe.block' if block else 'recipe.repeats'}, {blocks[0]}",
+                found=f"{views / blocks[0]:.3g} times as many",
+                do=f"choose {below + blocks[0]}" + f" or {below}" * bool(below) + ", or give student.epochs alone",
+            )
+        return views, max(block for block in blocks if views % block == 0)
     costs = {(-(-epochs // block) * block, block): -(-epochs // block) * (block + DECODE) for block in blocks}
     return min(costs, key=lambda pair: costs[pair])

@@ -7,6 +7,7 @@ from pipeline.report.contact_sheet import (
     MIN_SIDE,
     find_sample,
     group_section,
+    mixed_view,
     op_section,
     random_sample,
     sample_section,
@@ -39,6 +40,7 @@ def run(
     else:
         sections = [sample_section(index, recipe, shard, position, views)]
         if members:
-            sections.append(group_section(index, recipe, shard, position, views[0], members))
+            view = mixed_view(index, recipe, shard, position, views)
+            sections.append(group_section(index, recipe, shard, position, view, members))
     draw_grid(output, sections, max(recipe.size * zoom / 100, MIN_SIDE))
     print(f"{output}: {sections[0].title}")

@@ -1,6 +1,6 @@
 """Sections of the configuration that train nothing: data, views, stores and evaluation."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -77,6 +77,12 @@ class Data(Section):
     cache_gb: Annotated[float, Field(ge=0, le=1e6)] = 10.0
     """Limit of the total size of these copies in GB (1e9 bytes); the least recently used are deleted first. At least
     2 x student.open_shards shards, or all, should fit. 0: no copies, every image read is a request."""
+
+    @field_validator("dataset", "val", "label_key", "class_names", mode="before")
+    @classmethod
+    def _empty(cls, text: Any) -> Any:
+        """Read null, such as from `data.val=`, as empty."""
+        return "" if text is None else text
 
 
 class Recipe(Section):

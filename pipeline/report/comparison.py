@@ -77,6 +77,8 @@ class Headline:
     comparisons: list[Comparison]
     missing: str
     """Why there is no comparison with a student without distillation, or empty."""
+    guess: float
+    """The accuracy of always naming the largest class."""
 
     def lines(self) -> list[str]:
         """The headline as plain text."""
@@ -86,7 +88,8 @@ class Headline:
         for each in self.comparisons:
             than = f"the student `{each.second}`, {each.about}" if each.about else f"the {each.second}"
             lines.append(f"  {each.first}: {each.points} than {than} ({each.interval})")
-        return lines + [f"  {self.missing}"] * bool(self.missing)
+        lines += [f"  {self.missing}"] * bool(self.missing)
+        return [*lines, f"  always naming the largest class: {100 * self.guess:.2f} %"]
 
 
 def describe_interval(share: Estimate) -> str:
@@ -110,7 +113,8 @@ def find_headline(entries: list[Entry], predictions: AllPredictions, labels: np.
     other = "without" if best.distilled else "with"
     missing = "" if pair else f"no student {other} distillation has the same architecture, initial weights, size and epochs"
     classifier, top1 = joint_classifier(predictions[best.name]), accuracy_interval(correct[best.name])
-    return Headline(best, tied, classifier, top1, len(labels), comparisons, missing)
+    guess = np.bincount(labels).max() / len(labels)
+    return Headline(best, tied, classifier, top1, len(labels), comparisons, missing, float(guess))
 
 
 def _distillation_pair(best: Entry, ranked: list[Entry]) -> tuple[Entry, Entry] | None:

@@ -82,11 +82,24 @@ def sample_section(index: Index, recipe: Recipe, shard: int, position: int, view
     return _section(f"{key} in {index.names[shard]}, recipe of {recipe.size} px", cells)
 
 
+def mixed_view(index: Index, recipe: Recipe, shard: int, position: int, views: range) -> int:
+    """The first of the views in which the sample's group is mixed, or the first if there is none."""
+    for view in views:
+        number, members = _group(index, recipe, shard, position, view)
+        if draw_mix(recipe, index.names[shard], number, view, len(members)).method != "none":
+            return view
+    return views[0]
+
+
+def _group(index: Index, recipe: Recipe, shard: int, position: int, view: int) -> tuple[int, np.ndarray]:
+    """The number and the members of a sample's group in a view."""
+    groups = draw_groups(recipe, index.names[shard], view // recipe.block, int(index.samples[shard]))
+    return next((number, members) for number, members in enumerate(groups) if position in members)
+
+
 def group_section(index: Index, recipe: Recipe, shard: int, position: int, view: int, count: int) -> Section:
     """The sample's group in one view, after mixing: the sample, then other members, `count` at most."""
-    groups = draw_groups(recipe, index.names[shard], view // recipe.block, int(index.samples[shard]))
-    number = next(n for n, members in enumerate(groups) if position in members)
-    members = groups[number]
+    number, members = _group(index, recipe, shard, position, view)
     mix = draw_mix(recipe, index.names[shard], number, view, len(members))
     rendered = Renderer(index, recipe).render([Item(shard, number, view)])
     pictures = mixed_pictures(rendered)

@@ -82,7 +82,7 @@ def divide(listing: Listing, seed: int, fraction: float) -> dict[str, Listing]:
             f"{listing.root}: no images for validation",
             expected="a class of at least two images, to divide them by data.val_fraction",
             found=f"{len(listing.names)} images of {len(listing.classes)} classes",
-            do="add images",
+            do="add images, or give those for validation: data.val",
         )
     val = [name in chosen for name in listing.names]
     train = _select(listing, [not each for each in val])
