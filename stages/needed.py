@@ -21,7 +21,10 @@ def run(config: Config) -> None:
         published = config.published_store(purpose)
         fetched = published and config.needs_store(purpose)
         needed[purpose] = {"fetch": published} if published and fetched else config.needs_teacher(purpose)
-        what = "a teacher and a store" if needed[purpose] else "no student learns from a teacher"
+        without = "no student learns from a teacher"
+        if purpose == "finetune" and not config.finetune.students:
+            without = "no student is fine-tuned"
+        what = "a teacher and a store" if needed[purpose] else without
         print(f"{purpose}: " + (f"the store published at {published}" if fetched else what))
     with atomic_write(needed_path(config)) as temporary:
         temporary.write_text(json.dumps(needed, indent=1) + "\n")

@@ -83,9 +83,10 @@ def _describe_store(store: Store, summary: dict[str, Any]) -> Terms:
 def _describe_recipe(recipe: Recipe) -> Terms:
     return {
         "views": f"{recipe.size} px, crops of {recipe.scale[0]:g} to {recipe.scale[1]:g} of the image",
-        "augmentation": f"{recipe.auto_augment or 'no RandAugment'}, flip {recipe.hflip:g},"
+        "augmentation": f"{recipe.auto_augment or f'color jitter {recipe.color_jitter:g}'}, flip {recipe.hflip:g},"
         f" erasing {recipe.erase_prob:g}",
-        "mixing": f"mixup {recipe.mixup_alpha:g}, cutmix {recipe.cutmix_alpha:g}, in groups of {recipe.group_size}",
+        "mixing": f"{recipe.mix_prob:.0%} of the groups of {recipe.group_size}: mixup {recipe.mixup_alpha:g},"
+        f" cutmix {recipe.cutmix_alpha:g}",
         "repeats": f"{recipe.repeats}, in blocks of {recipe.block} views",
         "seed": str(recipe.seed),
         "fingerprint": recipe_fingerprint(recipe),
