@@ -87,7 +87,7 @@ SOFT = {"distillation": "soft", "tau": 3.0}
 def answering(kind: str, monkeypatch) -> StoredTeacher:
     """Answers of zeros as they come out of a store, without one."""
 
-    def stored(store: SimpleNamespace, batch: Batch, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def stored(store: SimpleNamespace, batch: Batch, kind: str, reuse_view: None) -> tuple[torch.Tensor, torch.Tensor | None]:
         count, width = batch.labels.numel(), payload_width(kind, store.classes, 2)
         types = {"dense": torch.float16, "dense8": torch.uint8, "topk": torch.uint16, "sampled": torch.uint16}
         payload = torch.zeros(count, width, dtype=types[kind]) if kind in types else None

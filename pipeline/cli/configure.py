@@ -30,8 +30,8 @@ def run(name: str, overrides: tuple[str, ...], output: Path) -> None:
 
 def experiments() -> dict[str, Path]:
     """The experiments in configs/ by name; a study is none."""
-    files = [path for path in sorted(CONFIGS.rglob("*.yaml")) if STUDIES not in path.parents]
-    return {str(path.relative_to(CONFIGS).with_suffix("")): path for path in files}
+    files = [path for path in CONFIGS.rglob("*.yaml") if STUDIES not in path.parents]
+    return dict(sorted((str(path.relative_to(CONFIGS).with_suffix("")), path) for path in files))
 
 
 def list_experiments() -> None:
