@@ -20,6 +20,7 @@ from pipeline.config.params import record
 def test_every_command_of_a_shipped_study_passes_its_dry_run(name, in_tmp, monkeypatch):
     for split in ("train", "val"):
         write_folders(in_tmp / split, {"cat": 1, "dog": 1})
+    (in_tmp / "examples").symlink_to(ROOT / "examples")  # a teacher of one's own
     monkeypatch.setattr(study, "CONFIGS", ROOT / "configs")
     monkeypatch.setattr(study, "STUDIES", ROOT / "configs/studies")
     matrix = study.find(name, ("data.train=train", *([] if name == "imagenet-table7" else ["data.val=val"])))
