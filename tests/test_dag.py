@@ -171,6 +171,7 @@ def test_a_commit_is_compared_with_an_experiment_and_the_files_of_both_are_found
     call(project, "git", "add", "dvc.yaml", ".dvc/config", ".dvcignore", ".gitignore", "pipeline", "stages", "configs")
     call(project, "git", "add", "params.yaml", "dvc.lock")
     call(project, "git", "commit", "-m", "baseline")
+    call(project, "dvc", "checkout", "--force")  # earlier tests leave outputs of other parameters
     before = json.loads((project / key).read_text())
     assert ran(call(project, "dvc", "exp", "run", "--set-param", "student.epochs=3", target))[-1] == target
     after = json.loads((project / key).read_text())
@@ -178,8 +179,7 @@ def test_a_commit_is_compared_with_an_experiment_and_the_files_of_both_are_found
         "student.epochs": {"old": 2, "new": 3, "diff": 1}
     }
     changed = json.loads(call(project, "dvc", "metrics", "diff", "--json"))
-    # the workspace also has metrics that earlier tests left
-    assert changed[key]["epoch"] == {"old": 2, "new": 3, "diff": 1}
+    assert changed.keys() == {key} and changed[key]["epoch"] == {"old": 2, "new": 3, "diff": 1}
     assert (changed[key]["loss"]["old"], changed[key]["loss"]["new"]) == (before["loss"], after["loss"])
     assert "index.html" in call(project, "dvc", "plots", "diff")
     page = (project / "dvc_plots/index.html").read_text()
