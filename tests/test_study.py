@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
 from click.testing import CliRunner
 from conftest import make_data_set, tree
@@ -20,6 +22,7 @@ from pipeline.config.paths import evaluated_models, evaluation_folder
 from pipeline.config.schema import Config, Evaluate, Student
 from pipeline.config.study import Cell, Figure, Study, expand, load_study
 from pipeline.config.validation import validate
+from pipeline.models.weights import save_weights
 from pipeline.report import study_figure
 from pipeline.report.study import Summary, Value, read_cells, summarize, table_rows, write_cells, write_tables
 from pipeline.report.study_figure import draw_figure
@@ -434,6 +437,25 @@ TAUGHT = {
     "student": TINY["student"] | {"epochs": 2},
     "variants": {"none": {}, "hard": {"distillation": "hard"}},
 }  # fmt: skip
+
+
+def test_students_of_another_teacher_under_the_same_path_are_not_done(in_tmp):
+    write_teacher(seed=0)
+    changes = TAUGHT | {"teacher": TAUGHT["teacher"] | {"weights": "teacher.safetensors"}}
+    config, _ = make_data_set(in_tmp, {"cat": 6, "dog": 6}, {"cat": 2, "dog": 2}, **TINY | changes)
+    Path("base.yaml").write_text(dump(config))
+    write_study(students=["none", "hard"], axes={}, seeds=[0])
+    assert len(run()) == 5
+    assert run() == []
+    write_teacher(seed=1)
+    assert "1 of 2 cells done" in call("study", "tiny.yaml")
+    assert [each.partition(" ")[0] for each in run()] == ["prepare", "teacher", "teacher-logits", "train-student"]
+
+
+def write_teacher(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = timm.create_model(TAUGHT["teacher"]["model"], num_classes=2, **TAUGHT["teacher"]["kwargs"])
+    save_weights(Path("teacher.safetensors"), model)
 
 
 @pytest.mark.slow

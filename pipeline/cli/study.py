@@ -190,7 +190,7 @@ def done_runs(cells: Iterable[Cell]) -> dict[str, str]:
 
 
 def _done_run(cell: Cell, experiment: Experiment) -> str | None:
-    """The fingerprint of a cell's run if it is complete and published, with these settings, images and store, or None.
+    """The fingerprint of a cell's run if it is complete and published, with these settings, images, teacher and store, or None.
 
     The name in run.json is not compared: the run may have been trained for another student with the same settings.
     """
@@ -198,8 +198,10 @@ def _done_run(cell: Cell, experiment: Experiment) -> str | None:
     crop = config.evaluate.crop_finetuned if cell.finetuned else config.evaluate.crop
     if metrics.get("validation") != fingerprint([experiment.indices["val"].get("fingerprint"), crop]):
         return None
-    folder = teacher_logits_folder(config, "finetune" if cell.finetuned else "train-student")
-    distilled = config.student_named(cell.variant).distillation != "none"
+    purpose = "finetune" if cell.finetuned else "train-student"
+    folder, distilled = teacher_logits_folder(config, purpose), config.student_named(cell.variant).distillation != "none"
+    if distilled and purpose in experiment.foreign_teachers:
+        return None
     store = read_json(folder / "manifest.json").get("fingerprint", "none") if distilled else None
     own = [state for state in experiment.states if is_run_of(experiment.runs[cell.stage], state.described)]
     complete = {state.folder.name for state in own if state.complete and state.described.get("store") == store}
