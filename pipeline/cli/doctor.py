@@ -21,6 +21,7 @@ from pipeline.cli.machine import (
 )
 from pipeline.common.cores import OPEN_FILES, OPEN_FILES_PER_WORKER, resolve_workers
 from pipeline.common.errors import PipelineError
+from pipeline.common.wording import size_of
 from pipeline.config.params import load
 from pipeline.config.paths import index_path, local_work
 from pipeline.config.schema import PURPOSES, Config
@@ -109,9 +110,9 @@ def check_space(config: Config) -> Finding:
     try:
         needed = needed_bytes(config)
     except PipelineError as error:
-        text = f"{free / 1e9:,.1f} GB free; the size of the data is not known yet: {error.what}"
+        text = f"{size_of(free)} free; the size of the data is not known yet: {error.what}"
         return Finding(Level.WARN, "free space", text)
-    text = f"{folder.resolve()}: {free / 1e9:,.1f} GB free, shards and stores take {needed / 1e9:,.2f} GB"
+    text = f"{folder.resolve()}: {size_of(free)} free, shards and stores take {size_of(needed)}"
     level = Level.FAIL if free < needed else Level.WARN if free < 2 * needed else Level.OK
     return Finding(level, "free space", text)
 

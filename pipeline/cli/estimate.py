@@ -14,7 +14,7 @@ from pipeline.cli.dry_run import check_one_teacher
 from pipeline.cli.durations import Machine, Rates, duration
 from pipeline.common.cores import available_cores, limit_threads, resolve_workers
 from pipeline.common.errors import NotReady, UsageError
-from pipeline.common.wording import count_of
+from pipeline.common.wording import count_of, size_of
 from pipeline.config.paths import index_path
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import StoreSpec, store_spec
@@ -177,7 +177,7 @@ def table_by_views(
         after, ten = student.pays_after(seconds - durations.START), seconds + 10 * student.offline
         paid = "never" if after is None else f"{after:.2f} students"
         mark = " *" if views == spec.views else ""
-        rows.append([f"{views}{mark}", f"{size.bytes / 1e9:,.3g} GB", duration(seconds), paid, duration(ten), duration(10 * student.online)])
+        rows.append([f"{views}{mark}", size_of(size.bytes), duration(seconds), paid, duration(ten), duration(10 * student.online)])
     headers = ["views", spec.kind, "the teacher takes", "pays off after", "10 students and store", "10 with the teacher"]
     return tabulate(rows, headers, disable_numparse=True) + "\n* as configured"
 
@@ -190,5 +190,5 @@ def table_by_kind(config: Config, samples: Sequence[int], classes: int) -> str:
         spec = store_spec(config.model_copy(update={"teacher_logits": settings}), "train-student")
         size = estimate(spec, samples, classes)
         mark = " *" if kind == config.teacher_logits.kind else ""
-        rows.append([kind + mark, f"{size.row_bytes:,}", f"{size.bytes / 1e9:,.3g} GB", f"{size.files:,}", distillation])
+        rows.append([kind + mark, f"{size.row_bytes:,}", size_of(size.bytes), f"{size.files:,}", distillation])
     return tabulate(rows, ["kind", "bytes per view", "size", "files", "distillation"], disable_numparse=True)

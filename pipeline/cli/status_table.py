@@ -158,7 +158,7 @@ def _cells(row: Row) -> list[str]:
         row.stage,
         "outdated" if row.state == FOREIGN else row.state,
         "" if row.percent is None else str(int(row.percent)),
-        f"{count} {row.unit}" if row.done or row.total is not None else "",
+        f"{count} {row.unit.removesuffix('s') if count == '1' else row.unit}" if row.done or row.total is not None else "",
         "" if row.images_per_second is None else short(row.images_per_second),
         "" if row.seconds_left is None else duration(row.seconds_left),
         "" if row.moved_seconds_ago is None else f"{duration(row.moved_seconds_ago)} ago",

@@ -1,7 +1,16 @@
 """Wording of messages."""
 
+UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
+
 
 def count_of(number: int, noun: str) -> str:
     """A number with its noun, in the plural unless there is one: 1 shard, 1,280 shards."""
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{number:,} {noun if number == 1 else plural}"
+
+
+def size_of(number: float) -> str:
+    """A number of bytes with three digits in decimal units: 884 B, 8.84 kB, 13 MB, 1,200 GB."""
+    unit = next((unit for unit, factor in UNITS.items() if number >= 0.9995 * factor), "B")
+    scaled = number / UNITS[unit]
+    return f"{scaled:,.0f} {unit}" if scaled >= 99.95 or unit == "B" else f"{scaled:.3g} {unit}"

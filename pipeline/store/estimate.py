@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.common.wording import count_of
+from pipeline.common.wording import count_of, size_of
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import StoreSpec
 from pipeline.models.build import build_student
@@ -90,7 +90,7 @@ def describe_estimate(spec: StoreSpec, size: Estimate, classes: int, rate: float
     return (
         f"{size.rows:,} images x {size.views} views as {spec.kind}, {count_of(classes, 'class')},"
         f" {count_of(size.shards, 'shard')}\n"
-        f"  bytes  {size.bytes / 1e9:,.2f} GB: {size.row_bytes} bytes per view, and"
+        f"  bytes  {size_of(size.bytes)}: {size.row_bytes} bytes per view, and"
         f" {size.check_bytes / max(size.rows * size.views, 1):.2f} for checks;\n"
         f"         shards of unequal size add {size.padding:.1%}\n"
         f"  files  {size.files:,}: {size.arrays} arrays x {size.shards:,} shards x {size.blocks} blocks\n"
