@@ -26,7 +26,7 @@ FILES = {path.name: path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob(
 TEXTS = {name: path.read_text() for name, path in FILES.items()}
 every_file = pytest.mark.parametrize("name", sorted(FILES))
 
-NEEDS = re.compile(r"# needs (a GPU|\d+ GPUs|a cluster|a network|a browser|the released weights)$")
+NEEDS = re.compile(r"# needs (a GPU|\d+ GPUs|a cluster|a network|a browser|the released weights|CIFAR-10)$")
 ELSEWHERE = {  # command: a file, and what in it runs the command or makes it work
     "make install": ("Makefile", "demo: install"),
     "make demo": (".ci/run", "make demo"),
@@ -38,6 +38,7 @@ ELSEWHERE = {  # command: a file, and what in it runs the command or makes it wo
     "dvc metrics show": ("tests/test_dag.py", '"dvc", "metrics", "show"'),
     "dvc plots show": ("tests/test_dag.py", '"dvc", "plots", "show"'),
     "pipeline study digits-quick run": ("tests/test_study.py", '"study", "tiny.yaml", "run"'),
+    "pipeline study --from docs/study": ("tests/test_study_document.py", '"study", "--from", str(RESULTS)'),
     "pipeline compare digits/none digits/token": ("tests/test_compare.py", 'call("digits/none", "digits/token")'),
     "git add params.yaml dvc.lock": ("tests/test_dag.py", '"git", "add", "params.yaml", "dvc.lock"'),
     "git commit -m baseline": ("tests/test_dag.py", '"git", "commit", "-m", "baseline"'),
