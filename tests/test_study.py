@@ -273,6 +273,16 @@ def test_a_figure_over_a_metric_has_a_point_for_every_row(tmp_path, monkeypatch)
     assert tiny.y_deviation == pytest.approx(25 / math.sqrt(2)) and tiny.x_deviation == pytest.approx(2500 / math.sqrt(2))
 
 
+def test_a_line_is_interrupted_where_it_has_no_result_yet(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(study_figure, "_plot", lambda lines, log: drawn.update(lines) or REAL_PLOT(lines, log))
+    levels = [("none", "1"), ("none", "30"), ("token", "1"), ("token", "3"), ("token", "30")]
+    values = [Value("x", {"student": student, "views": views}, 0, "run", "top1", 0.5) for student, views in levels]
+    draw_figure(tmp_path / "figure.png", summarize(values), Figure(x="views", log=True))
+    missing = {label: [point.x for point in points if math.isnan(point.y)] for label, points in drawn.items()}
+    assert missing == {"none": [3.0], "token": []}
+
+
 REAL_PLOT = study_figure._plot
 
 

@@ -40,13 +40,19 @@ def draw_figure(path: Path, summaries: Sequence[Summary], settings: Settings | N
 
 
 def draw_lines(path: Path, summaries: Sequence[Summary], x: str, log: bool) -> None:
-    """Plot one metric against an axis: means with standard deviations, a line per combination of the other axes."""
+    """Plot one metric against an axis: means with standard deviations, a line per combination of the other axes.
+
+    A line is interrupted where it has no result and another line has one.
+    """
     lines: dict[str, list[Point]] = {}
     for each in summaries:
         others = [axis for axis in varying_axes(summaries) if axis != x]
         lines.setdefault(_label(others, each), []).append(Point(float(each.levels[x]), 0.0, *_scaled(each)))
+    places = {point.x for points in lines.values() for point in points}
+    for points in lines.values():
+        points += [Point(place, 0.0, math.nan, math.nan) for place in places - {point.x for point in points}]
     axes = _plot(lines, log)
-    axes.xaxis.set_major_locator(FixedLocator(sorted({point.x for points in lines.values() for point in points})))
+    axes.xaxis.set_major_locator(FixedLocator(sorted(places)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(_plain(x), color=LIGHT.muted)
     _finish(axes, summaries, "y")
@@ -95,7 +101,7 @@ def _plot(lines: dict[str, list[Point]], log: bool) -> Axes:
         y, y_deviations = [point.y for point in points], [point.y_deviation for point in points]
         axes.errorbar(x, y, y_deviations, x_deviations if any(x_deviations) else None, label=label, color=colour,
                       marker=marker, ls=style, ms=5, lw=1.5, capsize=3)  # fmt: skip
-        for point in points:
+        for point in (point for point in points if point.text):
             axes.annotate(point.text, (point.x, point.y), (5, 5), textcoords="offset points", color=LIGHT.muted, size=8)
     if log:
         axes.set_xscale("log")
