@@ -20,6 +20,11 @@ RUN = [name for name in STUDIES if (RESULTS / f"{name}.csv").exists()]
 every_study = pytest.mark.parametrize("name", RUN)
 
 
+@pytest.fixture(autouse=True)
+def configs(in_tmp):
+    (in_tmp / "configs").symlink_to(ROOT / "configs")
+
+
 def section(name: str) -> str:
     """The part of the document about a study: after the heading under which its command stands."""
     (found,) = [text for text in re.split(r"^## ", DOCUMENT, flags=re.M) if f"`pipeline study {name} run`:" in text]
@@ -28,11 +33,10 @@ def section(name: str) -> str:
 
 def compared(name: str) -> list[Difference]:
     values = [each for each in read_cells(RESULTS / f"{name}.csv") if each.metric == "top1"]
-    return differences(values, command.find(str(ROOT / f"configs/studies/{name}.yaml"), ()).study.reference)
+    return differences(values, command.find(name, ()).study.reference)
 
 
-def test_tables_in_the_folder_are_made_from_the_cells(in_tmp):
-    Path("configs").symlink_to(ROOT / "configs")
+def test_tables_in_the_folder_are_made_from_the_cells():
     done = CliRunner().invoke(main, ["study", "--from", str(RESULTS), "--to", "again"])
     assert done.exit_code == 0, done.output
     texts = {name: content for name, content in tree(Path("again")).items() if not name.endswith(".png")}
@@ -63,7 +67,7 @@ def test_numbers_in_the_text_are_in_a_table_of_their_section(name):
 @every_study
 def test_every_cell_has_all_seeds_or_the_document_says_which_are_missing(name):
     values: list[Value] = read_cells(RESULTS / f"{name}.csv")
-    missing = {cell.name for cell in command.find(str(ROOT / f"configs/studies/{name}.yaml"), ()).cells} - {each.cell for each in values}
+    missing = {cell.name for cell in command.find(name, ()).cells} - {each.cell for each in values}
     assert not missing or "not run" in section(name).lower()
 
 
