@@ -122,6 +122,12 @@ def test_an_experiment_of_imagenets_size_fits_into_100_columns():
     assert max(len(line) for line in table([row_of(fact, NOW) for fact in facts]).splitlines()) <= 100
 
 
+def test_what_is_counted_agrees_with_its_number():
+    facts = [Facts("teacher-logits", "units", done, total, modified=0.0) for done, total in ((1, 1), (2, 2), (1, 5))]
+    printed = table([row_of(fact, NOW) for fact in facts])
+    assert "1 unit " in printed and "2 units" in printed and "1/5 units" in printed
+
+
 def test_numbers_and_durations_are_short():
     assert [short(x) for x in (0.25, 7, 9999, 12_345, 375_300, 1_281_167)] == [
         "0.25", "7", "9,999", "12.3k", "375k", "1.28M",
