@@ -15,9 +15,9 @@ INTRODUCTION = """# Configuration keys
 
 <!-- Written by `python -m pipeline.cli.reference > docs/configuration.md`; the text is in pipeline/config/. -->
 
-`params.yaml` has a value for every key; a file in `configs/` has those that differ from the defaults, which are the
-paper's. `pipeline configure NAME section.key=value` writes `params.yaml`, and `--set section.key=value` overrides a key
-for one command.
+A file in `configs/` has the keys that differ from the defaults, which are the paper's. `pipeline configure NAME
+section.key=value` and `pipeline init` write `params.yaml` with a value for every key, and `--set section.key=value`
+overrides a key for one command.
 """
 SHARED = "the training loop"
 HEADER = "| key | type | default | meaning |\n| --- | --- | --- | --- |\n"

@@ -76,8 +76,8 @@ class Training(Section):
     deterministic: bool = False
     """Use only deterministic kernels on a GPU: slower, and torch does not have one for every operation."""
     accumulation: Positive = 1
-    """Gradient accumulation steps per rank. Changes rounding only, except with batch norm, whose statistics are those
-    of one step's slice."""
+    """Gradient accumulation steps per rank. Changes rounding, what drop-path and dropout draw and, with batch norm, the
+    statistics, which are those of one step's slice."""
     workers: Workers = None
     """Rendering processes per rank; null: chosen for the machine."""
     open_shards: Positive = 16

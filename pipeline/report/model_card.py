@@ -11,12 +11,12 @@ from pipeline.models.description import ModelDescription
 USE = {
     "timm": """```python
 import timm, torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 model = timm.create_model("local-dir:{path}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 with torch.no_grad():
-    logits = model(transform(Image.open("photo.jpg").convert("RGB"))[None])
+    logits = model(transform(ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB"))[None])
 print(model.pretrained_cfg["label_names"][logits.argmax()])
 ```""",
     "model.onnx": "`{path}` (ONNX): input `images`, float32 RGB (N, 3, {size}, {size}) in [0, 1]; output `logits`."
