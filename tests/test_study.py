@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,13 @@ from pipeline.cli import study as command
 from pipeline.cli import study_table
 from pipeline.cli.main import main
 from pipeline.common.errors import PipelineError, UsageError
+from pipeline.config import cells as cells_module
 from pipeline.config import schema
-from pipeline.config import study as study_module
+from pipeline.config.cells import Cell, expand
 from pipeline.config.params import dump, load, parse_yaml, resolve
 from pipeline.config.paths import evaluated_models, evaluation_folder
 from pipeline.config.schema import Config, Evaluate, Student
-from pipeline.config.study import Cell, Figure, Study, expand, load_study
+from pipeline.config.study import Figure, Study, load_study
 from pipeline.config.validation import validate
 from pipeline.models.weights import save_weights
 from pipeline.report import study_figure
@@ -95,14 +98,14 @@ def test_a_further_key_with_its_default_renames_no_configuration(monkeypatch):
     def extended(**own) -> Config:
         return BASE.model_copy(update={"student": Extended(**BASE.student.model_dump(), **own)})
 
-    assert study_module._digest(extended()) == study_module._digest(BASE)
-    assert study_module._digest(extended(further=4)) != study_module._digest(BASE)
+    assert cells_module._digest(extended()) == cells_module._digest(BASE)
+    assert cells_module._digest(extended(further=4)) != cells_module._digest(BASE)
     settings = BASE.student.model_dump(mode="json")
-    before = study_module._student_digest(settings, {"seed": 1}, "", "")
-    monkeypatch.setattr(study_module, "Student", Extended)
+    before = cells_module._student_digest(settings, {"seed": 1}, "", "")
+    monkeypatch.setattr(cells_module, "Student", Extended)
     monkeypatch.setattr(schema, "Student", Extended)
-    assert study_module._student_digest(settings, {"seed": 1}, "", "") == before
-    assert study_module._student_digest(settings, {"seed": 1, "further": 4}, "", "") != before
+    assert cells_module._student_digest(settings, {"seed": 1}, "", "") == before
+    assert cells_module._student_digest(settings, {"seed": 1, "further": 4}, "", "") != before
 
 
 def test_a_default_that_is_written_out_renames_no_configuration():
@@ -147,7 +150,12 @@ def test_a_fine_tuned_student_is_a_cell_whose_name_says_what_it_started_from():
 @pytest.mark.parametrize(
     ("study", "message"),
     [
-        ({"axes": {"student": {"a": {}}}}, "student and seed"),
+        ({"axes": {"student": {"a": {}}}}, "none of .*seed.*student"),
+        ({"axes": {"run": {"a": {}}}}, "found run"),
+        ({"axes": {"student.epochs": [1], "finetune.epochs": [2]}}, "two called epochs"),
+        ({"students": ["soft"], "set": {"student.alpha": 0.3}}, "variants.soft.alpha"),
+        ({"metrics": ["top1", "top1"]}, "metrics must be different"),
+        ({"figure": {"x": "hflip", "log": True}, "axes": {"recipe.hflip": [0, 0.5]}}, "levels above 0"),
         ({"axes": {"V": {}}}, "at least one level"),
         ({"axes": {"V": [1, 2]}}, "axes.V"),
         ({"axes": {"V": {"1": {"teacher_logits.view": 1}}}}, "did you mean views"),
@@ -235,7 +243,7 @@ def test_all_files_are_made_from_cells_csv_alone(tmp_path):
     for folder, values in (("a", VALUES), ("b", again)):
         (tmp_path / folder).mkdir()
         write_tables(tmp_path / folder / "table.csv", tmp_path / folder / "table.md", summarize(values), [table_rows(summarize(values))])
-        draw_figure(tmp_path / folder / "figure.png", summarize(values), Figure(x="views", log=True))
+        draw_figure(tmp_path / folder / "figure.png", summarize(values), "top1", Figure(x="views", log=True))
     assert tree(tmp_path / "a") == tree(tmp_path / "b") and len(tree(tmp_path / "a")) == 3
     lines = (tmp_path / "a/table.csv").read_text().splitlines()
     assert lines[0] == "student,views,metric,mean,standard_deviation,seeds" and lines[2] == "hard,10,top1,0.95,,1"
@@ -264,7 +272,7 @@ def test_a_figure_over_a_metric_has_a_point_for_every_row(tmp_path, monkeypatch)
         for metric, number in (("top1", speed / 10000), ("throughput.images_per_second", speed))
     ]  # fmt: skip
     summaries = summarize(values)
-    draw_figure(tmp_path / "figure.png", summaries, Figure(x="throughput.images_per_second", along="size", log=True))
+    draw_figure(tmp_path / "figure.png", summaries, "top1", Figure(x="throughput.images_per_second", along="size", log=True))
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert drawn.keys() == {"none", "token"}
     small, tiny = drawn["token"]
@@ -278,7 +286,7 @@ def test_a_line_is_interrupted_where_it_has_no_result_yet(tmp_path, monkeypatch)
     monkeypatch.setattr(study_figure, "_plot", lambda lines, log: drawn.update(lines) or REAL_PLOT(lines, log))
     levels = [("none", "1"), ("none", "30"), ("token", "1"), ("token", "3"), ("token", "30")]
     values = [Value("x", {"student": student, "views": views}, 0, "run", "top1", 0.5) for student, views in levels]
-    draw_figure(tmp_path / "figure.png", summarize(values), Figure(x="views", log=True))
+    draw_figure(tmp_path / "figure.png", summarize(values), "top1", Figure(x="views", log=True))
     missing = {label: [point.x for point in points if math.isnan(point.y)] for label, points in drawn.items()}
     assert missing == {"none": [3.0], "token": []}
 
@@ -290,6 +298,18 @@ def test_a_file_that_is_no_cells_csv_is_refused(tmp_path):
     (tmp_path / "cells.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UsageError, match="pipeline study wrote"):
         read_cells(tmp_path / "cells.csv")
+
+
+@pytest.mark.parametrize("line", ["x,0,a,top1,0.5,1", "x,0,a,top1", "x,0,a,top1,nan"])
+def test_a_line_of_cells_that_is_ragged_or_not_finite_is_refused(tmp_path, line):
+    (tmp_path / "cells.csv").write_text(f"cell,seed,run,metric,value\n{line}\n")
+    with pytest.raises(UsageError, match="pipeline study wrote"):
+        read_cells(tmp_path / "cells.csv")
+
+
+def test_levels_that_are_no_numbers_are_drawn_as_dots(tmp_path):
+    draw_figure(tmp_path / "figure.png", summarize([VALUES[0]]), "top1", Figure(x="student"))
+    assert (tmp_path / "figure.png").exists()
 
 
 def test_summaries_of_large_numbers_are_short():
@@ -391,6 +411,32 @@ def test_metrics_that_no_cell_has_are_named(project):
     run(command.find("tiny.yaml", ()).cells[0].name)
     write_study(metrics=["top1", "val_top_1", "evaluation.parameters"])
     assert "no cell has the metric val_top_1, evaluation.parameters" in call("study", "tiny.yaml")
+    write_study(metrics=["val_top_1"])
+    printed = call("study", "tiny.yaml")
+    assert "1 of 4 cells done" in printed and "no cell has the metric val_top_1" in printed and "nothing to show" not in printed
+
+
+def test_differences_are_of_the_first_metric_that_any_cell_has(project, monkeypatch):
+    write_study(metrics=["evaluation.ece", "top1"], reference={"lr": "0.01"})
+    found = command.find("tiny.yaml", ())
+    values = [
+        Value(cell.name, cell.levels, cell.seed, "run", metric, 0.5)
+        for number, cell in enumerate(found.cells) for metric in found.study.metrics[number == 0 :]
+    ]  # fmt: skip
+    monkeypatch.setattr(study_table, "done_runs", lambda cells: {cell.name: "run" for cell in cells})
+    monkeypatch.setattr(study_table, "collect", lambda matrix, done: values)
+    assert "evaluation.ece: difference from lr 0.01" in call("study", "tiny.yaml")
+
+
+def test_a_student_whose_first_weights_were_replaced_is_not_done(project):
+    run(command.find("tiny.yaml", ()).cells[0].name)
+    source = Path("source.safetensors")
+    command.find("tiny.yaml", ()).cells[0].folder.joinpath("weights.safetensors").rename(source)
+    write_study(base="base.yaml", axes={}, seeds=[0], students=["none"], set={"student.weights": str(source)})
+    assert [each.partition(" ")[0] for each in run()] == ["prepare", "train-student"] and run() == []
+    later = time.time() + 10
+    os.utime(source, (later, later))
+    assert [each.partition(" ")[0] for each in run()] == ["prepare", "train-student"]
 
 
 def test_calibration_is_a_metric_of_the_evaluation_of_the_same_run(in_tmp):

@@ -19,7 +19,7 @@ from pipeline.common.errors import UsageError
 @click.option("--from", "source", type=click.Path(exists=True, path_type=Path), metavar="CELLS.CSV",
               help="show: make table and figure from this file; or, without NAME, from NAME.csv of every study in a folder.")
 @click.option("--to", "folder", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER",
-              help="show: write to this folder, as NAME.csv, NAME-table.csv, NAME.md and NAME.png.")  # fmt: skip
+              help="show: write to this folder, as NAME.csv (not with --from), NAME-table.csv, NAME.md and NAME.png.")  # fmt: skip
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a key of the base.")
 def study(name: str | None, action: str, as_list: bool, commands: bool, cells: tuple[str, ...], dry_run: bool,
           source: Path | None, folder: Path | None, overrides: tuple[str, ...]) -> None:  # fmt: skip
@@ -39,7 +39,7 @@ def study(name: str | None, action: str, as_list: bool, commands: bool, cells: t
       pipeline study --list
       pipeline study digits-quick run
       pipeline study digits-quick
-      pipeline study digits-quick --from cells.csv --to results
+      pipeline study digits-quick --to results
       pipeline study --from results
       pipeline study cifar10-views --commands --set data.train=cifar10/train --set data.val=cifar10/test
     """

@@ -17,10 +17,11 @@ from pipeline.cli.status import Experiment
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.signals import raise_on_sigterm
 from pipeline.common.wording import count_of
+from pipeline.config.cells import Cell, expand
 from pipeline.config.params import load, record
 from pipeline.config.paths import evaluated_models, evaluation_folder, teacher_logits_folder, used_params
 from pipeline.config.schema import PURPOSES, Config
-from pipeline.config.study import Cell, Study, expand, load_study
+from pipeline.config.study import Study, load_study
 from pipeline.config.validation import fingerprint
 from pipeline.training.identity import is_run_of
 
@@ -35,6 +36,8 @@ class Matrix:
     name: str
     study: Study
     cells: list[Cell]
+    argument: str
+    """How the command line names it: its name, or its file."""
 
     @property
     def configs(self) -> list[Config]:
@@ -54,7 +57,9 @@ def find(name: str, overrides: tuple[str, ...]) -> Matrix:
         raise UsageError(f"study {name!r}", expected=f"one of {known}, or a YAML file", found=f"no {path}")
     study = load_study(path)
     base = study.base if study.base.endswith((".yaml", ".yml")) else CONFIGS / f"{study.base}.yaml"
-    return Matrix(path.stem, study, expand(study, path.stem, load(base, overrides), str(path)))
+    if not Path(base).exists():
+        raise UsageError(f"{path}: base", expected="a configuration in configs/, or a YAML file", found=f"no {base}")
+    return Matrix(path.stem, study, expand(study, path.stem, load(base, overrides), str(path)), name)
 
 
 def studies() -> dict[str, Path]:
@@ -145,7 +150,7 @@ def _chosen(matrix: Matrix, names: tuple[str, ...]) -> list[Cell]:
     for name in names:
         if name not in known:
             raise UsageError(f"--cell {name}", expected=f"a cell of {matrix.name}", found="no such cell",
-                             do=f"see: pipeline study {matrix.name} run --dry-run; the first is {next(iter(known))}")  # fmt: skip
+                             do=f"name one such as {', '.join([*known][:3])}")  # fmt: skip
     return [known[name] for name in dict.fromkeys(names)] if names else matrix.cells
 
 
@@ -194,10 +199,13 @@ def _done_run(cell: Cell, experiment: Experiment) -> str | None:
 
     The name in run.json is not compared: the run may have been trained for another student with the same settings.
     """
-    config, metrics = cell.config, read_json(cell.folder / "metrics.json")
+    config, published = cell.config, cell.folder / "metrics.json"
+    metrics = read_json(published)
     crop = config.evaluate.crop_finetuned if cell.finetuned else config.evaluate.crop
     if metrics.get("validation") != fingerprint([experiment.indices["val"].get("fingerprint"), crop]):
         return None
+    if (start := _start(cell)) and start.exists() and start.stat().st_mtime > published.stat().st_mtime:
+        return None  # perhaps other weights to start from: the command finds out, and publishes again if they are the same
     purpose = "finetune" if cell.finetuned else "train-student"
     folder, distilled = teacher_logits_folder(config, purpose), config.student_named(cell.variant).distillation != "none"
     if distilled and purpose in experiment.foreign_teachers:
@@ -207,6 +215,13 @@ def _done_run(cell: Cell, experiment: Experiment) -> str | None:
     complete = {state.folder.name for state in own if state.complete and state.described.get("store") == store}
     weights = (cell.folder / "weights.safetensors").exists()
     return metrics["run"] if weights and metrics.get("run") in complete else None
+
+
+def _start(cell: Cell) -> Path | None:
+    """The file of weights that a cell's student starts from, if the configuration names one."""
+    student = cell.config.student_named(cell.variant)
+    weights = cell.config.finetune.weights if cell.finetuned else None if student.timm_tag else student.weights
+    return Path(weights) if weights else None
 
 
 def _is_evaluated(config: Config) -> bool:

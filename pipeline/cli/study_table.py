@@ -8,13 +8,13 @@ from typing import Any
 from tabulate import tabulate
 
 from pipeline.cli.matching import is_evaluation_of, lacks_sets
-from pipeline.cli.scan import read_json
+from pipeline.cli.scan import number, read_json
 from pipeline.cli.status_table import headline_top1
 from pipeline.cli.study import Matrix, done_runs, find, studies
 from pipeline.common.errors import UsageError
 from pipeline.common.wording import count_of
+from pipeline.config.cells import Cell
 from pipeline.config.paths import evaluation_folder, teacher_folder
-from pipeline.config.study import Cell
 from pipeline.report.differences import difference_table, differences
 from pipeline.report.study import Value, read_cells, summarize, table_rows, write_cells, write_tables
 from pipeline.report.study_figure import draw_figure
@@ -41,17 +41,15 @@ class Files:
         return cls(folder, f"{name}.csv", f"{name}-table.csv", f"{name}.md", f"{name}.png")
 
 
-def collect(matrix: Matrix) -> Iterator[Value]:
-    """The metrics of the cells that are done."""
-    done = done_runs(matrix.cells)
+def collect(matrix: Matrix, done: dict[str, str]) -> Iterator[Value]:
+    """The metrics of the cells that are done, see `done_runs`."""
     for cell in matrix.cells:
         if run := done.get(cell.name):
             levels = dict(cell.levels)
             if matrix.study.finetune is True:
                 levels["fine-tuned"] = "yes" if cell.finetuned else "no"
             for metric in matrix.study.metrics:
-                value = read_metric(cell, metric, run)
-                if isinstance(value, int | float) and not isinstance(value, bool):
+                if (value := number(read_metric(cell, metric, run))) is not None:
                     yield Value(cell.name, levels, cell.seed, run, metric, float(value))
 
 
@@ -86,18 +84,22 @@ def show(matrix: Matrix, cells: Path | None, folder: Path | None) -> None:
         cells: a file of cells to read instead of the cells' metrics.
         folder: where to write; None: outputs/studies/NAME.
     """
-    values, files = read_cells(cells) if cells else list(collect(matrix)), Files.of(matrix.name, folder)
+    done = {} if cells else done_runs(matrix.cells)
+    values, files = read_cells(cells) if cells else list(collect(matrix, done)), Files.of(matrix.name, folder)
     if cells is None:
-        done = len({each.cell for each in values})
-        print(f"{matrix.name}: {done} of {count_of(len(matrix.cells), 'cell')} done")
-    if not values:
-        print(f"nothing to show yet; run: pipeline study {matrix.name} run")
-        return
-    if absent := [metric for metric in matrix.study.metrics if metric not in {each.metric for each in values}]:
+        print(f"{matrix.name}: {len(done)} of {count_of(len(matrix.cells), 'cell')} done")
+        if not done:
+            print(f"nothing to show yet; run: pipeline study {matrix.argument} run")
+            return
+    known = {each.metric for each in values}
+    if absent := [metric for metric in matrix.study.metrics if metric not in known]:
         print(f"no cell has the metric {', '.join(absent)}" + " yet" * bool(matrix.study.evaluate))
+    if not values:
+        return
     summaries = summarize(values)
     tables = [table_rows(summaries)]
-    if compared := differences([each for each in values if each.metric == values[0].metric], matrix.study.reference):
+    first = next((metric for metric in matrix.study.metrics if metric in known), values[0].metric)
+    if compared := differences([each for each in values if each.metric == first], matrix.study.reference):
         tables.append(difference_table(compared, matrix.study.reference))
     for headings, lines in tables:
         print("\n" + tabulate(lines, headings, tablefmt="plain", disable_numparse=True))
@@ -105,7 +107,7 @@ def show(matrix: Matrix, cells: Path | None, folder: Path | None) -> None:
     if cells is None:
         write_cells(files.folder / files.cells, values)
     write_tables(files.folder / files.table, files.folder / files.markdown, summaries, tables)
-    draw_figure(files.folder / files.figure, summaries, matrix.study.figure)
+    draw_figure(files.folder / files.figure, summaries, first, matrix.study.figure)
     written = [*([files.cells] if cells is None else []), files.table, files.markdown, files.figure]
     print(f"{files.folder}: {', '.join(sorted(written))}")
 

@@ -1,33 +1,22 @@
-"""A study: a matrix of configurations and students over a base configuration, expanded into cells.
+"""A study, as stored in configs/studies/NAME.yaml: a matrix of configurations and students over a base configuration."""
 
-A cell is one student of an ordinary configuration. Levels that change only `student` become variants of one
-configuration, whose cells share its teacher and store; all other levels become configurations of their own, named after
-their levels and the fingerprint of their settings. So an edited study never takes earlier results for its own.
-"""
-
-import itertools
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.common.errors import UsageError
-from pipeline.config.params import override_key, parse_yaml, read_text, resolve
-from pipeline.config.paths import finetune_folder, student_folder
-from pipeline.config.schema import Config, Student, changed_fields, changed_student
+from pipeline.config.params import parse_yaml, read_text
 from pipeline.config.types import NAME, Seed
-from pipeline.config.validation import Section, fingerprint, validate
+from pipeline.config.validation import Section, validate
 
 Changes = dict[str, Any]
 """Values by `section.key`."""
 STUDENT, SEED = "student", "seed"
 """The axes that every study has."""
-OWN_STUDENT_KEY = f"{STUDENT}."
-DIGITS = 6
-"""Of a configuration's fingerprint, in its name."""
+RESERVED = {STUDENT, SEED, "cell", "run", "metric", "value", "mean", "standard_deviation", "seeds", "fine-tuned"}
+"""Columns of a study's files, which no axis may be called."""
 
 
 class Figure(Section):
@@ -78,12 +67,15 @@ class Study(Section):
             return axes
         read = {}
         for axis, levels in axes.items():
-            if isinstance(levels, list) and "." in str(axis):
-                levels = {_label(value): {str(axis): value} for value in levels}
-                axis = str(axis).rpartition(".")[2]
+            name = str(axis)
+            if isinstance(levels, list) and "." in name:
+                levels = {_label(value): {name: value} for value in levels}
+                name = name.rpartition(".")[2]
             elif isinstance(levels, dict):
                 levels = {_label(label): changes for label, changes in levels.items()}
-            read[str(axis)] = levels
+            if name in read:
+                raise ValueError(f"axes of different names, not two called {name}: name one yourself, with a mapping of levels")
+            read[name] = levels
         return read
 
     @field_validator("skip", mode="before")
@@ -104,8 +96,9 @@ class Study(Section):
     @model_validator(mode="after")
     def _consistent(self):
         for axis, levels in self.axes.items():
-            if axis in (STUDENT, SEED) or not re.fullmatch(NAME, axis):
-                raise ValueError(f"a name of letters, digits and ._- other than student and seed for an axis, not {axis}")
+            if axis in RESERVED or not re.fullmatch(NAME, axis):
+                reserved = ", ".join(sorted(RESERVED))
+                raise ValueError(f"an axis named with letters, digits and ._-, and none of {reserved}: found {axis}")
             if not levels:
                 raise ValueError(f"at least one level of axes.{axis}")
         named = [("skip", axis, level) for each in self.skip for axis, levels in each.items() for level in levels]
@@ -115,45 +108,20 @@ class Study(Section):
                 raise ValueError(f"{key}: levels of an axis, of {', '.join(known) or 'no such axis'}, not {axis} {level}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be different: {self.seeds}")
+        if len(set(self.metrics)) != len(self.metrics):
+            raise ValueError(f"metrics must be different: {self.metrics}")
         if self.figure:
             self._check_figure(self.figure)
         return self
 
     def _check_figure(self, figure: Figure) -> None:
         by_metric = figure.x in self.metrics[1:]
-        if not by_metric and not all(map(_is_number, self.axes.get(figure.x, ["no such axis"]))):
+        if not by_metric and not all(map(is_number, self.axes.get(figure.x, ["no such axis"]))):
             raise ValueError(f"figure.x must be an axis with numbers as levels, or a metric but the first: found {figure.x}")
         if figure.along is not None and not (by_metric and figure.along in (STUDENT, *self.axes)):
             raise ValueError(f"figure.along must be an axis, and figure.x a metric: found {figure.along}")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One student of one configuration."""
-
-    config: Config = field(repr=False)
-    """Complete: with the students of its other cells."""
-    variant: str
-    """The student's name there."""
-    levels: dict[str, str]
-    """By axis, `student` first."""
-    seed: int
-    finetuned: bool = False
-    """Whether it is the student after fine-tuning."""
-
-    @property
-    def name(self) -> str:
-        """Its folder's name below outputs/, without `students/`."""
-        return f"{self.config.name}/{self.folder.name}"
-
-    @property
-    def folder(self) -> Path:
-        return (finetune_folder if self.finetuned else student_folder)(self.config, self.variant)
-
-    @property
-    def stage(self) -> str:
-        """Its stage's name in dvc.yaml."""
-        return f"{'finetune' if self.finetuned else 'train-student'}@{self.variant}"
+        if figure.log and any(float(level) <= 0 for level in self.axes.get(figure.x, ())):
+            raise ValueError(f"figure.log needs levels above 0: found {figure.x} {', '.join(self.axes[figure.x])}")
 
 
 def load_study(path: Path) -> Study:
@@ -168,119 +136,12 @@ def load_study(path: Path) -> Study:
     return validate(Study, values, str(path))
 
 
-def expand(study: Study, name: str, base: Config, source: str) -> list[Cell]:
-    """The cells of a study called `name`, in the order in which they are run: all of one seed, then those of the next.
-
-    Raises:
-        UsageError: a level changes an unknown key or sets an invalid value, or two cells are the same.
-    """
-    settings = _changed(base.model_dump(mode="json", by_alias=True), study.set)
-    shared: dict[str, list[tuple[dict, dict, dict[str, str], int]]] = {}
-    for levels, changes in _points(study, study.students or base.students):
-        own = {key.removeprefix(OWN_STUDENT_KEY): value for key, value in changes.items() if key.startswith(OWN_STUDENT_KEY)}
-        others = {key: value for key, value in changes.items() if not key.startswith(OWN_STUDENT_KEY)}
-        values = _changed(settings, others)
-        title = _title(study, levels, student=False)
-        for seed in study.seeds:
-            # students that all start from the same weights differ by nothing else
-            seeded = _changed(values, {"finetune.seed": seed}) if study.finetune == "only" else values
-            key = "-".join(filter(None, [name, title, f"{SEED}{seed}" * (study.finetune == "only")]))
-            shared.setdefault(key, []).append((seeded, own | {SEED: seed}, levels, seed))
-            if shared[key][0][0] != seeded:
-                raise UsageError(f"{source}: {key}", expected="levels whose names differ in letters, digits or ._-",
-                                 found="two that do not", do="rename one")  # fmt: skip
-    cells = [cell for key, members in shared.items() for cell in _configuration(study, key, members, source)]
-    if not cells:
-        raise UsageError(source, expected="at least one cell", found="skip leaves out all", do="correct skip")
-    return sorted(cells, key=lambda cell: study.seeds.index(cell.seed))
-
-
-def _points(study: Study, students: list[str]) -> Iterator[tuple[dict[str, str], Changes]]:
-    """Every combination of levels that is not left out, with its changes; students vary fastest."""
-    for chosen in itertools.product(*study.axes.values(), students):
-        levels = {STUDENT: chosen[-1], **dict(zip(study.axes, chosen[:-1], strict=True))}
-        if not any(all(levels.get(axis) in found for axis, found in each.items()) for each in study.skip):
-            changes: Changes = {}
-            for axis, level in zip(study.axes, chosen[:-1], strict=True):
-                changes |= study.axes[axis][level]
-            yield levels, changes
-
-
-def _configuration(
-    study: Study, title: str, members: list[tuple[dict, dict, dict[str, str], int]], source: str
-) -> list[Cell]:
-    """The cells of one configuration: its variants are their students."""
-    values, variants, cells = members[0][0], {}, []
-    for _, own, levels, seed in members:
-        student = levels[STUDENT]
-        if student not in values["variants"]:
-            known = ", ".join(values["variants"])
-            raise UsageError(f"{source}: student {student}", expected=f"one of the base's variants: {known}", found="none of them")
-        changed = _changed(values["variants"][student], own)
-        # what a fine-tuned student started from is in no file that names its run
-        digest = _student_digest(values["student"], changed, source, title)[:DIGITS] if study.finetune else ""
-        variant = "-".join(filter(None, [student, _title(study, levels, student=True), f"{SEED}{seed}", digest]))
-        if variant in variants:
-            raise UsageError(f"{source}: {title}", expected="cells of different names", found=f"{variant} twice", do="rename a level")
-        variants[variant] = changed
-        cells.append((variant, levels, seed))
-    last = {"students": [] if study.finetune == "only" else [*variants], "variants": variants}
-    values = {**values, **last, "finetune": {**values["finetune"], "from": [*variants] if study.finetune else []}}
-    config = resolve(values, (), f"{source}: {title}")
-    if study.finetune == "only" and not config.finetune.weights:
-        raise UsageError(f"{source}: {title}", expected="finetune.weights with finetune: only", found="null", do="set it to a file")
-    name = f"{title}-{_digest(config)[:DIGITS]}"
-    config = resolve({**values, "name": name}, (), f"{source}: {title}")
-    return [
-        Cell(config, variant, levels, seed, tuned)
-        for variant, levels, seed in cells
-        for tuned in {False: (False,), True: (False, True), "only": (True,)}[study.finetune]
-    ]
-
-
-def _digest(config: Config) -> str:
-    """Fingerprint of all that may change a result and that neither a run's own settings nor its data's index say.
-
-    Defaults are left out, so that a further key does not rename the configurations of earlier studies.
-    """
-    sections = ("recipe", "teacher", "teacher_finetune", "teacher_logits", "student", "finetune")
-    values = {name: changed_fields(getattr(config, name)) for name in sections}
-    values["finetune"].pop("from", None)
-    return fingerprint(values)
-
-
-def _student_digest(base: Any, changed: dict, source: str, title: str) -> str:
-    """The same of one student's settings."""
-    student = validate(Student, base, f"{source}: {title}", "student")
-    return fingerprint(changed_fields(changed_student(student, changed, f"{source}: {title}: student")))
-
-
-def _title(study: Study, levels: dict[str, str], student: bool) -> str:
-    """The levels of the axes that change only `student`, or of all others, as part of a name."""
-    parts = []
-    for axis, level in levels.items():
-        if axis != STUDENT and _changes_student(study.axes[axis]) == student:
-            text = re.sub(r"[^A-Za-z0-9._-]", "_", level)
-            parts.append(f"{axis}{text}" if _is_number(level) else text)
-    return "-".join(parts)
-
-
-def _changes_student(levels: dict[str, Changes]) -> bool:
-    """Whether no level of an axis changes anything but `student`."""
-    return all(key.startswith(OWN_STUDENT_KEY) for changes in levels.values() for key in changes)
-
-
-def _changed(values: dict, changes: Changes) -> dict:
-    for key, value in changes.items():
-        values = override_key(values, key, value)
-    return values
-
-
 def _label(value: Any) -> str:
     return value if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
-def _is_number(label: str) -> bool:
+def is_number(label: str) -> bool:
+    """Whether a level is a number."""
     try:
         float(label)
     except ValueError:

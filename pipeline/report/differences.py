@@ -6,7 +6,7 @@ from math import nan, sqrt
 from statistics import fmean, stdev
 
 from pipeline.common.wording import count_of
-from pipeline.report.study import Table, Value, is_share
+from pipeline.report.study import Table, Value, is_share, short_number
 
 CONFIDENCE = 0.95
 
@@ -37,7 +37,8 @@ class Difference:
 
     def show(self) -> str:
         """For example `-0.31 (-0.82 to 0.20, 3 seeds)`; of accuracies, in percentage points."""
-        number = (lambda value: f"{100 * value:.2f}") if is_share(self.metric) else (lambda value: f"{value:.4g}")
+        # + 0.0 makes zero of negative zero
+        number = (lambda value: f"{round(100 * value, 2) + 0.0:.2f}") if is_share(self.metric) else short_number
         half, seeds = self.half_width, count_of(len(self.values), "seed")
         mean, low, high = map(number, (self.mean, self.mean - half, self.mean + half))
         return f"{mean} ({seeds})" if len(self.values) < 2 else f"{mean} ({low} to {high}, {seeds})"

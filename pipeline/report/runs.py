@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -51,10 +52,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """The numbers among nested values, by their joined keys."""
-    found = flatten(values)
-    return {
-        key: value for key, value in found.items() if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    return {key: value for key, value in flatten(values).items() if _is_finite(value)}
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number that JSON can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def differing(values: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -57,7 +57,7 @@ class Summary:
 
     def show(self) -> str:
         """For example `93.96 ± 0.21 (3 seeds)`; accuracies in percent."""
-        number = (lambda value: f"{100 * value:.2f}") if is_share(self.metric) else _number
+        number = (lambda value: f"{100 * value:.2f}") if is_share(self.metric) else short_number
         spread = f" ± {number(self.deviation)}" if len(self.values) > 1 else ""
         return f"{number(self.mean)}{spread} ({count_of(len(self.values), 'seed')})"
 
@@ -71,7 +71,8 @@ def heading(metric: str) -> str:
     return f"{metric}, %" if is_share(metric) else metric
 
 
-def _number(value: float) -> str:
+def short_number(value: float) -> str:
+    """With four digits, or all of a number of thousands."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -130,6 +131,10 @@ def read_cells(path: Path) -> list[Value]:
     """
     try:
         rows = list(csv.DictReader(io.StringIO(path.read_text(), newline="")))
+        if any(None in (*row, *row.values()) for row in rows):
+            raise ValueError("a line with more or fewer values than columns")
+        if not all(math.isfinite(float(row["value"])) for row in rows):
+            raise ValueError("a value that is not finite")
         return [
             Value(row["cell"], {axis: level for axis, level in row.items() if axis not in OWN_COLUMNS}, int(row["seed"]),
                   row["run"], row["metric"], float(row["value"]))

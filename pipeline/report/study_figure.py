@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, ScalarFormatter
 
 from pipeline.config.study import Figure as Settings
+from pipeline.config.study import is_number
 from pipeline.report.grid import save_figure
 from pipeline.report.plots import DPI, LIGHT, LINE_STYLES, MARKERS
 from pipeline.report.study import Summary, heading, is_share, varying_axes
@@ -28,12 +29,12 @@ class Point:
     """Next to it."""
 
 
-def draw_figure(path: Path, summaries: Sequence[Summary], settings: Settings | None) -> None:
-    """Write the figure as PNG; without settings, or without values for its horizontal axis, a dot per row."""
-    shown = [each for each in summaries if each.metric == summaries[0].metric]
-    if settings and settings.x in shown[0].levels:
+def draw_figure(path: Path, summaries: Sequence[Summary], metric: str, settings: Settings | None) -> None:
+    """Write the figure of a metric as PNG; without settings, or without values for its horizontal axis, a dot per row."""
+    shown = [each for each in summaries if each.metric == metric]
+    if settings and all(is_number(each.levels.get(settings.x, "")) for each in shown):
         draw_lines(path, shown, settings.x, settings.log)
-    elif settings and any(each.metric == settings.x for each in summaries):
+    elif settings and settings.x != metric and any(each.metric == settings.x for each in summaries):
         draw_against_metric(path, shown, [each for each in summaries if each.metric == settings.x], settings)
     else:
         draw_dots(path, shown)
