@@ -49,7 +49,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     (`evaluate.real_labels`, `evaluate.sets`) are checked first, and evaluated at each model's own size.
 
     Raises:
-        PipelineError: a model was not trained yet, or the store is missing or damaged.
+        PipelineError, UsageError: there is no student, one was not trained yet, or the store is missing or damaged.
     """
     train, val = (open_index(config, split) for split in ("train", "val"))
     entries = list_entries(config)
@@ -74,7 +74,6 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     tokens = {name: each.tokens for name, each in evaluations.items() if each.tokens}
     predictions = {name: each.predictions for name, each in evaluations.items()}
     analysis, folder = analyze(config, entries, predictions, val), evaluation_folder(config)
-    write_tables(folder, results, sizes, analysis, tokens, identities)
     write_comparisons(folder, analysis.headline.comparisons, analysis.classes, analysis.confusions)
     write_evidence(folder, analysis.calibration, tokens)
     examples = training_examples(config, train, store, manifest)
@@ -92,6 +91,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     )
     write_report(folder / "report.html", report)
     write_text(folder, results, sizes, analysis)
+    write_tables(folder, results, sizes, analysis, tokens, identities)  # last: metrics.json says that all else is there
 
 
 def identify(config: Config, entries: list[Entry], val: Index) -> dict[str, dict[str, str]]:
@@ -143,11 +143,12 @@ def run_weights(
         UsageError, PipelineError: no such model, or the weights are for another one, or for other classes.
     """
     val = open_index(config, "val")
+    state = read_weights(weights)
     if classes := read_description(Path(weights)).get("classes"):
         check_same_classes(f"{weights}: weights", classes, val.classes, "use a data set of the same classes, in this order")
     student = config.student if model is None else config.student.model_copy(update={"model": model, "kwargs": {}})
     built = build_student(student, config.recipe, len(val.classes), size)
-    load_resized_weights(built, read_weights(weights), weights)
+    load_resized_weights(built, state, weights)
     print(f"{weights}: {student.model} at {size} px, crop {config.evaluate.crop:g}, on {len(val):,} images")
     evaluator = Evaluator(config, val, device)
     if dry_run:

@@ -14,9 +14,9 @@ from PIL import Image
 from pipeline.config.schema import Student
 from pipeline.report import model_details
 from pipeline.report.classes import class_results, confusions
-from pipeline.report.comparison import Predictions, find_headline
+from pipeline.report.comparison import Comparison, Predictions, find_headline
 from pipeline.report.entries import Entry
-from pipeline.report.intervals import accuracy_interval, difference_interval
+from pipeline.report.intervals import Estimate, accuracy_interval, difference_interval
 from pipeline.report.pictures import LOSSLESS, THUMBNAIL, thumbnail
 from pipeline.report.settings import format_duration
 
@@ -84,6 +84,14 @@ def test_headline_says_where_distillation_did_not_help_and_where_nothing_is_clea
     assert lines[0].startswith("best student: none")
     assert lines[1].startswith("  none: 1.00 points higher than the student `hard`, trained with distillation (95 % interval -")
     assert lines[1].endswith("; no clear difference)") and lines[2:] == ["  always naming the largest class: 100.00 %"]
+
+
+@pytest.mark.parametrize(("difference", "text"), [
+    (0.012, "1.20 points higher than"), (-0.012, "1.20 points lower than"), (0.0, "as accurate as"),
+    (0.00002, "less than 0.01 points higher than"),
+])  # fmt: skip
+def test_a_difference_is_told_without_rounding_it_to_nothing(difference, text):
+    assert Comparison("a", "b", "", Estimate(difference, -0.1, 0.1)).points == text
 
 
 def test_headline_names_students_that_are_as_good():

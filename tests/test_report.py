@@ -594,6 +594,31 @@ def test_a_model_that_was_not_trained_is_named_with_its_command(mini, capsys):
         evaluate.run(untrained, device)
 
 
+def test_a_configuration_without_students_is_told_so(mini):
+    config, device = mini
+    with pytest.raises(UsageError, match="a student in `students` or `finetune.from`"):
+        evaluate.run(config.model_copy(update={"students": [], "finetune": config.finetune.model_copy(update={"students": []})}), device)
+
+
+def test_an_evaluation_that_fails_leaves_no_metrics(mini, monkeypatch):
+    config, device = mini
+    (evaluation_folder(config) / "metrics.json").unlink(missing_ok=True)
+    monkeypatch.setattr(evaluate, "training_examples", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate.run(config, device)
+    assert not (evaluation_folder(config) / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"no weights"])
+def test_weights_that_are_missing_or_damaged_are_named(mini, tmp_path, content):
+    config, device = mini
+    source = tmp_path / "w.safetensors"
+    if content:
+        source.write_bytes(content)
+    with pytest.raises(PipelineError, match="w.safetensors"):
+        evaluate.run_weights(config, device, str(source), None, 16)
+
+
 def test_a_student_cannot_take_the_name_of_another_row():
     with pytest.raises(UsageError, match="neither truth nor teacher"):
         resolve({"variants": {"hard": {}, "teacher": {}}}, (), "test")

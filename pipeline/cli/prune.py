@@ -193,7 +193,7 @@ def _trainer_of(state: Path) -> str:
 
 
 def _data_sets(work: str, references: References, used: set[str]) -> Iterator[Found]:
-    unprepared = bool(references.prepared) and references.prepared[0][1] is None
+    unprepared = Path("params.yaml").exists() and references.prepared[0][1] is None  # that of params.yaml is the first
     for folder in _folders(work, "data"):
         indices = {split: read_json(folder / split / "index.json") for split in ("train", "val")}
         images = [f"{split} {index.get('samples')}" for split, index in indices.items() if index]

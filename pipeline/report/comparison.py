@@ -49,8 +49,11 @@ class Comparison:
 
     @property
     def points(self) -> str:
-        """The difference in percentage points, for example 1.20 points higher."""
-        return f"{abs(100 * self.difference.value):.2f} points {'lower' if self._lower else 'higher'}"
+        """The difference in percentage points: `1.20 points higher than`, or `as accurate as`."""
+        if not self.difference.value:
+            return "as accurate as"
+        shown = f"{abs(100 * self.difference.value):.2f}"
+        return f"{'less than 0.01' if shown == '0.00' else shown} points {'lower' if self._lower else 'higher'} than"
 
     @property
     def interval(self) -> str:
@@ -87,7 +90,7 @@ class Headline:
         lines = [f"best student: {self.best.name}{tied}, top-1 {top1} ({interval}) on {self.images:,} images"]
         for each in self.comparisons:
             than = f"the student `{each.second}`, {each.about}" if each.about else f"the {each.second}"
-            lines.append(f"  {each.first}: {each.points} than {than} ({each.interval})")
+            lines.append(f"  {each.first}: {each.points} {than} ({each.interval})")
         lines += [f"  {self.missing}"] * bool(self.missing)
         return [*lines, f"  always naming the largest class: {100 * self.guess:.2f} %"]
 

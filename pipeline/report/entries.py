@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pipeline.common.code import source_digest
-from pipeline.common.errors import PipelineError
+from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.paths import FINETUNED, TEACHER, evaluated_models
 from pipeline.config.schema import Config, Student, Training
 from pipeline.config.types import is_own_model
@@ -47,8 +47,15 @@ class Entry:
 
 
 def list_entries(config: Config) -> list[Entry]:
-    """The teacher, the students and the fine-tuned students, in the order of the tables."""
-    return [_entry(config, name, folder) for name, folder in evaluated_models(config).items()]
+    """The teacher, the students and the fine-tuned students, in the order of the tables.
+
+    Raises:
+        UsageError: there is no student.
+    """
+    entries = [_entry(config, name, folder) for name, folder in evaluated_models(config).items()]
+    if not any(entry.student for entry in entries):
+        raise UsageError("evaluate", expected="a student in `students` or `finetune.from`", found="none", do="list one")
+    return entries
 
 
 def _entry(config: Config, name: str, folder: Path) -> Entry:

@@ -150,7 +150,6 @@ def write_tables(
         if row.model in tokens:
             about["token_cosine"] = round(tokens[row.model][-1].mean, 6)
         metrics.setdefault(row.model, about)[row.classifier] = {"top1": row.top1, "top5": row.top5, **_others(row)}
-    _write_json(folder / "metrics.json", metrics)
     speeds = {row.model: {"images_per_second": round(row.throughput, 1)} for row in results}
     _write_json(folder / "throughput.json", speeds)
     _write_json(folder / "details.json", analysis.details)
@@ -169,6 +168,7 @@ def write_tables(
         for second, share in row.items()
     )
     _write_csv(folder / "disagreement.csv", ["first", "second", "share"], pairs)
+    _write_json(folder / "metrics.json", metrics)  # last: the others are then of the same evaluation
 
 
 def _others(row: Result) -> dict[str, float]:
