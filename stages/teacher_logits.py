@@ -109,7 +109,7 @@ def from_teacher(config: Config, spec: StoreSpec, index: Index, device: torch.de
 
     def compute(store: StoreWriter, units: list[Unit]) -> None:
         forward = TeacherForward(teacher, config.teacher_logits, spec.teacher_size)
-        UnitWorker(config.teacher_logits, store, forward, device, store.write_unit).compute(units)
+        UnitWorker(config.teacher_logits, store, forward, device, store.add_kind).compute(units)
 
     identity = StoreIdentity(index.fingerprint, spec.recipe, described, spec.sampling)
     return Origin(spec, identity, library_versions(), compute)

@@ -19,6 +19,7 @@ from pipeline.models.pretrained import load_pretrained
 from pipeline.models.teacher import describe_teacher, load_teacher, save_teacher
 from pipeline.models.weights import read_weights, save_weights, weights_hash
 from pipeline.shards.index import Index
+from pipeline.training import identity
 from pipeline.training.identity import configured_runs, configured_student, is_run_of
 from pipeline.training.trainer import Trainer
 from stages import finetune, teacher, teacher_logits, train_student
@@ -246,6 +247,18 @@ def test_run_json_of_every_training_stage_is_recognised_by_its_configuration(tau
         described = json.loads((state / "run.json").read_text())
         configured = configured_runs(loaded("teacher.epochs=1") if stage == "teacher" else config, described["index"])
         assert [name for name, run in configured.items() if is_run_of(run, described)] == [stage]
+
+
+def test_runs_of_other_views_or_of_another_version_of_the_training_are_not_recognised(taught, monkeypatch):
+    train_student.run(taught, CPU, "hard")
+    described = next(json.loads(path.read_text()) for path in Path("work/state").glob("*/run.json") if "student" in path.read_text())
+    own = lambda config: configured_runs(config, described["index"])["train-student@hard"]  # noqa: E731
+    assert is_run_of(own(taught), described)
+    assert not is_run_of(own(loaded("teacher_logits.views=12")), described)
+    monkeypatch.setattr(identity, "TRAINING_VERSION", 0)
+    assert not is_run_of(own(taught), described)
+    del described["dependencies"]  # as earlier versions wrote it
+    assert is_run_of(own(taught), described)
 
 
 def test_a_teacher_of_given_weights_names_no_run_but_its_weights(taught):

@@ -251,17 +251,32 @@ def test_a_file_without_a_classifier_gets_a_new_one():
     assert replace_classifiers(own, state)[1] == ["fc.weight", "fc.bias"]
 
 
+@pytest.fixture
+def tagged(taught, monkeypatch):
+    """A teacher of a timm tag with initial weights, and its own normalization."""
+    real = timm.create_model
+    monkeypatch.setattr(pretrained.timm, "create_model", lambda name, pretrained=False, **kwargs: real(name, **kwargs))
+    teacher = loaded("teacher.weights=test_resnet.r160_in1k", "teacher.kwargs={}").teacher
+    return teacher.model_copy(update={"kwargs": {}, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)})
+
+
 @pytest.mark.parametrize(("classes", "fits"), [(1000, True), (3, False)])
-def test_a_timm_tag_is_fitted_like_a_file(taught, monkeypatch, classes, fits):
-    config, real = loaded("teacher.weights=test_resnet.r160_in1k", "teacher.kwargs={}"), timm.create_model
-
-    def downloaded(name, pretrained=False, **kwargs):
-        return real(name, **kwargs)
-
-    monkeypatch.setattr(pretrained.timm, "create_model", downloaded)
-    section = config.teacher.model_copy(update={"kwargs": {}})
-    model, fitting = load_pretrained(section, [str(number) for number in range(classes)], Path("checksums"))
+def test_a_timm_tag_is_fitted_like_a_file(tagged, classes, fits):
+    model, fitting = load_pretrained(tagged, [str(number) for number in range(classes)], Path("checksums"))
     assert fitting is fits and model.model.num_classes == classes
+
+
+def test_a_timm_tag_that_is_used_as_it_is_needs_its_own_normalization(tagged):
+    other = tagged.model_copy(update={"mean": (0.485, 0.456, 0.406)})
+    with pytest.raises(PipelineError, match=r"(?s)another normalization.*mean \[0\.5, 0\.5, 0\.5\]"):
+        load_pretrained(other, [str(number) for number in range(1000)], Path("checksums"))
+    assert not load_pretrained(other, ["a", "b"], Path("checksums"))[1]  # it is trained further, so it may adapt
+
+
+def test_a_student_whose_distillation_head_was_not_trained_is_no_teacher(tagged, monkeypatch):
+    monkeypatch.setattr(pretrained, "_expected_input", lambda model: {"heads": "class"})
+    with pytest.raises(PipelineError, match="distillation head was not trained"):
+        load_pretrained(tagged, [str(number) for number in range(1000)], Path("checksums"))
 
 
 @pytest.mark.slow

@@ -155,6 +155,7 @@ def test_every_kind_arrives_as_it_was_published(kind, taught, tmp_path):
     other = ("--set", "teacher_logits.top_k=3")
     said = call("store", "fetch", str(tmp_path / "published"), *other)
     assert ("top_k 3: 2 classes per view are published and used" in said) == (kind == "topk")
+    assert "augmented views of 20 training images" in " ".join((tmp_path / "published/README.md").read_text().split())
     assert tree(the_store()) == before
 
 

@@ -391,6 +391,15 @@ def test_another_kind_is_added_beside_the_first(copy):
     assert damage_in(path, "argmax") == damage_in(path, "topk") == []
 
 
+def test_a_kind_that_is_added_leaves_the_argmax_whatever_the_teacher_answers_now(copy):
+    path = copy("argmax")
+    before = opened(path).read_unit(Unit(0, 0)).copy()
+    buffers, checks = predictions_of(Unit(0, 0), "topk")
+    create(path, "topk").add_kind(Unit(0, 0), buffers | {"argmax": (buffers["argmax"] + 1) % CLASSES}, checks)
+    after = opened(path).read_unit(Unit(0, 0))
+    assert np.array_equal(after, before) and damage_in(path, "topk") != damage_in(path, "argmax") == []
+
+
 def test_writing_the_argmax_again_leaves_the_payload_valid(copy):
     path = copy("topk")
     buffers, checks = predictions_of(Unit(0, 0), "topk")

@@ -31,7 +31,7 @@ from pipeline.config.paths import (
 from pipeline.config.schema import Config
 from pipeline.models.adapt import fixres_modules
 from pipeline.models.build import build_student, build_teacher
-from pipeline.models.teacher import load_teacher
+from pipeline.models.teacher import TeacherForward, load_teacher
 from pipeline.models.weights import read_weights
 from pipeline.shards.index import Index
 from pipeline.store.writer import StoreWriter
@@ -292,6 +292,22 @@ def test_a_teacher_below_min_top1_is_refused_with_both_numbers(taught):
     with pytest.raises(PipelineError, match=r"(?s)at least 1\.0000.*found: +0\.\d{4}"):
         teacher.run(loaded("teacher.min_top1=1.0"), CPU)
     assert not teacher_folder(taught).exists()
+
+
+def test_a_store_of_another_teacher_than_the_published_one_is_refused(taught):
+    metrics = teacher_folder(taught) / "metrics.json"
+    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"weights": "0" * 32}))
+    with pytest.raises(UsageError, match=f"(?s)its teacher.*weights {'0' * 32}.*run teacher-logits"):
+        train_student.run(taught, CPU, "hard")
+    train_student.run(taught, CPU, "none")
+    metrics.unlink()
+    train_student.run(taught, CPU, "hard")
+
+
+def test_an_online_teacher_whose_logits_are_not_finite_teaches_nothing(taught, monkeypatch):
+    monkeypatch.setattr(TeacherForward, "logits", lambda self, pictures, classes: torch.full((len(pictures), classes), torch.nan))
+    with pytest.raises(PipelineError, match="(?s)the teacher's logits.*NaN or infinity"):
+        train_student.run(taught, CPU, "hard", teacher="online")
 
 
 def test_a_missing_unit_stops_a_student_before_it_trains(taught):

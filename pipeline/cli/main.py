@@ -139,7 +139,7 @@ def teacher_logits(config: Config, device: torch.device, dry_run: bool, purpose:
 @click.option("--alpha", type=click.FloatRange(0, 1), help="Weight of the distillation loss.")
 @click.option("--tau", type=click.FloatRange(0, min_open=True), help="Temperature of soft distillation.")
 @TEACHER
-@click.option("--store", metavar="PATH", help="Use this store; refused if its index or recipe is another.")
+@click.option("--store", metavar="PATH", help="Use this store; refused if its index or recipe is another. Writes to students/NAME-other-store.")
 @stage_options()
 def train_student(config: Config, device: torch.device, dry_run: bool, name: str | None, distillation: str | None,
                   alpha: float | None, tau: float | None, teacher: str, store: str | None) -> None:  # fmt: skip
@@ -171,6 +171,8 @@ def train_student(config: Config, device: torch.device, dry_run: bool, name: str
         published = "-".join([each, *(f"{key}-{value}" for key, value in changes.items())])
         if teacher == "online":
             published += "-online"
+        if store:
+            published += "-other-store"
         train_student.run(config, device, published, settings, teacher, store, dry_run)
 
 

@@ -74,14 +74,21 @@ def fit_weights(section: Teacher, model: nn.Module, state: State, classes: Seque
     if section.class_map is not None:
         state = select_classes(state, output_names(model), class_numbers(section.class_map, classes), source)
     state, new = replace_classifiers(model, state)
-    if not new and not section.timm_tag:
-        _check_published(section, source, read_description(Path(source)), classes)
+    if not new:
+        described = _expected_input(model) if section.timm_tag else read_description(Path(source))
+        _check_published(section, source, described, classes)
     load_weights(model, state, source)
     return not new
 
 
+def _expected_input(model: nn.Module) -> dict[str, list[float]]:
+    """The mean and standard deviation that timm's weights of a model were trained with."""
+    known = getattr(model, "pretrained_cfg", None) or {}
+    return {key: list(known[key]) for key in ("mean", "std") if known.get(key)}
+
+
 def _check_published(section: Teacher, source: str, described: dict[str, Any], classes: Sequence[str]) -> None:
-    """Check that weights that are used as they are were published for the same classes and the same input.
+    """Check that weights that are used as they are were trained for the same classes and the same input, in every head.
 
     Raises:
         PipelineError: they were not.
@@ -89,6 +96,12 @@ def _check_published(section: Teacher, source: str, described: dict[str, Any], c
     if section.class_map is None and "classes" in described:
         do = "set class_map: the number that each class of the index, in its order, has in the weights"
         check_same_classes(f"{source}: weights", described["classes"], classes, do)
+    if described.get("heads") == "class":
+        raise PipelineError(
+            f"{source}: weights of a student whose distillation head was not trained",
+            expected="trained heads, as a teacher predicts with the mean of both", found="a student without distillation",
+            do="use a distilled student, or one without a distillation token",
+        )  # fmt: skip
     for key in ("mean", "std"):
         own = list(getattr(section, key))
         if described.get(key, own) != own:

@@ -78,9 +78,9 @@ def describe(publication: Publication) -> str:
     }
     section = ["teacher_logits:", "  fetch: LOCATION", f"  kind: {publication.kind}"]
     if publication.kind == "sampled" and publication.sampling:
-        samples, tau = publication.sampling["samples"], publication.sampling["tau"]
-        facts["drawn classes"] = f"{samples} per view, at temperature {tau:g}"
-        section += [f"  samples: {samples}", f"  sample_tau: {tau}"]
+        drawn, tau = publication.sampling["samples"], publication.sampling["tau"]
+        facts["drawn classes"] = f"{drawn} per view, at temperature {tau:g}"
+        section += [f"  samples: {drawn}", f"  sample_tau: {tau}"]
     return CARD.format(
         samples=samples,
         facts=_table(facts, ["", ""]),

@@ -142,6 +142,15 @@ class StoreWriter(Store):
                 array[views, rows] = padded
             self._sync(unit, "argmax")
 
+    def add_kind(self, unit: Unit, buffers: dict[str, np.ndarray], checks: np.ndarray) -> None:
+        """Commit the predictions for a unit as `write_unit`, but keep an argmax that is there already, for another kind.
+
+        Runs and manifests are named after it, and a teacher on another machine may round otherwise.
+        """
+        with contextlib.suppress(Damaged):  # there is none
+            buffers = {**buffers, "argmax": self.read_unit(unit)}
+        self.write_unit(unit, buffers, checks)
+
     def _sync(self, unit: Unit, *names: str) -> None:
         """Flush chunks and their folders to disk, so that an argmax means a complete unit even after a power cut."""
         if self._local:

@@ -98,6 +98,8 @@ def run_dependencies(identity: dict[str, Any]) -> dict[str, Any]:
 def configured_runs(config: Config, index: str | None) -> dict[str, dict[str, Any]]:
     """What run.json holds of each run that a configuration can start, by the stage's name in dvc.yaml.
 
+    Of its `dependencies`, these are only what the configuration determines.
+
     Every entry of `variants` counts as a student. Several runs may match a stage: they may use different stores or
     start from different weights.
 
@@ -112,9 +114,20 @@ def configured_runs(config: Config, index: str | None) -> dict[str, dict[str, An
         student = config.student_named(name)
         runs[f"train-student@{name}"] = configured_student(config, student, index)
         runs[f"finetune@{name}"] = configured_finetune(config, student, index)
-    return {stage: run_summary(configured) for stage, configured in runs.items()}
+    version = {"training_version": TRAINING_VERSION}
+    return {
+        stage: run_summary(configured) | {"dependencies": run_dependencies(configured) | version}
+        for stage, configured in runs.items()
+    }
 
 
 def is_run_of(configured: dict[str, Any], described: dict[str, Any]) -> bool:
-    """Whether a run.json, `described`, belongs to a run of `configured_runs`."""
-    return all(described.get(key) == value for key, value in configured.items())
+    """Whether a run.json, `described`, belongs to a run of `configured_runs`.
+
+    Dependencies that it does not name, as it was written by an earlier version, are not compared.
+    """
+    settings, recorded = dict(configured), described.get("dependencies")
+    expected, known = settings.pop("dependencies", {}), recorded if isinstance(recorded, dict) else {}
+    return all(described.get(key) == value for key, value in settings.items()) and all(
+        known.get(key, value) == value for key, value in expected.items()
+    )

@@ -1,6 +1,8 @@
 """Where a student's training gets the teacher's predictions from: the store, or the teacher in the loop."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,13 +54,13 @@ class OnlineTeacher:
 
     def __call__(self, batch: Batch, pictures: torch.Tensor) -> TeacherOutput:
         logits = self.teacher.logits(pictures, batch.labels.shape[1])
-        if self.sampler is None:
-            return TeacherOutput(logits.argmax(1), logits)
-        if not logits.isfinite().all():  # classes drawn from them would look like any others
+        if not logits.isfinite().all():  # their argmax, and classes drawn from them, would look like any others
             raise PipelineError(
                 f"the teacher's logits for groups {', '.join(map(str, batch.items))}", expected="finite numbers",
                 found="NaN or infinity", do="use teacher_logits.precision float32, or repair the teacher",
             )  # fmt: skip
+        if self.sampler is None:
+            return TeacherOutput(logits.argmax(1), logits)
         return TeacherOutput(logits.argmax(1), None, self.sampler([batch], logits))
 
 
@@ -150,6 +152,8 @@ def _stored_teacher(
         published = read_manifest(manifest_path)
         path = store_path(config, published["fingerprint"])
     store = Store.open(path, index, spec.recipe)
+    if published and not spec.fetch:
+        _check_same_teacher(store, spec.teacher_folder)
     views, kind = spec.views, "argmax" if settings.distillation == "hard" else spec.kind
     # reads the store itself: a manifest cannot know that a unit was deleted since
     manifest = build_manifest(store, views, kind)
@@ -169,6 +173,20 @@ def _stored_teacher(
     if settings.reuse_view is not None:
         identity["reuse_view"] = settings.reuse_view
     return StoredTeacher(store, kind, settings.reuse_view), identity
+
+
+def _check_same_teacher(store: Store, folder: Path) -> None:
+    """Refuse a published store if the published teacher, where there is one, is another than the store's."""
+    try:
+        own = json.loads((folder / "metrics.json").read_bytes()).get("weights")
+    except (OSError, ValueError, AttributeError):
+        return
+    stored = store.attributes["teacher"].get("weights")
+    if own not in (None, stored):
+        raise UsageError(
+            f"{store.path}: its teacher", expected=f"the one in {folder}, with weights {own}", found=f"one with weights {stored}",
+            do="run teacher-logits; or set teacher_logits.fetch or finetune.fetch, if the store was fetched",
+        )  # fmt: skip
 
 
 def _online_teacher(

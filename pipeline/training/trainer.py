@@ -144,10 +144,8 @@ class Trainer:
             self.recorder.sync()
             state = {"model": self.run.model.model.state_dict(), "optimizer": self.optimizer.state_dict()}
             state |= {"epoch_loss": self.epoch_loss, "first_loss": self.first_loss, "metrics": self.metrics}
-            if self.ema:
-                state["ema"] = self.ema.state_dict()
-            if self.scaler:
-                state["scaler"] = self.scaler.state_dict()
+            parts = {"ema": self.ema, "scaler": self.scaler}
+            state |= {name: part.state_dict() for name, part in parts.items() if part}
             checkpoint.save(self.run.folder, self.step, self.run.checkpoint_identity, state)
 
     def train(self) -> dict[str, Any]:
@@ -171,10 +169,11 @@ class Trainer:
                     self.end_epoch(self.step // run.plan.steps_per_epoch)
                 if self.step == run.thaw_step:
                     self.select_modules()
-                if self.checkpoint_due(time.monotonic() - saved) or self.stop:
+                stop = self.stop  # the same on all ranks; saving, which may be due on one alone, collects a further step
+                if self.checkpoint_due(time.monotonic() - saved) or stop:
                     self.save()
                     saved = time.monotonic()
-                if self.stop and self.step < run.steps:
+                if stop and self.step < run.steps:
                     raise Interrupted(run.name, self.step, self.signals.received)
         return self.metrics
 
