@@ -11,10 +11,10 @@ from typing import Any, cast
 import fsspec
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from pipeline.batches.plan import Unit
 from pipeline.common.errors import IO_ERRORS, PipelineError
+from pipeline.common.progress import progress
 from pipeline.common.wording import count_of
 from pipeline.config.paths import index_path
 from pipeline.config.schema import Config
@@ -84,16 +84,18 @@ def verify(
 def _damaged_data(index: Index) -> list[str]:
     """Shards whose bytes, and tables whose rows, do not match the index."""
     found = []
-    for number, shard in enumerate(tqdm(index.shards, desc="shards", unit="shard", leave=False)):
-        where = f"{index.location}/{shard['name']}"
-        try:
-            index.rows(number)
-            with fsspec.open(where, "rb") as file:
-                same = hashlib.file_digest(cast(Any, file), "sha256").hexdigest() == shard["sha256"]
-            if not same:
-                found.append(f"{where}: its SHA-256 is not that of the index: damaged or replaced")
-        except (PipelineError, *IO_ERRORS) as error:
-            found.append(f"{where}: {error}")
+    with progress(len(index.shards), "reading the shards", "shard") as bar:
+        for number, shard in enumerate(index.shards):
+            where = f"{index.location}/{shard['name']}"
+            try:
+                index.rows(number)
+                with fsspec.open(where, "rb") as file:
+                    same = hashlib.file_digest(cast(Any, file), "sha256").hexdigest() == shard["sha256"]
+                if not same:
+                    found.append(f"{where}: its SHA-256 is not that of the index: damaged or replaced")
+            except (PipelineError, *IO_ERRORS) as error:
+                found.append(f"{where}: {error}")
+            bar.update()
     return found
 
 

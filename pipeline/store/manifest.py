@@ -9,11 +9,11 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from tqdm import tqdm
 
 from pipeline.batches.plan import Unit
 from pipeline.common.errors import Damaged, NotReady, PipelineError, unreadable
 from pipeline.common.files import atomic_write
+from pipeline.common.progress import progress
 from pipeline.config.paths import FINGERPRINT, NOT_NEEDED
 from pipeline.config.store_spec import StoreSpec
 from pipeline.config.validation import fingerprint
@@ -30,11 +30,13 @@ def damaged_units(store: Store, units: list[Unit], kind: str) -> list[tuple[Unit
         Unreadable: a disk or server did not answer, or memory ran out, which is no damage.
     """
     found = []
-    for unit in tqdm(units, desc="reading the store", unit="unit", mininterval=1, leave=False, disable=not units):
-        try:
-            store.check_unit(unit, kind)
-        except Damaged as error:
-            found.append((unit, str(error)))
+    with progress(len(units), "reading the store", "unit", enabled=bool(units)) as bar:
+        for unit in units:
+            try:
+                store.check_unit(unit, kind)
+            except Damaged as error:
+                found.append((unit, str(error)))
+            bar.update()
     return found
 
 
