@@ -192,9 +192,10 @@ def test_ranks_wait_for_another_job_longer_than_an_exchange_may_last(taught, cap
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_rank_ends_both_at_the_same_step(taught):
+@pytest.mark.parametrize("saving", ["", "1"], ids=["", "while one of them saves"])
+def test_sigterm_to_one_rank_ends_both_at_the_same_step(taught, saving):
     Path("params.yaml").write_text(dump(loaded("student.epochs=2000", "student.checkpoint_minutes=60")))
-    process = launch("train-student", "--student", "hard")
+    process = launch("train-student", "--student", "hard", SAVING=saving)
     log = lambda: [p for p in Path("work/state").glob("*/log.jsonl") if '"step": 20,' in p.read_text()]  # noqa: E731
     while not log() and process.poll() is None:
         time.sleep(0.05)
