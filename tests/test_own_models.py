@@ -141,9 +141,9 @@ def test_a_changed_source_is_another_model(own):
 
 
 def test_results_of_a_changed_source_are_not_taken_for_the_new_ones(own):
-    config = own_teacher()
+    config, store = own_teacher(), str(next(Path("work/stores").glob("*.zarr")))
     teacher.run(config, CPU)
-    train_student.run(own, CPU, "hard", teacher="stored")
+    train_student.run(own, CPU, "hard", store=store)  # of the teacher before
     first = json.loads((student_folder(own, "hard") / "metrics.json").read_text())["run"]
     write(SOURCE.replace("nn.ReLU", "nn.Sigmoid"))
     with pytest.raises(PipelineError, match="(?s)another configuration.*code"):
@@ -153,7 +153,7 @@ def test_results_of_a_changed_source_are_not_taken_for_the_new_ones(own):
     (entry,) = [each for each in list_entries(own) if each.name == "hard"]
     with pytest.raises(PipelineError, match="weights of a model of another source"):
         load_entry(own, entry, ["cat", "dog", "eel"], CPU)
-    train_student.run(own, CPU, "hard", teacher="stored")
+    train_student.run(own, CPU, "hard", store=store)
     assert first != json.loads((student_folder(own, "hard") / "metrics.json").read_text())["run"]
     load_entry(own, entry, ["cat", "dog", "eel"], CPU)
 

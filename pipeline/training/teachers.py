@@ -54,13 +54,13 @@ class OnlineTeacher:
 
     def __call__(self, batch: Batch, pictures: torch.Tensor) -> TeacherOutput:
         logits = self.teacher.logits(pictures, batch.labels.shape[1])
-        if not logits.isfinite().all():  # their argmax, and classes drawn from them, would look like any others
+        if self.sampler is None:
+            return TeacherOutput(logits.argmax(1), logits)
+        if not logits.isfinite().all():  # classes drawn from them would look like any others
             raise PipelineError(
                 f"the teacher's logits for groups {', '.join(map(str, batch.items))}", expected="finite numbers",
                 found="NaN or infinity", do="use teacher_logits.precision float32, or repair the teacher",
             )  # fmt: skip
-        if self.sampler is None:
-            return TeacherOutput(logits.argmax(1), logits)
         return TeacherOutput(logits.argmax(1), None, self.sampler([batch], logits))
 
 

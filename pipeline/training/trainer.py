@@ -172,7 +172,7 @@ class Trainer:
                 stop = self.stop  # the same on all ranks; saving, which may be due on one alone, collects a further step
                 if self.checkpoint_due(time.monotonic() - saved) or stop:
                     self.save()
-                    saved = time.monotonic()
+                    stop, saved = self.stop if self.rank.world_size == 1 else stop, time.monotonic()
                 if stop and self.step < run.steps:
                     raise Interrupted(run.name, self.step, self.signals.received)
         return self.metrics
