@@ -13,6 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pipeline.cli import doctor, prune
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.lock import kernel_lock
+from pipeline.common.wording import size_of
 from pipeline.config.params import dump
 from pipeline.config.schema import Student
 from pipeline.shards import cache as cache_module
@@ -304,7 +305,7 @@ def test_prune_names_the_folder_of_copies_and_leaves_it(published, capsys):
     Path("params.yaml").write_text(dump(config))
     open_index(config, "train").read(0, 0)
     prune.run([Path("params.yaml")], "work", delete=True)
-    assert f"work/cache: {published.size / 1e6:,.1f} MB" in capsys.readouterr().out
+    assert f"work/cache: {size_of(published.size)}" in capsys.readouterr().out
     assert len(list(Path("work/cache").glob("*.tar"))) == 1
 
 

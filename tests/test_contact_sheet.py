@@ -140,3 +140,15 @@ def test_the_command_draws_a_random_sample(small_set, tmp_path, monkeypatch):
     result = CliRunner().invoke(main, ["views", *options, "--seed", "4"])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "sheet.png").exists() and "sheet.png" in result.output
+
+
+def test_a_title_is_wrapped_to_the_sheet(tmp_path):
+    row = [Cell(np.full((32, 32, 3), 9, np.uint8), "one")]
+    sizes = []
+    for title in ("short", "a title of very many words, " * 4):
+        draw_grid(tmp_path / "sheet.png", [Section([row], title)], side=1.6)
+        with Image.open(tmp_path / "sheet.png") as image:
+            sizes.append(image.size)
+            right = np.asarray(image.convert("L"))[:, -8:]
+        assert (right == 255).all(), "text runs into the right edge"
+    assert sizes[0][0] == sizes[1][0] and sizes[0][1] < sizes[1][1]

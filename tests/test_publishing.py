@@ -32,6 +32,7 @@ from test_unlabelled import trainable
 
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import is_local
+from pipeline.common.wording import size_of
 from pipeline.config.params import dump, resolve
 from pipeline.config.paths import index_path, student_folder, teacher_folder
 from pipeline.config.store_spec import store_spec
@@ -466,9 +467,9 @@ def test_a_dry_run_of_publishing_tells_the_bytes_and_writes_nothing(taught, tmp_
     text = f"fetch it: pipeline store fetch {target}, or set teacher_logits.fetch: {target}"
     assert text in call("store", "publish", str(target))
     size = sum(path.stat().st_size for path in target.rglob("*.tar"))
-    assert f"4 packs of predictions, {size / 1e6:,.2f} MB\n" in said
+    assert f"4 packs of predictions, {size_of(size)}\n" in said
     said = call("store", "publish", str(target), "--dry-run")
-    assert "0 packs of predictions, 0.00 MB; 4 packs of an earlier call stay as they are" in said
+    assert "0 packs of predictions, 0 B; 4 packs of an earlier call stay as they are" in said
 
 
 @pytest.mark.parametrize("name", ["published.tar", "published"])

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pipeline.cli.plan import Facts, Given, Plan, make_plan, steps_per_epoch
-from pipeline.common.wording import count_of
+from pipeline.common.wording import count_of, size_of
 from pipeline.config.schema import Config
 from pipeline.shards.advice import padding
 
@@ -193,9 +193,9 @@ def _store(facts: Facts, plan: Plan) -> Choices:
     views = plan.views
     size = 2.0 * facts.images * views * facts.classes
     dense = size <= DENSE_BYTES
-    what = f"all logits take {size / 1e6:,.0f} MB"
+    what = f"all logits take {size_of(size)}"
     kind = Choice("dense", f"{what}, and allow soft distillation too") if dense else Choice(
-        "argmax", f"{what}, the argmax {2e-6 * facts.images * views:,.0f} MB: all that hard distillation needs"
+        "argmax", f"{what}, the argmax {size_of(2.0 * facts.images * views)}: all that hard distillation needs"
     )  # fmt: skip
     one = "one view per epoch of the student"
     return {

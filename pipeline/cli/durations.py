@@ -11,6 +11,7 @@ import torch
 
 from pipeline.common.arithmetic import autocast
 from pipeline.common.cores import available_cores, resolve_workers
+from pipeline.common.wording import size_of
 from pipeline.config.schema import Config, Training
 from pipeline.config.store_spec import store_spec
 from pipeline.models.build import NormalizedModel, build_student, parameter_count
@@ -200,14 +201,14 @@ def describe(seconds: dict[str, float], sizes: dict[str, int], device: torch.dev
     """The estimate as text."""
     lines = [f"  {name:<24}{duration(value)}" for name, value in seconds.items()]
     total = duration(sum(seconds.values()))
-    parts = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in sizes.items())
+    parts = ", ".join(f"{name} {size_of(size)}" for name, size in sizes.items())
     return "\n".join(
         [
             f"estimate, from rates measured now on {device.type} with {available_cores()} cores, and {START:.0f} s around"
             " each stage:",
             *lines,
             f"  {'in all':<24}{total}",
-            f"  {'disk':<24}{sum(sizes.values()) / 1e6:,.0f} MB: {parts}",
+            f"  {'disk':<24}{size_of(sum(sizes.values()))}: {parts}",
         ]
     )
 

@@ -22,6 +22,7 @@ from pipeline.common.errors import UsageError, unwritable
 from pipeline.common.files import is_local, modification_time
 from pipeline.common.lease import part_lease, part_leases, possibly_held
 from pipeline.common.lock import is_held, kernel_lock
+from pipeline.common.wording import size_of
 from pipeline.config.params import load
 from pipeline.config.paths import DATA_LOCK, FINGERPRINT, RUN_LOCK, index_path, local_work, shard_cache_folder
 from pipeline.config.schema import PURPOSES, Config
@@ -129,18 +130,18 @@ def run(config_files: list[Path], work: str, delete: bool) -> None:
             total += 0 if kept else each.size
             action = "kept" if kept else "deleted" if delete else "unneeded"
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.modified))
-            size, reason = f"{each.size / 1e6:10,.1f} MB", f"; {kept}" if kept else ""
+            size, reason = f"{size_of(each.size):>10}", f"; {kept}" if kept else ""
             print(f"{action:<9}{when}{size}  {each.path}: {each.what}{reason}")  # at once: a deletion may fail
     if delete:
         _sweep(work)
     summary = ", ".join(f"{counts[kind]} {kind}" for kind in ("stores", "states", "data sets"))
     print(
-        f"{summary} that nothing refers to, of {len(references.configs)} configurations and outputs/: {total / 1e6:,.1f} MB"
+        f"{summary} that nothing refers to, of {len(references.configs)} configurations and outputs/: {size_of(total)}"
         + ("" if delete or not total else "; delete them with --yes")
     )
     for folder in sorted({shard_cache_folder(config) for config in references.configs}):
         if folder.is_dir():
-            print(f"kept: {folder}: {_bytes(folder) / 1e6:,.1f} MB of copies of shards at URLs, which may be deleted at any time")
+            print(f"kept: {folder}: {size_of(_bytes(folder))} of copies of shards at URLs, which may be deleted at any time")
 
 
 # what there is

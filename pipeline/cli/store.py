@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from pipeline.cli.options import DEVICE, DRY_RUN, WHICH_STORE, config_options, find_device
+from pipeline.common.wording import size_of
 
 STORE = click.option("--store", "named", metavar="PATH", help="A store named by hand.")
 
@@ -153,7 +154,7 @@ def export(path: str, overrides: tuple[str, ...], purpose: str, named: str | Non
     config = load(path, overrides)
     spec = store_spec(config, purpose)
     rows = export_parquet(find_store(config, spec, named), spec, file)
-    click.echo(f"{file}: {rows:,} rows, {file.stat().st_size / 1e6:,.1f} MB")
+    click.echo(f"{file}: {rows:,} rows, {size_of(file.stat().st_size)}")
 
 
 @store.command()

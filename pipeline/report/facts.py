@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from pipeline.common.versions import library_versions
-from pipeline.common.wording import count_of
+from pipeline.common.wording import count_of, size_of
 from pipeline.config.paths import FINETUNED, teacher_folder
 from pipeline.config.schema import Config, Recipe, Student
 from pipeline.report.settings import objective, trained_run
@@ -73,7 +73,7 @@ def _describe_store(store: Store, summary: dict[str, Any]) -> Terms:
         "images": f"{rows:,}",
         "views per image": f"{views:,}",
         "kind": summary["kind"],
-        "size": f"{size / 1e6:,.1f} MB, {size / (rows * views):.1f} bytes per view",
+        "size": f"{size_of(size)}, {size / (rows * views):.1f} bytes per view",
         "precision": str(store.attributes["precision"]),
         "agreement": agrees,
         "fingerprint": store.fingerprint,

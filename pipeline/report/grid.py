@@ -13,9 +13,9 @@ from pipeline.common.files import atomic_write
 
 # inches, all multiples of 0.02, so that cells begin at whole pixels and small pictures keep their hard edges
 GAP, GROUP_GAP = 0.12, 0.16
-TITLE, HEADING, LINE, PADDING = 0.28, 0.26, 0.14, 0.06
-CHARACTER = 0.07
-"""Width of a digit of a caption, in inches."""
+TITLE, TITLE_LINE, HEADING, LINE, PADDING = 0.28, 0.18, 0.26, 0.14, 0.06
+CHARACTER, TITLE_CHARACTER = 0.07, 0.1
+"""Width of a digit of a caption and of a title, in inches."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,17 @@ class Section:
 
 
 def draw_grid(path: Path, sections: list[Section], side: float, dpi: int = 100) -> None:
-    """Draw sections below each other; every picture fills a square of `side` inches, and captions are wrapped to it."""
+    """Draw sections below each other; every picture fills a square of `side` inches. Captions are wrapped
+    to it, and titles to the sheet."""
     pictures, texts = [], []  # with their places, in inches from the top left corner
+    width = max(left for section in sections for row in section.rows for left in _lefts(row, side)) + side + GAP
     top = GAP
     for section in sections:
         top += GAP * bool(pictures)
         if section.title:
-            texts.append((GAP, top, section.title, {"size": 10, "weight": "bold"}))
-            top += TITLE
+            title = wrap(section.title, width - 2 * GAP, TITLE_CHARACTER)
+            texts.append((GAP, top, title, {"size": 10, "weight": "bold"}))
+            top += TITLE + TITLE_LINE * title.count("\n")
         if section.headings:
             places = zip(_lefts(section.rows[0], side), section.headings, strict=True)
             texts += [(left, top, heading, {"size": 9, "color": "#5d6570"}) for left, heading in places]
@@ -56,7 +59,6 @@ def draw_grid(path: Path, sections: list[Section], side: float, dpi: int = 100) 
                 texts.append((left, top + side + PADDING, caption, {"size": 8}))
             lines = max(caption.count("\n") for caption in captions) + 1
             top += side + LINE * lines + 3 * PADDING
-    width = max(left for left, _, _ in pictures) + side + GAP
     figure = Figure((width, top), dpi=dpi)
     for left, upper, picture in pictures:
         axes = figure.add_axes((left / width, 1 - (upper + side) / top, side / width, side / top))
@@ -67,9 +69,9 @@ def draw_grid(path: Path, sections: list[Section], side: float, dpi: int = 100) 
     save_figure(figure, path)
 
 
-def wrap(caption: str, width: float) -> str:
-    """A caption with lines of at most `width` inches."""
-    return "\n".join(part for line in caption.split("\n") for part in textwrap.wrap(line, int(width / CHARACTER)) or [""])
+def wrap(text: str, width: float, character: float = CHARACTER) -> str:
+    """A text with lines of at most `width` inches, if its characters are as wide as digits on average."""
+    return "\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, int(width / character)) or [""])
 
 
 def shorten(text: str, length: int) -> str:

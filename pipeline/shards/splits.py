@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.common.cores import available_cores
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.streams import permutation, stream_key
-from pipeline.common.wording import count_of
+from pipeline.common.wording import count_of, size_of
 from pipeline.config.paths import local_work
 from pipeline.config.schema import Config, Data
 from pipeline.config.validation import fingerprint
@@ -163,7 +163,7 @@ def _written_shards(config: Config, dry_run: bool, quick: bool) -> Iterator[Shar
     digests: dict[str, list[str]] = {}
     for split, listing in listings.items():
         count = -(-len(listing.names) // data.shard_samples)
-        size = f", {listing.bytes / 1e6:,.1f} MB" if listing.signatures else ""
+        size = f", {size_of(listing.bytes)}" if listing.signatures else ""
         summary = f"{split}: {count_of(len(listing.names), 'image')} of"
         summary += f" {count_of(len(listing.classes), 'class')} in {count_of(count, 'shard')}{size}"
         if unlabelled := listing.labels.count(UNLABELLED):

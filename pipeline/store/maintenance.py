@@ -15,7 +15,7 @@ import torch
 from pipeline.batches.plan import Unit
 from pipeline.common.errors import IO_ERRORS, PipelineError
 from pipeline.common.progress import progress
-from pipeline.common.wording import count_of
+from pipeline.common.wording import count_of, size_of
 from pipeline.config.paths import index_path
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import StoreSpec
@@ -30,7 +30,7 @@ def describe_store(store: Store, spec: StoreSpec) -> str:
     """Index, recipe, teacher and versions of a store, and how complete it is, as text."""
     attributes = store.attributes
     lines = [
-        f"{store.path}: {store_bytes(store.path) / 1e6:,.1f} MB",
+        f"{store.path}: {size_of(store_bytes(store.path))}",
         f"  images  {len(store.index):,} in {count_of(len(store.index.names), 'shard')}, {count_of(store.classes, 'class')}",
         f"  recipe  {attributes['recipe']}, {spec.recipe.size} px, blocks of {spec.recipe.block} views",
         f"  teacher {json.dumps(attributes['teacher'])}, {attributes['precision']}",

@@ -14,6 +14,7 @@ from pipeline.batches.plan import Unit
 from pipeline.common.errors import Damaged, NotReady, PipelineError, unreadable
 from pipeline.common.files import atomic_write
 from pipeline.common.progress import progress
+from pipeline.common.wording import size_of
 from pipeline.config.paths import FINGERPRINT, NOT_NEEDED
 from pipeline.config.store_spec import StoreSpec
 from pipeline.config.validation import fingerprint
@@ -198,7 +199,7 @@ def publish(spec: StoreSpec, store: Store, verified: Collection[Unit] = ()) -> N
     write_summary(spec.folder / "summary.json", summary)
     agrees = "" if agreement is None else f"the teacher agrees with the label on {agreement:.1%} of the (mixed) views; "
     print(
-        f"store complete: {rows:,} rows x {spec.views} views, {size / 1e6:,.1f} MB; {agrees}verified in"
+        f"store complete: {rows:,} rows x {spec.views} views, {size_of(size)}; {agrees}verified in"
         f" {time.monotonic() - start:.1f} s"
     )
 

@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.common.errors import Damaged, PipelineError, Unreadable, unreadable
+from pipeline.common.wording import size_of
 from pipeline.config.schema import Recipe
 from pipeline.config.validation import fingerprint, short_repr
 from pipeline.shards.index import Index
@@ -101,7 +102,7 @@ class Publication(Entry):
     def describe(self) -> str:
         """Images, views, kind and bytes, as text."""
         samples, size = sum(shard.samples for shard in self.shards), sum(pack.bytes for pack in self.packs)
-        return f"{samples:,} images x {self.views} views as {self.kind}, {size / 1e6:,.1f} MB in {len(self.packs)} packs"
+        return f"{samples:,} images x {self.views} views as {self.kind}, {size_of(size)} in {len(self.packs)} packs"
 
 
 def to_json(publication: Publication) -> bytes:

@@ -10,7 +10,7 @@ import fsspec
 from pipeline.batches.plan import Unit
 from pipeline.common.errors import PipelineError, Unreadable, UsageError, unreadable
 from pipeline.common.progress import progress
-from pipeline.common.wording import count_of
+from pipeline.common.wording import count_of, size_of
 from pipeline.config.store_spec import StoreSpec
 from pipeline.store import publication as form
 from pipeline.store.card import TITLE
@@ -187,8 +187,8 @@ def _describe_plan(store: Store, spec: StoreSpec, existing: Publication | None, 
     kept = f"; {count_of(len(keys) - len(new), 'pack')} of an earlier call stay as they are" * (len(new) < len(keys))
     return (
         f"{where}: {len(store.index):,} images x {spec.views} views as {spec.kind}\n"
-        f"  would be written: {count_of(len(new), 'pack')} of predictions, {size / 1e6:,.2f} MB{kept}\n"
-        f"  and {form.SAMPLES}, {samples / 1e6:,.2f} MB, {form.CARD} and {form.MANIFEST}"
+        f"  would be written: {count_of(len(new), 'pack')} of predictions, {size_of(size)}{kept}\n"
+        f"  and {form.SAMPLES}, {size_of(samples)}, {form.CARD} and {form.MANIFEST}"
     )
 
 
