@@ -1,1 +1,1 @@
-"""The pipeline's stages: one module each, `run(config, ...)` and no more."""
+"""The pipeline's stages: one module each, started by its `run(config, ...)`."""

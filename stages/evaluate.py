@@ -10,7 +10,6 @@ from pipeline.common.files import atomic_write
 from pipeline.common.wording import count_of
 from pipeline.config.paths import evaluation_folder, store_path, teacher_logits_folder
 from pipeline.config.schema import Config
-from pipeline.config.validation import fingerprint
 from pipeline.models.adapt import load_resized_weights
 from pipeline.models.build import build_student
 from pipeline.models.class_map import check_same_classes
@@ -39,6 +38,7 @@ from pipeline.shards.index import Index
 from pipeline.shards.published import open_index
 from pipeline.store.manifest import read_manifest, read_summary
 from pipeline.store.reader import Store
+from pipeline.training.identity import validation_fingerprint
 from pipeline.training.log import read_curve
 
 
@@ -97,7 +97,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
 def identify(config: Config, entries: list[Entry], val: Index) -> dict[str, dict[str, str]]:
     """What identifies each model's weights, the images and the crop, as the metrics of a training do, and further sets."""
     shared = config.evaluate.sets_identity
-    validation = {entry.name: {"validation": fingerprint([val.fingerprint, entry.crop])} for entry in entries}
+    validation = {entry.name: {"validation": validation_fingerprint(val.fingerprint, entry.crop)} for entry in entries}
     return {entry.name: published_as(entry.folder) | validation[entry.name] | shared for entry in entries}
 
 

@@ -15,7 +15,7 @@ from pipeline.models.adapt import load_resized_weights
 from pipeline.models.build import NormalizedModel, build_student
 from pipeline.models.pretrained import replace_classifiers
 from pipeline.models.teacher import check_input_size
-from pipeline.models.weights import read_external_weights, read_weights, weights_hash
+from pipeline.models.weights import read_external_weights, read_saved_weights, weights_hash
 from pipeline.shards.published import open_index
 from pipeline.training.completion import train_and_publish
 from pipeline.training.identity import configured_finetune
@@ -72,5 +72,5 @@ def load_initial_weights(model: NormalizedModel, config: Config, name: str) -> N
         state, new = replace_classifiers(model.model, read_external_weights(source, digests_folder(config)))
         print(f"{source}: " + (f"{', '.join(new)} initialized from scratch" if new else "heads kept"))
     else:
-        state = read_weights(source, own=True)
+        state, _ = read_saved_weights(source)
     load_resized_weights(model, state, str(source))

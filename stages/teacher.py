@@ -215,7 +215,7 @@ def evaluate_members(
 
 
 def describe_origin(config: Config, purpose: str) -> dict[str, Any]:
-    """The configured architecture and source of the weights, by which `pipeline status` recognises the teacher.
+    """The configured architecture and source of the weights, by which `pipeline status` recognizes the teacher.
 
     A teacher for fine-tuning comes from the one of train-student, whose metrics.json has its origin.
     """

@@ -28,8 +28,8 @@ def run(
     """Write outputs/<name>/students/<student>/weights.safetensors, with model.json, metrics.json and curve.csv.
 
     Args:
-        name: one of `students`.
-        student: settings to use instead of those of `name`.
+        name: what the run and its folder are called.
+        student: its settings; None: those of the variant `name`.
         teacher: `stored`, or `online`: the teacher runs in the loop over the same groups.
         store: the path of a store to use instead of the published one.
 

@@ -21,7 +21,7 @@ def run(name: str, overrides: tuple[str, ...], output: Path) -> None:
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
     if not path.exists():
         known = ", ".join(sorted(experiments()))
-        raise UsageError(f"configuration {name!r}", expected=f"one of {known}", found=f"no {path}")
+        raise UsageError(f"configuration {name!r}", expected=f"one of {known}", found=f"no {path}", do="correct the name")
     config = load(path, overrides)
     command = " ".join(["pipeline configure", name, *overrides])
     output.write_text(f"# Written by: {command}\n{KEYS}" + dump(config))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.config.paths import index_path
-from pipeline.config.schema import PURPOSES, Config, Finetune, Student, Teacher, Training
+from pipeline.config.schema import Config, Finetune, Student, Teacher, Training
 from pipeline.config.types import is_own_model
 from pipeline.models.build import build_student, build_teacher
 from pipeline.models.class_map import check_range, class_numbers
@@ -38,7 +38,7 @@ def check(config: Config, command: str) -> None:
     classes = len(names) if names else None
     if command in ("teacher", "train-student", "finetune"):
         check_trackers(config.logging)
-    if command in ("teacher", "teacher-logits", "evaluate") and any(map(config.needs_teacher, PURPOSES)):
+    if command in ("teacher", "teacher-logits", "evaluate") and config.runs_teacher("train-student"):
         check_teacher(config, names)
     if command in ("train-student", "evaluate"):
         for name in config.students:

@@ -18,11 +18,6 @@ def failure_path(config: Config, stage: str) -> Path:
     return outputs(config) / "failed" / f"{stage}.json"
 
 
-def settings_digest(config: Config) -> str:
-    """Names all settings: a failure under others says nothing about these."""
-    return fingerprint(config.model_dump(mode="json", by_alias=True))
-
-
 @contextlib.contextmanager
 def recorded(config: Config, stage: str) -> Iterator[None]:
     """Record a failure of the block, which runs a stage of dvc.yaml; forget an earlier one if the block succeeds."""
@@ -34,7 +29,7 @@ def recorded(config: Config, stage: str) -> Iterator[None]:
     except Exception as error:
         what = error.what if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(PipelineError), atomic_write(path) as temporary:
-            failure = {"time": time.time(), "what": what.partition("\n")[0][:500], "settings": settings_digest(config)}
+            failure = {"time": time.time(), "what": what.partition("\n")[0][:500], "settings": fingerprint(config)}  # those of others say nothing about these
             temporary.write_text(json.dumps(failure) + "\n")
         raise
     path.unlink(missing_ok=True)

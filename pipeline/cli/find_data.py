@@ -1,4 +1,4 @@
-"""Recognise what `pipeline init` is given: class folders, a table of images, or Parquet files with images."""
+"""Recognize what `pipeline init` is given: class folders, a table of images, or Parquet files with images."""
 
 from pathlib import Path
 

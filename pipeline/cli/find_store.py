@@ -36,11 +36,11 @@ def _only_store(config: Config, spec: StoreSpec, index: Index) -> str:
     found = [path for path, held in list_stores(config.work) if is_store_of(spec, index.fingerprint, held)]
     if len(found) > 1:
         raise UsageError(
-            "which store?", expected="--store PATH", found=", ".join(found),
-            do="name one: their teachers differ",
+            f"{config.work}/stores: several stores of this index and recipe", expected="one", found=", ".join(found),
+            do="name one with --store PATH: their teachers differ",
         )  # fmt: skip
     if not found:
         raise PipelineError(
-            f"{config.work}/stores: no store of this index and recipe", do="run: pipeline teacher-logits"
+            f"{config.work}/stores: no store of this index and recipe", do=f"run: {spec.command}"
         )
     return found[0]

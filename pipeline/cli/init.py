@@ -126,7 +126,7 @@ def _named(root: Path, found: photos.Photos) -> Choices:
         "data.train": Choice(data.train, f"{len(found.train.names):,} images"),
     }
     if data.source != "folder":
-        choices["data.source"] = Choice(data.source, "recognised by the files' names and columns")
+        choices["data.source"] = Choice(data.source, "recognized by the files' names and columns")
     if data.val_fraction:
         choices["data.val_fraction"] = Choice(data.val_fraction, f"{val} for validation, where no others were found")
     if data.val:

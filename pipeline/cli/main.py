@@ -57,8 +57,8 @@ def prepare(config: Config, dry_run: bool, quick: bool) -> None:
     """Pack images into WebDataset shards (train and val) and index them.
 
     Samples are shuffled with data.seed and split into shards of equal size. Every image is fully decoded
-    once; those that fail are listed with the reason. Sources: digits (bundled), folder (one folder per
-    class), shards (existing WebDataset tars). Running it again reads everything and repairs what is damaged
+    once; those that fail are listed with the reason. Sources: class folders, tables of paths, Parquet
+    files, torchvision's data sets, existing WebDataset tars, and the bundled digits (data.source). Running it again reads everything and repairs what is damaged
     or has changed; `dvc repro` runs it with --quick every time, so that changed images are noticed.
 
     \b
@@ -101,8 +101,7 @@ def teacher(config: Config, device: torch.device, dry_run: bool, purpose: str, i
     """
     from stages import teacher
 
-    needed = config.needs_teacher(purpose) or (purpose == "train-student" and config.needs_teacher("finetune"))
-    if if_needed and not needed:
+    if if_needed and not config.runs_teacher(purpose):
         return teacher.mark_unneeded(config, purpose)
     teacher.run(config, device, purpose, dry_run)
 
@@ -111,7 +110,8 @@ def teacher(config: Config, device: torch.device, dry_run: bool, purpose: str, i
 @WHICH_STORE
 @PART
 @IF_NEEDED
-@click.option("--break-lock", is_flag=True, help="Do not wait for a writer on another machine that is known to be dead.")
+@click.option("--break-lock", is_flag=True, 
+              help="Take over at once from a writer on another machine that you know to be dead.")  # fmt: skip
 @stage_options()
 def teacher_logits(config: Config, device: torch.device, dry_run: bool, purpose: str, part: tuple[int, int] | None,
                    break_lock: bool, if_needed: bool) -> None:  # fmt: skip
@@ -139,7 +139,8 @@ def teacher_logits(config: Config, device: torch.device, dry_run: bool, purpose:
 @click.option("--alpha", type=click.FloatRange(0, 1), help="Weight of the distillation loss.")
 @click.option("--tau", type=click.FloatRange(0, min_open=True), help="Temperature of soft distillation.")
 @TEACHER
-@click.option("--store", metavar="PATH", help="Use this store; refused if its index or recipe is another. Writes to students/NAME-other-store.")
+@click.option("--store", metavar="PATH", 
+              help="Use this store, of the same index and recipe; writes to students/NAME-other-store.")  # fmt: skip
 @stage_options()
 def train_student(config: Config, device: torch.device, dry_run: bool, name: str | None, distillation: str | None,
                   alpha: float | None, tau: float | None, teacher: str, store: str | None) -> None:  # fmt: skip
@@ -184,7 +185,7 @@ def finetune(config: Config, device: torch.device, dry_run: bool, name: str | No
     """Fine-tune the students listed in finetune.from, at finetune.size pixels.
 
     Distilled students need the second store: pipeline teacher-logits --for finetune. To transfer to another
-    data set, name weights trained elsewhere: if the number of classes differs, the heads are initialised
+    data set, name weights trained elsewhere: if the number of classes differs, the heads are initialized
     from scratch; without distillation no store is needed.
 
     \b

@@ -46,7 +46,8 @@ def _is_other_source(config: Config, published: dict[str, Any]) -> bool:
 
 
 def is_own_store(config: Config, spec: StoreSpec, attributes: dict[str, Any]) -> bool:
-    """Whether a store's teacher is the published one, before one is published whether it can be; and the precision."""
+    """Whether a store was written in the configured precision by the teacher in outputs/; before there is one, by a teacher
+    of the configured architecture."""
     if spec.fetch:
         return True  # which teacher it has is known where it is published
     teacher = attributes.get("teacher")
@@ -72,7 +73,7 @@ def is_evaluation_of(evaluated: object, published: dict[str, Any]) -> bool:
 
 
 def have_changed(evaluated: dict[str, Any], models: dict[str, Path]) -> bool:
-    """Whether other weights than the evaluated ones are published, or none, or they were validated on other images since.
+    """Whether a model's weights were replaced or removed since the evaluation, or validated on other images.
 
     Args:
         evaluated: the evaluation's metrics.json.

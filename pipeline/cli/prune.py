@@ -22,7 +22,7 @@ from pipeline.common.errors import UsageError, unwritable
 from pipeline.common.files import is_local, modification_time
 from pipeline.common.lease import part_lease, part_leases, possibly_held
 from pipeline.common.lock import is_held, kernel_lock
-from pipeline.common.wording import size_of
+from pipeline.common.wording import count_of, size_of
 from pipeline.config.params import load
 from pipeline.config.paths import DATA_LOCK, FINGERPRINT, RUN_LOCK, index_path, local_work, shard_cache_folder
 from pipeline.config.schema import PURPOSES, Config
@@ -86,7 +86,7 @@ class References:
         )
 
     def _configs_of(self, index: str) -> list[Config]:
-        """The configurations that may use a data set: which one it is, is unknown until `prepare` has published its index."""
+        """The configurations that may use a data set. Until `prepare` has written its index, any may."""
         return [config for config, own in self.prepared if own is None or index in self.indices]
 
 
@@ -134,7 +134,7 @@ def run(config_files: list[Path], work: str, delete: bool) -> None:
             print(f"{action:<9}{when}{size}  {each.path}: {each.what}{reason}")  # at once: a deletion may fail
     if delete:
         _sweep(work)
-    summary = ", ".join(f"{counts[kind]} {kind}" for kind in ("stores", "states", "data sets"))
+    summary = ", ".join(count_of(counts[kind], kind) for kind in ("store", "state folder", "data set"))
     print(
         f"{summary} that nothing refers to, of {len(references.configs)} configurations and outputs/: {size_of(total)}"
         + ("" if delete or not total else "; delete them with --yes")
@@ -160,7 +160,7 @@ def _stores(work: str, references: References) -> Iterator[Found]:
         _, root = fsspec.core.url_to_fs(path)
         details = filesystem.find(root, detail=True).values()
         yield Found(
-            "stores", path, what, sum(info["size"] for info in details), max(map(modification_time, details), default=0.0),
+            "store", path, what, sum(info["size"] for info in details), max(map(modification_time, details), default=0.0),
             indices={attributes["index"]} if valid else set(),
             needed=name in references.fingerprints or (valid and references.include_store(attributes)),
             kept=_writer_of(path) if valid else "its metadata is damaged",
@@ -178,7 +178,7 @@ def _states(work: str, references: References) -> Iterator[Found]:
         valid = isinstance(described.get("index"), str) and isinstance(described.get("recipe"), str)
         what = f"{described.get('name')}, {described.get('steps')} steps" if valid else "a run"
         yield Found(
-            "states", str(folder), what, _bytes(folder), newest(folder) or 0.0,
+            "state folder", str(folder), what, _bytes(folder), newest(folder) or 0.0,
             indices={described["index"]} if valid else set(),
             needed=folder.name in references.fingerprints or (valid and references.include_run(described)),
             kept=_trainer_of(folder) if valid else "its run.json is missing or damaged",
@@ -208,7 +208,7 @@ def _data_sets(work: str, references: References, used: set[str]) -> Iterator[Fo
         elif unprepared:
             kept = f"{references.configs[0].name} has no index under outputs/ yet and may use it"
         yield Found(
-            "data sets", str(folder), f"images: {', '.join(images) or 'incomplete'}", _bytes(folder), modified,
+            "data set", str(folder), f"images: {', '.join(images) or 'incomplete'}", _bytes(folder), modified,
             indices=fingerprints,
             needed=folder.name in references.fingerprints or bool(fingerprints & (used | references.indices)),
             kept=kept,
@@ -235,9 +235,9 @@ def _bytes(folder: Path) -> int:
 def _delete(found: Found) -> str:
     """Delete it under its lock. Returns why it is kept, if another process has taken it meanwhile."""
     try:
-        if found.kind == "stores":
+        if found.kind == "store":
             _delete_store(found.path)
-        elif found.kind == "states":
+        elif found.kind == "state folder":
             with kernel_lock(Path(found.path) / RUN_LOCK):
                 _delete_folder(Path(found.path))
         else:

@@ -19,7 +19,6 @@ A file in `configs/` has the keys that differ from the defaults, which are the p
 section.key=value` and `pipeline init` write `params.yaml` with a value for every key, and `--set section.key=value`
 overrides a key for one command.
 """
-SHARED = "the training loop"
 HEADER = "| key | type | default | meaning |\n| --- | --- | --- | --- |\n"
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from pipeline.batches.plan import training_plan
-from pipeline.cli.failures import failure_path, settings_digest
+from pipeline.cli.failures import failure_path
 from pipeline.cli.matching import foreign_teachers, have_changed, is_foreign, is_own_store, lacks_sets
 from pipeline.cli.scan import (
     is_store_of,
@@ -49,8 +49,9 @@ from pipeline.config.paths import (
     student_folder,
     teacher_folder,
 )
-from pipeline.config.schema import PURPOSES, Config, Teacher, Training
+from pipeline.config.schema import Config, Teacher, Training
 from pipeline.config.store_spec import StoreSpec, store_spec
+from pipeline.config.validation import fingerprint
 from pipeline.training.identity import configured_runs, is_run_of
 
 
@@ -84,7 +85,7 @@ def survey(config: Config, now: float) -> list[Row]:
 def _with_failure(facts: Facts, config: Config) -> Facts:
     """Add the error of the stage's last command with these settings, unless something was written after it."""
     found = [read_json(failure_path(config, name)) for name in {facts.stage, facts.stage.partition("@")[0]}]
-    failures = [failure for failure in found if failure.get("settings") == settings_digest(config)] or [{}]
+    failures = [failure for failure in found if failure.get("settings") == fingerprint(config)] or [{}]
     errors = {number(failure.get("time")) or 0.0: str(failure.get("what")) for failure in failures}
     last = max(errors)
     return replace(facts, failure=errors[last]) if last > max(facts.modified or 0.0, 1.0) - 1.0 else facts
@@ -155,7 +156,7 @@ def gather(experiment: Experiment) -> list[Facts]:
     config = experiment.config
     tuned, adapted, folder = config.finetune, config.teacher_finetune, teacher_folder(config)
     facts = [_prepare(experiment)]
-    if any(map(config.needs_teacher, PURPOSES)):
+    if config.runs_teacher("train-student"):
         settings, other = _teacher_training(experiment), "train-student" in experiment.foreign_teachers
         facts.append(_training(experiment, "teacher", settings, folder, other))
     if config.needs_store("train-student"):

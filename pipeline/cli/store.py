@@ -14,7 +14,7 @@ STORE = click.option("--store", "named", metavar="PATH", help="A store named by 
 
 @click.group()
 def store() -> None:
-    """Estimate, describe, verify, repair and export a store.
+    """Estimate, describe, verify, repair, export, publish and fetch stores.
 
     \b
     Example:

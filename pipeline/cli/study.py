@@ -22,8 +22,7 @@ from pipeline.config.params import load, record
 from pipeline.config.paths import evaluated_models, evaluation_folder, teacher_logits_folder, used_params
 from pipeline.config.schema import PURPOSES, Config
 from pipeline.config.study import Study, load_study
-from pipeline.config.validation import fingerprint
-from pipeline.training.identity import is_run_of
+from pipeline.training.identity import is_run_of, validation_fingerprint
 
 Execute = Callable[[list[str]], int]
 """Runs a command of `pipeline`, given without that word; returns its exit code."""
@@ -87,7 +86,7 @@ def setup_commands(config: Config, finetune: bool | str) -> list[list[str]]:
     commands = [["prepare", "--quick", *options]]
     for purpose in PURPOSES[: 1 + bool(finetune)]:
         chosen = ["--for", purpose] * (purpose == "finetune")
-        if config.needs_teacher(purpose) or (purpose == "train-student" and config.needs_teacher("finetune")):
+        if config.runs_teacher(purpose):
             commands.append(["teacher", *chosen, *options])
         if config.needs_store(purpose):
             commands.append(["teacher-logits", *chosen, *options])
@@ -202,7 +201,7 @@ def _done_run(cell: Cell, experiment: Experiment) -> str | None:
     config, published = cell.config, cell.folder / "metrics.json"
     metrics = read_json(published)
     crop = config.evaluate.crop_finetuned if cell.finetuned else config.evaluate.crop
-    if metrics.get("validation") != fingerprint([experiment.indices["val"].get("fingerprint"), crop]):
+    if metrics.get("validation") != validation_fingerprint(experiment.indices["val"].get("fingerprint"), crop):
         return None
     if (start := _start(cell)) and start.exists() and start.stat().st_mtime > published.stat().st_mtime:
         return None  # perhaps other weights to start from: the command finds out, and publishes again if they are the same

@@ -115,7 +115,7 @@ def _unlabelled(config: "Config") -> Iterator[str]:
             "teacher_finetune.epochs must be 0 with data.unlabelled: a teacher cannot be trained on images without"
             f" labels; found {config.teacher_finetune.epochs}"
         )
-    for name in dict.fromkeys([*config.students, *config.finetune.students]):
+    for name in config.trained_students:
         if (student := config.student_named(name)).uses_labels:
             yield (
                 "data.unlabelled needs students that learn from the teacher alone, with soft or hard distillation and"
@@ -135,7 +135,7 @@ def _balanced(text: str) -> bool:
 def _students(config: "Config") -> Iterator[str]:
     if len(set(config.students)) != len(config.students):
         yield f"students must be different names: {config.students}"
-    for name in config.students:
+    for name in config.trained_students:
         if config.student_named(name).distillation == "soft" and config.teacher_logits.kind == "argmax":
             yield (
                 f"teacher_logits.kind must be topk, dense8, dense or sampled: student {name} distils softly; found argmax"
@@ -146,7 +146,7 @@ def _sample_tau(config: "Config") -> Iterator[str]:
     if config.teacher_logits.kind != "sampled":
         return
     tau = config.teacher_logits.sample_tau
-    for name in dict.fromkeys([*config.students, *config.finetune.students]):
+    for name in config.trained_students:
         student = config.student_named(name)
         if student.distillation == "soft" and student.tau != tau:
             yield (

@@ -174,7 +174,7 @@ def load(path: str | Path = "params.yaml", overrides: tuple[str, ...] = ()) -> C
 def resolve(values: Any, overrides: tuple[str, ...], source: str) -> Config:
     """The defaults updated with `values` and `overrides`, validated; errors name the file or the command line."""
     if values is not None and not isinstance(values, dict):
-        raise UsageError(source, expected="a mapping of sections", found=type(values).__name__)
+        raise UsageError(source, expected="a mapping of sections", found=short_repr(values), do="correct the file")
     written = merge({"variants": Config().variants}, values or {})
     final = written
     for text in overrides:

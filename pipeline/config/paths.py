@@ -7,7 +7,7 @@ fingerprint of everything that they depend on.
 import re
 from pathlib import Path
 
-from pipeline.config.schema import PURPOSES, Config
+from pipeline.config.schema import Config
 
 FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 """Names of stores (without `.zarr`), state folders and data sets in `work`."""
@@ -75,7 +75,7 @@ def tensorboard_folder(config: Config, run: str) -> Path:
 def evaluated_models(config: Config) -> dict[str, Path]:
     """Models in the order of the tables of `pipeline evaluate`, with the folders of their weights."""
     models = {}
-    if any(map(config.needs_teacher, PURPOSES)):
+    if config.runs_teacher("train-student"):
         models[TEACHER] = teacher_folder(config)
     models |= {name: student_folder(config, name) for name in config.students}
     if config.students or config.finetune.weights:

@@ -7,7 +7,7 @@ pipeline.config.sections and pipeline.config.training_sections.
 
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from pipeline.common.errors import UsageError
 from pipeline.config.consistency import conflicting_settings
@@ -47,12 +47,6 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     logging: Logging = Logging()
 
-    @field_validator("finetune", mode="before")
-    @classmethod
-    def _none(cls, value: Any) -> Any:
-        """Read null as defaults, with which nothing is fine-tuned."""
-        return {} if value is None else value
-
     @model_validator(mode="after")
     def _consistent(self):
         for problem in conflicting_settings(self):
@@ -74,6 +68,11 @@ class Config(Section):
             )
         return changed_student(self.student, self.variants[name], f"variants.{name}")
 
+    @property
+    def trained_students(self) -> list[str]:
+        """The students that are trained or fine-tuned, each once."""
+        return list(dict.fromkeys([*self.students, *self.finetune.students]))
+
     def needs_store(self, purpose: str) -> bool:
         """Whether any student of train-student or finetune is distilled."""
         names = self.students if purpose == "train-student" else self.finetune.students
@@ -82,6 +81,10 @@ class Config(Section):
     def needs_teacher(self, purpose: str) -> bool:
         """Whether a store is needed for train-student or finetune that is not fetched."""
         return self.needs_store(purpose) and not self.published_store(purpose)
+
+    def runs_teacher(self, purpose: str) -> bool:
+        """Whether the teacher for train-student or finetune is needed; that for finetune starts from the other."""
+        return self.needs_teacher("finetune") or (purpose == "train-student" and self.needs_teacher(purpose))
 
     def published_store(self, purpose: str) -> str | None:
         """Path or URL of the store to fetch for train-student or finetune; None: the teacher is run."""
@@ -141,7 +144,8 @@ def changed_student(student: Student, own: dict[str, Any], section: str) -> Stud
     return validate(Student, values | own, section=section)
 
 
-# How a run is carried out, not what it computes: these change no result and no fingerprint.
+# How a run is carried out: no part of a fingerprint. These change rounding at most, but accumulation also what dropout and
+# drop-path draw (where it changes batch norm, run_identity adds it). Of what is fetched, the store's fingerprint counts.
 EXECUTION_ONLY = {
     "workers", "accumulation", "checkpoint_minutes", "checkpoint_steps", "stop_above", "log_steps", "eval_epochs",
     "compile", "channels_last", "checkpoint_activations", "deterministic", "fetch",

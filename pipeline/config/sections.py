@@ -105,7 +105,7 @@ class Recipe(Section):
     erase_prob: Fraction = 0.25
     """Probability of random erasing: pixel noise over 2 % to 33 % of the area."""
     mean: Triple = IMAGENET_MEAN
-    """Mean of the fill colour and of the erasing noise; independent of any model's normalisation."""
+    """Mean of the fill colour and of the erasing noise; independent of any model's normalization."""
     std: Triple = IMAGENET_STD
     """Standard deviation of the erasing noise."""
     mixup_alpha: Alpha = 0.8

@@ -37,6 +37,11 @@ class StoreSpec:
     """See `sampling_identity`."""
 
     @property
+    def command(self) -> str:
+        """The command that makes it."""
+        return "pipeline teacher-logits" + " --for finetune" * (self.purpose == "finetune")
+
+    @property
     def blocks(self) -> int:
         return self.views // self.recipe.block
 

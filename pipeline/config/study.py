@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.common.errors import UsageError
 from pipeline.config.params import parse_yaml, read_text
 from pipeline.config.types import NAME, Seed
-from pipeline.config.validation import Section, validate
+from pipeline.config.validation import Section, short_repr, validate
 
 Changes = dict[str, Any]
 """Values by `section.key`."""
@@ -132,7 +132,7 @@ def load_study(path: Path) -> Study:
     """
     values = parse_yaml(read_text(path), str(path))
     if not isinstance(values, dict):
-        raise UsageError(str(path), expected="a mapping with the key `base`", found=type(values).__name__)
+        raise UsageError(str(path), expected="a mapping with the key `base`", found=short_repr(values), do="correct the file")
     return validate(Study, values, str(path))
 
 

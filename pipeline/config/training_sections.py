@@ -109,7 +109,7 @@ class TeacherMember(Section):
     class_map: ClassMap | None = None
     """As `teacher.class_map`."""
     mean: Triple = IMAGENET_MEAN
-    """Normalisation of its input."""
+    """Normalization of its input."""
     std: Triple = IMAGENET_STD
     """Standard deviation of the same."""
     size: Pixels | None = None
@@ -140,7 +140,7 @@ class Teacher(Training):
     name; or a label set of timm's such as imagenet-1k, if the classes are named n01440764 and so on. All other classes
     are removed from the classifier, so argmax and softmax are over the index's. null: the same classes, or new ones."""
     mean: Triple = IMAGENET_MEAN
-    """Normalisation of its input."""
+    """Normalization of its input."""
     std: Triple = IMAGENET_STD
     """Standard deviation of the same."""
     crop: PositiveFraction = 0.875
@@ -256,7 +256,7 @@ class Finetune(Training):
     """The students to fine-tune, one name or a list, each from `students`. Empty: none."""
     weights: File | None = None
     """A .safetensors or .pth file to start from instead, for example for transfer to another data set; `from` then
-    only selects the settings. Heads with another number of classes are initialised from scratch."""
+    only selects the settings. Heads with another number of classes are initialized from scratch."""
     size: Pixels = 384
     """Height and width of the views in pixels."""
     views: Count = 30

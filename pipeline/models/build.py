@@ -20,7 +20,7 @@ INNER_DROPOUT = {"pos_drop_rate", "proj_drop_rate"}
 
 
 class NormalizedModel(nn.Module):
-    """A timm model that normalises its input itself and returns the logits of two heads.
+    """A timm model that normalizes its input itself and returns the logits of two heads.
 
     A model without a distillation head returns its logits twice, so a plain student can be distilled (Table 3's "usual"
     and "hard" rows). So does a `joint` one, such as a teacher: the mean of its heads if it has two, as timm does.
@@ -196,12 +196,12 @@ def _unsuitable(model: str, kwargs: dict[str, Any], error: Exception) -> UsageEr
 
 
 def build_student(section: Student, recipe: Recipe, classes: int, size: int) -> NormalizedModel:
-    """Build a student for `size` pixels, normalised with the recipe's mean and std."""
+    """Build a student for `size` pixels, normalized with the recipe's mean and std."""
     return build(section, classes, recipe.mean, recipe.std, size=size)
 
 
 def build_teacher(section: Teacher, classes: int) -> NormalizedModel:
-    """Build the teacher, normalised with its own mean and std, its weights untrained."""
+    """Build the teacher, normalized with its own mean and std, its weights untrained."""
     return build(section, classes, section.mean, section.std, joint=True)
 
 

@@ -69,7 +69,7 @@ class ModelDescription:
         if not isinstance(values, dict) or not required <= values.keys() <= fields.keys():
             raise PipelineError(
                 f"{source}: the description of the model",
-                expected=", ".join(required),
+                expected=", ".join(name for name in fields if name in required),
                 found=", ".join(values) if isinstance(values, dict) else "none",
                 do="run the command that made the file again; weights of an earlier version carry no description",
             )
@@ -161,7 +161,7 @@ def load_model(
         UsageError: it needs a function that is not among `own_models`.
     """
     if not path.exists():
-        raise UsageError(f"{path}: no weights", expected="weights.safetensors of a student or teacher", found="nothing")
+        raise UsageError(f"{path}: no weights", expected="weights.safetensors of a student or teacher", found="nothing", do="correct the path")
     state, about = read_saved_weights(path)
     description = ModelDescription.from_json(about.get(DESCRIPTION), str(path))
     if named := description.own_models():

@@ -17,7 +17,7 @@ from pipeline.models.pretrained import load_pretrained
 class Ensemble(NormalizedModel):
     """Teachers whose predicted probabilities are averaged; its logits are the logarithm of the mean.
 
-    Each member has its own normalisation and, where `sizes` says so, its own input size. Only its forward pass differs
+    Each member has its own normalization and, where `sizes` says so, its own input size. Only its forward pass differs
     from a model's: it is given the same pictures, and all weights are in the state dict of `model`.
     """
 

@@ -78,7 +78,7 @@ def export(
 @contextlib.contextmanager
 def _legacy_precision_flags() -> Iterator[None]:
     """Inside, convolutions on a GPU have torch's default precision: its exporter reads the old flag, which torch
-    refuses to tell after `pipeline.common.arithmetic` has set the new one."""
+    refuses to return after `pipeline.common.arithmetic` has set the new one."""
     convolutions: Any = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
     before, convolutions.fp32_precision = convolutions.fp32_precision, "tf32"
     try:

@@ -13,7 +13,7 @@ from pipeline.config.validation import fingerprint
 
 
 def teacher_architecture(section: Teacher) -> dict[str, Any]:
-    """Model, arguments and normalisation, as JSON values: the same weights may fit other arguments."""
+    """Model, arguments and normalization, as JSON values: the same weights may fit other arguments."""
     model = section.timm_tag or section.model
     described = {"model": model, "kwargs": section.kwargs, "mean": section.mean, "std": section.std, **code_of(model)}
     if section.class_map is not None:

@@ -62,18 +62,15 @@ def save_weights(path: Path, model: nn.Module, metadata: Mapping[str, Any] | Non
         raise OSError(str(error)) from error
 
 
-def read_weights(path: str | Path, own: bool = False) -> dict[str, torch.Tensor]:
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """Read a state dict from .safetensors, or from .pth without running code.
 
     Unwraps `model`, as in DeiT's files, `state_dict`, and DistributedDataParallel's prefix `module.`.
 
-    Args:
-        own: require the checksum that `save_weights` writes.
-
     Raises:
         PipelineError: the file is missing, damaged, or holds no weights.
     """
-    return _read(Path(path), own)[0]
+    return _read(Path(path), own=False)[0]
 
 
 def read_saved_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

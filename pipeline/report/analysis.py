@@ -28,7 +28,7 @@ class Analysis:
     intervals: dict[tuple[str, str], Estimate]
     """Of top-1, by model and classifier."""
     classes: list[ClassResult]
-    """Those that the best student recognises worst first."""
+    """Worst first, by the best student's accuracy."""
     confusions: list[Confusion]
     """Of the best student."""
     mistakes: list[Mistake]

@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ClassResult:
-    """How well models recognise one class."""
+    """How well models recognize one class."""
 
     name: str
     images: int
@@ -30,7 +30,7 @@ class Confusion:
 def class_results(
     classes: list[str], labels: np.ndarray, predictions: Mapping[str, np.ndarray], by: str
 ) -> list[ClassResult]:
-    """The classes that have images, those that the model `by` recognises worst first.
+    """The classes that have images, those that the model `by` recognizes worst first.
 
     Args:
         labels: int64 (samples,).

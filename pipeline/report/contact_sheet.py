@@ -75,7 +75,7 @@ def sample_section(index: Index, recipe: Recipe, shard: int, position: int, view
     row, image = index.rows(shard)[position], index.image(shard, position)
     key, (height, width) = row["key"].decode(), image.shape[:2]
     label = shorten(index.class_name(row["label"]), 24)
-    cells = [Cell(center_view(image, recipe.size, 1.0).transpose(1, 2, 0), f"{label}, {width} x {height}\n(center crop)")]
+    cells = [Cell(center_view(image, recipe.size, 1.0).transpose(1, 2, 0), f"{label}, {width} x {height}\n(centre crop)")]
     for view in views:
         params = draw_view(recipe, key, view, width, height)
         cells.append(Cell(render(image, params, recipe).transpose(1, 2, 0), f"view {view}: {describe_view(params)}"))

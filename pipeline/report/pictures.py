@@ -56,7 +56,7 @@ def data_uri(file: bytes, kind: str) -> str:
 def confident_mistakes(
     index: Index, labels: np.ndarray, predictions: Predictions, size: int, crop: float, count: int = MISTAKES
 ) -> list[Mistake]:
-    """The wrongly classified images of highest confidence, as the model sees them: a center crop of `size` pixels."""
+    """The wrongly classified images of highest confidence, as the model sees them: a centre crop of `size` pixels."""
     wrong = np.flatnonzero(predictions.classes != labels)
     rows = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:count]
     mistakes = []

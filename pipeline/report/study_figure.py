@@ -121,7 +121,7 @@ def _figure(axes: Axes) -> Figure:
 def _label(names: Sequence[str], each: Summary) -> str:
     """Levels as they stand in a legend: numbers with their axis."""
     levels = [(axis, each.levels.get(axis, "")) for axis in names]
-    return _plain(", ".join(f"{axis} {level}" if level.replace(".", "").isdigit() else level for axis, level in levels))
+    return _plain(", ".join(f"{axis} {level}" if is_number(level) else level for axis, level in levels))
 
 
 def _scaled(each: Summary) -> tuple[float, float]:

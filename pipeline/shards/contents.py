@@ -89,7 +89,7 @@ def unreadable_image(path: Path | str, error: OSError) -> PipelineError:
     return PipelineError(
         f"{path}: the image cannot be read",
         found=reason(error),
-        do="restore it or correct its permissions, then run prepare again",
+        do="restore it or correct its permissions, then run: pipeline prepare",
     )
 
 

@@ -1,4 +1,4 @@
-"""Shards that an unfinished indexing is done with: one file per shard, so that a killed indexing resumes.
+"""Results of an unfinished indexing, one file per completed shard, so that it can resume.
 
 The files are written by the processes that index, are complete or absent, and are deleted once there is an index.
 """

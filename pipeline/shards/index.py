@@ -217,5 +217,5 @@ class Index:
                 f"{self.location}/{self.names[shard]}: sample {self.rows(shard)[position]['key'].decode()!r}",
                 expected=f"an image of at most {self.max_pixels:,} pixels",
                 found=str(error),
-                do="run prepare again (dvc repro -f prepare): it did not write this index",
+                do="run: pipeline prepare",
             ) from error

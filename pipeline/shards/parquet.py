@@ -32,7 +32,7 @@ def open_parquet(path: Path) -> Any:
         import pyarrow.parquet
     except ImportError:
         raise UsageError(
-            f"{path}: a Parquet file", expected="pyarrow", found="it is not installed", do="pip install '.[parquet]'"
+            f"{path}: a Parquet file", expected="pyarrow", found="it is not installed", do="install the extra `parquet`"
         ) from None
     try:
         return pyarrow.parquet.ParquetFile(path)

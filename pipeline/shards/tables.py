@@ -169,8 +169,8 @@ def _read(table: Path) -> list[Row]:
             if missing := [name for name, text in texts.items() if not text]:
                 raise PipelineError(
                     f"{table}: row {number}",
-                    expected="columns path (or file_name) and label, and in every row or in none split; a label is a"
-                    " name or a whole number",
+                    expected="columns path (or file_name) and label, and a column split that is filled in every row or"
+                    " absent; a label is a name or a whole number",
                     found=f"{missing[0]}: {values[missing[0]]!r}; columns: {', '.join(map(str, row))}",
                     do="correct the table",
                 )
@@ -184,7 +184,8 @@ def _read(table: Path) -> list[Row]:
             do="correct or restore it",
         ) from error
     if len({bool(row.split) for row in rows}) > 1:
-        raise PipelineError(f"{table}: split", expected="it in every row or in none", do="correct the table")
+        raise PipelineError(f"{table}: column split", expected="a value in every row, or in none", found="rows with and without one",
+            do="fill it in everywhere, or remove it")
     return rows
 
 

@@ -98,5 +98,5 @@ def check_as_published(store: Store, source: Source, spec: StoreSpec) -> None:
             raise PipelineError(
                 f"{store.path}: the predictions for shard {shard}",
                 expected=f"those published at {source.where}", found="others: they were computed here, or are damaged",
-                do="move the store away and fetch again; or remove teacher_logits.fetch to keep your own",
+                do="move the store away and fetch again; or remove teacher_logits.fetch (finetune.fetch) to keep your own",
             )  # fmt: skip

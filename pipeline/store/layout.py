@@ -34,6 +34,8 @@ from pipeline.views.draw import group_count
 
 FORMAT = 2
 NO_CHECK = 2**64 - 1
+MAKE_STORE = "pipeline teacher-logits, with --for finetune for the second store"
+"""What computes a store or resumes it, for messages about one whose purpose is not known."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ def _damaged_metadata(where: str, error: Exception) -> PipelineError:
         f"{where}: damaged metadata",
         expected="a store of teacher predictions",
         found=f"{type(error).__name__}: {error}",
-        do="move it away and compute it again: dvc repro -f teacher-logits",
+        do=f"move it away and compute it again: {MAKE_STORE}",
     )
 
 

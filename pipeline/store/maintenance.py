@@ -50,7 +50,7 @@ def describe_missing(store: Store, spec: StoreSpec) -> str:
         return f"complete: {wanted}"
     named = ", ".join(_name(store, unit) for unit in missing[:5])
     more = "" if len(missing) <= 5 else f" and {len(missing) - 5:,} more"
-    return f"incomplete: of {wanted} {len(missing):,} units are missing: {named}{more}; run: pipeline teacher-logits"
+    return f"incomplete: of {wanted} {len(missing):,} units are missing: {named}{more}; run: {spec.command}"
 
 
 def verify(
@@ -75,7 +75,7 @@ def verify(
     if problems:
         raise PipelineError(
             f"{store.path}: {count_of(len(problems), 'problem')}, named above",
-            do="pipeline store repair, then pipeline teacher-logits; for shards and index: pipeline prepare",
+            do=f"pipeline store repair, then {spec.command}; for shards and index: pipeline prepare",
         )
     units = len(store.units(spec.views))
     print(f"{store.path}: valid: {count_of(units, 'unit')}, {count_of(len(store.index.names), 'shard')}, every checksum as recorded")

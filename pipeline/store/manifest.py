@@ -14,12 +14,12 @@ from pipeline.batches.plan import Unit
 from pipeline.common.errors import Damaged, NotReady, PipelineError, unreadable
 from pipeline.common.files import atomic_write
 from pipeline.common.progress import progress
-from pipeline.common.wording import size_of
+from pipeline.common.wording import count_of, size_of
 from pipeline.config.paths import FINGERPRINT, NOT_NEEDED
 from pipeline.config.store_spec import StoreSpec
 from pipeline.config.validation import fingerprint
 from pipeline.store.encoding import KINDS
-from pipeline.store.layout import FORMAT
+from pipeline.store.layout import FORMAT, MAKE_STORE
 from pipeline.store.reader import Store
 from pipeline.store.writer import sweep_store
 
@@ -49,9 +49,11 @@ def require_complete(store: Store, views: int, kind: str) -> None:
     """
     if missing := store.missing(views, kind):
         raise PipelineError(
-            f"{store.path}: the teacher predictions", expected=f"{views} views as {kind}",
-            found=f"{len(missing):,} units missing", do="compute them: pipeline teacher-logits",
-        )  # fmt: skip
+            f"{store.path}: incomplete",
+            expected=f"{views} views of {count_of(len(store.index.names), 'shard')} as {kind}",
+            found=f"{count_of(len(missing), 'unit')} missing, the first: shard {missing[0].shard}, block {missing[0].block}",
+            do=f"run: {MAKE_STORE}, which resumes",
+        )
 
 
 def build_manifest(store: Store, views: int, kind: str) -> dict[str, Any]:
@@ -62,14 +64,7 @@ def build_manifest(store: Store, views: int, kind: str) -> dict[str, Any]:
     Raises:
         PipelineError: units are missing; Damaged: the checksums of one are damaged.
     """
-    missing = store.missing(views, kind)
-    if missing:
-        raise PipelineError(
-            f"{store.path}: incomplete",
-            expected=f"{views} views of {len(store.index.names)} shards as {kind}",
-            found=f"{len(missing)} units missing, the first: shard {missing[0].shard}, block {missing[0].block}",
-            do="run teacher-logits again: it resumes",
-        )
+    require_complete(store, views, kind)
     hashes: dict[str, list[str]] = {name: [] for name in store.index.names}
     for unit in store.units(views):
         hashes[store.index.names[unit.shard]].append(hash_check(store, store.read_check(unit), kind))
@@ -188,9 +183,9 @@ def publish(spec: StoreSpec, store: Store, verified: Collection[Unit] = ()) -> N
     start, rows = time.monotonic(), len(store.index)
     if bad := damaged_units(store, [unit for unit in store.units(spec.views) if unit not in verified], spec.kind):
         raise PipelineError(
-            f"{store.path}: {len(bad)} units are damaged, so the store is not published",
+            f"{store.path}: {count_of(len(bad), 'damaged unit')}, so the store is not published",
             found=bad[0][1].splitlines()[0],
-            do="run teacher-logits again: it computes them again",
+            do=f"run: {spec.command}, which computes them again",
         )
     sweep_store(store.path)
     write_manifest(spec.folder / "manifest.json", build_manifest(store, spec.views, spec.kind))

@@ -1,6 +1,6 @@
 """zarr metadata (zarr.json) with a checksum, so that damage is detected.
 
-zarr reads metadata with a flipped bit as best it can: another shape, another fill value, a codec less. So the
+zarr reads metadata with a flipped bit as best it can: another shape, another fill value, a missing codec. So the
 attributes of every group and array hold a checksum of everything else in its metadata but the shape, which grows.
 """
 

@@ -20,7 +20,7 @@ from pipeline.config.schema import Recipe
 from pipeline.config.validation import fingerprint
 from pipeline.shards.index import Index
 from pipeline.store.encoding import FILL, SHARDED
-from pipeline.store.layout import StoreLayout, open_group, store_exists
+from pipeline.store.layout import MAKE_STORE, StoreLayout, open_group, store_exists
 from pipeline.views.draw import group_count, recipe_fingerprint
 
 
@@ -92,7 +92,7 @@ class Store(StoreLayout):
                 f"{path}: no store",
                 expected="the teacher's predictions for this recipe, index and teacher",
                 found="nothing",
-                do="compute it: dvc repro -f teacher-logits (or pipeline teacher-logits)",
+                do=f"run: {MAKE_STORE}",
             )
         store = cls(path, open_group(path, "r"), index, recipe)
         store._check_attributes({"index": index.fingerprint, "recipe": recipe_fingerprint(recipe)})
@@ -235,7 +235,7 @@ class Store(StoreLayout):
                     f"{self.path}: no {name} in the store",
                     expected=name,
                     found=", ".join(self.arrays()),
-                    do=f"set teacher_logits.kind to {name} and run teacher-logits again",
+                    do=f"set teacher_logits.kind to {name}, and run: {MAKE_STORE}",
                 )
             shape = self.array_metadata(name)["shape"]
             settings = self.dimensions.array(name, shape[0], shape[-1])
@@ -248,7 +248,7 @@ class Store(StoreLayout):
             f"{self.path}/{name}: block {block} of shard {self.index.names[shard]}, view {view}",
             expected="the bytes as written",
             found=found,
-            do="compute it again: dvc repro -f teacher-logits (or pipeline teacher-logits)",
+            do=f"compute it again: {MAKE_STORE}",
         )
 
 

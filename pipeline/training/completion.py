@@ -105,7 +105,7 @@ def _train(run: Run, rank: Rank) -> dict[str, Any]:
 
 
 def run_record(run: Run) -> dict[str, Any]:
-    """The contents of run.json: what is recognised by `is_run_of`, and for people the rest of the identity and the machine."""
+    """The contents of run.json: what `is_run_of` compares and, for people, the rest of the identity and the environment."""
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type
     environment = {"device": device, "ranks": world_size(), **library_versions()}
     others = {"dependencies": run_dependencies(run.identity), "environment": environment}
@@ -145,7 +145,8 @@ def publish(
     run: Run | None = None,
     last_epoch: dict[str, Any] | None = None,
 ) -> None:
-    """Write weights.safetensors, curve.csv, model.json and metrics.json; `run` in both is the fingerprint of the run.
+    """Write weights.safetensors, curve.csv, model.json and metrics.json; both JSON files have the run's
+    fingerprint as `run`.
 
     Args:
         save: writes the weights, with the description in their metadata.

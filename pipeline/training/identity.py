@@ -1,7 +1,7 @@
 """The identity of a run: everything that its weights depend on; its fingerprint names the run's state folder.
 
 The configuration and the index determine one part of it, the weights and the store that the run uses the other.
-`pipeline status` and `pipeline prune` recognise runs by the first part, which run.json holds.
+`pipeline status` and `pipeline prune` recognize runs by the first part, which run.json holds.
 No module imported here needs torch.
 """
 
@@ -79,6 +79,16 @@ def run_identity(configured: dict[str, Any], settings: Training, batch_norm: boo
     return identity | {"accumulation": settings.accumulation} if batch_norm else identity
 
 
+def validation_fingerprint(index: str | None, crop: float) -> str:
+    """Fingerprint of what a model is validated on; not part of a run's identity, as no weight depends on it.
+
+    Args:
+        index: fingerprint of the validation index.
+        crop: share of the image's shorter side in the centre crop.
+    """
+    return fingerprint([index, crop])
+
+
 def run_summary(identity: dict[str, Any]) -> dict[str, Any]:
     """What run.json holds of an identity: what a configuration and its index determine, and the store's fingerprint."""
     teacher = identity.get("teacher")
@@ -98,7 +108,7 @@ def run_dependencies(identity: dict[str, Any]) -> dict[str, Any]:
 def configured_runs(config: Config, index: str | None) -> dict[str, dict[str, Any]]:
     """What run.json holds of each run that a configuration can start, by the stage's name in dvc.yaml.
 
-    Of its `dependencies`, these are only what the configuration determines.
+    Of its `dependencies`, there are only those that the configuration determines.
 
     Every entry of `variants` counts as a student. Several runs may match a stage: they may use different stores or
     start from different weights.

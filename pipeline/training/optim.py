@@ -13,7 +13,7 @@ from pipeline.config.schema import Training
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """timm's two groups: without decay biases, 1-D parameters and the model's `no_weight_decay()`; then the others.
+    """timm's two groups: without weight decay (biases, 1-D parameters, the model's `no_weight_decay()`), and the others.
 
     dist_token is decayed: timm 0.3.2, which DeiT pins, does not list it; today's timm does.
     """

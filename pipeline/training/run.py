@@ -20,7 +20,7 @@ from pipeline.models.build import NormalizedModel, parameter_count
 from pipeline.models.recomputation import checkpoint_activations
 from pipeline.shards.index import Index
 from pipeline.shards.published import check_cache
-from pipeline.training.identity import run_identity
+from pipeline.training.identity import run_identity, validation_fingerprint
 from pipeline.training.trackers import Trackers, configured_trackers
 from pipeline.training.unlabelled import check_unlabelled
 
@@ -92,8 +92,8 @@ class Run:
 
     @property
     def validation(self) -> str:
-        """Fingerprint of images and crop of validation; not part of the identity, as no weight depends on it."""
-        return fingerprint([self.val.fingerprint, self.crop])
+        """See `validation_fingerprint`."""
+        return validation_fingerprint(self.val.fingerprint, self.crop)
 
     @property
     def depends_on_slices(self) -> bool:

@@ -17,6 +17,7 @@ from pipeline.config.store_spec import store_spec
 from pipeline.models.teacher import TeacherForward, describe_teacher, load_teacher
 from pipeline.shards.index import Index
 from pipeline.store.encoding import decode_logits, decode_samples
+from pipeline.store.layout import MAKE_STORE
 from pipeline.store.manifest import build_manifest, read_manifest
 from pipeline.store.reader import Store, StoredPredictions
 from pipeline.store.sampling import Sampler, check_sampling
@@ -164,7 +165,7 @@ def _stored_teacher(
             f"{store.path}: the teacher predictions",
             expected=f"those that {manifest_path} names",
             found="others: the store was computed again since",
-            do="run teacher-logits again, so that its manifest is of this store",
+            do=f"run: {spec.command}, so that its manifest is of this store",
         )
     if kind == "sampled":
         check_sampling(store, spec)
@@ -185,7 +186,7 @@ def _check_same_teacher(store: Store, folder: Path) -> None:
     if own not in (None, stored):
         raise UsageError(
             f"{store.path}: its teacher", expected=f"the one in {folder}, with weights {own}", found=f"one with weights {stored}",
-            do="run teacher-logits; or set teacher_logits.fetch or finetune.fetch, if the store was fetched",
+            do=f"run: {MAKE_STORE}; or set teacher_logits.fetch or finetune.fetch, if the store was fetched",
         )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The image operations of RandAugment, AutoAugment and colour jitter, as timm does them with Pillow.
 
-Every result has the same bits on every machine, however a kernel is vectorised: either it is integer arithmetic, or
+Every result has the same bits on every machine, however a kernel is vectorized: either it is integer arithmetic, or
 float arithmetic in which every intermediate is exact (multiples of a power of two within 24 bits), or a rounding whose
 ties are out of reach of float error.
 
@@ -24,7 +24,7 @@ LEVELS = np.arange(256)
 Fill = tuple[int, int, int]
 
 # A worker forked from a process whose OpenCV has threads would wait for ever for threads that it lacks; a view is too
-# small to parallelise anyway, and the loader has processes for that.
+# small to parallelize anyway, and the loader has processes for that.
 cv2.setNumThreads(1)
 
 
