@@ -120,7 +120,7 @@ def test_a_store_of_classes_alone_has_no_confidence(taught):
 
 def test_an_incomplete_store_is_refused(taught):
     next(path for path in (the_store() / "argmax/c/1").iterdir()).unlink()
-    with pytest.raises(PipelineError, match="1 units missing"):
+    with pytest.raises(PipelineError, match="1 unit missing"):
         measure_agreement(*opened())
 
 

@@ -104,6 +104,10 @@ def test_a_mean_that_is_no_number_is_refused():
             {"variants": {"hard": {"distillation": "soft"}}},
             ["teacher_logits.kind", "topk", "dense", "argmax", "hard"],
         ),
+        (
+            {"variants": {"soft": {"distillation": "soft"}}, "students": [], "finetune": {"from": "soft"}},
+            ["teacher_logits.kind", "argmax", "student soft"],
+        ),
         ({"variants": {"hard": {"batch_size": 100}}}, ["variants.hard.batch_size", "recipe.group_size"]),
         ({"finetune": {"from": "soft"}}, ["finetune.from", "students", "hard", "soft"]),
         ({"students": ["hard", "hard"]}, ["students", "different"]),
@@ -543,7 +547,7 @@ def test_a_damaged_params_yaml_is_accepted_or_refused_with_a_usage_error(changes
 
 
 @pytest.mark.parametrize(("written", "students"), [
-    ("null", []), ("{from: []}", []), ("{from: hard}", ["hard"]), ("{from: [hard, long]}", ["hard", "long"]),
+    ("{from: []}", []), ("{from: hard}", ["hard"]), ("{from: [hard, long]}", ["hard", "long"]),
     ("{size: 320}", []),
 ])  # fmt: skip
 def test_any_number_of_students_is_fine_tuned(written, students):

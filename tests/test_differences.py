@@ -6,6 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.common.errors import UsageError
+from pipeline.config.study import Study
+from pipeline.config.validation import validate
 from pipeline.report.differences import Difference, difference_table, differences
 from pipeline.report.study import Value
 
@@ -32,6 +35,14 @@ def test_the_table_names_what_is_compared_with():
     headings, rows = difference_table(found, {"views": "30"})
     assert headings == ["student", "views", "top1, points: difference from views 30 (95 % interval)"]
     assert rows == [["token", "1", "-25.00 (1 seed)"]]
+
+
+def test_a_study_may_compare_with_several_references():
+    references = [{"views": 30}, {"student": "none"}]
+    study = validate(Study, {"base": "digits", "students": ["none"], "axes": {"views": {30: {}}}, "reference": references}, "test")
+    assert study.reference == [{"views": "30"}, {"student": "none"}]
+    with pytest.raises(UsageError, match="not views 10"):
+        validate(Study, {"base": "digits", "axes": {"views": {30: {}}}, "reference": [{}, {"views": 10}]}, "test")
 
 
 def test_the_interval_is_students():

@@ -86,7 +86,7 @@ def test_an_incomplete_or_damaged_store_is_not_exported(taught, damage):
     else:
         chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
     said = call("store", "export", "--parquet", str(FILE), code=1)
-    assert ("1 units missing" if damage == "missing" else "CRC-32C") in said
+    assert ("1 unit missing" if damage == "missing" else "CRC-32C") in said
     assert not list(Path().glob("*predictions*"))
 
 

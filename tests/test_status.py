@@ -461,7 +461,7 @@ def test_no_torch_is_loaded(taught):
 
 def test_prune_keeps_what_status_counts(taught, monkeypatch):
     stop_at(5, monkeypatch)
-    assert "0 stores, 0 states" in CliRunner().invoke(main, ["prune"]).output
+    assert "0 stores, 0 state folders" in CliRunner().invoke(main, ["prune"]).output
     Path("params.yaml").write_text(dump(loaded("student.lr=0.5")))
-    assert "0 stores, 1 states" in CliRunner().invoke(main, ["prune"]).output
+    assert "0 stores, 1 state folder" in CliRunner().invoke(main, ["prune"]).output
     assert told()["train-student@hard"].state == "not begun"

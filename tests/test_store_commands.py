@@ -193,7 +193,7 @@ def test_a_store_is_published_only_when_all_of_it_is_read_back_as_written(taught
     manifest.unlink()
     flip(chunk, random.Random(1))
     store = Store.open(str(the_store()), Index(index_path(taught, "train")), taught.recipe)
-    with pytest.raises(PipelineError, match="1 units are damaged"):
+    with pytest.raises(PipelineError, match="1 damaged unit"):
         publish(store_spec(taught, WANTED), store)
     assert not manifest.exists()
     teacher_logits.run(taught, CPU)
@@ -209,7 +209,7 @@ def test_a_unit_that_the_disk_does_not_give_back_is_not_published(taught, monkey
         flip(Path(self._chunk_path("dense", unit.shard, unit.block)), random.Random(1))
 
     monkeypatch.setattr(StoreWriter, "write_unit", lossy)
-    with pytest.raises(PipelineError, match="1 units are damaged"):
+    with pytest.raises(PipelineError, match="1 damaged unit"):
         teacher_logits.run(taught, CPU)
 
 
@@ -349,17 +349,17 @@ def test_prune_lists_what_nothing_needs_and_deletes_it_only_when_told(taught):
     described["attributes"]["recipe"] = "1" * 32
     (stray / "zarr.json").write_text(json.dumps(described))
     said = call("prune")
-    assert "1 stores, 0 states, 0 data sets" in said and "predictions of regnety_002 at 16 px" in said and stray.exists()
+    assert "1 store, 0 state folders, 0 data sets" in said and "predictions of regnety_002 at 16 px" in said and stray.exists()
     assert "deleted" in call("prune", "--yes")
     assert tree(Path("work")) == before
 
 
 def test_prune_keeps_a_student_s_state_and_drops_that_of_other_settings(taught):
     train_student.run(loaded(), CPU, "hard")
-    assert "0 states" in call("prune")
+    assert "0 state folders" in call("prune")
     change("student.lr=0.01")
     shutil.rmtree("outputs/small/students")
-    assert "1 states" in call("prune")
+    assert "1 state folder" in call("prune")
 
 
 def test_prune_keeps_what_outputs_refer_to_whatever_is_configured(taught):
@@ -407,7 +407,7 @@ def test_prune_takes_a_folder_for_the_same_however_it_is_written(work, taught):
     shutil.rmtree("outputs/small/teacher-logits")
     change(f"work={Path('work').absolute() if work == 'absolute' else work}")
     before = tree(Path("work"))
-    assert "0 stores, 0 states, 0 data sets" in call("prune", "--yes")
+    assert "0 stores, 0 state folders, 0 data sets" in call("prune", "--yes")
     assert tree(Path("work")) == before
 
 
@@ -462,7 +462,7 @@ def test_prune_leaves_what_only_a_link_leads_to(taught, tmp_path):
         shutil.move(Path("work") / folder, tmp_path / folder)
         (Path("work") / folder).symlink_to(tmp_path / folder)
     before = tree(tmp_path)
-    assert "0 stores, 0 states" in call("prune", "--yes")
+    assert "0 stores, 0 state folders" in call("prune", "--yes")
     assert tree(tmp_path) == before
 
 

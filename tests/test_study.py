@@ -49,6 +49,32 @@ def call(*arguments: str, code: int = 0) -> str:
 # expansion
 
 
+@pytest.mark.parametrize(
+    ("axes", "rows"),
+    [
+        ({"finetune.size": [24, 48]}, [{"student": "none", "size": ""}, None]),
+        ({"finetune.size": [24, 48], "student.epochs": [2]}, [{"student": "none", "size": "", "epochs": "2"}, None]),
+        ({"part": {"default": {}, "tuning": {"finetune.lr": 0.1}}}, [{"student": "none", "part": "default"}, None]),
+        ({"part": {"both": {"finetune.lr": 0.1, "student.lr": 0.1}}}, [{"student": "none", "part": "both"}]),
+    ],
+)
+def test_a_student_that_only_fine_tuning_changes_is_one_row_before_it(axes, rows):
+    study = validate(Study, {"base": "digits", "students": ["none"], "finetune": True, "axes": axes}, "test")
+    found = [cell for cell in expand(study, "test", BASE, "test") if not cell.finetuned]
+    assert [cells_module.levels_before_finetuning(study, cell.levels) for cell in found] == rows
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_shipped_students_replay_no_view_unless_the_study_is_about_it(path):
+    study = load_study(path)
+    config = load(ROOT / f"configs/{study.base}.yaml")
+    for cell in expand(study, path.stem, config, path.stem):
+        config, student = cell.config, cell.config.student_named(cell.variant)
+        settings, views = (config.finetune, config.finetune.views) if cell.finetuned else (student, config.teacher_logits.views)
+        if not any("views" in axis for axis in study.axes) and cell.levels.get("predictions") != "one-view":
+            assert views >= settings.epochs, cell.name
+
+
 def test_levels_of_students_are_variants_of_one_configuration_and_all_others_are_configurations():
     found = cells(students=["none", "hard"], axes={"student.epochs": [2, 4], "teacher_logits.views": [10, 20]}, seeds=[0, 1])
     assert len(found) == 16 and len({cell.config.name for cell in found}) == 2

@@ -24,8 +24,8 @@ def test_every_command_of_a_shipped_study_passes_its_dry_run(name, in_tmp, monke
     monkeypatch.setattr(study, "CONFIGS", ROOT / "configs")
     monkeypatch.setattr(study, "STUDIES", ROOT / "configs/studies")
     matrix = study.find(name, ("data.train=train", *([] if name == "imagenet-table7" else ["data.val=val"])))
-    commands, few = {}, {config.name for config in matrix.configs[:6]}
-    for cell in (cell for cell in matrix.cells if cell.config.name in few):
+    commands = {}
+    for cell in matrix.cells:
         record(cell.config)
         for command in [*study.setup_commands(cell.config, matrix.study.finetune), study.cell_command(cell)]:
             commands.setdefault((cell.config.name, command[0], "finetune" in command), command)  # it checks all students

@@ -34,7 +34,7 @@ CHANGED = {
     "no-repeated-augmentation": {"recipe.repeats"},
     "sgd": {"student.optimizer"},
     "finetune-sgd": {"finetune.optimizer"},
-    "no-stochastic-depth": {"student.drop_path"},
+    "no-stochastic-depth": {"student.drop_path", "finetune.drop_path"},
     "dropout": {"student.dropout", "finetune.dropout"},
 }
 

@@ -297,7 +297,7 @@ def test_a_teacher_below_min_top1_is_refused_with_both_numbers(taught):
 def test_a_store_of_another_teacher_than_the_published_one_is_refused(taught):
     metrics = teacher_folder(taught) / "metrics.json"
     metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"weights": "0" * 32}))
-    with pytest.raises(UsageError, match=f"(?s)its teacher.*weights {'0' * 32}.*run teacher-logits"):
+    with pytest.raises(UsageError, match=f"(?s)its teacher.*weights {'0' * 32}.*run: pipeline teacher-logits"):
         train_student.run(taught, CPU, "hard")
     train_student.run(taught, CPU, "none")
     metrics.unlink()
@@ -307,7 +307,7 @@ def test_a_store_of_another_teacher_than_the_published_one_is_refused(taught):
 def test_a_missing_unit_stops_a_student_before_it_trains(taught):
     chunk = next(Path("work/stores").glob("*.zarr/argmax/c/0/0"))
     chunk.unlink()
-    with pytest.raises(PipelineError, match=r"(?s)incomplete.*1 units missing.*run teacher-logits again"):
+    with pytest.raises(PipelineError, match=r"(?s)incomplete.*1 unit missing.*run: pipeline teacher-logits"):
         train_student.run(taught, CPU, "hard")
 
 

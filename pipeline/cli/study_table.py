@@ -13,8 +13,9 @@ from pipeline.cli.status_table import headline_top1
 from pipeline.cli.study import Matrix, done_runs, find, studies
 from pipeline.common.errors import UsageError
 from pipeline.common.wording import count_of
-from pipeline.config.cells import Cell
+from pipeline.config.cells import Cell, levels_before_finetuning
 from pipeline.config.paths import evaluation_folder, teacher_folder
+from pipeline.config.study import FINETUNED
 from pipeline.report.differences import difference_table, differences
 from pipeline.report.study import Value, read_cells, summarize, table_rows, write_cells, write_tables
 from pipeline.report.study_figure import draw_figure
@@ -44,10 +45,11 @@ class Files:
 def collect(matrix: Matrix, done: dict[str, str]) -> Iterator[Value]:
     """The metrics of the cells that are done, see `done_runs`."""
     for cell in matrix.cells:
-        if run := done.get(cell.name):
-            levels = dict(cell.levels)
-            if matrix.study.finetune is True:
-                levels["fine-tuned"] = "yes" if cell.finetuned else "no"
+        levels = dict(cell.levels)
+        if matrix.study.finetune is True:
+            shown = levels if cell.finetuned else levels_before_finetuning(matrix.study, levels)
+            levels = shown and {**shown, FINETUNED: "yes" if cell.finetuned else "no"}
+        if levels and (run := done.get(cell.name)):
             for metric in matrix.study.metrics:
                 if (value := number(read_metric(cell, metric, run))) is not None:
                     yield Value(cell.name, levels, cell.seed, run, metric, float(value))
@@ -99,8 +101,9 @@ def show(matrix: Matrix, cells: Path | None, folder: Path | None) -> None:
     summaries = summarize(values)
     tables = [table_rows(summaries)]
     first = next((metric for metric in matrix.study.metrics if metric in known), values[0].metric)
-    if compared := differences([each for each in values if each.metric == first], matrix.study.reference):
-        tables.append(difference_table(compared, matrix.study.reference))
+    for reference in matrix.study.reference:
+        if compared := differences([each for each in values if each.metric == first], reference):
+            tables.append(difference_table(compared, reference))
     for headings, lines in tables:
         print("\n" + tabulate(lines, headings, tablefmt="plain", disable_numparse=True))
     print()

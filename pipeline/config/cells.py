@@ -137,6 +137,21 @@ def _configuration(
     ]
 
 
+def levels_before_finetuning(study: Study, levels: dict[str, str]) -> dict[str, str] | None:
+    """The levels of a student in the table before it is fine-tuned; None if it is in the table with other levels.
+
+    An axis that changes nothing but fine-tuning is left empty, and of an axis with some such levels, these are left out.
+    """
+    shown = dict(levels)
+    for axis, known in study.axes.items():
+        tuning = [level for level, changes in known.items() if changes and all(key.startswith("finetune.") for key in changes)]
+        if levels[axis] in tuning:
+            if levels[axis] != tuning[0] or not all(known.values()):
+                return None
+            shown[axis] = "" if len(tuning) == len(known) else levels[axis]
+    return shown
+
+
 def _digest(config: Config) -> str:
     """Fingerprint of all that may change a result and that neither a run's own settings nor its data's index say.
 

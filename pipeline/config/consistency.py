@@ -20,6 +20,7 @@ def conflicting_settings(config: "Config") -> Iterator[str]:
     yield from _val_fraction(config)
     yield from _torchvision(config)
     yield from _shards(config)
+    yield from _finetuned_students(config)
     yield from _unlabelled(config)
     yield from _students(config)
     yield from _sample_tau(config)
@@ -27,7 +28,6 @@ def conflicting_settings(config: "Config") -> Iterator[str]:
     yield from _teacher_sizes(config)
     yield from _teacher_head(config)
     yield from _ensemble(config)
-    yield from _finetuned_students(config)
 
 
 def _views(config: "Config") -> Iterator[str]:

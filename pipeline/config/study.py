@@ -15,7 +15,9 @@ Changes = dict[str, Any]
 """Values by `section.key`."""
 STUDENT, SEED = "student", "seed"
 """The axes that every study has."""
-RESERVED = {STUDENT, SEED, "cell", "run", "metric", "value", "mean", "standard_deviation", "seeds", "fine-tuned"}
+FINETUNED = "fine-tuned"
+"""The column, yes or no, of studies that fine-tune."""
+RESERVED = {STUDENT, SEED, FINETUNED, "cell", "run", "metric", "value", "mean", "standard_deviation", "seeds"}
 """Columns of a study's files, which no axis may be called."""
 
 
@@ -53,9 +55,9 @@ class Study(Section):
     metrics: Annotated[list[str], Field(min_length=1)] = ["top1"]
     """Columns of the table: top1 (of both heads' mean, if there are two), a key of the student's metrics.json, or
     teacher.KEY, evaluation.KEY, throughput.KEY or details.KEY (of the evaluation) from these files. The first is in the figure."""
-    reference: dict[str, str] = {}
+    reference: list[dict[str, str]] = []
     """Levels of some axes, `student` included: every row is compared with the one that has these and its own other levels,
-    by the first metric."""
+    by the first metric. With several, a table each."""
     figure: Figure | None = None
     """The figure; null: a dot for every row of the table."""
 
@@ -90,8 +92,11 @@ class Study(Section):
     @field_validator("reference", mode="before")
     @classmethod
     def _reference(cls, reference: Any) -> Any:
-        """Read numbers as names of levels."""
-        return {axis: _label(level) for axis, level in reference.items()} if isinstance(reference, dict) else reference
+        """Read one as a list of one, and numbers as names of levels."""
+        found = [reference] if isinstance(reference, dict) else reference
+        if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+            return reference
+        return [{axis: _label(level) for axis, level in each.items()} for each in found]
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -102,7 +107,8 @@ class Study(Section):
             if not levels:
                 raise ValueError(f"at least one level of axes.{axis}")
         named = [("skip", axis, level) for each in self.skip for axis, levels in each.items() for level in levels]
-        for key, axis, level in [*named, *(("reference", *each) for each in self.reference.items())]:
+        referred = [("reference", axis, level) for each in self.reference for axis, level in each.items()]
+        for key, axis, level in [*named, *referred]:
             known = self.students or [level] if axis == STUDENT else [*self.axes.get(axis, ())]
             if level not in known:
                 raise ValueError(f"{key}: levels of an axis, of {', '.join(known) or 'no such axis'}, not {axis} {level}")

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, ScalarFormatter
 
+from pipeline.config.study import FINETUNED, is_number
 from pipeline.config.study import Figure as Settings
-from pipeline.config.study import is_number
 from pipeline.report.grid import save_figure
 from pipeline.report.plots import DPI, LIGHT, LINE_STYLES, MARKERS
 from pipeline.report.study import Summary, heading, is_share, varying_axes
@@ -30,10 +30,14 @@ class Point:
 
 
 def draw_figure(path: Path, summaries: Sequence[Summary], metric: str, settings: Settings | None) -> None:
-    """Write the figure of a metric as PNG; without settings, or without values for its horizontal axis, a dot per row."""
+    """Write the figure of a metric as PNG; without settings, or without values for its horizontal axis, a dot per row.
+
+    Rows without a level of the horizontal axis, as students before fine-tuning may be, are left out of it.
+    """
     shown = [each for each in summaries if each.metric == metric]
-    if settings and all(is_number(each.levels.get(settings.x, "")) for each in shown):
-        draw_lines(path, shown, settings.x, settings.log)
+    placed = [each for each in shown if settings and each.levels.get(settings.x)]
+    if settings and placed and all(is_number(each.levels[settings.x]) for each in placed):
+        draw_lines(path, placed, settings.x, settings.log)
     elif settings and settings.x != metric and any(each.metric == settings.x for each in summaries):
         draw_against_metric(path, shown, [each for each in summaries if each.metric == settings.x], settings)
     else:
@@ -119,9 +123,10 @@ def _figure(axes: Axes) -> Figure:
 
 
 def _label(names: Sequence[str], each: Summary) -> str:
-    """Levels as they stand in a legend: numbers with their axis."""
-    levels = [(axis, each.levels.get(axis, "")) for axis in names]
-    return _plain(", ".join(f"{axis} {level}" if is_number(level) else level for axis, level in levels))
+    """Levels as they stand in a legend: numbers, yes and no with their axis."""
+    levels = [(axis, level) for axis in names if (level := each.levels.get(axis))]
+    named = [f"{axis} {level}" if is_number(level) or axis == FINETUNED else level for axis, level in levels]
+    return _plain(", ".join(named))
 
 
 def _scaled(each: Summary) -> tuple[float, float]:
