@@ -96,7 +96,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
 
 def identify(config: Config, entries: list[Entry], val: Index) -> dict[str, dict[str, str]]:
     """What identifies each model's weights, the images and the crop, as the metrics of a training do, and further sets."""
-    shared = config.evaluate.sets_identity
+    shared = config.evaluate.sets_identity(config.data)
     validation = {entry.name: {"validation": validation_fingerprint(val.fingerprint, entry.crop)} for entry in entries}
     return {entry.name: published_as(entry.folder) | validation[entry.name] | shared for entry in entries}
 

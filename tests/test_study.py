@@ -22,7 +22,7 @@ from pipeline.config import schema
 from pipeline.config.cells import Cell, expand
 from pipeline.config.params import dump, load, parse_yaml, resolve
 from pipeline.config.paths import evaluated_models, evaluation_folder
-from pipeline.config.schema import Config, Evaluate, Student
+from pipeline.config.schema import Config, Data, Evaluate, Student
 from pipeline.config.study import Figure, Study, load_study
 from pipeline.config.validation import validate
 from pipeline.models.weights import save_weights
@@ -62,6 +62,17 @@ def test_a_student_that_only_fine_tuning_changes_is_one_row_before_it(axes, rows
     study = validate(Study, {"base": "digits", "students": ["none"], "finetune": True, "axes": axes}, "test")
     found = [cell for cell in expand(study, "test", BASE, "test") if not cell.finetuned]
     assert [cells_module.levels_before_finetuning(study, cell.levels) for cell in found] == rows
+
+
+def test_a_store_that_is_fetched_from_elsewhere_is_another_configuration():
+    names = [cells(set=changes)[0].config.name for changes in ({}, {"teacher_logits.fetch": "a"}, {"teacher_logits.fetch": "b"})]
+    assert len(set(names)) == 3
+
+
+def test_how_further_images_are_decoded_is_part_of_their_evaluation():
+    upright, raw = Data(), Data(exif_orientation=False)
+    sets, labels = Evaluate(sets={"v2": "there"}), Evaluate(real_labels="timm")
+    assert sets.sets_identity(upright) != sets.sets_identity(raw) and labels.sets_identity(upright) == labels.sets_identity(raw)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -478,7 +489,7 @@ def test_the_accuracy_on_a_further_set_of_the_same_name_from_elsewhere_is_not_sh
     here, there = (cells(BASE.model_copy(update={"evaluate": Evaluate(sets={"v2": name})}))[0] for name in ("here", "there"))
     assert here.folder == there.folder
     evaluation_folder(here.config).mkdir(parents=True)
-    evaluated = {"run": "this", "class": {"top1": 0.75, "v2_top1": 0.5}} | here.config.evaluate.sets_identity
+    evaluated = {"run": "this", "class": {"top1": 0.75, "v2_top1": 0.5}} | here.config.evaluate.sets_identity(here.config.data)
     (evaluation_folder(here.config) / "metrics.json").write_text(json.dumps({here.folder.name: evaluated}))
     found = [study_table.read_metric(cell, "evaluation.class.v2_top1", "this") for cell in (here, there)]
     assert found == [0.5, None]

@@ -5,7 +5,9 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from pipeline.cli.scan import read_json
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import atomic_write
 from pipeline.common.signals import Interrupted
@@ -16,6 +18,12 @@ from pipeline.config.validation import fingerprint
 
 def failure_path(config: Config, stage: str) -> Path:
     return outputs(config) / "failed" / f"{stage}.json"
+
+
+def read_failure(config: Config, stage: str) -> dict[str, Any]:
+    """The last failure of a stage with these settings; empty if there is none."""
+    failure = read_json(failure_path(config, stage))
+    return failure if failure.get("settings") == fingerprint(config) else {}
 
 
 @contextlib.contextmanager
@@ -29,7 +37,7 @@ def recorded(config: Config, stage: str) -> Iterator[None]:
     except Exception as error:
         what = error.what if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(PipelineError), atomic_write(path) as temporary:
-            failure = {"time": time.time(), "what": what.partition("\n")[0][:500], "settings": fingerprint(config)}  # those of others say nothing about these
+            failure = {"time": time.time(), "what": what.partition("\n")[0][:500], "settings": fingerprint(config)}
             temporary.write_text(json.dumps(failure) + "\n")
         raise
     path.unlink(missing_ok=True)

@@ -95,7 +95,7 @@ def lacks_sets(evaluated: dict[str, Any], config: Config) -> bool:
     configured = {f"{name}_top1" for name in config.evaluate.further_sets}
     models = [found for found in evaluated.values() if isinstance(found, dict)]
     heads = [found.get("class") for found in models]
-    return any(_differ(config.evaluate.sets_identity, found) for found in models) or any(
+    return any(_differ(config.evaluate.sets_identity(config.data), found) for found in models) or any(
         {key for key in head if key.endswith("_top1")} != configured for head in heads if isinstance(head, dict)
     )
 

@@ -3,9 +3,9 @@
 What is published under outputs/ names its run or store by fingerprint, and run.json and the store's attributes say
 which configuration that belongs to.
 
-Processes on this machine hold locks that the kernel knows. For another machine, or a store at a URL, only files
-tell: a store counts as running while a lease next to it is renewed (so for five minutes after its writer was killed);
-a training run, and `prepare`, while its newest file is less than ten minutes old. `evaluate` writes at its end only.
+Processes on this machine hold locks that the kernel knows. Elsewhere a store counts as running while its lease is renewed
+(so for five minutes after its writer was killed), a training run and `prepare` while their newest file is less than ten
+minutes old. `evaluate` writes at its end only.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from pipeline.batches.plan import training_plan
-from pipeline.cli.failures import failure_path
+from pipeline.cli.failures import read_failure
 from pipeline.cli.matching import foreign_teachers, have_changed, is_foreign, is_own_store, lacks_sets
 from pipeline.cli.scan import (
     is_store_of,
@@ -51,7 +51,6 @@ from pipeline.config.paths import (
 )
 from pipeline.config.schema import Config, Teacher, Training
 from pipeline.config.store_spec import StoreSpec, store_spec
-from pipeline.config.validation import fingerprint
 from pipeline.training.identity import configured_runs, is_run_of
 
 
@@ -84,8 +83,7 @@ def survey(config: Config, now: float) -> list[Row]:
 
 def _with_failure(facts: Facts, config: Config) -> Facts:
     """Add the error of the stage's last command with these settings, unless something was written after it."""
-    found = [read_json(failure_path(config, name)) for name in {facts.stage, facts.stage.partition("@")[0]}]
-    failures = [failure for failure in found if failure.get("settings") == fingerprint(config)] or [{}]
+    failures = [read_failure(config, name) for name in {facts.stage, facts.stage.partition("@")[0]}]
     errors = {number(failure.get("time")) or 0.0: str(failure.get("what")) for failure in failures}
     last = max(errors)
     return replace(facts, failure=errors[last]) if last > max(facts.modified or 0.0, 1.0) - 1.0 else facts

@@ -160,6 +160,8 @@ def _digest(config: Config) -> str:
     sections = ("recipe", "teacher", "teacher_finetune", "teacher_logits", "student", "finetune")
     values = {name: changed_fields(getattr(config, name)) for name in sections}
     values["finetune"].pop("from", None)
+    if fetched := {name: section.fetch for name in ("teacher_logits", "finetune") if (section := getattr(config, name)).fetch}:
+        values["fetch"] = fetched  # of a store that is fetched, no settings here name the teacher
     return fingerprint(values)
 
 

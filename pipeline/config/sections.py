@@ -66,8 +66,8 @@ class Data(Section):
     max_pixels: Annotated[int, Field(ge=1, le=2**30)] = 50_000_000
     """Larger images are refused before they are decoded; decoding takes 10 (JPEG, PNG) to 22 (WebP) bytes per pixel."""
     exif_orientation: bool = True
-    """Apply the EXIF orientation (not with shards); rotated images are stored as PNG. Turn it off to reproduce published
-    results: torchvision and timm ignore the tag."""
+    """Apply the EXIF orientation (not with shards, but in evaluate.sets); rotated images are stored as PNG. Turn it off to
+    reproduce published results: torchvision and timm ignore the tag."""
     max_per_class: Positive | None = None
     """Use only the first N images of each class (not with digits and shards), for quick trials."""
     workers: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -212,7 +212,7 @@ class Evaluate(Section):
         """The names of the evaluation sets besides validation."""
         return [*["real"] * (self.real_labels is not None), *self.sets]
 
-    @property
-    def sets_identity(self) -> dict[str, str]:
-        """What metrics.json says of where they are, by its key there; empty without any."""
-        return {"sets": fingerprint([self.real_labels, self.sets])} if self.further_sets else {}
+    def sets_identity(self, data: Data) -> dict[str, str]:
+        """What metrics.json says of where they are and how they are decoded, by its key there; empty without any."""
+        decoding = [data.max_pixels, data.exif_orientation] if self.sets else []
+        return {"sets": fingerprint([self.real_labels, self.sets, *decoding])} if self.further_sets else {}
