@@ -25,6 +25,8 @@ from pipeline.models.weights import (
     weights_hash,
 )
 
+PREDICTIONS_VERSION = 1  # bump when the same weights predict something else for a view; identities have it from 2 on
+
 
 class TeacherForward:
     """The teacher's forward pass, the same for the store and for online distillation.
@@ -68,7 +70,8 @@ def describe_teacher(section: Teacher, teacher: NormalizedModel, size: int) -> d
         size: height and width of its input in pixels.
     """
     heads = "mean" if hasattr(teacher.model, "head_dist") else "class"
-    return {**teacher_architecture(section), "head": heads, "weights": weights_hash(teacher.model), "size": size}
+    version = {"predictions_version": PREDICTIONS_VERSION} if PREDICTIONS_VERSION > 1 else {}
+    return {**teacher_architecture(section), "head": heads, "weights": weights_hash(teacher.model), "size": size, **version}
 
 
 def save_teacher(path: Path, section: Teacher, teacher: NormalizedModel, description: dict[str, Any] | None = None) -> None:
