@@ -243,7 +243,10 @@ def accuracy_or_refusal(
     """
     section, trained = config.teacher, config.teacher_size("train-student")
     metrics = _evaluate(config, teacher, val, size, device)
+    largest = np.bincount(val.labels()).max() / len(val)
     if float(metrics["top1"]) >= section.min_top1:
+        if metrics["top1"] <= largest:
+            print(f"warning: the teacher is no better than always naming the largest class, which gives {largest:.4f}")
         return metrics
     longer = "train it longer (teacher.epochs)"
     do = f"check that its classes are in the index's order; {longer}" if section.weights else longer
@@ -251,7 +254,6 @@ def accuracy_or_refusal(
     if size != trained and not config.teacher_finetune.epochs:
         do = f"it is poor at a size other than its own: set finetune.teacher_size to {trained} or null, or adapt it"
         do += " with teacher_finetune.epochs"
-    largest = np.bincount(val.labels()).max() / len(val)
     raise PipelineError(
         f"teacher {section.title} at {size} px: top-1 on {val.path}",
         expected=f"at least {section.min_top1:.4f} (teacher.min_top1)",

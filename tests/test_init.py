@@ -354,11 +354,19 @@ def test_an_override_that_is_none_is_refused_and_nothing_is_written(project):
 
 
 def test_a_changed_params_yaml_is_kept_without_force(project):
-    call("configure", "digits", "student.lr=1e-3")
-    before = (project / "params.yaml").read_text()
-    assert "--force" in init("My photos", code=2)
+    call("configure", "digits")
+    before = (project / "params.yaml").read_text().replace("\n  hflip: 0.0\n", "\n  hflip: 0.25\n")
+    (project / "params.yaml").write_text(before)
+    assert "--force" in init("My photos", code=2) and "--force" in call("configure", "cifar10", code=2)
     assert (project / "params.yaml").read_text() == before
-    init("My photos", "--force")
+    call("configure", "cifar10", "--force")
+    assert load().name == "cifar10"
+
+
+def test_what_configure_wrote_may_be_overwritten(project):
+    call("configure", "digits", "student.lr=1e-3")
+    call("configure", "digits", "student.lr=2e-3")
+    init("My photos")
     assert load().name == "My-photos"
 
 

@@ -17,7 +17,7 @@ from test_training import CPU, Stop, loaded
 
 from pipeline.cli import scan, status
 from pipeline.cli.main import main
-from pipeline.cli.status_table import RECENT, Facts, duration, log_summary, row_of, short, table, write_rate
+from pipeline.cli.status_table import RECENT, Facts, best_top1, duration, log_summary, row_of, short, table, write_rate
 from pipeline.common.lease import lease
 from pipeline.common.lock import kernel_lock
 from pipeline.config.params import dump
@@ -359,7 +359,8 @@ def test_a_stage_that_failed_says_over_what_until_it_ends_well(taught):
     said = CliRunner().invoke(main, ["train-student", "--device", "cpu", "--student", "hard", "--set", "student.lr=1e30"])
     assert said.exit_code == 1
     row = told("student.lr=1e30")["train-student@hard"]
-    assert row.state == "failed" and row.note in said.output
+    what, _, rest = row.note.partition(": expected ")
+    assert row.state == "failed" and what in said.output and rest.partition(", found ")[0] in said.output
     assert told()["train-student@hard"].state != "failed"  # with other settings nothing has failed
     assert CliRunner().invoke(main, ["train-student", "--device", "cpu", "--student", "hard"]).exit_code == 0
     assert told()["train-student@hard"].state == "done"
@@ -367,10 +368,21 @@ def test_a_stage_that_failed_says_over_what_until_it_ends_well(taught):
 
 def test_a_stage_that_fails_before_its_first_file_has_failed(taught):
     shutil.rmtree("outputs/small/students", ignore_errors=True)
-    Path("outputs/small/teacher-logits/manifest.json").unlink()
+    Path("outputs/small/teacher-logits/manifest.json").write_text("damaged")
     assert CliRunner().invoke(main, ["train-student", "--device", "cpu", "--student", "hard"]).exit_code == 1
     row = told()["train-student@hard"]
     assert (row.state, row.done) == ("failed", 0) and "manifest.json" in row.note
+
+
+def test_a_stage_whose_input_does_not_exist_yet_has_not_failed(taught):
+    Path("outputs/small/teacher-logits/manifest.json").unlink()
+    assert CliRunner().invoke(main, ["train-student", "--device", "cpu", "--student", "hard"]).exit_code == 1
+    assert told()["train-student@hard"].state != "failed"
+
+
+def test_of_an_evaluation_the_best_student_is_quoted():
+    entries = [{"mean": {"top1": 0.6}, "class": {"top1": 0.9}}, {"class": {"top1": 0.8}}, None, {"class": {}}]
+    assert best_top1(entries) == 0.8 and best_top1([None]) is None
 
 
 def test_a_dry_run_that_fails_is_no_failure_of_the_stage(taught):

@@ -4,28 +4,29 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from pipeline.cli.params_file import refuse_changed, what_next, write_params
 from pipeline.common.errors import UsageError
 from pipeline.config.params import dump, load
 
 CONFIGS = Path("configs")
 STUDIES = CONFIGS / "studies"
-KEYS = "# What the keys mean: docs/configuration.md\n"
 
 
-def run(name: str, overrides: tuple[str, ...], output: Path) -> None:
+def run(name: str, overrides: tuple[str, ...], output: Path, force: bool = False) -> None:
     """Write the defaults with the changes of configs/`name`.yaml, or of a YAML file, and then the overrides.
 
     Raises:
-        UsageError: there is no such experiment, or a key or value is invalid.
+        UsageError: there is no such experiment, a key or value is invalid, or `output` holds changes.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
     if not path.exists():
         known = ", ".join(sorted(experiments()))
         raise UsageError(f"configuration {name!r}", expected=f"one of {known}", found=f"no {path}", do="correct the name")
     config = load(path, overrides)
-    command = " ".join(["pipeline configure", name, *overrides])
-    output.write_text(f"# Written by: {command}\n{KEYS}" + dump(config))
-    print(f"{output}: {config.name}; now run: dvc repro")
+    if not force:
+        refuse_changed(output, config, experiments().values())
+    write_params(output, ["pipeline", "configure", name, *overrides], dump(config))
+    print(f"{output}: {config.name}; {what_next(output)}")
 
 
 def experiments() -> dict[str, Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli.scan import read_json
-from pipeline.common.errors import PipelineError
+from pipeline.common.errors import NotReady, PipelineError
 from pipeline.common.files import atomic_write
 from pipeline.common.signals import Interrupted
 from pipeline.config.paths import outputs
@@ -32,12 +32,21 @@ def recorded(config: Config, stage: str) -> Iterator[None]:
     path = failure_path(config, stage)
     try:
         yield
-    except Interrupted:
+    except (Interrupted, NotReady):  # what is not ready has a row of its own
         raise
     except Exception as error:
-        what = error.what if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
+        if stage.partition("@")[2] not in ("", *config.variants):
+            raise  # there is no such student
         with contextlib.suppress(PipelineError), atomic_write(path) as temporary:
-            failure = {"time": time.time(), "what": what.partition("\n")[0][:500], "settings": fingerprint(config)}
+            failure = {"time": time.time(), "what": _one_line(error)[:500], "settings": fingerprint(config)}
             temporary.write_text(json.dumps(failure) + "\n")
         raise
     path.unlink(missing_ok=True)
+
+
+def _one_line(error: Exception) -> str:
+    if not isinstance(error, PipelineError):
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
+    parts = {"expected": error.expected, "found": error.found}
+    said = [f"{name} {text.partition(chr(10))[0]}" for name, text in parts.items() if text]
+    return error.what.partition("\n")[0] + (f": {', '.join(said)}" if said else "")

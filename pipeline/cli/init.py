@@ -1,6 +1,5 @@
 """`pipeline init`: from a folder of images to a params.yaml that suits them."""
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +8,15 @@ import torch
 from pipeline.cli import durations, photos
 from pipeline.cli.annotated import annotate
 from pipeline.cli.choices import Choice, Choices, choose, released_student, released_teacher
-from pipeline.cli.configure import KEYS, experiments
+from pipeline.cli.configure import experiments
 from pipeline.cli.machine import fastest_precision
+from pipeline.cli.params_file import dropped_options, refuse_changed, what_next, write_params
 from pipeline.cli.plan import FEW_PER_CLASS, Facts, Given, Plan, make_plan
 from pipeline.cli.released import missing_weights
 from pipeline.common.cores import available_cores
-from pipeline.common.errors import PipelineError, UsageError
-from pipeline.common.files import atomic_write
-from pipeline.config.params import load, override, resolve
+from pipeline.config.params import override, resolve
 from pipeline.config.schema import Config
-from pipeline.config.validation import fingerprint
 
-CHECKSUM = "# Without changes below, pipeline init may overwrite this file: "
 IMAGENET_CLASSES = 1_000
 FEW = 100_000
 """Images below which training from scratch is warned of."""
@@ -49,18 +45,16 @@ def run(
     choices = _named(root, found) | choose(facts, given)
     config = configuration(choices, overrides)
     if not force:
-        refuse_changed(output, config)
+        refuse_changed(output, config, experiments().values())
     for line in photos.warnings(found) + scratch_warnings(facts, make_plan(facts, given)):
         print(f"warning: {line}")
     if with_estimate:
         _print_estimate(config, found, device)
     if dropped := dropped_options(output, overrides):
         print(f"not repeated from the command that wrote {output}: {' '.join(dropped)}; give them again to keep them")
-    command = shlex.join(["pipeline", "init", str(root), *overrides])
     text = annotate(config, _unchanged(choices, overrides))
-    with atomic_write(output) as temporary:
-        temporary.write_text(f"# Written by: {command}\n{KEYS}{CHECKSUM}{fingerprint(text)}\n{text}")
-    print(f"{output}: {config.name}, with a reason for each choice; now run: dvc repro")
+    write_params(output, ["pipeline", "init", str(root), *overrides], text)
+    print(f"{output}: {config.name}, with a reason for each choice; {what_next(output)}")
 
 
 def gather(found: photos.Photos, device: torch.device, offline: bool) -> Facts:
@@ -155,50 +149,6 @@ def _unchanged(choices: Choices, overrides: tuple[str, ...]) -> Choices:
     own = {key: Choice(None, "given on the command line") for key in replaced}
     own |= {key: Choice(None, "in part given on the command line") for key in changed}
     return {key: own.get(key, choice) for key, choice in choices.items()}
-
-
-def _is_as_written(path: Path) -> bool:
-    """Whether `pipeline init` wrote the file and nobody changed anything below its checksum."""
-    try:
-        _, found, rest = path.read_text().partition(CHECKSUM)
-    except (OSError, UnicodeDecodeError):
-        return False
-    checksum, _, text = rest.partition("\n")
-    return bool(found) and checksum == fingerprint(text)
-
-
-def dropped_options(path: Path, overrides: tuple[str, ...]) -> list[str]:
-    """The section.key=value of the `pipeline init` that wrote a file whose keys are not given this time."""
-    try:
-        command = path.read_text().partition("\n")[0].removeprefix("# Written by: ")
-        words = shlex.split(command)
-    except (OSError, ValueError):
-        return []
-    given = {text.partition("=")[0] for text in overrides}
-    earlier = words[3:] if words[:2] == ["pipeline", "init"] else []
-    return [text for text in earlier if text.partition("=")[0] not in given]
-
-
-def refuse_changed(path: Path, config: Config) -> None:
-    """Protect a params.yaml that holds more than what a command wrote or writes again.
-
-    Raises:
-        UsageError: it is neither what `pipeline init` wrote, nor `config`, nor an experiment in configs/ without changes.
-    """
-    if not path.exists() or _is_as_written(path):
-        return
-    try:
-        now = load(path)
-        known = now == config or any(now == load(file) for file in experiments().values())
-    except PipelineError:
-        known = False
-    if not known:
-        raise UsageError(
-            f"{path}",
-            expected="no such file, or one without changes: written by pipeline init, or an experiment of configs/",
-            found="a configuration with changes, which would be lost",
-            do="keep it under another name, choose another file with --output, or overwrite it with --force",
-        )
 
 
 def _print_estimate(config: Config, found: photos.Photos, device: torch.device) -> None:

@@ -128,7 +128,9 @@ def describe(photos: Photos) -> str:
         f"{len(train.names):,} training images in {photos.data.train}, {len(val.names):,} for validation"
         + (f" in {photos.data.val}" if photos.data.val else "")
         + (f": {photos.data.val_fraction:.0%} of each class" if photos.data.val_fraction else ""),
-        f"{len(train.classes):,} classes of {fewest:,} to {most:,} training images",
+        f"{len(train.classes):,} classes of {fewest:,} training images"
+        if fewest == most
+        else f"{len(train.classes):,} classes of {fewest:,} to {most:,} training images",
         f"{photos.megapixels:.2g} megapixels on average, {photos.short_side} px the median of the shorter side"
         f" (headers of {len(photos.sizes)} files)",
     ]

@@ -13,13 +13,16 @@ OUTPUT = click.option(
     "--output", default="params.yaml", show_default=True, type=click.Path(dir_okay=False, path_type=Path)
 )
 
+FORCE = click.option("--force", is_flag=True, help="Overwrite a params.yaml that holds changes.")
+
 
 @click.command()
 @click.argument("name", required=False)
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--list", "as_list", is_flag=True, help="List the experiments with a line about each.")
+@FORCE
 @OUTPUT
-def configure(name: str | None, overrides: tuple[str, ...], as_list: bool, output: Path) -> None:
+def configure(name: str | None, overrides: tuple[str, ...], as_list: bool, force: bool, output: Path) -> None:
     """Write params.yaml: the defaults, with the changes of an experiment in configs/, then yours.
 
     \b
@@ -34,14 +37,14 @@ def configure(name: str | None, overrides: tuple[str, ...], as_list: bool, outpu
         return configure.list_experiments()
     if name is None:
         raise UsageError("pipeline configure", expected="the name of an experiment", do="see pipeline configure --list")
-    configure.run(name, overrides, output)
+    configure.run(name, overrides, output, force)
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--offline", is_flag=True, help="Use pretrained weights only if they are in the local cache.")
-@click.option("--force", is_flag=True, help="Overwrite a params.yaml that holds changes.")
+@FORCE
 @click.option("--estimate/--no-estimate", "with_estimate", default=True, show_default=True,
               help="Measure this machine for a few seconds and print time and disk space.")  # fmt: skip
 @DEVICE
@@ -51,9 +54,11 @@ def init(folder: Path, overrides: tuple[str, ...], device: str, output: Path, **
 
     FOLDER has one folder of images per class, or a folder for training and one for validation (or test),
     each with one folder of images per class. It may also be a table of paths and labels (CSV, TSV, JSON
-    Lines, Parquet), or hold such tables or Parquet files named after the splits. Images and classes are counted, and sizes read from a sample; then image size, models, epochs,
-    batch size and kind of store are chosen for them and for this machine. The teacher is fine-tuned from
-    pretrained weights if they can be had (local cache or download); otherwise it is trained from scratch.
+    Lines, Parquet), or hold such tables or Parquet files named after the splits.
+
+    Images and classes are counted, and sizes read from a sample; then image size, models, epochs, batch size
+    and kind of store are chosen for them and for this machine. The teacher is fine-tuned from pretrained
+    weights if they can be had (local cache or download); otherwise it is trained from scratch.
 
     \b
     Examples:

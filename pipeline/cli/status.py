@@ -32,7 +32,7 @@ from pipeline.cli.scan import (
     read_log_tail,
     written_units,
 )
-from pipeline.cli.status_table import Facts, Row, as_json, headline_top1, log_summary, row_of, short, table, write_rate
+from pipeline.cli.status_table import Facts, Row, best_top1, headline_top1, log_summary, row_of, short, show, write_rate
 from pipeline.common.errors import is_io_error, unreadable
 from pipeline.common.lock import is_held
 from pipeline.config.paths import (
@@ -65,7 +65,7 @@ def run(config: Config, json: bool = False, watch: float | None = None) -> None:
             rows = survey(config, time.time())
             if watch and not json:
                 click.clear()
-            print(as_json(rows) if json else f"{config.name}\n\n{table(rows)}", flush=True)
+            print(show(rows, config.name, json), flush=True)
             if not watch:
                 break
             time.sleep(watch)
@@ -275,7 +275,7 @@ def _store(experiment: Experiment, stage: str, spec: StoreSpec) -> Facts:
 
 
 def _evaluate(experiment: Experiment, other_models: bool) -> Facts:
-    """All models at once, written at the end; the top-1 accuracy is the last model's.
+    """All models at once, written at the end; the top-1 accuracy is the best student's.
 
     Args:
         other_models: one of the published models belongs to another configuration.
@@ -287,13 +287,11 @@ def _evaluate(experiment: Experiment, other_models: bool) -> Facts:
     other = other_models or metrics.keys() & known != models.keys() or have_changed(metrics, models) or lacks_sets(metrics, config)
     foreign = bool(metrics) and other
     untrained = [name for name, where in models.items() if not (where / "weights.safetensors").exists()]
-    last = metrics.get(next(reversed(models), ""))
-    heads = [last.get(head) for head in ("mean", "class")] if isinstance(last, dict) else []
     return Facts(
         "evaluate", "models", len(models) if metrics and not foreign else 0, len(models),
         published=bool(metrics),
         foreign=foreign,
         modified=newest(folder) if metrics else None,
-        top1=next((number(head.get("top1")) for head in heads if isinstance(head, dict)), None),
+        top1=best_top1([metrics.get(name) for name in models if name != TEACHER]),
         note=f"waits for {', '.join(untrained)}" if untrained else "",
     )  # fmt: skip

@@ -1,8 +1,11 @@
 """The table of `pipeline status`: what a stage's files say becomes a row, rows become text. All of it is pure."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from pipeline.cli.scan import number
 
 RECENT = 600.0  # seconds: a stage whose files changed within them is running; also the span that a rate is taken over
 DONE, FOREIGN, RUNNING, STOPPED, NOT_BEGUN = "done", "done, of another configuration", "running", "stopped", "not begun"
@@ -125,12 +128,24 @@ def headline_top1(metrics: dict[str, Any], default: float | None = None) -> floa
     return next((metrics[key] for key in ("val_top1_mean", "val_top1_class", "top1") if key in metrics), default)
 
 
+def best_top1(evaluated: Iterable[Any]) -> float | None:
+    """The highest top-1 accuracy of models' entries in the evaluation's metrics.json; None if none has one."""
+    heads = [entry.get("mean") or entry.get("class") for entry in evaluated if isinstance(entry, dict)]
+    found = [number(head.get("top1")) for head in heads if isinstance(head, dict)]
+    return max((top1 for top1 in found if top1 is not None), default=None)
+
+
 # as text
 
 COLUMNS = {
     "stage": "left", "state": "left", "%": "right", "done": "left", "img/s": "right", "left": "right", "moved": "right",
     "loss, top-1": "left",
 }  # fmt: skip
+
+
+def show(rows: list[Row], name: str, json: bool) -> str:
+    """The rows as JSON, or as a table below the experiment's name."""
+    return as_json(rows) if json else f"{name}\n\n{table(rows)}"
 
 
 def table(rows: list[Row]) -> str:

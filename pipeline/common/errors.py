@@ -43,7 +43,7 @@ class PipelineError(Exception):
         if what.startswith("Caught ") and marker in what:
             # torch raises a loader worker's error again as type(error)(text), where the worker's traceback comes first
             what = what.rpartition(marker)[2].rstrip()
-        self.what = what
+        self.what, self.expected, self.found = what, expected, found
         parts = [what]
         for label, text in (("expected", expected), ("found", found), ("do", do)):
             if text:

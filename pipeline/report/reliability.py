@@ -42,7 +42,7 @@ def _draw_reliability(axes: Axes, each: Calibration, theme: Theme) -> None:
     style: dict[str, Any] = {"color": theme.ink, "marker": "o", "ms": 4, "lw": 1.4, "elinewidth": 0.9, "capsize": 2}
     axes.errorbar(100 * each.confidence[filled], accuracy, yerr=errors, **style)
     axes.set_xlim(0, 102)
-    axes.set_ylim(0, 102)
+    axes.set_ylim(-2, 102)
 
 
 def _draw_images(axes: Axes, each: Calibration, theme: Theme) -> None:
@@ -69,7 +69,7 @@ def plot_token_cosines(path: Path | BinaryIO, cosines: dict[str, list[LayerCosin
             deviations = [each.deviation for each in layers]
             axes.errorbar(places, [each.mean for each in layers], yerr=deviations, elinewidth=0.9, capsize=2, **style)
         style_axes(axes, "cosine between class and distillation token", theme)
-        axes.set_ylim(None, 1.02)
+        axes.set_ylim(None, max(1.02, axes.get_ylim()[1]))  # bars may reach above 1
         step = -(-depth // 12)
         blocks = range(step, depth + 1, step)
         ticks = [_place(PARAMETERS, depth), _place(INPUT, depth), *blocks, _place(NORM, depth)]

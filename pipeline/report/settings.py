@@ -20,7 +20,7 @@ import json
 from pathlib import Path
 {imports}
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from timm.data import create_transform
 
@@ -28,7 +28,7 @@ classes = json.loads(Path({index!r}).read_text())["classes"]
 model = {function}num_classes=len(classes){arguments})
 model.load_state_dict(load_file({weights!r}))
 transform = create_transform({size}, interpolation="bicubic", mean={mean}, std={std}, crop_pct={crop})
-picture = transform(Image.open("photo.jpg").convert("RGB"))[None]
+picture = transform(ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB"))[None]
 with torch.inference_mode():
     confidence, number = model.eval()(picture).softmax(1)[0].max(0)
 print(classes[number], float(confidence))

@@ -117,7 +117,7 @@ class StoreLayout:
                     f"{self.path}: the store's {key}",
                     expected=json.dumps(value),
                     found="\n            ".join([json.dumps(found), *self._differences(key, value)]),
-                    do="it belongs to another experiment: name the right store, or none",
+                    do=f"run: {MAKE_STORE}, which makes one for this configuration; or undo the change, or name another store",
                 )
         capacity = int(self.attributes["capacity"])
         if capacity != self.capacity or not 0 < self.classes < FILL:
@@ -129,11 +129,11 @@ class StoreLayout:
         return self.groups + self.kinds.index(kind)
 
     def _differences(self, key: str, value: Any) -> list[str]:
-        """How an attribute differs, in words: `setting: the store's, the expected one`."""
+        """How an attribute differs, in words."""
         attributes = self.attributes
         if key == "recipe":
             found = differences(attributes["recipe_settings"], self.recipe.model_dump(mode="json"), "recipe")
-            return found or ["the settings are the same, but not the version of the views"]
+            return [f"{line} (the store's, the configuration's)" for line in found] or ["the settings are the same, but not the version of the views"]
         if key == "index":
             both = (attributes["shards"], self.index.shards)
             was, now = ({shard["name"]: shard["samples"] for shard in shards} for shards in both)

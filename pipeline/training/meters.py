@@ -59,6 +59,6 @@ def loader_warning(speed: dict[str, float], workers: int) -> str:
         return ""
     sharing = f", {speed['views_per_decode']:.2f} views per decode" if "views_per_decode" in speed else ""
     return (
-        f"the loader is the bottleneck: {waited:.0%} of the epoch was spent waiting for views ({workers} workers{sharing})."
-        " More workers help; so do fewer accumulation steps, whose larger slices share more decodes"
+        f"{waited:.0%} of the epoch was spent waiting for views ({workers} workers{sharing}). Where cores are idle, more"
+        " workers help; so do fewer accumulation steps, whose larger slices share more decodes"
     )
