@@ -20,7 +20,7 @@ from pipeline.cli.find_store import find_store
 from pipeline.common.errors import PipelineError
 from pipeline.config.params import load
 from pipeline.config.store_spec import store_spec
-from pipeline.models.weights import read_weights
+from pipeline.models.weights import read_saved_weights, read_weights
 from pipeline.shards.images import Undecodable, decode
 from pipeline.shards.index import Index
 from pipeline.shards.indexing import index_shard
@@ -155,7 +155,7 @@ def readers(config, folder: Path) -> dict[str, Reader]:
         "array": (path / "argmax/zarr.json", lambda _: Store.open(str(path), index, config.recipe).read(0, 0)),
         "log": (log, read_log),
         "curve": (curve, read_curve),
-        "safetensors": (weights, lambda path: read_weights(path, own=True)),
+        "safetensors": (weights, lambda path: read_saved_weights(path)[0]),
         "pth": (pth, read_weights),
         "status": (train, lambda _: status.run(config, True, None)),
     }

@@ -399,7 +399,7 @@ def test_prune_knows_an_interrupted_experiment_by_its_last_command(taught):
     call("prune", "--yes")
     assert len(stores) == 2 and sorted(Path("work/stores").glob("*.zarr")) == stores
     Path("outputs/other/params.yaml").unlink()
-    assert "1 stores" in call("prune")
+    assert "1 store," in call("prune")
 
 
 @pytest.mark.parametrize("work", ["work/", "./work", "work/../work", "absolute"])
@@ -511,7 +511,7 @@ def test_prune_knows_data(taught):
     with kernel_lock(Path("work/data") / DATA_LOCK):
         assert "prepare runs" in call("prune", "--yes") and new.exists()
     assert "images: train 20" in call("prune")
-    assert "1 data sets" in call("prune", "--yes") and not new.exists() and data.exists()
+    assert "1 data set " in call("prune", "--yes") and not new.exists() and data.exists()
 
 
 def test_prune_keeps_the_data_of_what_it_keeps(taught):
@@ -543,7 +543,7 @@ def test_prune_removes_the_locks_beside_a_store(taught):
 
 def test_another_recipe_s_store_is_unneeded(taught):
     forget("recipe.seed=5")
-    assert "1 stores" in call("prune")
+    assert "1 store," in call("prune")
 
 
 def test_states_stay_in_a_folder_where_work_is_a_url(taught):

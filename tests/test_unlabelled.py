@@ -23,7 +23,7 @@ from pipeline.config.params import dump, merge, resolve
 from pipeline.config.paths import student_folder, teacher_logits_folder
 from pipeline.config.schema import Config, Student
 from pipeline.models.build import build_teacher
-from pipeline.models.weights import read_weights, save_weights
+from pipeline.models.weights import read_saved_weights, save_weights
 from pipeline.report import contact_sheet
 from pipeline.report.examples import training_examples
 from pipeline.report.facts import _describe_store
@@ -271,7 +271,7 @@ def trained(config: Config) -> dict[str, torch.Tensor]:
     teacher.run(config, CPU)
     teacher_logits.run(config, CPU)
     train_student.run(config, CPU, "alone")
-    return read_weights(student_folder(config, "alone") / "weights.safetensors", own=True)
+    return read_saved_weights(student_folder(config, "alone") / "weights.safetensors")[0]
 
 
 def agreement(config: Config) -> float | None:
