@@ -363,6 +363,11 @@ def test_a_changed_params_yaml_is_kept_without_force(project):
     assert load().name == "cifar10"
 
 
+def test_a_configuration_in_another_file_is_not_said_to_be_what_dvc_runs(project):
+    said = call("configure", "digits", "--output", "other.yaml")
+    assert "--config other.yaml" in said and "dvc repro" not in said
+
+
 def test_what_configure_wrote_may_be_overwritten(project):
     call("configure", "digits", "student.lr=1e-3")
     call("configure", "digits", "student.lr=2e-3")

@@ -380,6 +380,11 @@ def test_a_stage_whose_input_does_not_exist_yet_has_not_failed(taught):
     assert told()["train-student@hard"].state != "failed"
 
 
+def test_a_misspelled_student_is_no_failure_of_a_stage(taught):
+    assert CliRunner().invoke(main, ["train-student", "--device", "cpu", "--student", "hrad"]).exit_code == 2
+    assert not list(Path("outputs/small/failed").glob("*hrad*"))
+
+
 def test_of_an_evaluation_the_best_student_is_quoted():
     entries = [{"mean": {"top1": 0.6}, "class": {"top1": 0.9}}, {"class": {"top1": 0.8}}, None, {"class": {}}]
     assert best_top1(entries) == 0.8 and best_top1([None]) is None

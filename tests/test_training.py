@@ -287,6 +287,14 @@ def test_another_runs_checkpoint_is_refused(taught):
         checkpoint.load(newest.parent, {"student": {"lr": 1.0}}, CPU, checkpoint.newest(newest.parent))
 
 
+@pytest.mark.parametrize(("top1", "warned"), [(0.0, True), (1.0, False)])
+def test_a_teacher_no_better_than_always_naming_the_largest_class_is_warned_of(taught, capsys, monkeypatch, top1, warned):
+    monkeypatch.setattr(teacher, "_evaluate", lambda *_: {"top1": top1})
+    val = Index(index_path(taught, "val"))
+    assert teacher.accuracy_or_refusal(taught, build_teacher(taught.teacher, 3), val, 16, CPU)["top1"] == top1
+    assert ("warning" in capsys.readouterr().out) is warned
+
+
 def test_a_teacher_below_min_top1_is_refused_with_both_numbers(taught):
     shutil.rmtree(teacher_folder(taught))
     with pytest.raises(PipelineError, match=r"(?s)at least 1\.0000.*found: +0\.\d{4}"):

@@ -23,7 +23,7 @@ def failure_path(config: Config, stage: str) -> Path:
 def read_failure(config: Config, stage: str) -> dict[str, Any]:
     """The last failure of a stage with these settings; empty if there is none."""
     failure = read_json(failure_path(config, stage))
-    return failure if failure.get("settings") == fingerprint(config) else {}
+    return failure if failure and failure.get("settings") == fingerprint(config) else {}
 
 
 @contextlib.contextmanager
@@ -45,8 +45,9 @@ def recorded(config: Config, stage: str) -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
+    """What failed, what was expected and what was found, each up to its first line break."""
     if not isinstance(error, PipelineError):
         return f"{type(error).__name__}: {error}".partition("\n")[0]
-    parts = {"expected": error.expected, "found": error.found}
-    said = [f"{name} {text.partition(chr(10))[0]}" for name, text in parts.items() if text]
-    return error.what.partition("\n")[0] + (f": {', '.join(said)}" if said else "")
+    parts = {"expected ": error.expected, "found ": error.found}
+    said = [name + text.splitlines()[0] for name, text in parts.items() if text]
+    return error.what.splitlines()[0] + (f": {', '.join(said)}" if said else "")

@@ -57,9 +57,11 @@ def prepare(config: Config, dry_run: bool, quick: bool) -> None:
     """Pack images into WebDataset shards (train and val) and index them.
 
     Samples are shuffled with data.seed and split into shards of equal size. Every image is fully decoded
-    once; those that fail are listed with the reason. Sources: class folders, tables of paths, Parquet
-    files, torchvision's data sets, existing WebDataset tars, and the bundled digits (data.source). Running it again reads everything and repairs what is damaged
-    or has changed; `dvc repro` runs it with --quick every time, so that changed images are noticed.
+    once; those that fail are listed with the reason. Sources (data.source): class folders, tables of paths,
+    Parquet files, torchvision's data sets, existing WebDataset tars, and the bundled digits.
+
+    Running it again reads everything and repairs what is damaged or has changed; `dvc repro` runs it with
+    --quick every time, so that changed images are noticed.
 
     \b
     Example:
@@ -110,7 +112,7 @@ def teacher(config: Config, device: torch.device, dry_run: bool, purpose: str, i
 @WHICH_STORE
 @PART
 @IF_NEEDED
-@click.option("--break-lock", is_flag=True, 
+@click.option("--break-lock", is_flag=True,
               help="Take over at once from a writer on another machine that you know to be dead.")  # fmt: skip
 @stage_options()
 def teacher_logits(config: Config, device: torch.device, dry_run: bool, purpose: str, part: tuple[int, int] | None,
@@ -139,7 +141,7 @@ def teacher_logits(config: Config, device: torch.device, dry_run: bool, purpose:
 @click.option("--alpha", type=click.FloatRange(0, 1), help="Weight of the distillation loss.")
 @click.option("--tau", type=click.FloatRange(0, min_open=True), help="Temperature of soft distillation.")
 @TEACHER
-@click.option("--store", metavar="PATH", 
+@click.option("--store", metavar="PATH",
               help="Use this store, of the same index and recipe; writes to students/NAME-other-store.")  # fmt: skip
 @stage_options()
 def train_student(config: Config, device: torch.device, dry_run: bool, name: str | None, distillation: str | None,

@@ -12,7 +12,6 @@ from pipeline.common.errors import UsageError
 OUTPUT = click.option(
     "--output", default="params.yaml", show_default=True, type=click.Path(dir_okay=False, path_type=Path)
 )
-
 FORCE = click.option("--force", is_flag=True, help="Overwrite a params.yaml that holds changes.")
 
 

@@ -161,7 +161,9 @@ def load_model(
         UsageError: it needs a function that is not among `own_models`.
     """
     if not path.exists():
-        raise UsageError(f"{path}: no weights", expected="weights.safetensors of a student or teacher", found="nothing", do="correct the path")
+        raise UsageError(
+            f"{path}: no weights", expected="weights.safetensors of a student or teacher", found="nothing", do="correct the path"
+        )
     state, about = read_saved_weights(path)
     description = ModelDescription.from_json(about.get(DESCRIPTION), str(path))
     if named := description.own_models():

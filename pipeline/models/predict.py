@@ -37,14 +37,18 @@ def read_image(path: Path) -> np.ndarray:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such file", expected="an image, or a folder of images", found="nothing", do="correct the path") from None
+        raise UsageError(
+            f"{path}: no such file", expected="an image, or a folder of images", found="nothing", do="correct the path"
+        ) from None
     except OSError as error:
         raise unreadable(str(path), error) from error
     try:
         with open_image(data, MAX_PIXELS, FOLDER_FORMATS) as image:
             return to_rgb(ImageOps.exif_transpose(image))
     except Undecodable as error:
-        raise UsageError(f"{path}: not a readable image", expected=", ".join(FOLDER_FORMATS), found=str(error), do="remove or convert it") from error
+        raise UsageError(
+            f"{path}: not a readable image", expected=", ".join(FOLDER_FORMATS), found=str(error), do="remove or convert it"
+        ) from error
 
 
 def preprocess(images: list[np.ndarray], description: ModelDescription) -> torch.Tensor:
@@ -89,6 +93,8 @@ def image_files(paths: list[Path]) -> list[Path]:
             continue
         below = sorted(file for file in path.rglob("*") if extensions.get(file.suffix.lower()) in FOLDER_FORMATS)
         if not below:
-            raise UsageError(f"{path}: no images", expected=", ".join(FOLDER_FORMATS), found="a folder without any", do="correct the path")
+            raise UsageError(
+                f"{path}: no images", expected=", ".join(FOLDER_FORMATS), found="a folder without any", do="correct the path"
+            )
         found += below
     return found

@@ -29,7 +29,9 @@ def expand(key: str, pattern: str) -> list[str]:
             raise ValueError(f"a range of more than {MAX_SHARDS:,}")
         named = list(islice(braceexpand(os.path.expanduser(pattern)), MAX_SHARDS + 1))
     except ValueError as error:
-        raise UsageError(f"{key}: {pattern}", expected="braces such as {0000..1023}", found=str(error), do="correct the braces") from None
+        raise UsageError(
+            f"{key}: {pattern}", expected="braces such as {0000..1023}", found=str(error), do="correct the braces"
+        ) from None
     if len(named) > MAX_SHARDS:
         raise UsageError(f"{key}: {pattern}", expected=f"at most {MAX_SHARDS:,} shards", found="more", do="correct the braces")
     paths: list[str] = []

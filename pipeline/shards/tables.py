@@ -184,8 +184,12 @@ def _read(table: Path) -> list[Row]:
             do="correct or restore it",
         ) from error
     if len({bool(row.split) for row in rows}) > 1:
-        raise PipelineError(f"{table}: column split", expected="a value in every row, or in none", found="rows with and without one",
-            do="fill it in everywhere, or remove it")
+        raise PipelineError(
+            f"{table}: column split",
+            expected="a value in every row, or in none",
+            found="rows with and without one",
+            do="fill it in everywhere, or remove it",
+        )
     return rows
 
 

@@ -133,7 +133,8 @@ class StoreLayout:
         attributes = self.attributes
         if key == "recipe":
             found = differences(attributes["recipe_settings"], self.recipe.model_dump(mode="json"), "recipe")
-            return [f"{line} (the store's, the configuration's)" for line in found] or ["the settings are the same, but not the version of the views"]
+            named = [f"{line} (the store's, the configuration's)" for line in found]
+            return named or ["the settings are the same, but not the version of the views"]
         if key == "index":
             both = (attributes["shards"], self.index.shards)
             was, now = ({shard["name"]: shard["samples"] for shard in shards} for shards in both)

@@ -50,7 +50,7 @@ def describe_missing(store: Store, spec: StoreSpec) -> str:
         return f"complete: {wanted}"
     named = ", ".join(_name(store, unit) for unit in missing[:5])
     more = "" if len(missing) <= 5 else f" and {len(missing) - 5:,} more"
-    return f"incomplete: of {wanted} {len(missing):,} units are missing: {named}{more}; run: {spec.command}"
+    return f"incomplete: of {wanted}, {count_of(len(missing), 'unit')} missing: {named}{more}; run: {spec.command}"
 
 
 def verify(
