@@ -236,7 +236,7 @@ def test_repair_drops_what_is_damaged_and_teacher_logits_computes_it_again(taugh
     chunk = next(path for path in sorted(the_store().glob("dense/c/*/*/*")) if path.is_file())
     flip(chunk, random.Random(1))
     said = call("store", "repair")
-    assert "removed a damaged unit" in said and "1 units are missing" in said
+    assert "removed a damaged unit" in said and "1 unit missing" in said
     teacher_logits.run(loaded(), CPU)
     assert tree(the_store()) == whole
 
@@ -277,7 +277,7 @@ def test_repair_of_a_whole_store_changes_nothing(taught):
 def test_info_of_a_partial_store_says_what_is_missing(taught):
     next(path for path in the_store().glob("argmax/c/*/*") if path.is_file()).unlink()
     said = call("store", "info")
-    assert "1 units are missing" in said and "pipeline teacher-logits" in said
+    assert "1 unit missing" in said and "pipeline teacher-logits" in said
 
 
 def test_info_names_recipe_teacher_and_versions(taught):
