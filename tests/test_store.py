@@ -321,46 +321,70 @@ def test_removing_a_unit_that_is_not_there_changes_nothing(tmp_path):
     assert tree(tmp_path) == before
 
 
-class Dying(dict):
-    """Buffers of a process that dies when it comes to the argmax."""
+def die_after(name, store, monkeypatch):
+    """Let the process die when a store has written this part of a unit: `check`, then the payload, then `argmax`."""
+    real = store._sync
 
-    def __getitem__(self, name):
-        if name == "argmax":
+    def sync(unit, *names):
+        real(unit, *names)
+        if name in names:
             raise KeyboardInterrupt
-        return super().__getitem__(name)
+
+    monkeypatch.setattr(store, "_sync", sync)
+    return store
 
 
 @pytest.mark.parametrize("kind", ["topk", "dense", "dense8"])
 @pytest.mark.parametrize("rewriting", [False, True])
-def test_unit_of_a_writer_that_died_is_missing(kind, rewriting, copy, tmp_path):
+def test_unit_of_a_writer_that_died_is_missing(kind, rewriting, copy, tmp_path, monkeypatch):
     path = copy(kind) if rewriting else tmp_path / "s.zarr"
-    store = create(path, kind)
-    buffers, checks = predictions_of(Unit(1, 1), kind, seed=8)
+    store = die_after(kind, create(path, kind), monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        store.write_unit(Unit(1, 1), Dying(buffers), checks)
+        store.write_unit(Unit(1, 1), *predictions_of(Unit(1, 1), kind, seed=8))
     assert Unit(1, 1) in {unit_of(chunk, path) for chunk in chunks(path / kind)}  # there already
     assert Unit(1, 1) in opened(path).missing(VIEWS, kind)
     refusal(opened(path).read, 1, 2, kind)
 
 
 @every_kind
-def test_unit_of_a_writer_that_died_is_written_again(kind, copy):
+@pytest.mark.parametrize("last", ["check", "payload"])
+def test_unit_of_a_writer_that_died_is_written_again(kind, last, copy, monkeypatch):
     path = copy(kind)
-    buffers, checks = predictions_of(Unit(1, 1), kind, seed=8)
+    store = die_after(kind if last == "payload" else last, create(path, kind), monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        create(path, kind).write_unit(Unit(1, 1), Dying(buffers), checks)
+        store.write_unit(Unit(1, 1), *predictions_of(Unit(1, 1), kind, seed=8))
     fill(create(path, kind), kind, units=[Unit(1, 1)])
     assert damage_in(path, kind) == []
 
 
-def test_kind_whose_checksums_a_dead_writer_of_another_kind_lost_is_missing_or_whole(copy):
+@pytest.mark.parametrize("last", ["check", "topk"])
+def test_a_writer_that_died_adding_a_kind_leaves_the_other_whole_and_its_own_to_be_resumed(last, copy, monkeypatch):
     path = copy("dense")
-    fill(create(path, "topk"), "topk")
-    buffers, checks = predictions_of(Unit(1, 1), "topk")
+    store = die_after(last, create(path, "topk"), monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        create(path, "topk").write_unit(Unit(1, 1), Dying(buffers), checks)
-    create(path, "topk").write_unit(Unit(1, 1), buffers, checks)
-    assert opened(path).missing(VIEWS, "dense") == damage_in(path, "dense")
+        store.add_kind(Unit(1, 1), *predictions_of(Unit(1, 1), "topk"))
+    assert damage_in(path, "dense") == []
+    fill(create(path, "topk"), "topk", units=opened(path).missing(VIEWS, "topk"))
+    assert damage_in(path, "dense") == damage_in(path, "topk") == []
+
+
+@pytest.mark.parametrize("seed", [0, 1])  # of the teacher that is asked again; 0: it answers the same
+def test_a_unit_can_be_read_all_the_while_that_another_kind_is_added(seed, copy, monkeypatch):
+    path, unit, looked = copy("argmax"), Unit(1, 1), []
+
+    def looking(real):
+        def call(*args, **kwargs):
+            result = real(*args, **kwargs)
+            looked.append(opened(path).read_unit(unit))
+            return result
+
+        return call
+
+    store = create(path, "topk")
+    for name in ("remove_unit", "_sync", "_array"):
+        monkeypatch.setattr(store, name, looking(getattr(store, name)))
+    store.add_kind(unit, predictions_of(unit, "topk", seed=seed)[0], predictions_of(unit, "topk")[1])
+    assert len(looked) > 4 and all(np.array_equal(argmax, looked[0]) for argmax in looked)
 
 
 @every_kind
@@ -398,6 +422,15 @@ def test_a_kind_that_is_added_leaves_the_argmax_whatever_the_teacher_answers_now
     create(path, "topk").add_kind(Unit(0, 0), buffers | {"argmax": (buffers["argmax"] + 1) % CLASSES}, checks)
     after = opened(path).read_unit(Unit(0, 0))
     assert np.array_equal(after, before) and damage_in(path, "topk") != damage_in(path, "argmax") == []
+
+
+def test_a_kind_for_other_pictures_is_refused(copy):
+    path = copy("argmax")
+    before = tree(path)
+    buffers, checks = predictions_of(Unit(0, 0), "topk")
+    message = refusal(create(path, "topk").add_kind, Unit(0, 0), buffers, checks + 1)
+    assert "rendered differently" in message and "numpy" in message
+    assert before.items() <= tree(path).items()
 
 
 def test_writing_the_argmax_again_leaves_the_payload_valid(copy):

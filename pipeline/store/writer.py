@@ -13,7 +13,7 @@ import numpy as np
 import zarr
 
 from pipeline.batches.plan import Unit
-from pipeline.common.errors import Damaged, UsageError, is_io_error, unwritable
+from pipeline.common.errors import Damaged, PipelineError, UsageError, is_io_error, unwritable
 from pipeline.common.lease import possibly_held
 from pipeline.common.versions import library_versions
 from pipeline.shards.index import Index
@@ -117,6 +117,8 @@ class StoreWriter(Store):
     def write_unit(self, unit: Unit, buffers: dict[str, np.ndarray], checks: np.ndarray) -> None:
         """Commit the predictions for a unit, argmax last.
 
+        If the same argmax is there already, for another kind, it is left in place: the unit can be read meanwhile.
+
         Args:
             buffers: `argmax`, uint16 (block, samples), and the payload of a kind, (block, samples, width).
             checks: group checks, uint64 (block, groups).
@@ -129,26 +131,51 @@ class StoreWriter(Store):
         rows = slice(unit.shard * self.capacity, (unit.shard + 1) * self.capacity)
         with _writing(self.path):
             check = self._current_check(unit)
-            self.remove_unit(unit, ("argmax", *buffers))
+            written = [name for name in buffers if name != "argmax"]
+            if not self._holds(unit, buffers["argmax"], checks):
+                written.append("argmax")
+            self.remove_unit(unit, tuple(reversed(written)))
             check[:, : checks.shape[1]] = checks
-            for name in sorted(buffers, key=lambda name: name == "argmax"):
+            padded = {}
+            for name in buffers:
                 array = self._array(name)
-                padded = np.full((block, self.capacity, *array.shape[2:]), array.fill_value, array.dtype)
-                padded[:, :samples] = buffers[name]
-                check[:, self.checksum_slot(name)] = [checksum(view) for view in padded[:, :samples]]
-                if name == "argmax":
-                    self._array("check")[views, unit.shard] = check
-                    self._sync(unit, *(set(buffers) - {"argmax"}), "check")
-                array[views, rows] = padded
-            self._sync(unit, "argmax")
+                padded[name] = np.full((block, self.capacity, *array.shape[2:]), array.fill_value, array.dtype)
+                padded[name][:, :samples] = buffers[name]
+                check[:, self.checksum_slot(name)] = [checksum(view) for view in padded[name][:, :samples]]
+            # first, so that a payload next to an earlier argmax is never there without its checksum
+            self._array("check")[views, unit.shard] = check
+            self._sync(unit, "check")
+            for name in written:
+                self._array(name)[views, rows] = padded[name]
+                self._sync(unit, name)
+
+    def _holds(self, unit: Unit, argmax: np.ndarray, checks: np.ndarray) -> bool:
+        """Whether the unit has this argmax, for the same pictures."""
+        try:
+            stored, check = self._read_argmax(unit.shard, unit.block * self.recipe.block)
+        except Damaged:
+            return False
+        return np.array_equal(stored, argmax) and np.array_equal(check[:, : checks.shape[1]], checks)
 
     def add_kind(self, unit: Unit, buffers: dict[str, np.ndarray], checks: np.ndarray) -> None:
         """Commit the predictions for a unit as `write_unit`, but keep an argmax that is there already, for another kind.
 
         Runs and manifests are named after it, and a teacher on another machine may round otherwise.
+
+        Raises:
+            PipelineError: as `write_unit`, or the pictures are not those that the argmax is for.
         """
         with contextlib.suppress(Damaged):  # there is none
-            buffers = {**buffers, "argmax": self.read_unit(unit)}
+            argmax, check = self._read_argmax(unit.shard, unit.block * self.recipe.block)
+            if not np.array_equal(check[:, : checks.shape[1]], checks):
+                versions = ", ".join(f"{name} {version}" for name, version in self.attributes["versions"].items())
+                raise PipelineError(
+                    f"{self.path}: block {unit.block} of shard {self.index.names[unit.shard]}",
+                    expected="the pictures that its predictions are for",
+                    found="others: rendered differently on this machine",
+                    do=f"use the versions that it was computed with ({versions}), or remove the store",
+                )
+            buffers = {**buffers, "argmax": argmax}
         self.write_unit(unit, buffers, checks)
 
     def _sync(self, unit: Unit, *names: str) -> None:
