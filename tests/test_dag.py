@@ -225,3 +225,17 @@ def test_compiled_bytecode_in_a_package_runs_no_stage(tmp_path):
     assert would_run(tmp_path) == []
     (tmp_path / "package/module.py").write_text("changed = True")
     assert would_run(tmp_path) == ["stage"]
+
+
+def test_a_study_as_a_stage_is_run_where_it_is_not_done(tmp_path):
+    project = copy_project(tmp_path / "project")
+    settings = {"student.epochs": 1, "student.warmup_epochs": 0, "student.kwargs": {"patch_size": 8, "embed_dim": 48, "num_heads": 3}}
+    matrix = {"base": "digits", "set": settings, "students": ["none"], "metrics": ["top1"]}
+    (project / "configs/studies/digits-quick.yaml").write_text(yaml.safe_dump(matrix))
+    documented = (ROOT / "docs/experiments.md").read_text()
+    (line,) = (line for line in documented.splitlines() if line.startswith("dvc stage add"))
+    call(project, "pipeline", "configure", "digits")
+    call(project, "bash", "-c", line)
+    first, second = call(project, "dvc", "repro", "study"), call(project, "dvc", "repro", "study")
+    assert "> pipeline train-student" in first and "> pipeline train-student" not in second
+    assert "1 of 1 cell done" in second and (project / "outputs/studies/digits-quick/table.csv").exists()

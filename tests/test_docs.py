@@ -47,6 +47,8 @@ ELSEWHERE = {  # command: a file, and what in it runs the command or makes it wo
     "dvc metrics diff": ("tests/test_dag.py", '"dvc", "metrics", "diff"'),
     "dvc plots diff": ("tests/test_dag.py", '"dvc", "plots", "diff"'),
     "dvc exp show": ("tests/test_dag.py", '"dvc", "exp", "show"'),
+    'dvc stage add --name study --always-changed --deps configs/studies/digits-quick.yaml --outs-no-cache outputs/studies/digits-quick "pipeline study digits-quick run && pipeline study digits-quick"': ("tests/test_dag.py", 'line.startswith("dvc stage add")'),
+    "dvc repro study": ("tests/test_dag.py", '"dvc", "repro", "study"'),
     "dvc dag": ("tests/test_dag.py", '"dvc", "dag"'),
 }
 
