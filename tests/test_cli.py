@@ -351,3 +351,9 @@ def test_ctrl_c_ends_a_command_in_one_line(project, monkeypatch):
 
     monkeypatch.setattr("stages.prepare.run", interrupted)
     assert call("prepare", code=130).strip() == "interrupted; the same command continues, or starts again"
+
+
+@pytest.mark.parametrize("group", [(), ("store",)])
+def test_help_lists_commands_with_a_whole_sentence(group):
+    listed = call(*group, "--help").partition("Commands:")[2]
+    assert listed and "..." not in listed

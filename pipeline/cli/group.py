@@ -1,5 +1,7 @@
 """The click group behind `pipeline`: reports expected errors, and Ctrl-C, as one message, without a traceback."""
 
+import sys
+
 import click
 
 from pipeline.common.errors import PipelineError, killed_worker_error, out_of_memory_error, too_many_open_files
@@ -25,3 +27,10 @@ class Group(click.Group):
             context.exit(INTERRUPTED)
         click.echo(f"error: {message}", err=True)
         context.exit(message.exit_code)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands as click does, but wrap their descriptions instead of cutting them short."""
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        rows = [(name, command.get_short_help_str(sys.maxsize)) for name, command in commands.items() if command]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)

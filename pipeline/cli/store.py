@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
+from pipeline.cli.group import Group
 from pipeline.cli.options import DEVICE, DRY_RUN, WHICH_STORE, config_options, find_device
 from pipeline.common.wording import size_of
 
 STORE = click.option("--store", "named", metavar="PATH", help="A store named by hand.")
 
 
-@click.group()
+@click.group(cls=Group)
 def store() -> None:
     """Estimate, describe, verify, repair, export, publish and fetch stores.
 

@@ -107,7 +107,7 @@ def _damaged_store(store: Store, spec: StoreSpec) -> list[str]:
     arrays = {"argmax", "check", spec.kind} & set(store.arrays())
     room = max((store.array_metadata(name)["shape"][0] for name in arrays), default=0)
     if room > spec.views and (further := store.missing(room, spec.kind)):
-        problems.append(f"{store.path}: room for {room} views, of which {len(further):,} units are missing")
+        problems.append(f"{store.path}: room for {room} views; {count_of(len(further), 'unit')} of them missing")
     return problems
 
 
