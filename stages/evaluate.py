@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from pipeline.common.distributed import Rank
+from pipeline.common.errors import PipelineError
 from pipeline.common.files import atomic_write
 from pipeline.common.wording import count_of
 from pipeline.config.paths import evaluation_folder, store_path, teacher_logits_folder
@@ -63,21 +64,21 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
         store, manifest = open_store(config, train)
         summary = read_summary(teacher_logits_folder(config, "train-student") / "summary.json")
     curves, training = read_curves(entries), training_rows(config, entries)
-    identities = identify(config, entries, val)
+    identities, folder = identify(config, entries, val), evaluation_folder(config)
     evaluations, sizes = {}, []
     for entry in entries:
         evaluations[entry.name] = evaluator.evaluate(entry, evaluator.load(entry))
         sizes += evaluator.size_results(entry)
     if Rank.init_process_group(device).rank:
         return  # rank 0 writes
-    results = [row for each in evaluations.values() for row in each.results]
+    require_same(identities, identify(config, entries, val), config)
     tokens = {name: each.tokens for name, each in evaluations.items() if each.tokens}
-    predictions = {name: each.predictions for name, each in evaluations.items()}
-    analysis, folder = analyze(config, entries, predictions, val), evaluation_folder(config)
+    analysis = analyze(config, entries, {name: each.predictions for name, each in evaluations.items()}, val)
     write_comparisons(folder, analysis.headline.comparisons, analysis.classes, analysis.confusions)
     write_evidence(folder, analysis.calibration, tokens)
     examples = training_examples(config, train, store, manifest)
     draw_pictures(folder, analysis, curves, tokens, examples)
+    results = [row for each in evaluations.values() for row in each.results]
     report = Report(
         title=config.name,
         results=results,
@@ -99,6 +100,15 @@ def identify(config: Config, entries: list[Entry], val: Index) -> dict[str, dict
     shared = config.evaluate.sets_identity(config.data)
     validation = {entry.name: {"validation": validation_fingerprint(val.fingerprint, entry.crop)} for entry in entries}
     return {entry.name: published_as(entry.folder) | validation[entry.name] | shared for entry in entries}
+
+
+def require_same(before: dict[str, Any], after: dict[str, Any], config: Config) -> None:
+    """Raise a PipelineError if a model was published again while it was evaluated."""
+    if changed := [name for name, identity in before.items() if after[name] != identity]:
+        raise PipelineError(
+            f"{config.name}: evaluate", expected="the same models from the beginning to the end",
+            found=f"published again meanwhile: {', '.join(changed)}", do="run: pipeline evaluate",
+        )  # fmt: skip
 
 
 def read_curves(entries: list[Entry]) -> dict[str, Curve]:

@@ -365,6 +365,18 @@ def test_a_class_that_does_not_exist_is_refused(taught, tmp_path):
     assert "a class that is not one of the 3" in call("store", "fetch", str(tmp_path / "published"), code=1)
 
 
+def test_an_argmax_computed_here_is_not_replaced_where_another_kind_is_fetched(taught, tmp_path):
+    call("store", "publish", str(tmp_path / "published"))
+    store = opened_for_writing(taught)
+    unit = store.units(4)[0]
+    checks, dense = store.read_check(unit)[:, : store.groups], read_arrays(store, unit, "dense")["dense"]
+    store.write_unit(unit, {"argmax": (store.read_unit(unit) + 1) % 3, "dense": dense}, checks)
+    store.remove_unit(unit, ("dense",))
+    before = tree(the_store())
+    assert "computed here, or are damaged" in call("store", "fetch", str(tmp_path / "published"), code=1)
+    assert tree(the_store()) == before
+
+
 def opened_for_writing(config) -> StoreWriter:
     index, spec = open_index(config, "train"), store_spec(config, "train-student")
     store = Store.open(str(the_store()), index, spec.recipe)

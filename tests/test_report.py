@@ -600,6 +600,16 @@ def test_a_configuration_without_students_is_told_so(mini):
         evaluate.run(config.model_copy(update={"students": [], "finetune": config.finetune.model_copy(update={"students": []})}), device)
 
 
+def test_models_that_are_published_again_during_an_evaluation_are_not_taken_for_those_before(mini, monkeypatch):
+    config, device = mini
+    metrics, real, asked = evaluation_folder(config) / "metrics.json", evaluate.identify, []
+    metrics.unlink(missing_ok=True)
+    monkeypatch.setattr(evaluate, "identify", lambda *given: asked.append(None) or real(*given) | {"token": {"run": str(len(asked))}})
+    with pytest.raises(PipelineError, match="published again meanwhile: token"):
+        evaluate.run(config, device)
+    assert not metrics.exists()
+
+
 def test_an_evaluation_that_fails_leaves_no_metrics(mini, monkeypatch):
     config, device = mini
     (evaluation_folder(config) / "metrics.json").unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pipeline.batches.plan import Unit, all_units
+from pipeline.cli.scan import written_units
 from pipeline.common.errors import PipelineError, Unreadable, UsageError
 from pipeline.common.lease import lease, part_lease_path
 from pipeline.config.schema import Config, Recipe
@@ -28,7 +30,15 @@ from pipeline.store import layout as store_files
 from pipeline.store import writer as store_writer
 from pipeline.store.encoding import DTYPES, KINDS, payload_width, to_numpy
 from pipeline.store.estimate import equal_shards, estimate
-from pipeline.store.manifest import build_manifest, damaged_units, read_manifest, store_bytes, write_manifest
+from pipeline.store.maintenance import remove_damaged
+from pipeline.store.manifest import (
+    build_manifest,
+    damaged_units,
+    kind_bytes,
+    read_manifest,
+    store_bytes,
+    write_manifest,
+)
 from pipeline.store.reader import Store, StoreIdentity
 from pipeline.store.sampling import draw_classes
 from pipeline.store.writer import StoreWriter, sweep_store
@@ -431,6 +441,47 @@ def test_a_kind_for_other_pictures_is_refused(copy):
     message = refusal(create(path, "topk").add_kind, Unit(0, 0), buffers, checks + 1)
     assert "rendered differently" in message and "numpy" in message
     assert before.items() <= tree(path).items()
+
+
+@pytest.mark.parametrize("kept", ["argmax", "no argmax"])
+def test_predictions_for_other_pictures_leave_no_other_kind_behind(kept, copy):
+    path = copy("topk")
+    store, unit = create(path, "dense"), Unit(0, 0)
+    if kept == "no argmax":
+        store.remove_unit(unit)
+    buffers, checks = predictions_of(unit, "dense")
+    store.write_unit(unit, buffers, checks + 1)
+    assert unit in opened(path).missing(VIEWS, "topk") and unit not in opened(path).missing(VIEWS, "dense")
+
+
+def test_removing_a_damaged_kind_leaves_the_others_readable_and_their_manifest_as_it_was(copy):
+    path, unit = copy("topk"), Unit(0, 0)
+    fill(create(path, "dense"), "dense")
+    before = build_manifest(opened(path), VIEWS, "topk")
+    chunk = path / "dense/c/0/0/0"
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    remove_damaged(create(path, "dense"), "dense", [unit])
+    assert damage_in(path, "topk") == [] and opened(path).missing(VIEWS, "dense") == [unit]
+    other = predictions_of(unit, "dense", seed=1)[0]
+    create(path, "dense").add_kind(unit, other, predictions_of(unit, "dense")[1])
+    assert build_manifest(opened(path), VIEWS, "topk") == before and damage_in(path, "dense") == []
+
+
+def test_bytes_of_a_kind_do_not_depend_on_other_kinds_and_further_views(copy):
+    path = copy("topk")
+    before = kind_bytes(opened(path), VIEWS, "topk")
+    fill(create(path, "dense", views=VIEWS + 2), "dense", views=VIEWS + 2)
+    assert kind_bytes(opened(path), VIEWS, "topk") == before < store_bytes(str(path))
+
+
+def test_a_unit_dates_from_the_kind_that_was_added_to_it(copy):
+    path = copy("dense")
+    for chunk in path.glob("argmax/c/*/*"):
+        os.utime(chunk, (1000, 1000))
+    for place in path.glob("dense/c/*/*"):
+        os.utime(place, (2000, 2000))
+    assert written_units(str(path), "dense", 1).times == [2000] * 3
+    assert written_units(str(path), "argmax", 1).times == [1000] * 3
 
 
 def test_writing_the_argmax_again_leaves_the_payload_valid(copy):

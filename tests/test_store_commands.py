@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import zarr
 from click.testing import CliRunner
 from conftest import tree
 from test_training import CPU, loaded
@@ -226,6 +227,14 @@ def test_fewer_classes_than_top_k_are_told_and_stored(taught):
     arguments = ("teacher-logits", "--device", "cpu", "--set", "teacher_logits.kind=topk")
     assert "top_k 10: there are 3 classes, and all are stored" in call(*arguments, "--dry-run")
     assert "store complete" in call(*arguments)
+
+
+def test_further_views_that_another_configuration_has_not_finished_are_no_problem(taught):
+    views = loaded().teacher_logits.views
+    for array in zarr.open_group(the_store(), mode="r+").array_values():
+        array.resize((2 * views, *array.shape[1:]))
+    said = call("store", "verify")
+    assert f"room for {2 * views} views" in said and "every checksum as recorded" in said
 
 
 # repair

@@ -5,6 +5,7 @@ metrics their run, params.yaml the settings of the last command), what a process
 of all these. Kept too is what cannot be attributed to anything, and what is stored elsewhere and only linked to.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -63,7 +64,7 @@ class References:
         self.configs = [load(str(path), ()) for path in files]
         self.prepared = [(config, _fingerprint(index_path(config, "train"))) for config in self.configs]
         self.indices = {_fingerprint(path) for path in Path("outputs").glob("*/data/train/index.json")}
-        texts = [path.read_text(errors="replace") for path in [*files, *_texts()]]
+        texts = [_text(path) for path in [*files, *_texts()]]
         named = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
         self.fingerprints = {fingerprint for text in texts for fingerprint in named.findall(text)}
 
@@ -92,6 +93,13 @@ class References:
 
 def _texts() -> list[Path]:
     return [path for path in files_below(Path("outputs")) if path.suffix in TEXTS and path.is_file()]
+
+
+def _text(path: Path) -> str:
+    """A file's text; empty if a command that ran meanwhile removed it."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_text(errors="replace")
+    return ""
 
 
 def _fingerprint(index: Path) -> str | None:

@@ -170,7 +170,7 @@ class Units:
 
 
 def written_units(path: str, kind: str, blocks: int) -> Units:
-    """The units of a store's first blocks. A unit's argmax is written last, so it dates the unit (see pipeline.store.writer)."""
+    """The units of a store's first blocks. A unit dates from its argmax, or from a kind that was added to it later."""
     filesystem, root = fsspec.core.url_to_fs(path)
     chunks = {}
     for name in {"argmax", kind}:
@@ -180,6 +180,6 @@ def written_units(path: str, kind: str, blocks: int) -> Units:
         places = {where[len(folder) + 1 :]: modification_time(info) for where, info in found.items()}
         chunks[name] = {place: when for place, when in places.items() if re.fullmatch(r"\d+/\d+", place)}
     complete = chunks["argmax"].keys() & chunks[kind].keys()
-    times = [chunks["argmax"][place] for place in complete if int(place.partition("/")[0]) < blocks]
+    times = [max(of[place] for of in chunks.values()) for place in complete if int(place.partition("/")[0]) < blocks]
     writers = sum(part_leases(path).values())
     return Units(times, max([modification_time(filesystem.info(f"{root}/zarr.json")), *times]), writers)

@@ -52,6 +52,9 @@ class UnitFetcher:
             checks = arrays[unit.shard]["check"]
             if found := self._invalid(unit, buffers, checks):
                 raise self._damaged(f"{pack.name}: shard {self.store.index.names[unit.shard]}", found)
+            # an argmax that is there already belongs to another kind, whose runs and manifests are named after it
+            if self.store.has_argmax(unit) and not self.store.has_argmax(unit, buffers["argmax"]):
+                raise _others(self.store, self.source, self.store.index.names[unit.shard])
             self.store.write_unit(unit, buffers, checks)
 
     def _invalid(self, unit: Unit, buffers: dict[str, np.ndarray], checks: np.ndarray) -> str:
@@ -95,8 +98,12 @@ def check_as_published(store: Store, source: Source, spec: StoreSpec) -> None:
     published = source.publication.units[spec.kind]
     for shard, hashes in build_manifest(store, spec.views, spec.kind)["units"].items():
         if hashes != published.get(shard, [])[: spec.blocks]:
-            raise PipelineError(
-                f"{store.path}: the predictions for shard {shard}",
-                expected=f"those published at {source.where}", found="others: they were computed here, or are damaged",
-                do="move the store away and fetch again; or remove teacher_logits.fetch (finetune.fetch) to keep your own",
-            )  # fmt: skip
+            raise _others(store, source, shard)
+
+
+def _others(store: Store, source: Source, shard: str) -> PipelineError:
+    return PipelineError(
+        f"{store.path}: the predictions for shard {shard}",
+        expected=f"those published at {source.where}", found="others: they were computed here, or are damaged",
+        do="move the store away and fetch again; or remove teacher_logits.fetch (finetune.fetch) to keep your own",
+    )  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 
 from pipeline.batches.plan import Unit
 from pipeline.common.errors import IO_ERRORS, PipelineError
+from pipeline.common.lease import part_lease
 from pipeline.common.progress import progress
 from pipeline.common.wording import count_of, size_of
 from pipeline.config.paths import index_path
@@ -77,6 +78,8 @@ def verify(
             f"{store.path}: {count_of(len(problems), 'problem')}, named above",
             do=f"pipeline store repair, then {spec.command}; for shards and index: pipeline prepare",
         )
+    if further := _incomplete_beyond(store, spec):
+        print(further)
     units = len(store.units(spec.views))
     print(f"{store.path}: valid: {count_of(units, 'unit')}, {count_of(len(store.index.names), 'shard')}, every checksum as recorded")
 
@@ -100,15 +103,18 @@ def _damaged_data(index: Index) -> list[str]:
 
 
 def _damaged_store(store: Store, spec: StoreSpec) -> list[str]:
-    """Damaged units, and missing ones, also of views beyond those configured."""
+    """Damaged units, and missing ones."""
     problems = [found for _, found in damaged_units(store, _written(store, spec), spec.kind)]
     if store.missing(spec.views, spec.kind):
         problems.append(describe_missing(store, spec))
-    arrays = {"argmax", "check", spec.kind} & set(store.arrays())
-    room = max((store.array_metadata(name)["shape"][0] for name in arrays), default=0)
-    if room > spec.views and (further := store.missing(room, spec.kind)):
-        problems.append(f"{store.path}: room for {room} views; {count_of(len(further), 'unit')} of them missing")
     return problems
+
+
+def _incomplete_beyond(store: Store, spec: StoreSpec) -> str:
+    """What is missing of further views, which another configuration may be computing; empty if nothing is."""
+    room = store.array_metadata(spec.kind)["shape"][0]
+    missing = len(store.missing(room, spec.kind))
+    return f"{store.path}: room for {room} views, more than configured, of which {count_of(missing, 'unit')} missing" if missing else ""
 
 
 def _written(store: Store, spec: StoreSpec) -> list[Unit]:
@@ -150,14 +156,22 @@ def _name(store: Store, unit: Unit) -> str:
 
 
 def remove_damaged(store: StoreWriter, kind: str, units: list[Unit]) -> None:
-    """Read all of the units and remove those that are damaged, so that they are computed again."""
+    """Read all of the units and remove those that are damaged, so that they are computed again.
+
+    Of a unit whose argmax is whole only this kind is removed: other kinds share the argmax.
+    """
     for unit, found in damaged_units(store, units, kind):
         print(f"removed a damaged unit: {found}")
-        store.remove_unit(unit)
+        store.remove_unit(unit, (kind,) if store.has_argmax(unit) else ("argmax",))
 
 
 def repair(store: Store, spec: StoreSpec) -> None:
-    """Remove damaged units, so that teacher-logits computes them again; print what is missing."""
+    """Remove damaged units, so that teacher-logits computes them again; print what is missing.
+
+    Raises:
+        UsageError: teacher-logits is running: it may have computed again what was found damaged.
+    """
     writer = StoreWriter.open(store.path, store.index, spec.recipe)
-    remove_damaged(writer, spec.kind, _written(writer, spec))
+    with part_lease(store.path, 0, 1, "store repair"):
+        remove_damaged(writer, spec.kind, _written(writer, spec))
     print(describe_missing(writer, spec))

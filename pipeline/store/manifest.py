@@ -96,6 +96,18 @@ def store_bytes(path: str) -> int:
     return sum(info["size"] for info in filesystem.find(root, detail=True).values())
 
 
+def kind_bytes(store: Store, views: int, kind: str) -> int:
+    """Bytes of the chunks of views 0..views-1 that a kind needs; the store may hold more views, and other kinds."""
+    filesystem, root = fsspec.core.url_to_fs(store.path)
+    blocks, total = {unit.block for unit in store.units(views)}, 0
+    for name in {"argmax", "check", kind}:
+        folder = f"{root}/{name}/c"
+        for path, info in filesystem.find(folder, detail=True).items():
+            block = path[len(folder) + 1 :].partition("/")[0]
+            total += info["size"] if block.isdigit() and int(block) in blocks else 0
+    return total
+
+
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Write a manifest; equal manifests have equal bytes."""
     with atomic_write(path) as temporary:
@@ -189,7 +201,7 @@ def publish(spec: StoreSpec, store: Store, verified: Collection[Unit] = ()) -> N
         )
     sweep_store(store.path)
     write_manifest(spec.folder / "manifest.json", build_manifest(store, spec.views, spec.kind))
-    size, agreement = store_bytes(store.path), _agreement(store, spec.views)
+    size, agreement = kind_bytes(store, spec.views, spec.kind), _agreement(store, spec.views)
     summary = {"rows": rows, "views": spec.views, "kind": spec.kind, "bytes": size, "agreement_with_labels": agreement}
     write_summary(spec.folder / "summary.json", summary)
     agrees = "" if agreement is None else f"the teacher agrees with the label on {agreement:.1%} of the (mixed) views; "

@@ -130,9 +130,9 @@ class StoreWriter(Store):
         views = slice(unit.block * block, (unit.block + 1) * block)
         rows = slice(unit.shard * self.capacity, (unit.shard + 1) * self.capacity)
         with _writing(self.path):
-            check = self._current_check(unit)
+            check = self._current_check(unit, checks)
             written = [name for name in buffers if name != "argmax"]
-            if not self._holds(unit, buffers["argmax"], checks):
+            if not self.has_argmax(unit, buffers["argmax"]):
                 written.append("argmax")
             self.remove_unit(unit, tuple(reversed(written)))
             check[:, : checks.shape[1]] = checks
@@ -149,13 +149,13 @@ class StoreWriter(Store):
                 self._array(name)[views, rows] = padded[name]
                 self._sync(unit, name)
 
-    def _holds(self, unit: Unit, argmax: np.ndarray, checks: np.ndarray) -> bool:
-        """Whether the unit has this argmax, for the same pictures."""
+    def has_argmax(self, unit: Unit, argmax: np.ndarray | None = None) -> bool:
+        """Whether the unit has a valid argmax, and if one is given, this one."""
         try:
-            stored, check = self._read_argmax(unit.shard, unit.block * self.recipe.block)
+            stored = self.read_unit(unit)
         except Damaged:
             return False
-        return np.array_equal(stored, argmax) and np.array_equal(check[:, : checks.shape[1]], checks)
+        return argmax is None or np.array_equal(stored, argmax)
 
     def add_kind(self, unit: Unit, buffers: dict[str, np.ndarray], checks: np.ndarray) -> None:
         """Commit the predictions for a unit as `write_unit`, but keep an argmax that is there already, for another kind.
@@ -188,14 +188,15 @@ class StoreWriter(Store):
                     os.fsync(descriptor)
                     os.close(descriptor)
 
-    def _current_check(self, unit: Unit) -> np.ndarray:
-        """The unit's check as stored, whose checksums of other kinds stay."""
-        try:
-            return np.array(self.read_check(unit))
-        except Damaged:
-            # never written, or damaged: without its checksum another kind cannot be verified any more
-            self.remove_unit(unit, tuple(name for name in self.kinds if name in self.arrays()))
-            return np.full((self.recipe.block, self.groups + len(self.kinds)), NO_CHECK, np.uint64)
+    def _current_check(self, unit: Unit, checks: np.ndarray) -> np.ndarray:
+        """The unit's check as stored, whose checksums of other kinds stay, if it is for the pictures of these group checks."""
+        with contextlib.suppress(Damaged):
+            stored = np.array(self.read_check(unit))
+            if np.array_equal(stored[:, : checks.shape[1]], checks):
+                return stored
+        # never written, damaged, or for other pictures: what is stored of the unit belongs to those, or cannot be verified
+        self.remove_unit(unit, tuple(name for name in self.kinds if name in self.arrays()))
+        return np.full((self.recipe.block, self.groups + len(self.kinds)), NO_CHECK, np.uint64)
 
     def remove_unit(self, unit: Unit, names: tuple[str, ...] = ("argmax",)) -> None:
         """Delete chunks of a unit; argmax first, whose presence means that the unit is complete."""
