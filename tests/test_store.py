@@ -335,9 +335,9 @@ def die_after(name, store, monkeypatch):
     """Let the process die when a store has written this part of a unit: `check`, then the payload, then `argmax`."""
     real = store._sync
 
-    def sync(unit, *names):
-        real(unit, *names)
-        if name in names:
+    def sync(unit, written):
+        real(unit, written)
+        if written == name:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(store, "_sync", sync)

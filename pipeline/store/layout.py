@@ -6,7 +6,7 @@ then for each kind that the store may hold a checksum of what it holds for that 
 kind share a store; classes that were drawn from them have a store of their own, since the draws are part of its
 identity.
 
-A unit's argmax is written last, so a unit that has one is complete (pipeline.store.writer). `argmax`, `check`, `topk`
+A unit that has an argmax and a kind's chunk is complete for that kind (pipeline.store.writer). `argmax`, `check`, `topk`
 and `sampled` have one chunk per unit. For the dense kinds a unit is a zarr shard whose inner chunks hold the views that
 training reads together (recipe.repeats).
 """

@@ -1,6 +1,7 @@
 """Writing a store: create it, commit units, remove units.
 
-One process writes a unit, by rename and argmax last, so a unit that has an argmax is complete.
+One process writes a unit, by rename: check, payload, argmax. So a unit that has an argmax and a kind's payload is complete
+for that kind, also where the payload was added to an earlier argmax.
 """
 
 import contextlib
@@ -178,15 +179,14 @@ class StoreWriter(Store):
             buffers = {**buffers, "argmax": argmax}
         self.write_unit(unit, buffers, checks)
 
-    def _sync(self, unit: Unit, *names: str) -> None:
-        """Flush chunks and their folders to disk, so that an argmax means a complete unit even after a power cut."""
+    def _sync(self, unit: Unit, name: str) -> None:
+        """Flush a chunk and its folder to disk, so that the order of writing holds even after a power cut."""
         if self._local:
-            for name in names:
-                chunk = Path(self._chunk_path(name, unit.shard, unit.block))
-                for path in (chunk, chunk.parent):
-                    descriptor = os.open(path, os.O_RDONLY)
-                    os.fsync(descriptor)
-                    os.close(descriptor)
+            chunk = Path(self._chunk_path(name, unit.shard, unit.block))
+            for path in (chunk, chunk.parent):
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
 
     def _current_check(self, unit: Unit, checks: np.ndarray) -> np.ndarray:
         """The unit's check as stored, whose checksums of other kinds stay, if it is for the pictures of these group checks."""
@@ -199,7 +199,7 @@ class StoreWriter(Store):
         return np.full((self.recipe.block, self.groups + len(self.kinds)), NO_CHECK, np.uint64)
 
     def remove_unit(self, unit: Unit, names: tuple[str, ...] = ("argmax",)) -> None:
-        """Delete chunks of a unit; argmax first, whose presence means that the unit is complete."""
+        """Delete chunks of a unit, in this order; without its argmax a unit is missing for every kind."""
         for name in names:
             with contextlib.suppress(FileNotFoundError):  # a listing may be out of date, so none is consulted
                 self._filesystem.rm_file(self._chunk_path(name, unit.shard, unit.block))
