@@ -69,6 +69,14 @@ def test_a_resumed_loop_shows_its_current_speed(capsys):
     assert "960 of 1,000 steps, 1 steps/s, 00:40 left" in capsys.readouterr().err.splitlines()[0]
 
 
+def test_a_high_rate_is_written_without_an_exponent(capsys):
+    now = 0.0
+    with LogProgress(1_000_000, 0, "teacher-logits", "view", clock=lambda: now) as bar:
+        now = 60.0
+        bar.update(900_000)
+    assert "900,000 of 1,000,000 views, 15,000 views/s, 00:06 left" in capsys.readouterr().err.splitlines()[0]
+
+
 def test_a_bar_is_for_terminals_and_one_rank_alone(monkeypatch):
     assert isinstance(progress(3, "x", "step"), LogProgress)
     with progress(3, "x", "step", enabled=False) as bar:

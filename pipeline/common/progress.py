@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from pipeline.common.wording import three_digits
+
 
 class LogProgress:
     """Progress for a log: a line per minute and one at the end, with speed, time left and a note."""
@@ -29,7 +31,7 @@ class LogProgress:
         self.printed = self.clock()
         rate = (self.done - self.first) / max(self.printed - self.start, 1e-9)
         left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
-        parts = [f"{self.done:,} of {self.total:,} {self.unit}s", f"{rate:,.3g} {self.unit}s/s", f"{left} left"]
+        parts = [f"{self.done:,} of {self.total:,} {self.unit}s", f"{three_digits(rate)} {self.unit}s/s", f"{left} left"]
         print(f"{self.desc}: " + ", ".join(filter(None, [*parts, self.note])), file=sys.stderr, flush=True)
 
     def __enter__(self) -> "LogProgress":

@@ -9,8 +9,13 @@ def count_of(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else plural}"
 
 
+def three_digits(number: float) -> str:
+    """Three significant digits, never with an exponent for large numbers: 0.959, 12.3, 5,247."""
+    return f"{number:,.0f}" if number >= 99.95 else f"{number:.3g}"
+
+
 def size_of(number: float) -> str:
     """A number of bytes with three digits in decimal units: 884 B, 8.84 kB, 13 MB, 1,200 GB."""
     unit = next((unit for unit, factor in UNITS.items() if number >= 0.9995 * factor), "B")
     scaled = number / UNITS[unit]
-    return f"{scaled:,.0f} {unit}" if scaled >= 99.95 or unit == "B" else f"{scaled:.3g} {unit}"
+    return f"{scaled:,.0f} {unit}" if unit == "B" else f"{three_digits(scaled)} {unit}"

@@ -11,6 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from pipeline.common.files import atomic_write
+from pipeline.common.wording import three_digits
 from pipeline.models.tokens import LayerCosine
 from pipeline.report.analysis import Analysis
 from pipeline.report.calibration import Calibration
@@ -70,17 +71,12 @@ class Column:
         return best if not self.of_model and [self.show(row) for row in results].count(best) == 1 else None
 
 
-def _short(value: float) -> str:
-    """Three significant digits; never with an exponent for large numbers."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 COLUMNS = (
     Column("top-1 %", lambda row: 100 * row.top1, "{:.2f}".format, of_model=False),
     Column("top-5 %", lambda row: 100 * row.top5, "{:.2f}".format, of_model=False),
-    Column("params M", lambda row: row.parameters / 1e6, _short),
-    Column("GMACs", lambda row: row.macs / 1e9, _short),
-    Column("images/s", lambda row: row.throughput, _short),
+    Column("params M", lambda row: row.parameters / 1e6, three_digits),
+    Column("GMACs", lambda row: row.macs / 1e9, three_digits),
+    Column("images/s", lambda row: row.throughput, three_digits),
 )
 
 
