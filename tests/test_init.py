@@ -595,3 +595,22 @@ def test_bytes_are_those_of_shards_store_and_checkpoints():
     sizes = bytes_written(config(TYPICAL), RATES, 2_000, 10, 12_345)
     assert sizes["shards"] == 12_345 and sizes["checkpoints"] == 24 * 2_100_000
     assert sizes["store"] >= 2_000 * 15 * (2 * 10 + 2)
+
+
+def test_the_table_of_the_faq_shows_what_is_chosen_on_a_gpu():
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (ROOT / "docs/faq.md").read_text().splitlines()]
+    rows = [row for row in rows if len(row) == 6 and row[1] in ("pretrained", "from scratch")]
+    assert len(rows) == 6
+    for photographs, weights, *chosen in rows:
+        pretrained = weights == "pretrained"
+        found = config(
+            facts(images=int(photographs.replace(",", "")), classes=20, majority=0.05, gpu=True, precision="bfloat16",
+                  pretrained=pretrained, pretrained_student=pretrained)
+        )  # fmt: skip
+        student, logits = found.student, found.teacher_logits
+        assert chosen == [
+            f"{found.recipe.size} px",
+            f"{found.teacher.model}, {found.teacher.epochs}",
+            f"{student.model.removesuffix('_distilled_patch16_224')}, {student.epochs}",
+            f"{logits.views}, {logits.kind}",
+        ]
