@@ -309,6 +309,14 @@ def test_models_are_pretrained_where_weights_can_be_had(project, monkeypatch):
     call("train-student", "--dry-run", "--device", "cpu")
 
 
+def test_weights_that_the_user_chose_are_warned_of_and_not_replaced_where_they_cannot_be_had(project, monkeypatch):
+    monkeypatch.setattr("pipeline.cli.init.missing_weights", lambda tag, offline: "not here")
+    said = init("My photos", "teacher.weights=regnety_016.tv2_in1k", "student.weights=null")
+    assert "warning: teacher.weights regnety_016.tv2_in1k: not here; training stops without them" in said
+    assert "not used" not in said
+    assert load().teacher.weights == "regnety_016.tv2_in1k" and load().student.weights is None
+
+
 def test_weights_for_as_many_classes_as_imagenet_are_not_used(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("pipeline.cli.init.missing_weights", lambda tag, offline: "")
     found = photos([1] * 1_000, [1] * 1_000)

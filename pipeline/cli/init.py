@@ -1,6 +1,7 @@
 """`pipeline init`: from a folder of images to a params.yaml that suits them."""
 
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,13 +41,14 @@ def run(
     """
     found = photos.look(root)
     print(photos.describe(found))
-    facts = gather(found, device, offline)
     given = parse_overrides(overrides)
+    facts = gather(found, device, offline, given)
     choices = _named(root, found) | choose(facts, given)
     config = configuration(choices, overrides)
     if not force:
         refuse_changed(output, config, experiments().values())
-    for line in photos.warnings(found) + scratch_warnings(facts, make_plan(facts, given)):
+    expected = scratch_warnings(facts, make_plan(facts, given)) + missing_given_weights(config, given, offline)
+    for line in photos.warnings(found) + expected:
         print(f"warning: {line}")
     if with_estimate:
         _print_estimate(config, found, device)
@@ -57,16 +59,16 @@ def run(
     print(f"{output}: {config.name}, with a reason for each choice; {what_next(output)}")
 
 
-def gather(found: photos.Photos, device: torch.device, offline: bool) -> Facts:
-    """The facts that choices depend on; says so where there are no pretrained weights."""
+def gather(found: photos.Photos, device: torch.device, offline: bool, given: Given = MappingProxyType({})) -> Facts:
+    """The facts that choices depend on; says so where there are no pretrained weights, unless the user chose them."""
     gpu, classes = device.type == "cuda", len(found.train.classes)
-    missing = {tag: missing_weights(tag, offline) for tag in (released_teacher(gpu), released_student(gpu))}
-    if classes == IMAGENET_CLASSES:
-        reason = "your set has as many classes as ImageNet, for which they would be used as they are"
-        missing[released_teacher(gpu)] = reason
-    for tag, reason in missing.items():
+    released = {"teacher": released_teacher(gpu), "student": released_student(gpu)}
+    missing = {section: missing_weights(tag, offline) for section, tag in released.items() if f"{section}.weights" not in given}
+    if classes == IMAGENET_CLASSES and "teacher" in missing:
+        missing["teacher"] = "your set has as many classes as ImageNet, for which they would be used as they are"
+    for section, reason in missing.items():
         if reason:
-            print(f"pretrained weights {tag} are not used: {reason}")
+            print(f"pretrained weights {released[section]} are not used: {reason}")
     return Facts(
         images=len(found.train.names),
         classes=classes,
@@ -75,8 +77,8 @@ def gather(found: photos.Photos, device: torch.device, offline: bool) -> Facts:
         megapixels=found.megapixels,
         gpu=gpu,
         precision=fastest_precision(device),
-        pretrained=not missing[released_teacher(gpu)],
-        pretrained_student=not missing[released_student(gpu)],
+        pretrained=not missing.get("teacher", "given"),
+        pretrained_student=not missing.get("student", "given"),
     )
 
 
@@ -98,6 +100,13 @@ def scratch_warnings(facts: Facts, plan: Plan) -> list[str]:
         f"{what} trained from scratch. A DeiT learns little from so few images: expect it to stay well below its teacher,"
         " and more epochs to help"
     ]
+
+
+def missing_given_weights(config: Config, given: Given, offline: bool) -> list[str]:
+    """Pretrained weights that the user chose and that cannot be had now."""
+    tags = {name: getattr(config, name).timm_tag for name in ("teacher", "student") if f"{name}.weights" in given}
+    missing = {f"{name}.weights {tag}": missing_weights(tag, offline) for name, tag in tags.items() if tag}
+    return [f"{what}: {reason}; training stops without them" for what, reason in missing.items() if reason]
 
 
 def parse_overrides(overrides: tuple[str, ...]) -> Given:
