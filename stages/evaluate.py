@@ -41,6 +41,7 @@ from pipeline.store.manifest import read_manifest, read_summary
 from pipeline.store.reader import Store
 from pipeline.training.identity import validation_fingerprint
 from pipeline.training.log import read_curve
+from pipeline.training.origin import require_student, require_teacher
 
 
 def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
@@ -58,7 +59,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     print_entries(entries, val, evaluator.further)
     if dry_run:
         return
-    require_weights(entries)
+    require_models(config, entries, train)
     store, manifest, summary = None, None, {}
     if config.needs_store("train-student"):
         store, manifest = open_store(config, train)
@@ -100,6 +101,20 @@ def identify(config: Config, entries: list[Entry], val: Index) -> dict[str, dict
     shared = config.evaluate.sets_identity(config.data)
     validation = {entry.name: {"validation": validation_fingerprint(val.fingerprint, entry.crop)} for entry in entries}
     return {entry.name: published_as(entry.folder) | validation[entry.name] | shared for entry in entries}
+
+
+def require_models(config: Config, entries: list[Entry], train: Index) -> None:
+    """Refuse models that were trained otherwise than configured: the report would show settings that they do not have.
+
+    Raises:
+        PipelineError: a model was not trained yet; or it was trained otherwise, and the settings that differ.
+    """
+    require_weights(entries)
+    for entry in entries:
+        if entry.student is None:
+            require_teacher(config, train.fingerprint)
+        else:
+            require_student(config, train.fingerprint, entry.name)
 
 
 def require_same(before: dict[str, Any], after: dict[str, Any], config: Config) -> None:

@@ -19,6 +19,7 @@ from pipeline.models.weights import read_external_weights, read_saved_weights, w
 from pipeline.shards.published import open_index
 from pipeline.training.completion import train_and_publish
 from pipeline.training.identity import configured_finetune
+from pipeline.training.origin import require_student
 from pipeline.training.run import NoTeacher, describe_run, prepare_run, print_if_not_ready
 from pipeline.training.teachers import create_teacher
 
@@ -39,6 +40,8 @@ def run(config: Config, device: torch.device, name: str, teacher: str = "stored"
     check_input_size(model, settings.size, "choose another finetune.size, or another model", student.model)
     teaching, teacher_identity = NoTeacher(), None
     with print_if_not_ready(dry_run):
+        if not settings.weights:
+            require_student(config, train.fingerprint, name)
         load_initial_weights(model, config, name)
         teaching, teacher_identity = create_teacher(config, student, "finetune", train, device, teacher)
     finetuning = prepare_run(

@@ -27,6 +27,7 @@ from pipeline.shards.index import Index
 from pipeline.shards.published import open_index
 from pipeline.training.completion import publish, train_to_completion
 from pipeline.training.identity import configured_teacher, configured_teacher_finetune
+from pipeline.training.origin import describe_training, require_teacher
 from pipeline.training.run import Run, describe_run, prepare_run, print_if_not_ready
 
 
@@ -99,6 +100,7 @@ def teacher_or_run(
     """
     section = config.teacher
     if purpose == "finetune":
+        require_teacher(config, train.fingerprint)
         adapted = config.teacher_finetune.epochs
         return _finetuning_run(config, train, val, device) if adapted else load_teacher(config, train.classes, device)
     if not section.weights:
@@ -195,7 +197,8 @@ def evaluate_and_publish(
         return  # rank 0 publishes
     print(f"teacher: top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f} on {len(val):,} images at {size} px")
     description = describe_model(teacher, val.classes, size, config.teacher.crop).as_json()
-    save = lambda path: save_teacher(path, config.teacher, teacher, description)  # noqa: E731
+    trained = describe_training(training.identity) if training else None
+    save = lambda path: save_teacher(path, config.teacher, teacher, description, trained)  # noqa: E731
     publish(teacher_folder(config, purpose), save, description, metrics | origin, training, last_epoch)
 
 

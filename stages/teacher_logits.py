@@ -33,6 +33,7 @@ from pipeline.store.manifest import damaged_units, publish, write_manifest
 from pipeline.store.publication import Source
 from pipeline.store.reader import Store, StoreIdentity
 from pipeline.store.writer import StoreWriter, sweep_store
+from pipeline.training.origin import require_teacher
 
 
 def run(
@@ -104,6 +105,7 @@ def from_teacher(config: Config, spec: StoreSpec, index: Index, device: torch.de
     Raises:
         NotReady: there is no teacher yet.
     """
+    require_teacher(config, index.fingerprint, spec.purpose)
     teacher = load_teacher(config, index.classes, device, spec.purpose)
     described = describe_teacher(config.teacher, teacher, spec.teacher_size)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_training import CPU, Stop, loaded
 
-from pipeline.common.errors import PipelineError, UsageError
+from pipeline.common.errors import NotReady, PipelineError, UsageError
 from pipeline.config.params import resolve
-from pipeline.config.paths import index_path, student_folder, teacher_folder
+from pipeline.config.paths import index_path, student_folder, teacher_folder, teacher_logits_folder
 from pipeline.config.schema import Config
 from pipeline.models.build import build_teacher
 from pipeline.models.ensemble import load_members
@@ -21,6 +21,8 @@ from pipeline.models.weights import read_weights, save_weights, weights_hash
 from pipeline.shards.index import Index
 from pipeline.training import identity
 from pipeline.training.identity import configured_runs, configured_student, is_run_of
+from pipeline.training.origin import require_student, require_teacher
+from pipeline.training.teachers import create_teacher
 from pipeline.training.trainer import Trainer
 from stages import finetune, teacher, teacher_logits, train_student
 
@@ -44,6 +46,10 @@ def publish_teacher(config: Config, purpose: str = "train-student", seed: int = 
     """A teacher with fresh weights of a seed, as if it had been trained."""
     model = build_teacher(config.teacher.model_copy(update={"seed": seed}), 3)
     save_teacher(teacher_folder(config, purpose) / "weights.safetensors", config.teacher, model)
+
+
+def training_index() -> Index:
+    return Index(index_path(loaded(), "train"))
 
 
 # the teacher in the loop
@@ -100,8 +106,48 @@ def test_a_teacher_that_sees_another_size_fills_another_store(taught, told):
 
 
 def test_a_published_teacher_is_not_taken_for_another_function_of_the_same_weights(taught):
-    with pytest.raises(PipelineError, match=r"(?s)kwargs.output_stride: 8, 32.*run: pipeline teacher$"):
+    with pytest.raises(PipelineError, match=r"(?s)kwargs.output_stride: 8, 32.*run: pipeline teacher "):
         teacher_logits.run(loaded("teacher.kwargs.output_stride=32"), CPU)
+
+
+@pytest.mark.parametrize("change", ["teacher.lr=0.5", "teacher.seed=7", "recipe.hflip=0.25"])
+@pytest.mark.parametrize("stage", ["teacher-logits", "train-student", "train-student online", "teacher-finetune", "evaluate"])
+def test_a_teacher_that_was_trained_otherwise_is_not_used(taught, stage, change):
+    if (stage, change) == ("train-student", "recipe.hflip=0.25"):
+        pytest.skip("the store's recipe is refused before")
+    changed = loaded(change)
+    named = change.removeprefix("teacher.").partition("=")[0] if change.startswith("teacher") else "another recipe"
+    with pytest.raises(NotReady, match=rf"(?s)another configuration.*{named}.*run: pipeline teacher "):
+        {
+            "teacher-logits": lambda: teacher_logits.run(changed, CPU),
+            "train-student": lambda: create_teacher(changed, changed.student_named("hard"), "train-student", training_index(), CPU),
+            "train-student online": lambda: train_student.run(changed, CPU, "hard", teacher="online"),
+            "teacher-finetune": lambda: teacher.run(changed, CPU, "finetune"),
+            "evaluate": lambda: require_teacher(changed, training_index().fingerprint),
+        }[stage]()
+
+
+def test_what_does_not_change_a_teacher_does_not_make_it_another(taught):
+    teacher_logits.run(loaded("teacher.min_top1=0", "teacher.eval_epochs=1", "teacher.workers=1", "student.lr=0.5"), CPU)
+
+
+@pytest.mark.parametrize("change", ["variants.hard.lr=0.5", "student.seed=7"])
+def test_a_student_that_was_trained_otherwise_is_neither_evaluated_nor_fine_tuned(taught, change):
+    train_student.run(taught, CPU, "hard")
+    changed = loaded(change, "students=[hard]", "finetune.from=[hard]")
+    named = change.partition("=")[0].rpartition(".")[2]
+    for use in (lambda: finetune.run(changed, CPU, "hard"), lambda: require_student(changed, training_index().fingerprint, "hard")):
+        with pytest.raises(NotReady, match=rf"(?s)student of another configuration.*student.{named}.*train-student --student hard"):
+            use()
+    require_student(loaded("student.workers=1"), training_index().fingerprint, "hard")
+
+
+def test_a_student_of_another_store_than_the_published_one_is_not_evaluated(taught):
+    train_student.run(taught, CPU, "hard")
+    manifest = teacher_logits_folder(taught, "train-student") / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"fingerprint": "0" * 32}))
+    with pytest.raises(NotReady, match=f"trained from the store {'0' * 32}"):
+        require_student(taught, training_index().fingerprint, "hard")
 
 
 def test_another_function_of_the_same_weights_is_fine_tuned_anew(taught, told):

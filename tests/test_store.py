@@ -891,7 +891,7 @@ def test_incomplete_store_has_no_manifest_and_names_the_missing_unit(kind, copy)
     create(path, kind).remove_unit(Unit(2, 1))
     message = refusal(build_manifest, opened(path), VIEWS, kind)
     assert "1 unit missing" in message and "shard 2, block 1" in message
-    assert "pipeline teacher-logits, with --for finetune" in message
+    assert "pipeline teacher-logits (--for finetune: the second store)" in message
 
 
 def test_manifest_is_read_as_it_was_written(filled, tmp_path):

@@ -369,6 +369,7 @@ def test_a_store_named_by_hand_of_another_recipe_is_refused(taught):
 def test_a_changed_recipe_fills_another_store_and_leaves_the_first(taught):
     first = next(Path("work/stores").glob("*.zarr"))
     files = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    teacher.run(loaded("recipe.hflip=0.25"), CPU)
     teacher_logits.run(loaded("recipe.hflip=0.25"), CPU)
     assert len(list(Path("work/stores").glob("*.zarr"))) == 2
     assert files == {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
@@ -378,7 +379,10 @@ def test_a_student_with_reused_predictions_is_warned_of_and_is_another_run_on_th
     seen, real = [], Trainer.loss
     monkeypatch.setattr(Trainer, "loss", lambda self, batch: seen.append(batch.checks) or real(self, batch))
     unmixed = "recipe.mix_prob=0", "student.epochs=2", "student.eval_epochs=2", "finetune.from=[]"
+    teacher.run(loaded(*unmixed), CPU)
     teacher_logits.run(loaded(*unmixed), CPU)
+    capsys.readouterr()
+    seen.clear()
     train_student.run(loaded(*unmixed), CPU, "hard")
     own, seen[:] = list(seen), []
     assert "warning" not in capsys.readouterr().out

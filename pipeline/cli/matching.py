@@ -11,38 +11,29 @@ from pipeline.cli.scan import read_json
 from pipeline.config.paths import digests_folder, teacher_folder
 from pipeline.config.schema import PURPOSES, Config
 from pipeline.config.store_spec import StoreSpec
-from pipeline.models.provenance import teacher_architecture, teacher_source
+from pipeline.models.provenance import is_other_source, teacher_architecture
 
 
 def is_foreign(published: object, own: Collection[str], known: Collection[str]) -> bool:
-    """Whether a published fingerprint belongs to another configuration, or is not what this one has computed since.
+    """Whether a published fingerprint, if it is one, belongs to another configuration, or is not what this one has computed
+    since.
 
     Args:
         own: the fingerprints below `work` that are this configuration's, out of all that are `known`.
     """
-    return published not in own and (bool(own) or published in known)
+    return isinstance(published, str) and published not in own and (bool(own) or published in known)
 
 
 def foreign_teachers(config: Config) -> set[str]:
     """The purposes whose published teacher is another than the configured one, according to its metrics.json."""
     published = {purpose: read_json(teacher_folder(config, purpose) / "metrics.json") for purpose in PURPOSES}
     first, second = published.values()
-    if _differ({"architecture": teacher_architecture(config.teacher)}, first) or _is_other_source(config, first):
+    if _differ({"architecture": teacher_architecture(config.teacher)}, first) or is_other_source(config.teacher, digests_folder(config), first):
         return {*PURPOSES}
     found = {purpose for purpose in PURPOSES if _differ({"size": config.teacher_size(purpose)}, published[purpose])}
     if "weights" in first and not config.teacher_finetune.epochs and _differ({"weights": first["weights"]}, second):
         found.add("finetune")  # it was published from another one
     return found
-
-
-def _is_other_source(config: Config, published: dict[str, Any]) -> bool:
-    """Whether a teacher's weights were read from elsewhere; False while the configured file is not there."""
-    if "source" not in published:
-        return False
-    try:
-        return published["source"] != teacher_source(config.teacher, digests_folder(config))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
 
 
 def is_own_store(config: Config, spec: StoreSpec, attributes: dict[str, Any]) -> bool:

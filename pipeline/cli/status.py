@@ -49,7 +49,7 @@ from pipeline.config.paths import (
     student_folder,
     teacher_folder,
 )
-from pipeline.config.schema import Config, Teacher, Training
+from pipeline.config.schema import PURPOSES, Config, Teacher, Training
 from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.training.identity import configured_runs, is_run_of
 
@@ -128,6 +128,9 @@ class Experiment:
         found = [path for path in (local_work(config.work) / "state").glob("*") if FINGERPRINT.fullmatch(path.name)]
         folders = [(folder, read_json(folder / "run.json")) for folder in found]
         self.states = [State(folder, described, modification_times(folder)) for folder, described in folders if described]
+        self.known_runs, own = {state.folder.name for state in self.states}, [x.folder.name for x in self.states_of("teacher")]
+        if is_foreign(read_json(teacher_folder(config) / "metrics.json").get("run"), own, self.known_runs):
+            self.foreign_teachers = {*PURPOSES}  # stores and the second teacher are then another's, too
 
     def states_of(self, stage: str) -> list[State]:
         """The states with the configuration's settings that use the published store, or none."""
@@ -216,7 +219,7 @@ def _training(
     published, own_runs = metrics.get("run"), [state.folder.name for state in own]
     # trained here, or weights from elsewhere
     foreign = bool(metrics) and (other or isinstance(published, str) != bool(settings))
-    foreign |= isinstance(published, str) and is_foreign(published, own_runs, {x.folder.name for x in experiment.states})
+    foreign |= is_foreign(published, own_runs, experiment.known_runs)
     total, images = experiment.steps(settings) if settings else (None, None)
     state = max(own, key=lambda state: state.modified, default=None)
     log: dict[str, Any] = {"top1": number(headline_top1(metrics))}

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,21 @@ def teacher_source(section: Teacher, checksums: Path) -> str | list[str | None] 
     """
     sources = [weights_source(member, checksums) for member in section.members]
     return sources if section.ensemble else sources[0]
+
+
+def is_other_source(section: Teacher, checksums: Path, published: Mapping[str, Any]) -> bool:
+    """Whether a teacher was published from other weights than the configured ones; False while their file is not there.
+
+    Args:
+        checksums: see `weights_source`.
+        published: metrics.json of the published teacher.
+    """
+    if "source" not in published:
+        return False
+    try:
+        return published["source"] != teacher_source(section, checksums)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def weights_source(section: Teacher, checksums: Path) -> str | None:

@@ -19,6 +19,7 @@ from pipeline.models.ensemble import Ensemble, join, resize_pictures
 from pipeline.models.provenance import teacher_architecture
 from pipeline.models.weights import (
     DESCRIPTION,
+    TRAINED,
     load_weights,
     read_saved_weights,
     save_weights,
@@ -74,9 +75,20 @@ def describe_teacher(section: Teacher, teacher: NormalizedModel, size: int) -> d
     return {**teacher_architecture(section), "head": heads, "weights": weights_hash(teacher.model), "size": size, **version}
 
 
-def save_teacher(path: Path, section: Teacher, teacher: NormalizedModel, description: dict[str, Any] | None = None) -> None:
-    """Save weights and architecture; `path` is written directly, so pass a temporary one."""
-    save_weights(path, teacher.model, teacher_architecture(section) | {DESCRIPTION: description or {}})
+def save_teacher(
+    path: Path,
+    section: Teacher,
+    teacher: NormalizedModel,
+    description: dict[str, Any] | None = None,
+    trained: dict[str, Any] | None = None,
+) -> None:
+    """Save weights and architecture; `path` is written directly, so pass a temporary one.
+
+    Args:
+        trained: how, see `pipeline.training.origin`; None: it was not trained here.
+    """
+    about = {DESCRIPTION: description or {}} | ({TRAINED: trained} if trained else {})
+    save_weights(path, teacher.model, teacher_architecture(section) | about)
 
 
 def load_teacher(
@@ -101,7 +113,8 @@ def load_teacher(
         raise NotReady(f"{path}: no teacher", found=found, do=f"run: {command}")
     architecture = teacher_architecture(section)
     described = metadata.get(DESCRIPTION)
-    if others := differences({key: metadata[key] for key in metadata if key != DESCRIPTION}, architecture):
+    published = {key: value for key, value in metadata.items() if key not in (DESCRIPTION, TRAINED)}
+    if others := differences(published, architecture):
         raise PipelineError(
             f"{path}: the teacher of another configuration",
             expected="weights that were published with the model and arguments of `teacher`",

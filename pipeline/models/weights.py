@@ -29,6 +29,8 @@ DIGEST = "digest"
 """The only entry of a file's metadata, JSON with `about` and `digest`: safetensors writes several in any order."""
 DESCRIPTION = "description"
 """The key of a model's description among the metadata, see pipeline.models.description."""
+TRAINED = "trained"
+"""That of how a model was trained, see pipeline.training.origin."""
 
 
 def state_dict_hash(state: Mapping[str, torch.Tensor]) -> str:
@@ -84,13 +86,19 @@ def read_saved_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, A
 
 def read_description(path: Path) -> dict[str, Any]:
     """What weights that were published here say about themselves, see `pipeline.models.description`; otherwise empty."""
-    if path.suffix != ".safetensors":
-        return {}
-    with safetensors.safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get(DIGEST)
-    about = json.loads(text)["about"] if text else {}
-    described = about.get(DESCRIPTION) if isinstance(about, dict) else None
+    described = read_metadata(path).get(DESCRIPTION) if path.suffix == ".safetensors" else None
     return described if isinstance(described, dict) else {}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata that `save_weights` wrote, without the weights; empty for a file from elsewhere, and for a damaged one,
+    which is refused when its weights are read."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})[DIGEST])["about"]
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def read_external_weights(path: Path, checksums: Path) -> dict[str, torch.Tensor]:

@@ -34,7 +34,7 @@ from pipeline.views.draw import group_count
 
 FORMAT = 2
 NO_CHECK = 2**64 - 1
-MAKE_STORE = "pipeline teacher-logits, with --for finetune for the second store"
+MAKE_STORE = "pipeline teacher-logits (--for finetune: the second store)"
 """What computes a store or resumes it, for messages about one whose purpose is not known."""
 
 

@@ -17,10 +17,10 @@ from pipeline.common.versions import library_versions
 from pipeline.config.paths import RUN_LOCK
 from pipeline.config.validation import fingerprint
 from pipeline.models.description import describe_model
-from pipeline.models.weights import DESCRIPTION, load_weights, read_saved_weights, save_weights
-from pipeline.training.identity import run_dependencies, run_summary
+from pipeline.models.weights import DESCRIPTION, TRAINED, load_weights, read_saved_weights, save_weights
 from pipeline.training.log import write_curve
 from pipeline.training.monitoring import validate
+from pipeline.training.origin import describe_training
 from pipeline.training.run import Run
 from pipeline.training.trainer import train
 
@@ -108,8 +108,7 @@ def run_record(run: Run) -> dict[str, Any]:
     """The contents of run.json: what `is_run_of` compares and, for people, the rest of the identity and the environment."""
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type
     environment = {"device": device, "ranks": world_size(), **library_versions()}
-    others = {"dependencies": run_dependencies(run.identity), "environment": environment}
-    return {"name": run.name, "steps": run.steps} | run_summary(run.identity) | others
+    return {"name": run.name, "steps": run.steps, "environment": environment} | describe_training(run.identity)
 
 
 def _load(run: Run, rank: Rank) -> dict[str, Any]:
@@ -131,7 +130,7 @@ def train_and_publish(run: Run, folder: Path) -> None:
     if Rank.init_process_group(run.device).rank:
         return
     description = describe_model(run.model, run.train.classes, run.size, run.crop, run.distilled).as_json()
-    about = {"run": fingerprint(run.identity), DESCRIPTION: description}
+    about = {"run": fingerprint(run.identity), TRAINED: describe_training(run.identity), DESCRIPTION: description}
     publish(folder, lambda path: save_weights(path, run.model.model, about), description, metrics, run, metrics)
     figures = {key: value for key, value in metrics.items() if not isinstance(value, str)}
     print(f"{run.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))

@@ -1,6 +1,5 @@
 """Where a student's training gets the teacher's predictions from: the store, or the teacher in the loop."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from pipeline.batches.batch import Batch
 from pipeline.batches.transfer import send
 from pipeline.common.errors import PipelineError, UsageError
+from pipeline.common.files import read_json_object
 from pipeline.config.paths import store_path
 from pipeline.config.schema import Config, Student
 from pipeline.config.store_spec import store_spec
@@ -21,6 +21,7 @@ from pipeline.store.layout import MAKE_STORE
 from pipeline.store.manifest import build_manifest, read_manifest
 from pipeline.store.reader import Store, StoredPredictions
 from pipeline.store.sampling import Sampler, check_sampling
+from pipeline.training.origin import require_teacher
 from pipeline.training.run import NoTeacher, TeacherOutput
 
 
@@ -154,6 +155,7 @@ def _stored_teacher(
         path = store_path(config, published["fingerprint"])
     store = Store.open(path, index, spec.recipe)
     if published and not spec.fetch:
+        require_teacher(config, index.fingerprint, purpose)
         _check_same_teacher(store, spec.teacher_folder)
     views, kind = spec.views, "argmax" if settings.distillation == "hard" else spec.kind
     # reads the store itself: a manifest cannot know that a unit was deleted since
@@ -178,10 +180,7 @@ def _stored_teacher(
 
 def _check_same_teacher(store: Store, folder: Path) -> None:
     """Refuse a published store if the published teacher, where there is one, is another than the store's."""
-    try:
-        own = json.loads((folder / "metrics.json").read_bytes()).get("weights")
-    except (OSError, ValueError, AttributeError):
-        return
+    own = read_json_object(folder / "metrics.json").get("weights")
     stored = store.attributes["teacher"].get("weights")
     if own not in (None, stored):
         raise UsageError(
@@ -194,6 +193,7 @@ def _online_teacher(
     config: Config, student: Student, purpose: str, index: Index, device: torch.device
 ) -> tuple[OnlineTeacher, dict[str, Any]]:
     settings, spec = config.teacher_logits, store_spec(config, purpose)
+    require_teacher(config, index.fingerprint, purpose)
     model = load_teacher(config, index.classes, device, purpose)
     online = OnlineTeacher(TeacherForward(model, settings, spec.teacher_size))
     described = describe_teacher(config.teacher, model, spec.teacher_size)

@@ -1,0 +1,94 @@
+"""Whether published weights were trained as configured. Stages that use them refuse others, as `dvc repro` trains them anew.
+
+What earlier versions published does not say how it was trained, and is accepted.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.common.errors import NotReady
+from pipeline.common.files import read_json_object
+from pipeline.config.paths import FINETUNED, TEACHER, digests_folder, finetune_folder, student_folder, teacher_folder
+from pipeline.config.schema import Config
+from pipeline.config.store_spec import store_spec
+from pipeline.config.validation import differences
+from pipeline.models.provenance import is_other_source
+from pipeline.models.weights import TRAINED, read_metadata
+from pipeline.training.identity import configured_runs, is_run_of, run_dependencies, run_summary
+
+
+def describe_training(identity: dict[str, Any]) -> dict[str, Any]:
+    """What published weights say of their run's identity: what `is_run_of` compares."""
+    return run_summary(identity) | {"dependencies": run_dependencies(identity)}
+
+
+def require_teacher(config: Config, index: str, purpose: str = "train-student") -> None:
+    """Refuse a published teacher that was trained, or comes from, otherwise than configured; a missing one is none.
+
+    Args:
+        index: fingerprint of the training index.
+        purpose: train-student or finetune.
+
+    Raises:
+        NotReady: names the settings that differ.
+    """
+    folder = teacher_folder(config)
+    first = read_json_object(folder / "metrics.json")
+    if is_other_source(config.teacher, digests_folder(config), first):
+        raise _refusal(folder, f"weights from {config.teacher.weights or 'a training here'}", "weights from elsewhere", "teacher")
+    _require(config, index, "teacher", folder, "teacher")
+    if purpose == "finetune":
+        folder, command = teacher_folder(config, purpose), "teacher --for finetune"
+        trained = _require(config, index, "teacher-finetune", folder, command)
+        start = trained.get("dependencies", {}).get("start") if trained else read_json_object(folder / "metrics.json")
+        weights = start.get("weights") if isinstance(start, dict) else None
+        if None not in (weights, first.get("weights")) and weights != first["weights"]:
+            raise _refusal(folder, f"made from weights {first['weights']}", f"made from weights {weights}", command)
+
+
+def require_student(config: Config, index: str, name: str) -> None:
+    """Refuse a published student that was trained otherwise than configured, or from another store than the published one.
+
+    Args:
+        index: fingerprint of the training index.
+        name: a student of the configuration, with the suffix -finetuned for a fine-tuned one.
+
+    Raises:
+        NotReady: names the settings that differ.
+    """
+    source = name.removesuffix(f"-{FINETUNED}")
+    command, folder, purpose = f"train-student --student {name}", student_folder(config, name), "train-student"
+    if source != name:
+        command, folder, purpose = f"finetune --student {source}", finetune_folder(config, source), "finetune"
+    trained = _require(config, index, f"{purpose}@{source}", folder, command)
+    published = read_json_object(store_spec(config, purpose).folder / "manifest.json").get("fingerprint")
+    if trained and None not in (trained.get("store"), published) and trained["store"] != published:
+        raise _refusal(folder, f"trained from the store {published}", f"trained from the store {trained['store']}", command)
+
+
+def _require(config: Config, index: str, stage: str, folder: Path, command: str) -> dict[str, Any]:
+    """The training that published weights name, if any.
+
+    Raises:
+        NotReady: it is not the one that the configuration has for the stage.
+    """
+    path = folder / "weights.safetensors"
+    trained = read_metadata(path).get(TRAINED) if path.exists() else None
+    if not isinstance(trained, dict):
+        return {}
+    configured = configured_runs(config, index)[stage]
+    if not is_run_of(configured, trained):
+        was, now = ({key: found.get(key) for key in configured if key != "dependencies"} for found in (trained, configured))
+        found = [f"another {key}" for key in ("recipe", "index") if was.pop(key, None) != now.pop(key, None)]
+        found += [f"{line} (trained, configured)" for line in differences(was, now)[:5]]
+        raise _refusal(folder, "trained as configured", "; ".join(found) or "of another version of this project", command)
+    return trained
+
+
+def _refusal(folder: Path, expected: str, found: str, command: str) -> NotReady:
+    what = ("the teacher" if TEACHER in folder.name else "the student") + " of another configuration"
+    keep = "; or, to keep this teacher, name a copy of the file in teacher.weights" if TEACHER in folder.name else ""
+    return NotReady(
+        f"{folder / 'weights.safetensors'}: {what}", expected=expected, found=found,
+        do=f"run: pipeline {command} (or dvc repro); or set the configuration back{keep}",
+    )  # fmt: skip
