@@ -17,7 +17,7 @@ from pipeline.common.errors import NotReady
 from pipeline.common.files import atomic_write
 from pipeline.common.lease import part_lease, part_lease_path
 from pipeline.common.versions import library_versions
-from pipeline.common.wording import count_of
+from pipeline.common.wording import count_of, size_of
 from pipeline.config.paths import NOT_NEEDED, store_path, teacher_logits_folder
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import StoreSpec, store_spec
@@ -178,7 +178,7 @@ def describe(spec: StoreSpec, index: Index, path: str) -> str:
         f"teacher-logits: {size.rows:,} images x {spec.views} views at {spec.recipe.size} px ="
         f" {size.rows * spec.views:,} views, {count_of(size.shards, 'shard')} x {count_of(size.blocks, 'block')} ="
         f" {count_of(size.units, 'unit')}\n"
-        f"  {spec.kind}: about {size.bytes / 1e6:,.1f} MB, {size.bytes_per_view:.2f} bytes per view: {path}"
+        f"  {spec.kind}: about {size_of(size.bytes)}, {size.bytes_per_view:.2f} bytes per view: {path}"
     )
     if spec.sampling is not None:
         text += f"\n  drawn: {count_of(spec.k, 'class')} per view, at temperature {spec.sampling['tau']:g}"

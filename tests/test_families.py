@@ -104,6 +104,15 @@ def test_a_model_that_does_not_take_the_size_is_refused():
         check_input_size(built("efficientformer_l1"), 64, "choose another", "efficientformer_l1")
 
 
+@pytest.mark.parametrize("model", ["test_vit", "swin_tiny_patch4_window7_224"])
+def test_a_size_that_the_patches_do_not_cover_is_refused(model):
+    student = built(model)
+    side = student.model.patch_embed.patch_size[0]
+    check_input_size(student, 64, "choose another")
+    with pytest.raises(UsageError, match=rf"(?s)a multiple of its patch size, {side}.*1 rows and columns that it would ignore"):
+        check_input_size(built(model, size=64 + side), 64 + side + 1, "choose another")
+
+
 def test_drop_path_of_a_model_without_it_is_refused():
     with pytest.raises(UsageError, match="set drop_path to 0"):
         built("vgg11", drop_path=0.1)

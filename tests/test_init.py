@@ -317,6 +317,11 @@ def test_weights_that_the_user_chose_are_warned_of_and_not_replaced_where_they_c
     assert load().teacher.weights == "regnety_016.tv2_in1k" and load().student.weights is None
 
 
+@pytest.mark.parametrize(("size", "reason"), [(96, "a small crop shows too little"), (224, "a run this short")])
+def test_the_reason_for_mild_crops_suits_the_size(size, reason):
+    assert reason in choose(facts(), {"recipe.size": size})["recipe.scale"].reason
+
+
 def test_weights_for_as_many_classes_as_imagenet_are_not_used(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("pipeline.cli.init.missing_weights", lambda tag, offline: "")
     found = photos([1] * 1_000, [1] * 1_000)

@@ -218,3 +218,8 @@ def test_a_flipped_bit_in_a_tensor_of_a_pth_file_is_told(tmp_path):
     data[data.index(STATE["0.weight"].numpy().tobytes()) + 2] ^= 1
     path.write_bytes(data)
     assert "does not match its checksum" in refusal(read_weights, path)
+
+
+def test_a_file_that_is_no_file_of_weights_is_named_as_such(tmp_path):
+    (tmp_path / "params.yaml").write_text("name: digits\n")
+    assert "no file that torch.save writes" in refusal(read_weights, tmp_path / "params.yaml")

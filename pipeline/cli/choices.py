@@ -93,11 +93,15 @@ def _recipe(facts: Facts, plan: Plan) -> Choices:
     several = "at least two groups per batch, so that a batch has several mixings"
     return {
         "recipe.size": Choice(plan.size, f"{fills}; {pretrained if plan.pretrained['student'] else scratch}"),
-        "recipe.scale": Choice([0.25, 1.0], "milder crops than DeiT's 0.08: at this size a small crop shows too little"),
+        "recipe.scale": Choice([0.25, 1.0], f"milder crops than DeiT's 0.08: {_why_milder(plan.size)}"),
         **(_moderate_augmentation() if facts.gpu else _light_augmentation()),
         "recipe.group_size": Choice(plan.group, several if groups > 1 else "a divisor of the batch sizes"),
         "recipe.block": Choice(plan.block, "views that share one decode"),
     }
+
+
+def _why_milder(size: int) -> str:
+    return "at this size a small crop shows too little" if size < 192 else "a run this short gains nothing from small crops"
 
 
 def _moderate_augmentation() -> Choices:

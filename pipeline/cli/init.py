@@ -10,7 +10,7 @@ from pipeline.cli import durations, photos
 from pipeline.cli.annotated import annotate
 from pipeline.cli.choices import Choice, Choices, choose, released_student, released_teacher
 from pipeline.cli.configure import experiments
-from pipeline.cli.machine import fastest_precision
+from pipeline.cli.machine import Level, check_cores, fastest_precision
 from pipeline.cli.params_file import dropped_options, refuse_changed, what_next, write_params
 from pipeline.cli.plan import FEW_PER_CLASS, Facts, Given, Plan, make_plan
 from pipeline.cli.released import missing_weights
@@ -167,5 +167,7 @@ def _print_estimate(config: Config, found: photos.Photos, device: torch.device) 
     seconds = durations.stage_seconds(config, rates, images, len(found.val.names), durations.Machine(available_cores(), gpu))
     sizes = durations.bytes_written(config, rates, images, classes, found.bytes)
     print(durations.describe(seconds, sizes, device))
+    if not gpu and (cores := check_cores()).level is Level.WARN:
+        print(f"warning: {cores.text}")
     if sum(seconds.values()) > 3600 and not gpu:
         print("to shorten it: fewer epochs (teacher.epochs, student.epochs), a smaller recipe.size, a GPU")

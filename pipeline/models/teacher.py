@@ -132,11 +132,20 @@ def load_teacher(
 
 
 def check_input_size(model: NormalizedModel, size: int, do: str, name: str = "the teacher") -> None:
-    """Check that a model accepts pictures of this size: position embeddings have a fixed one.
+    """Check that a model accepts pictures of this size, of which its patches cover everything.
+
+    Position embeddings have a fixed size; and timm's patch embedding ignores what is left beside the last whole patch.
 
     Raises:
         UsageError: it does not; `do` says what to do.
     """
+    embedding = getattr(model.model, "patch_embed", None)
+    patch = getattr(embedding, "patch_size", None)
+    if isinstance(patch, tuple) and not getattr(embedding, "dynamic_img_pad", False) and any(size % side for side in patch):
+        raise UsageError(
+            f"{name} with pictures of {size} px", expected=f"a multiple of its patch size, {patch[0]}",
+            found=f"{size % patch[0]} rows and columns that it would ignore", do=do,
+        )  # fmt: skip
     training = model.training
     try:
         with torch.no_grad():

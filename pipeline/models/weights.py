@@ -165,6 +165,10 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} in it does not match its checksum")
+    else:
+        with path.open("rb") as file:
+            if file.read(1) != b"\x80":  # the first byte of a pickle
+                raise ValueError("no file that torch.save writes")
     with torch.serialization.safe_globals([argparse.Namespace]):  # DeiT's checkpoints hold their arguments
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     for key in ("model", "state_dict"):

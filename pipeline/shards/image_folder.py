@@ -59,6 +59,6 @@ class ImageFolder:
             return decode(data if form is None else form[1], self.max_pixels)
         except Undecodable as error:
             raise PipelineError(
-                f"{path}: not a readable image", expected=f"an image of at most {self.max_pixels:,} pixels (data.max_pixels)",
-                found=str(error), do="restore the file, or remove it",
+                f"{path}: not a readable image", found=str(error), do="restore the file, or remove it",
+                expected=f"an image that can be decoded, of at most {self.max_pixels:,} pixels (data.max_pixels)",
             ) from error  # fmt: skip

@@ -215,7 +215,7 @@ class Index:
         except Undecodable as error:
             raise PipelineError(
                 f"{self.location}/{self.names[shard]}: sample {self.rows(shard)[position]['key'].decode()!r}",
-                expected=f"an image of at most {self.max_pixels:,} pixels",
+                expected=f"an image that can be decoded, of at most {self.max_pixels:,} pixels",
                 found=str(error),
                 do="run: pipeline prepare",
             ) from error

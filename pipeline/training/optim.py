@@ -1,6 +1,7 @@
 """DeiT's optimizer, schedule and EMA of the weights (paper, section 6 and Table 9; main.py)."""
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,10 @@ def add_momentum_buffers(optimizer: torch.optim.Optimizer) -> None:
             for parameter in group["params"]:
                 if optimizer.state[parameter].get("momentum_buffer") is None:
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+# with a single epoch it warns that the learning rate does not change, in terms of its own arguments
+logging.getLogger(CosineLRScheduler.__module__).setLevel(logging.ERROR)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: Training) -> CosineLRScheduler:

@@ -177,7 +177,7 @@ def describe_run(run: Run) -> str:
             " so the student does not see what the teacher saw"
         )
     if views > plan.views:
-        text += f"\n  {views} views needed, {plan.views} stored: each is used {views / plan.views:.1f} times"
+        text += f"\n  {views} views needed, {plan.views} configured: each is used {views / plan.views:.1f} times"
     return text
 
 
