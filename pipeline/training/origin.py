@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.common.errors import NotReady
 from pipeline.common.files import read_json_object
-from pipeline.config.paths import FINETUNED, TEACHER, digests_folder, finetune_folder, student_folder, teacher_folder
+from pipeline.config.paths import FINETUNED, digests_folder, finetune_folder, student_folder, teacher_folder
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import store_spec
 from pipeline.config.validation import differences
@@ -79,16 +79,18 @@ def _require(config: Config, index: str, stage: str, folder: Path, command: str)
     configured = configured_runs(config, index)[stage]
     if not is_run_of(configured, trained):
         was, now = ({key: found.get(key) for key in configured if key != "dependencies"} for found in (trained, configured))
-        found = [f"another {key}" for key in ("recipe", "index") if was.pop(key, None) != now.pop(key, None)]
+        named = {"recipe": "another recipe", "index": "other training images"}  # in an identity they are fingerprints
+        found = [text for key, text in named.items() if was.pop(key, None) != now.pop(key, None)]
         found += [f"{line} (trained, configured)" for line in differences(was, now)[:5]]
         raise _refusal(folder, "trained as configured", "; ".join(found) or "of another version of this project", command)
     return trained
 
 
 def _refusal(folder: Path, expected: str, found: str, command: str) -> NotReady:
-    what = ("the teacher" if TEACHER in folder.name else "the student") + " of another configuration"
-    keep = "; or, to keep this teacher, name a copy of the file in teacher.weights" if TEACHER in folder.name else ""
+    of_teacher = command.startswith("teacher")
+    keep = "; or, to keep this teacher, name a copy of the file in teacher.weights" * of_teacher
     return NotReady(
-        f"{folder / 'weights.safetensors'}: {what}", expected=expected, found=found,
+        f"{folder / 'weights.safetensors'}: the {'teacher' if of_teacher else 'student'} of another configuration",
+        expected=expected, found=found,
         do=f"run: pipeline {command} (or dvc repro); or set the configuration back{keep}",
     )  # fmt: skip
