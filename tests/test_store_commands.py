@@ -311,6 +311,11 @@ def test_estimate_counts_the_bytes_of_a_view(taught):
     assert "20 images x 8 views as dense" in said and ": 8 bytes per view" in said
 
 
+def test_estimate_without_data_is_for_the_given_number_of_classes(taught):
+    said = call("store", "estimate", "--images", "600", "--classes", "10")
+    assert "600 images x 8 views as dense" in said and ": 22 bytes per view" in said
+
+
 def test_estimate_of_imagenet_needs_no_data(taught):
     said = call(
         "store", "estimate", "--config", str(Path(__file__).parent.parent / "configs/imagenet-deit-tiny.yaml"),

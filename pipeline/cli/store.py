@@ -27,9 +27,13 @@ def store() -> None:
 @click.option("--views-per-second", "rate", default=1000.0, show_default=True, type=click.FloatRange(1e-3),
               help="Speed of teacher-logits, all processes together; its progress bar shows it.")  # fmt: skip
 @click.option("--images", type=click.IntRange(1), help="Number of images, if there is no index yet.")
+@click.option("--classes", default=1000, show_default=True, type=click.IntRange(1, 65535),
+              help="Number of classes, with --images.")  # fmt: skip
 @WHICH_STORE
 @config_options
-def estimate(path: str, overrides: tuple[str, ...], purpose: str, rate: float, images: int | None) -> None:
+def estimate(
+    path: str, overrides: tuple[str, ...], purpose: str, rate: float, images: int | None, classes: int
+) -> None:
     """Estimate bytes, files and hours, and after how many students the store has paid for itself.
 
     \b
@@ -48,7 +52,7 @@ def estimate(path: str, overrides: tuple[str, ...], purpose: str, rate: float, i
         index = Index(index_path(config, "train"))
         samples, classes = index.samples.tolist(), len(index.classes)
     else:
-        samples, classes = costs.equal_shards(images, config.data.shard_samples), 1000
+        samples = costs.equal_shards(images, config.data.shard_samples)
     click.echo(costs.describe_estimate(spec, costs.estimate(spec, samples, classes), classes, rate))
     click.echo(costs.describe_break_even(config, spec, classes))
 
