@@ -9,7 +9,7 @@ from pipeline.common.distributed import Rank
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import atomic_write
 from pipeline.common.wording import count_of
-from pipeline.config.paths import evaluation_folder, store_path, teacher_logits_folder
+from pipeline.config.paths import evaluation_folder, store_path, teacher_folder, teacher_logits_folder
 from pipeline.config.schema import Config
 from pipeline.models.adapt import load_resized_weights
 from pipeline.models.build import build_student
@@ -42,6 +42,7 @@ from pipeline.store.reader import Store
 from pipeline.training.identity import validation_fingerprint
 from pipeline.training.log import read_curve
 from pipeline.training.origin import require_student, require_teacher
+from pipeline.training.teachers import check_same_teacher
 
 
 def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
@@ -200,7 +201,10 @@ def open_store(config: Config, index: Index) -> tuple[Store, dict[str, Any]]:
     """The store that the students were trained from, and its manifest.
 
     Raises:
-        PipelineError: it was not computed, or is gone.
+        PipelineError: it was not computed, or is gone, or it is another teacher's than the published one.
     """
     manifest = read_manifest(teacher_logits_folder(config, "train-student") / "manifest.json")
-    return Store.open(store_path(config, manifest["fingerprint"]), index, config.recipe), manifest
+    store = Store.open(store_path(config, manifest["fingerprint"]), index, config.recipe)
+    if not config.teacher_logits.fetch:
+        check_same_teacher(store, teacher_folder(config))
+    return store, manifest

@@ -17,14 +17,14 @@ from pipeline.models.build import build_teacher
 from pipeline.models.ensemble import load_members
 from pipeline.models.pretrained import load_pretrained
 from pipeline.models.teacher import describe_teacher, load_teacher, save_teacher
-from pipeline.models.weights import read_weights, save_weights, weights_hash
+from pipeline.models.weights import read_saved_weights, read_weights, save_weights, weights_hash
 from pipeline.shards.index import Index
 from pipeline.training import identity
 from pipeline.training.identity import configured_runs, configured_student, is_run_of
 from pipeline.training.origin import require_student, require_teacher
 from pipeline.training.teachers import create_teacher
 from pipeline.training.trainer import Trainer
-from stages import finetune, teacher, teacher_logits, train_student
+from stages import evaluate, finetune, teacher, teacher_logits, train_student
 
 BRIEF = "student.epochs=1", "student.eval_epochs=1"
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "img_size": 24}
@@ -148,6 +148,35 @@ def test_a_student_of_another_store_than_the_published_one_is_not_evaluated(taug
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"fingerprint": "0" * 32}))
     with pytest.raises(NotReady, match=f"trained from the store {'0' * 32}"):
         require_student(taught, training_index().fingerprint, "hard")
+
+
+def test_a_student_of_other_views_is_refused_with_their_number(taught):
+    train_student.run(taught, CPU, "hard")
+    with pytest.raises(NotReady, match=r"views: 8, 12 \(trained, configured\)"):
+        require_student(loaded("teacher_logits.views=12"), training_index().fingerprint, "hard")
+
+
+def test_a_second_teacher_that_was_not_adapted_is_refused_where_one_is_configured(taught):
+    require_teacher(taught, training_index().fingerprint, "finetune")
+    with pytest.raises(NotReady, match="(?s)teacher_finetune.epochs 1.*not trained further.*run: pipeline teacher --for finetune"):
+        teacher_logits.run(loaded("teacher_finetune.epochs=1"), CPU, "finetune")
+
+
+def test_a_second_teacher_of_an_earlier_version_is_accepted(taught):
+    tuned = loaded("teacher_finetune.epochs=1", "teacher_finetune.batch_size=8", "teacher_finetune.workers=0")
+    teacher.run(tuned, CPU, "finetune")
+    path = teacher_folder(tuned, "finetune") / "weights.safetensors"
+    _, about = read_saved_weights(path)
+    model = load_teacher(tuned, training_index().classes, CPU, "finetune")
+    save_teacher(path, tuned.teacher, model, about["description"])
+    require_teacher(tuned, training_index().fingerprint, "finetune")
+
+
+def test_a_new_teacher_is_not_evaluated_beside_the_students_of_the_former_one(taught):
+    store, _ = evaluate.open_store(taught, training_index())
+    teacher.run(loaded("teacher.seed=7"), CPU)
+    with pytest.raises(UsageError, match=f"{store.path}: its teacher"):
+        evaluate.open_store(loaded("teacher.seed=7"), training_index())
 
 
 def test_another_function_of_the_same_weights_is_fine_tuned_anew(taught, told):

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.cli.scan import read_json
 from pipeline.config.paths import digests_folder, teacher_folder
 from pipeline.config.schema import PURPOSES, Config
-from pipeline.config.store_spec import StoreSpec
+from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.models.provenance import is_other_source, teacher_architecture
 
 
@@ -24,11 +24,22 @@ def is_foreign(published: object, own: Collection[str], known: Collection[str]) 
     return isinstance(published, str) and published not in own and (bool(own) or published in known)
 
 
-def foreign_teachers(config: Config) -> set[str]:
-    """The purposes whose published teacher is another than the configured one, according to its metrics.json."""
+def foreign_teachers(config: Config, own: Collection[str] = (), known: Collection[str] = ()) -> set[str]:
+    """The purposes whose published teacher, according to its metrics.json, is another than the configured one.
+
+    Args:
+        own, known: trainings of the teacher below `work`, as for `is_foreign`.
+    """
+    found = _foreign_teachers(config, own, known)
+    return {purpose for purpose in found if not store_spec(config, purpose).fetch}  # there the teacher's is elsewhere
+
+
+def _foreign_teachers(config: Config, own: Collection[str], known: Collection[str]) -> set[str]:
     published = {purpose: read_json(teacher_folder(config, purpose) / "metrics.json") for purpose in PURPOSES}
     first, second = published.values()
     if _differ({"architecture": teacher_architecture(config.teacher)}, first) or is_other_source(config.teacher, digests_folder(config), first):
+        return {*PURPOSES}
+    if is_foreign(first.get("run"), own, known):
         return {*PURPOSES}
     found = {purpose for purpose in PURPOSES if _differ({"size": config.teacher_size(purpose)}, published[purpose])}
     if "weights" in first and not config.teacher_finetune.epochs and _differ({"weights": first["weights"]}, second):

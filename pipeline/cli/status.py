@@ -49,7 +49,7 @@ from pipeline.config.paths import (
     student_folder,
     teacher_folder,
 )
-from pipeline.config.schema import PURPOSES, Config, Teacher, Training
+from pipeline.config.schema import Config, Teacher, Training
 from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.training.identity import configured_runs, is_run_of
 
@@ -123,14 +123,12 @@ class Experiment:
         self.names = [shard["name"] for shard in self.indices["train"].get("shards", [])]
         self.samples = [shard["samples"] for shard in self.indices["train"].get("shards", [])]
         self.stores, self.runs = list_stores(config.work), configured_runs(config, self.index)
-        self.foreign_teachers = foreign_teachers(config)
         # a folder without run.json may belong to any configuration
         found = [path for path in (local_work(config.work) / "state").glob("*") if FINGERPRINT.fullmatch(path.name)]
         folders = [(folder, read_json(folder / "run.json")) for folder in found]
         self.states = [State(folder, described, modification_times(folder)) for folder, described in folders if described]
         self.known_runs, own = {state.folder.name for state in self.states}, [x.folder.name for x in self.states_of("teacher")]
-        if is_foreign(read_json(teacher_folder(config) / "metrics.json").get("run"), own, self.known_runs):
-            self.foreign_teachers = {*PURPOSES}  # stores and the second teacher are then another's, too
+        self.foreign_teachers = foreign_teachers(config, own, self.known_runs)
 
     def states_of(self, stage: str) -> list[State]:
         """The states with the configuration's settings that use the published store, or none."""

@@ -45,7 +45,7 @@ def teacher_source(section: Teacher, checksums: Path) -> str | list[str | None] 
 
 
 def is_other_source(section: Teacher, checksums: Path, published: Mapping[str, Any]) -> bool:
-    """Whether a teacher was published from other weights than the configured ones; False while their file is not there.
+    """Whether a teacher was published from other weights than the configured ones; False while their file cannot be read.
 
     Args:
         checksums: see `weights_source`.
@@ -55,7 +55,7 @@ def is_other_source(section: Teacher, checksums: Path, published: Mapping[str, A
         return False
     try:
         return published["source"] != teacher_source(section, checksums)
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return False
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import PatchEmbed  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 
 from pipeline.common.arithmetic import autocast
@@ -139,12 +140,14 @@ def check_input_size(model: NormalizedModel, size: int, do: str, name: str = "th
     Raises:
         UsageError: it does not; `do` says what to do.
     """
-    embedding = getattr(model.model, "patch_embed", None)
-    patch = getattr(embedding, "patch_size", None)
-    if isinstance(patch, tuple) and not getattr(embedding, "dynamic_img_pad", False) and any(size % side for side in patch):
+    embedding, side = getattr(model.model, "patch_embed", None), 1
+    if isinstance(embedding, PatchEmbed) and not embedding.dynamic_img_pad:
+        side = int(embedding.patch_size[0])
+    usual = getattr(model.model, "pretrained_cfg", {}).get("input_size", ())  # SigLIP's is no multiple either
+    if size % side and size not in usual:
         raise UsageError(
-            f"{name} with pictures of {size} px", expected=f"a multiple of its patch size, {patch[0]}",
-            found=f"{size % patch[0]} rows and columns that it would ignore", do=do,
+            f"{name} with pictures of {size} px", expected=f"a multiple of its patch size, {side}",
+            found=f"{size % side} rows and columns that it would ignore", do=do,
         )  # fmt: skip
     training = model.training
     try:

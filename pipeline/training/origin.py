@@ -35,12 +35,16 @@ def require_teacher(config: Config, index: str, purpose: str = "train-student") 
     folder = teacher_folder(config)
     first = read_json_object(folder / "metrics.json")
     if is_other_source(config.teacher, digests_folder(config), first):
-        raise _refusal(folder, f"weights from {config.teacher.weights or 'a training here'}", "weights from elsewhere", "teacher")
+        expected, found = (f"weights from {source or 'a training here'}" for source in (config.teacher.weights, first["source"]))
+        raise _refusal(folder, expected, found, "teacher")
     _require(config, index, "teacher", folder, "teacher")
     if purpose == "finetune":
         folder, command = teacher_folder(config, purpose), "teacher --for finetune"
-        trained = _require(config, index, "teacher-finetune", folder, command)
-        start = trained.get("dependencies", {}).get("start") if trained else read_json_object(folder / "metrics.json")
+        trained, second = _require(config, index, "teacher-finetune", folder, command), read_json_object(folder / "metrics.json")
+        adapted, epochs = "run" in second, config.teacher_finetune.epochs
+        if second and adapted != bool(epochs):
+            raise _refusal(folder, f"teacher_finetune.epochs {epochs}", f"{'trained' if adapted else 'not trained'} further", command)
+        start = trained.get("dependencies", {}).get("start") if adapted else second
         weights = start.get("weights") if isinstance(start, dict) else None
         if None not in (weights, first.get("weights")) and weights != first["weights"]:
             raise _refusal(folder, f"made from weights {first['weights']}", f"made from weights {weights}", command)
@@ -78,19 +82,22 @@ def _require(config: Config, index: str, stage: str, folder: Path, command: str)
         return {}
     configured = configured_runs(config, index)[stage]
     if not is_run_of(configured, trained):
-        was, now = ({key: found.get(key) for key in configured if key != "dependencies"} for found in (trained, configured))
+        was, now = ({key: found.get(key) for key in configured} for found in (trained, configured))
+        known, now_known = was.pop("dependencies") or {}, now.pop("dependencies") or {}
+        expected = {key: value for key, value in now_known.items() if key in known}
         named = {"recipe": "another recipe", "index": "other training images"}  # in an identity they are fingerprints
         found = [text for key, text in named.items() if was.pop(key, None) != now.pop(key, None)]
-        found += [f"{line} (trained, configured)" for line in differences(was, now)[:5]]
-        raise _refusal(folder, "trained as configured", "; ".join(found) or "of another version of this project", command)
+        lines = differences(was, now) + differences({key: known[key] for key in expected}, expected)
+        found += [f"{line.replace('teacher_settings.', 'teacher.')} (trained, configured)" for line in lines[:5]]
+        raise _refusal(folder, "trained as configured", "; ".join(found), command)
     return trained
 
 
 def _refusal(folder: Path, expected: str, found: str, command: str) -> NotReady:
-    of_teacher = command.startswith("teacher")
-    keep = "; or, to keep this teacher, name a copy of the file in teacher.weights" * of_teacher
+    model = "teacher" if command.startswith("teacher") else "student"
+    keep = "; or, to keep this teacher, name a copy of the file in teacher.weights" if command == "teacher" else ""
     return NotReady(
-        f"{folder / 'weights.safetensors'}: the {'teacher' if of_teacher else 'student'} of another configuration",
+        f"{folder / 'weights.safetensors'}: the {model} of another configuration",
         expected=expected, found=found,
         do=f"run: pipeline {command} (or dvc repro); or set the configuration back{keep}",
     )  # fmt: skip

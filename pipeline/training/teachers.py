@@ -156,7 +156,7 @@ def _stored_teacher(
     store = Store.open(path, index, spec.recipe)
     if published and not spec.fetch:
         require_teacher(config, index.fingerprint, purpose)
-        _check_same_teacher(store, spec.teacher_folder)
+        check_same_teacher(store, spec.teacher_folder)
     views, kind = spec.views, "argmax" if settings.distillation == "hard" else spec.kind
     # reads the store itself: a manifest cannot know that a unit was deleted since
     manifest = build_manifest(store, views, kind)
@@ -178,8 +178,12 @@ def _stored_teacher(
     return StoredTeacher(store, kind, settings.reuse_view), identity
 
 
-def _check_same_teacher(store: Store, folder: Path) -> None:
-    """Refuse a published store if the published teacher, where there is one, is another than the store's."""
+def check_same_teacher(store: Store, folder: Path) -> None:
+    """Refuse a published store if the published teacher, where there is one, is another than the store's.
+
+    Raises:
+        UsageError: it is.
+    """
     own = read_json_object(folder / "metrics.json").get("weights")
     stored = store.attributes["teacher"].get("weights")
     if own not in (None, stored):
