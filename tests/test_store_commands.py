@@ -407,7 +407,8 @@ def test_prune_knows_an_interrupted_experiment_by_its_last_command(taught):
     call("teacher-logits", "--set", "name=other", "--set", "recipe.seed=5", "--dry-run")
     assert not Path("outputs/other").exists()
     shutil.copytree("outputs/small", "outputs/other")
-    call("teacher-logits", "--set", "name=other", "--set", "recipe.seed=5", "--device", "cpu")
+    for stage in ("teacher", "teacher-logits"):
+        call(stage, "--set", "name=other", "--set", "recipe.seed=5", "--device", "cpu")
     shutil.rmtree("outputs/other/teacher-logits")
     stores = sorted(Path("work/stores").glob("*.zarr"))
     call("prune", "--yes")
