@@ -18,6 +18,7 @@ from pipeline.models.ensemble import load_members
 from pipeline.models.pretrained import load_pretrained
 from pipeline.models.teacher import describe_teacher, load_teacher, save_teacher
 from pipeline.models.weights import read_saved_weights, read_weights, save_weights, weights_hash
+from pipeline.report.entries import list_entries
 from pipeline.shards.index import Index
 from pipeline.training import identity
 from pipeline.training.identity import configured_runs, configured_student, is_run_of
@@ -110,11 +111,21 @@ def test_a_published_teacher_is_not_taken_for_another_function_of_the_same_weigh
         teacher_logits.run(loaded("teacher.kwargs.output_stride=32"), CPU)
 
 
-@pytest.mark.parametrize("change", ["teacher.lr=0.5", "teacher.seed=7", "recipe.hflip=0.25"])
-@pytest.mark.parametrize("stage", ["teacher-logits", "train-student", "train-student online", "teacher-finetune", "evaluate"])
+def check_for_evaluation(config: Config, name: str) -> None:
+    """What `evaluate` checks of one model."""
+    evaluate.require_models(config, [entry for entry in list_entries(config) if entry.name == name], training_index())
+
+
+@pytest.mark.parametrize(
+    ("stage", "change"),
+    [
+        (stage, change)
+        for stage in ("teacher-logits", "train-student", "train-student online", "teacher-finetune", "evaluate")
+        for change in ("teacher.lr=0.5", "teacher.seed=7", "recipe.hflip=0.25")
+        if (stage, change) != ("train-student", "recipe.hflip=0.25")  # the store's recipe is refused before
+    ],
+)
 def test_a_teacher_that_was_trained_otherwise_is_not_used(taught, stage, change):
-    if (stage, change) == ("train-student", "recipe.hflip=0.25"):
-        pytest.skip("the store's recipe is refused before")
     changed = loaded(change)
     named = change.removeprefix("teacher.").partition("=")[0] if change.startswith("teacher") else "another recipe"
     with pytest.raises(NotReady, match=rf"(?s)another configuration.*{named}.*run: pipeline teacher "):
@@ -123,7 +134,7 @@ def test_a_teacher_that_was_trained_otherwise_is_not_used(taught, stage, change)
             "train-student": lambda: create_teacher(changed, changed.student_named("hard"), "train-student", training_index(), CPU),
             "train-student online": lambda: train_student.run(changed, CPU, "hard", teacher="online"),
             "teacher-finetune": lambda: teacher.run(changed, CPU, "finetune"),
-            "evaluate": lambda: require_teacher(changed, training_index().fingerprint),
+            "evaluate": lambda: check_for_evaluation(changed, "teacher"),
         }[stage]()
 
 
@@ -136,10 +147,10 @@ def test_a_student_that_was_trained_otherwise_is_neither_evaluated_nor_fine_tune
     train_student.run(taught, CPU, "hard")
     changed = loaded(change, "students=[hard]", "finetune.from=[hard]")
     named = change.partition("=")[0].rpartition(".")[2]
-    for use in (lambda: finetune.run(changed, CPU, "hard"), lambda: require_student(changed, training_index().fingerprint, "hard")):
+    for use in (lambda: finetune.run(changed, CPU, "hard"), lambda: check_for_evaluation(changed, "hard")):
         with pytest.raises(NotReady, match=rf"(?s)student of another configuration.*student.{named}.*train-student --student hard"):
             use()
-    require_student(loaded("student.workers=1"), training_index().fingerprint, "hard")
+    check_for_evaluation(loaded("student.workers=1"), "hard")
 
 
 def test_a_student_of_another_store_than_the_published_one_is_not_evaluated(taught):

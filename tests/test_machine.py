@@ -61,20 +61,20 @@ def test_a_log_has_a_line_a_minute_with_loss_and_time_left(capsys):
     assert not any("\r" in line for line in lines)
 
 
-def test_a_resumed_loop_shows_its_current_speed(capsys):
+@pytest.mark.parametrize(
+    ("total", "initial", "done", "said"),
+    [
+        (1_000, 900, 60, "960 of 1,000 steps, 1 steps/s, 00:40 left"),
+        (1_000_000, 0, 900_000, "900,000 of 1,000,000 steps, 15,000 steps/s, 00:06 left"),
+    ],
+    ids=["a resumed loop: its current speed", "a high rate: without an exponent"],
+)
+def test_the_first_line_of_a_log_tells_speed_and_time_left(total, initial, done, said, capsys):
     now = 0.0
-    with LogProgress(1000, 900, "student hard", "step", clock=lambda: now) as bar:
+    with LogProgress(total, initial, "student hard", "step", clock=lambda: now) as bar:
         now = 60.0
-        bar.update(60)
-    assert "960 of 1,000 steps, 1 steps/s, 00:40 left" in capsys.readouterr().err.splitlines()[0]
-
-
-def test_a_high_rate_is_written_without_an_exponent(capsys):
-    now = 0.0
-    with LogProgress(1_000_000, 0, "teacher-logits", "view", clock=lambda: now) as bar:
-        now = 60.0
-        bar.update(900_000)
-    assert "900,000 of 1,000,000 views, 15,000 views/s, 00:06 left" in capsys.readouterr().err.splitlines()[0]
+        bar.update(done)
+    assert said in capsys.readouterr().err.splitlines()[0]
 
 
 def test_a_bar_is_for_terminals_and_one_rank_alone(monkeypatch):

@@ -77,8 +77,8 @@ def gather(found: photos.Photos, device: torch.device, offline: bool, given: Giv
         megapixels=found.megapixels,
         gpu=gpu,
         precision=fastest_precision(device),
-        pretrained=not missing.get("teacher", "given"),
-        pretrained_student=not missing.get("student", "given"),
+        pretrained=missing.get("teacher") == "",
+        pretrained_student=missing.get("student") == "",
     )
 
 
