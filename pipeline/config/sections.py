@@ -32,7 +32,7 @@ class Data(Section):
 
     source: Literal["digits", "folder", "parquet", "shards", "table", "torchvision"] = "folder"
     """`digits` (bundled with scikit-learn), `folder` (one folder per class), `table` (a CSV, TSV, JSON Lines or Parquet
-    file of paths and labels), `parquet` (Parquet files of images and labels, as on the Hugging Face Hub),
+    file of paths and labels, or COCO annotations), `parquet` (Parquet files of images and labels, as on the Hugging Face Hub),
     `torchvision` (one of its data sets) or `shards` (existing WebDataset tars)."""
     dataset: str = ""
     """torchvision: the name of its class, for example CIFAR10, Flowers102, Food101 or OxfordIIITPet."""

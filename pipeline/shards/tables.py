@@ -1,4 +1,4 @@
-"""Tables of images: CSV, TSV, JSON Lines or Parquet with the columns path (or file_name), label and perhaps split."""
+"""Tables of images with the columns path (or file_name), label and perhaps split; COCO annotations are read as one."""
 
 import csv
 import json
@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 from pipeline.common.errors import PipelineError, UsageError, reason
 from pipeline.common.files import StatSignature, stat_signature
 from pipeline.config.schema import Data
+from pipeline.shards.coco import coco_rows
 from pipeline.shards.listing import TRAIN_NAMES, VAL_NAMES, Listing, as_text, label_numbers, number_classes
 from pipeline.shards.parquet import open_parquet
 
 PATHS = ("path", "file_name")
 """Columns that may hold the path; the second is that of Hugging Face's metadata.csv and metadata.jsonl."""
-TABLES = ("csv", "tsv", "jsonl", "parquet")
+TABLES = ("csv", "tsv", "jsonl", "parquet", "json")
 
 
 class Row(NamedTuple):
@@ -209,6 +210,9 @@ def _records(table: Path) -> Iterator[dict[str, Any]]:
     kind = table.suffix[1:].lower()
     if kind == "parquet":
         yield from _parquet_records(table)
+        return
+    if kind == "json":
+        yield from coco_rows(table)
         return
     with open(table, encoding="utf-8-sig", newline="") as file:
         if kind == "jsonl":
