@@ -19,7 +19,7 @@ from pipeline.models.weights import read_external_weights, read_saved_weights, w
 from pipeline.shards.published import open_index
 from pipeline.training.completion import train_and_publish
 from pipeline.training.identity import configured_finetune
-from pipeline.training.origin import require_student
+from pipeline.training.origin import finetune_start, require_student
 from pipeline.training.run import NoTeacher, describe_run, prepare_run, print_if_not_ready
 from pipeline.training.teachers import create_teacher
 
@@ -38,11 +38,12 @@ def run(config: Config, device: torch.device, name: str, teacher: str = "stored"
     train, val = (open_index(config, split) for split in ("train", "val"))
     model = build_student(student, config.recipe, len(train.classes), settings.size)
     check_input_size(model, settings.size, "choose another finetune.size, or another model", student.model)
-    teaching, teacher_identity = NoTeacher(), None
+    start, teaching, teacher_identity = None, NoTeacher(), None
     with print_if_not_ready(dry_run):
         if not settings.weights:
             require_student(config, train.fingerprint, name)
         load_initial_weights(model, config, name)
+        start = finetune_start(config, name)
         teaching, teacher_identity = create_teacher(config, student, "finetune", train, device, teacher)
     finetuning = prepare_run(
         config, f"finetune {name} at {settings.size}", configured_finetune(config, student, train.fingerprint),
@@ -52,7 +53,7 @@ def run(config: Config, device: torch.device, name: str, teacher: str = "stored"
     )  # fmt: skip
     print(describe_run(finetuning))
     if not dry_run:
-        train_and_publish(finetuning, finetune_folder(config, name))
+        train_and_publish(finetuning, finetune_folder(config, name), start)
 
 
 def load_initial_weights(model: NormalizedModel, config: Config, name: str) -> None:

@@ -12,6 +12,7 @@ from pipeline.models.weights import weights_hash
 from pipeline.shards.published import open_index
 from pipeline.training.completion import train_and_publish
 from pipeline.training.identity import configured_student
+from pipeline.training.origin import student_start
 from pipeline.training.run import NoTeacher, describe_run, prepare_run, print_if_not_ready
 from pipeline.training.teachers import create_teacher
 
@@ -61,7 +62,7 @@ def run(
     )  # fmt: skip
     print(describe_run(student_run))
     if not dry_run:
-        train_and_publish(student_run, student_folder(config, name))
+        train_and_publish(student_run, student_folder(config, name), student_start(config, settings))
 
 
 def load_start(config: Config, name: str, settings: Student, model: NormalizedModel) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pipeline.common.errors import NotReady, PipelineError, UsageError
 from pipeline.config.params import resolve
 from pipeline.config.paths import index_path, student_folder, teacher_folder, teacher_logits_folder
 from pipeline.config.schema import Config
-from pipeline.models.build import build_teacher
+from pipeline.models.build import build_student, build_teacher
 from pipeline.models.ensemble import load_members
 from pipeline.models.pretrained import load_pretrained
 from pipeline.models.teacher import describe_teacher, load_teacher, save_teacher
@@ -159,6 +159,33 @@ def test_a_student_of_another_store_than_the_published_one_is_not_evaluated(taug
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"fingerprint": "0" * 32}))
     with pytest.raises(NotReady, match=f"trained from the store {'0' * 32}"):
         require_student(taught, training_index().fingerprint, "hard")
+
+
+def test_a_fine_tuned_student_is_not_evaluated_when_the_student_was_trained_anew(taught):
+    tuned = "finetune.from=[hard]", "finetune.epochs=1", "students=[hard]"
+    train_student.run(loaded(*BRIEF, *tuned), CPU, "hard")
+    finetune.run(loaded(*BRIEF, *tuned), CPU, "hard", teacher="online")
+    check_for_evaluation(loaded(*BRIEF, *tuned), "hard-finetuned")
+    anew = loaded(*BRIEF, *tuned, "student.seed=7")
+    train_student.run(anew, CPU, "hard")
+    with pytest.raises(NotReady, match="(?s)student of another configuration.*from the weights.*finetune --student hard"):
+        check_for_evaluation(anew, "hard-finetuned")
+
+
+@pytest.mark.parametrize(("key", "name"), [("student.weights", "hard"), ("finetune.weights", "hard-finetuned")])
+def test_a_student_is_not_evaluated_when_the_file_it_started_from_was_replaced(taught, key, name):
+    config = loaded(*BRIEF, "finetune.from=[hard]", "finetune.epochs=1", "students=[hard]", f"{key}=start.safetensors")
+    for seed in (1, 2):
+        start = build_student(config.student_named("hard").model_copy(update={"seed": seed}), config.recipe, 3, 16)
+        save_weights(Path("start.safetensors"), start.model)
+        if seed == 1:
+            train_student.run(config, CPU, "hard")
+            finetune.run(config, CPU, "hard", teacher="online")
+            check_for_evaluation(config, name)
+    with pytest.raises(NotReady, match="(?s)student of another configuration.*trained from the weights sha256:"):
+        check_for_evaluation(config, name)
+    Path("start.safetensors").unlink()
+    check_for_evaluation(config, name)  # a file that is gone says nothing
 
 
 def test_a_student_of_other_views_is_refused_with_their_number(taught):

@@ -69,10 +69,12 @@ def weights_source(section: Teacher, checksums: Path) -> str | None:
     Raises:
         OSError: the file does not exist or cannot be read.
     """
-    if section.weights is None or section.timm_tag:
-        return section.timm_tag
-    path, recorded = Path(section.weights), None
-    stat = path.stat()
+    return section.timm_tag if section.weights is None or section.timm_tag else file_source(Path(section.weights), checksums)
+
+
+def file_source(path: Path, checksums: Path) -> str:
+    """What identifies a file of weights: `sha256:` and its digest; arguments and errors as for `weights_source`."""
+    recorded, stat = None, path.stat()
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # a damaged record is no record
         record = json.loads(checksum_record(path, checksums).read_bytes())
         if (record["size"], record["time_ns"]) == (stat.st_size, stat.st_mtime_ns):

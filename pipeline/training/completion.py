@@ -20,7 +20,7 @@ from pipeline.models.description import describe_model
 from pipeline.models.weights import DESCRIPTION, TRAINED, load_weights, read_saved_weights, save_weights
 from pipeline.training.log import write_curve
 from pipeline.training.monitoring import validate
-from pipeline.training.origin import describe_training
+from pipeline.training.origin import START, describe_training
 from pipeline.training.run import Run
 from pipeline.training.trainer import train
 
@@ -124,13 +124,18 @@ def _load(run: Run, rank: Rank) -> dict[str, Any]:
     return rank.broadcast_object(metrics)
 
 
-def train_and_publish(run: Run, folder: Path) -> None:
-    """Train to the end unless that was done before, and publish the results into `folder`, on rank 0."""
+def train_and_publish(run: Run, folder: Path, start: str | None) -> None:
+    """Train to the end unless that was done before, and publish the results into `folder`, on rank 0.
+
+    Args:
+        start: see `student_start` and `finetune_start`.
+    """
     metrics = train_to_completion(run)
     if Rank.init_process_group(run.device).rank:
         return
     description = describe_model(run.model, run.train.classes, run.size, run.crop, run.distilled).as_json()
-    about = {"run": fingerprint(run.identity), TRAINED: describe_training(run.identity), DESCRIPTION: description}
+    trained = describe_training(run.identity) | ({START: start} if start else {})
+    about = {"run": fingerprint(run.identity), TRAINED: trained, DESCRIPTION: description}
     publish(folder, lambda path: save_weights(path, run.model.model, about), description, metrics, run, metrics)
     figures = {key: value for key, value in metrics.items() if not isinstance(value, str)}
     print(f"{run.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
