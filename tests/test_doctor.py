@@ -45,7 +45,7 @@ def call(*arguments: str, code: int = 0) -> str:
 def levels(said: str) -> dict[str, str]:
     """The first word of each line by its check."""
     names = ("versions", "GPU", "JPEG", "cores", "DVC", "precision", "free space", "disk", "shared memory", "open files",
-             "configuration", "requirements")  # fmt: skip
+             "configuration", "requirements", "weights")  # fmt: skip
     rows = [line.partition(" ") for line in said.splitlines()]
     return {name: first for first, _, rest in rows for name in names if rest.lstrip().startswith(f"{name} ")}
 
@@ -62,6 +62,19 @@ def test_it_has_a_line_per_check_and_changes_nothing(project):
 def test_a_warning_alone_is_no_failure(project):
     said = call("--set", "student.precision=bfloat16")
     assert levels(said)["precision"] == "warning" and "student.precision" in said
+
+
+def test_weights_that_cannot_be_had_will_fail_unless_the_model_is_published(project, monkeypatch):
+    monkeypatch.setattr(doctor, "missing_weights", lambda tag: "the hub cannot be reached" * (tag == "test_resnet.r160_in1k"))
+    change = "--set", "teacher.weights=test_resnet.r160_in1k", "--set", "student.weights=deit_tiny_patch16_224.fb_in1k"
+    said = call(*change, code=1)
+    assert levels(said)["weights"] == "fail" and "test_resnet.r160_in1k: the hub cannot be reached" in said
+    folder = project / "outputs/digits/teacher"
+    folder.mkdir(parents=True)
+    (folder / "weights.safetensors").touch()
+    said = call(*change)
+    assert levels(said)["weights"] == "ok" and "deit_tiny_patch16_224.fb_in1k: in the local cache" in said
+    assert "none to download" in call()
 
 
 def test_what_will_fail_is_named_and_gives_exit_code_1(project):

@@ -8,8 +8,8 @@ import timm
 import torch
 from click.testing import CliRunner
 from conftest import picture, write_folders
+from huggingface_hub.errors import EntryNotFoundError
 
-from pipeline.cli import released
 from pipeline.cli.annotated import annotate
 from pipeline.cli.choices import Choice, choose, released_student
 from pipeline.cli.durations import Machine, Rates, bytes_written, stage_seconds
@@ -21,6 +21,7 @@ from pipeline.cli.plan import Facts, make_plan
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.params import load, parse_yaml, resolve
 from pipeline.config.schema import Config, Data
+from pipeline.models import released
 from pipeline.models.build import build_student, build_teacher
 from pipeline.shards.listing import Listing
 
@@ -344,6 +345,22 @@ def test_weights_are_looked_for_in_the_cache_and_then_at_the_hub(monkeypatch):
     assert "ConnectionError" in released.missing_weights(tag, offline=False)
     monkeypatch.setattr(released, "try_to_load_from_cache", lambda repository, name: f"/cache/{name}")
     assert released.missing_weights(tag, offline=True) == ""
+
+
+@pytest.mark.parametrize(("tag", "files", "found"), [
+    ("regnety_008_tv.tv2_in1k", ["model.safetensors"], ""),
+    ("hf-hub:somebody/model", ["pytorch_model.bin"], ""),
+    ("hf-hub:somebody/model", [], "neither in the local cache nor in somebody/model on the hub"),
+    ("local-dir:somewhere", [], ""),
+])  # fmt: skip
+def test_weights_are_at_the_hub_in_either_of_timms_files(monkeypatch, tag, files, found):
+    def metadata(url: str, timeout: float) -> None:
+        if url.rpartition("/")[2] not in files:
+            raise EntryNotFoundError(url)
+
+    monkeypatch.setattr(released, "try_to_load_from_cache", lambda repository, name: None)
+    monkeypatch.setattr(released, "get_hf_file_metadata", metadata)
+    assert released.missing_weights(tag) == found
 
 
 def test_an_override_takes_the_place_of_a_choice_and_is_marked(project):

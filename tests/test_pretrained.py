@@ -256,6 +256,7 @@ def tagged(taught, monkeypatch):
     """A teacher of a timm tag with initial weights, and its own normalization."""
     real = timm.create_model
     monkeypatch.setattr(pretrained.timm, "create_model", lambda name, pretrained=False, **kwargs: real(name, **kwargs))
+    monkeypatch.setattr(pretrained, "missing_weights", lambda tag: "")
     teacher = loaded("teacher.weights=test_resnet.r160_in1k", "teacher.kwargs={}").teacher
     return teacher.model_copy(update={"kwargs": {}, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)})
 

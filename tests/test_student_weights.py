@@ -100,9 +100,18 @@ def test_a_timm_tag_is_loaded_by_timm(in_tmp, monkeypatch):
 
     target = built("test_resnet")
     monkeypatch.setattr(pretrained.timm, "create_model", downloaded)
+    monkeypatch.setattr(pretrained, "missing_weights", lambda tag: "")
     new = load_student_weights(Student(weights="test_resnet.r160_in1k"), target, Path("checksums"))
     assert new == ["fc.weight", "fc.bias"]
     assert torch.equal(target.model.conv1[0].weight, downloaded("test_resnet", True).conv1[0].weight)
+
+
+def test_a_tag_that_cannot_be_downloaded_is_refused_at_once(monkeypatch):
+    target = built("test_resnet")
+    monkeypatch.setattr(pretrained.timm, "create_model", None)
+    monkeypatch.setattr(pretrained, "missing_weights", lambda tag: "the hub cannot be reached")
+    with pytest.raises(PipelineError, match=r"(?s)student\.weights 'test_resnet\.r160_in1k'.*the hub cannot be reached.*network"):
+        load_student_weights(Student(weights="test_resnet.r160_in1k"), target, Path("checksums"))
 
 
 def test_an_unknown_tag_names_the_key():

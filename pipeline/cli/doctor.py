@@ -23,9 +23,10 @@ from pipeline.common.cores import OPEN_FILES, OPEN_FILES_PER_WORKER, resolve_wor
 from pipeline.common.errors import PipelineError
 from pipeline.common.wording import size_of
 from pipeline.config.params import load
-from pipeline.config.paths import index_path, local_work
+from pipeline.config.paths import index_path, local_work, student_folder, teacher_folder
 from pipeline.config.schema import PURPOSES, Config
 from pipeline.config.store_spec import store_spec
+from pipeline.models.released import missing_weights
 from pipeline.shards.cache import GB, is_remote
 from pipeline.shards.index import Index
 from pipeline.shards.sources import list_splits
@@ -68,6 +69,7 @@ def check_experiment(config: Config) -> Iterator[Finding]:
     """Checks of the machine against what the configuration needs."""
     gpu = torch.cuda.is_available()
     yield check_precision(config, torch.device("cuda", 0) if gpu else torch.device("cpu"))
+    yield check_weights(config)
     yield check_space(config)
     yield check_disk(local_work(config.work))
     yield check_shared_memory(config, gpu, Path("/dev/shm"))
@@ -83,6 +85,20 @@ def check_precision(config: Config, device: torch.device) -> Finding:
     if slow and best != "bfloat16":
         return Finding(Level.WARN, "precision", f"{', '.join(slow)}: may be slower than {best} on {where}")
     return Finding(Level.OK, "precision", f"{', '.join(sorted(set(found.values())))}; {best} suits {where}")
+
+
+def check_weights(config: Config) -> Finding:
+    """Look for the pretrained weights of models that are not trained yet."""
+    tags = set() if is_published(teacher_folder(config)) else {member.timm_tag for member in config.teacher.members}
+    tags |= {config.student_named(name).timm_tag for name in config.students if not is_published(student_folder(config, name))}
+    missing = {tag: missing_weights(tag) for tag in sorted(tag for tag in tags if tag)}
+    text = "; ".join(f"{tag}: {reason}" for tag, reason in missing.items() if reason)
+    found = f"{', '.join(missing)}: in the local cache, or on the hub" if missing else "none to download"
+    return Finding(Level.FAIL if text else Level.OK, "weights", text or found)
+
+
+def is_published(folder: Path) -> bool:
+    return (folder / "weights.safetensors").exists()
 
 
 def _most_workers(config: Config, gpu: bool) -> int:

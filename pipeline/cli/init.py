@@ -13,10 +13,10 @@ from pipeline.cli.configure import experiments
 from pipeline.cli.machine import Level, check_cores, fastest_precision
 from pipeline.cli.params_file import dropped_options, refuse_changed, what_next, write_params
 from pipeline.cli.plan import FEW_PER_CLASS, Facts, Given, Plan, make_plan
-from pipeline.cli.released import missing_weights
 from pipeline.common.cores import available_cores
 from pipeline.config.params import override, resolve
 from pipeline.config.schema import Config
+from pipeline.models.released import missing_weights
 
 IMAGENET_CLASSES = 1_000
 FEW = 100_000

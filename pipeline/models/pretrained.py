@@ -12,6 +12,7 @@ from pipeline.config.schema import Student, Teacher
 from pipeline.models.adapt import convert_distillation_token, load_resized_weights
 from pipeline.models.build import NormalizedModel, build_teacher
 from pipeline.models.class_map import State, check_same_classes, class_numbers, select_classes
+from pipeline.models.released import missing_weights
 from pipeline.models.weights import check_timm_tag, load_weights, read_description, read_external_weights
 
 
@@ -146,15 +147,22 @@ def read_source(section: Teacher | Student, checksums: Path, **kwargs: Any) -> S
         return read_external_weights(Path(section.weights), checksums)
     if ":" not in tag:  # another hub's are known when they are downloaded
         check_timm_tag(tag, key)
+    if missing := missing_weights(tag):
+        raise _no_download(key, tag, missing)
     try:
         return timm.create_model(tag, pretrained=True, **kwargs).state_dict()
     except Exception as error:  # timm and the hub raise many kinds
-        raise PipelineError(
-            f"{key} {tag!r}",
-            expected="a timm tag that can be downloaded, or a local .safetensors or .pth file",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            do="check the tag and the network, or download the file and name it",
-        ) from error
+        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise _no_download(key, tag, found) from error
+
+
+def _no_download(key: str, tag: str, found: str) -> PipelineError:
+    return PipelineError(
+        f"{key} {tag!r}",
+        expected="a timm tag that can be downloaded, or a local .safetensors or .pth file",
+        found=found,
+        do="check the tag and the network, or download the file and name it",
+    )
 
 
 def replace_classifiers(model: nn.Module, state: State) -> tuple[State, list[str]]:
