@@ -74,6 +74,8 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     if Rank.init_process_group(device).rank:
         return  # rank 0 writes
     require_same(identities, identify(config, entries, val), config)
+    for line in evaluator.further.warnings(train):
+        print(f"warning: {line}")
     tokens = {name: each.tokens for name, each in evaluations.items() if each.tokens}
     analysis = analyze(config, entries, {name: each.predictions for name, each in evaluations.items()}, val)
     write_comparisons(folder, analysis.headline.comparisons, analysis.classes, analysis.confusions)

@@ -231,6 +231,15 @@ def test_the_validation_images_as_a_folder_have_the_accuracy_of_validation(evalu
     )
 
 
+def test_training_images_in_a_set_are_warned_of(evaluated, tmp_path, capsys):
+    config, device = evaluated
+    shutil.copytree("val", tmp_path / "v2")
+    shutil.copy(next(Path("train/cat").iterdir()), tmp_path / "v2/cat/known.png")
+    evaluate.run(with_sets(config, sets={"again": "val", "v2": str(tmp_path / "v2")}), device)
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert warned == ["warning: evaluate.sets.v2: 1 of its 11 images are training images too (cat/known.png)"]
+
+
 def test_pixels_of_a_folder_are_those_of_shards_in_the_order_of_its_classes(evaluated):
     config, _ = evaluated
     val = Index(index_path(config, "val"))

@@ -61,6 +61,15 @@ class FurtherSets:
     real: RealLabels | None
     folders: dict[str, FolderSet]
 
+    def warnings(self, train: Index) -> list[str]:
+        """A line per set that has training images; reads the sets."""
+        found = {name: (each.images, each.images.also_in(train)) for name, each in self.folders.items()}
+        return [
+            f"evaluate.sets.{name}: {len(known):,} of its {len(images):,} images are training images too ({known[0]})"
+            for name, (images, known) in found.items()
+            if known
+        ]
+
     def describe(self) -> list[str]:
         """A line per set."""
         lines = [f"  {name}: {len(each.images):,} images in {each.images.root}" for name, each in self.folders.items()]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 
 from pipeline.common.errors import PipelineError, unreadable
@@ -9,6 +10,7 @@ from pipeline.config.schema import Data
 from pipeline.shards.conversion import stored_form
 from pipeline.shards.folders import list_class_folders
 from pipeline.shards.images import Undecodable, decode
+from pipeline.shards.index import Index
 
 
 class ImageFolder:
@@ -43,17 +45,33 @@ class ImageFolder:
         """Shard and position of an image, as for an index."""
         return 0, row
 
+    def also_in(self, index: Index) -> list[str]:
+        """Names of those images that are samples of an index too, byte for byte as shards store them; reads every file."""
+        samples = set[tuple[int, int]]()
+        for shard in range(len(index.names)):
+            rows = index.rows(shard)
+            samples.update(zip(rows["size"].tolist(), rows["crc32c"].tolist(), strict=True))
+        found = []
+        for position, name in enumerate(self.names):
+            form = stored_form(self._read(position), self.max_pixels, self.exif_orientation)
+            if form and (len(form[1]), google_crc32c.value(form[1])) in samples:
+                found.append(name)
+        return found
+
+    def _read(self, position: int) -> bytes:
+        path = self.root / self.names[position]
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise unreadable(str(path), error) from error
+
     def image(self, shard: int, position: int) -> np.ndarray:
         """Read and decode an image, uint8 (height, width, 3).
 
         Raises:
             PipelineError: the file cannot be read, or is no image. None is ever left out.
         """
-        path = self.root / self.names[position]
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise unreadable(str(path), error) from error
+        path, data = self.root / self.names[position], self._read(position)
         try:
             form = stored_form(data, self.max_pixels, self.exif_orientation)
             return decode(data if form is None else form[1], self.max_pixels)
