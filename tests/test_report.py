@@ -42,7 +42,14 @@ from pipeline.report.comparison import Predictions, find_headline
 from pipeline.report.entries import Entry, list_entries
 from pipeline.report.entries import load_model as load_entry
 from pipeline.report.evaluator import Evaluator
-from pipeline.report.examples import Example, ExampleView, draw_examples, training_examples
+from pipeline.report.examples import (
+    Example,
+    ExampleView,
+    draw_examples,
+    shown_positions,
+    shown_views,
+    training_examples,
+)
 from pipeline.report.grid import Cell, Section
 from pipeline.report.html import CLASSES, MATRIX_CLASSES, PAIRS, Report, write_report
 from pipeline.report.intervals import accuracy_interval
@@ -52,6 +59,7 @@ from pipeline.report.settings import describe_origin, loading_code, training_row
 from pipeline.report.tables import Result, SizeResult, format_sizes, format_table
 from pipeline.shards.index import Index
 from pipeline.training.log import Log, write_curve
+from pipeline.views.draw import draw_mix
 from stages import evaluate, prepare, teacher_logits
 
 property_settings = settings(derandomize=True, deadline=None, max_examples=40)
@@ -561,6 +569,21 @@ def test_a_model_tuned_onto_another_data_set_is_evaluated_without_teacher_or_sto
     assert list(json.loads((evaluation_folder(alone) / "metrics.json").read_text())) == ["plain-finetuned"]
     page = (evaluation_folder(alone) / "report.html").read_text(encoding="utf-8")
     assert "teacher:" not in page and "elsewhere.safetensors at 24 px" in page
+
+
+def test_examples_are_of_different_classes_as_far_as_there_are_any():
+    assert shown_positions([5, 3, 2, 9, 7, 4], [0, 0, 1, 0, 2, 0]) == [5, 3, 2, 7]
+    assert shown_positions([5, 3], [0, 0]) == [5, 3]
+
+
+@pytest.mark.parametrize("block", [1, 30])
+def test_examples_show_every_kind_of_mixing_of_the_first_block(block):
+    recipe = Recipe(block=block, repeats=1, mix_prob=0.5)
+    methods = [draw_mix(recipe, "000000.tar", 0, view, 64).method for view in range(block)]
+    shown = shown_views(recipe, "000000.tar", 64, 40)
+    assert len(shown) == 3 and shown == sorted({*shown})
+    assert (shown == [0, 1, 2]) if block == 1 else ({methods[view] for view in shown} == {"none", "mixup", "cutmix"})
+    assert shown_views(recipe, "000000.tar", 64, 2) == [0, 1]
 
 
 def test_examples_come_with_the_predictions_of_the_store(mini):

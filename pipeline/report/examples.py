@@ -9,13 +9,13 @@ import numpy as np
 
 from pipeline.batches.batch import Batch, Renderer, mixed
 from pipeline.batches.plan import Item
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, Recipe
 from pipeline.report.grid import Cell, Section, draw_grid, shorten
 from pipeline.shards.index import Index
 from pipeline.store.encoding import decode_logits
 from pipeline.store.reader import Store
 from pipeline.training.teachers import read_predictions
-from pipeline.views.draw import group_count
+from pipeline.views.draw import draw_mix, group_count
 
 EXAMPLES, VIEWS = 4, 3
 
@@ -54,17 +54,18 @@ class Example:
 def training_examples(
     config: Config, index: Index, store: Store | None = None, manifest: dict[str, Any] | None = None
 ) -> list[Example]:
-    """The first members of the first shard's first group, in their first views.
+    """Members of the first shard's first group, of different classes if there are any, in views that are mixed differently.
 
     Args:
         store: where the teacher's predictions are; None without a teacher.
         manifest: the store's.
     """
     renderer, labels = Renderer(index, config.recipe), index.rows(0)["label"]
-    positions = [int(position) for position in renderer.members(Item(0, 0, 0))[:EXAMPLES]]
+    members = renderer.members(Item(0, 0, 0))
+    positions = shown_positions(members.tolist(), labels[members].tolist())
     examples = {p: Example(index.class_name(labels[p]), index.image(0, p), []) for p in positions}
     views = manifest["views"] if manifest else config.teacher_logits.views
-    for view in range(min(VIEWS, views)):
+    for view in shown_views(config.recipe, index.names[0], len(members), views):
         # groups change from block to block, so these samples may be spread over several
         for group in range(group_count(int(index.samples[0]), config.recipe.group_size)):
             item = Item(0, group, view)
@@ -77,6 +78,19 @@ def training_examples(
                 for slot, shown in zip(slots, _views(index, batch, slots, predictions), strict=True):
                     examples[slots[slot]].views.append(shown)
     return list(examples.values())
+
+
+def shown_positions(members: Sequence[int], labels: Sequence[int]) -> list[int]:
+    """EXAMPLES members of a group: the first of each class, then others; in the group's order, as are `labels`."""
+    order = sorted(range(len(members)), key=lambda slot: labels[slot] in labels[:slot])
+    return [members[slot] for slot in sorted(order[:EXAMPLES])]
+
+
+def shown_views(recipe: Recipe, shard: str, members: int, views: int) -> list[int]:
+    """VIEWS views: of the first block, the first ones in which the first group is unmixed, mixed by Mixup and by CutMix."""
+    methods = [draw_mix(recipe, shard, 0, view, members).method for view in range(min(views, recipe.block))]
+    first = {methods.index(method) for method in {*methods}}
+    return sorted(sorted(range(views), key=lambda view: view not in first)[:VIEWS])
 
 
 def mixed_pictures(batch: Batch) -> np.ndarray:
