@@ -9,8 +9,9 @@ from pipeline.common.distributed import Rank
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import atomic_write
 from pipeline.common.wording import count_of
-from pipeline.config.paths import evaluation_folder, store_path, teacher_folder, teacher_logits_folder
+from pipeline.config.paths import evaluation_folder, store_path, teacher_logits_folder
 from pipeline.config.schema import Config
+from pipeline.config.store_spec import store_spec
 from pipeline.models.adapt import load_resized_weights
 from pipeline.models.build import build_student
 from pipeline.models.class_map import check_same_classes
@@ -208,5 +209,5 @@ def open_store(config: Config, index: Index) -> tuple[Store, dict[str, Any]]:
     manifest = read_manifest(teacher_logits_folder(config, "train-student") / "manifest.json")
     store = Store.open(store_path(config, manifest["fingerprint"]), index, config.recipe)
     if not config.teacher_logits.fetch:
-        check_same_teacher(store, teacher_folder(config))
+        check_same_teacher(store, store_spec(config, "train-student"))
     return store, manifest

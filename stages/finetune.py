@@ -14,12 +14,13 @@ from pipeline.config.schema import Config
 from pipeline.models.adapt import load_resized_weights
 from pipeline.models.build import NormalizedModel, build_student
 from pipeline.models.pretrained import replace_classifiers
+from pipeline.models.provenance import finetune_start
 from pipeline.models.teacher import check_input_size
 from pipeline.models.weights import read_external_weights, read_saved_weights, weights_hash
 from pipeline.shards.published import open_index
 from pipeline.training.completion import train_and_publish
 from pipeline.training.identity import configured_finetune
-from pipeline.training.origin import finetune_start, require_student
+from pipeline.training.origin import require_student
 from pipeline.training.run import NoTeacher, describe_run, prepare_run, print_if_not_ready
 from pipeline.training.teachers import create_teacher
 

@@ -20,6 +20,7 @@ from pipeline.shards.advice import report_counts, report_order
 from pipeline.shards.build import build
 from pipeline.shards.folders import list_class_folders
 from pipeline.shards.indexing import publish_index
+from pipeline.shards.prepared import other_settings, record_settings
 from pipeline.shards.splits import plan_splits
 
 
@@ -48,9 +49,12 @@ def run(config: Config, dry_run: bool = False, quick: bool = False) -> None:
                 report_counts(shards.split, index)
             if shards.split == "train" and not shards.written_here:
                 report_order(index, config.recipe.group_size)
+            if other_settings(config):
+                record_settings(config, complete=False)
             publish_index(index, index_path(config, shards.split))
         classes = index.classes
     if not dry_run:
+        record_settings(config, complete=True)
         record_external_files(config)
         record_evaluation_sets(config)
 

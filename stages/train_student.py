@@ -7,12 +7,12 @@ from pipeline.config.paths import digests_folder, student_folder
 from pipeline.config.schema import Config, Student
 from pipeline.models.build import NormalizedModel, build_student
 from pipeline.models.pretrained import load_student_weights
+from pipeline.models.provenance import student_start
 from pipeline.models.teacher import check_input_size
 from pipeline.models.weights import weights_hash
 from pipeline.shards.published import open_index
 from pipeline.training.completion import train_and_publish
 from pipeline.training.identity import configured_student
-from pipeline.training.origin import student_start
 from pipeline.training.run import NoTeacher, describe_run, prepare_run, print_if_not_ready
 from pipeline.training.teachers import create_teacher
 

@@ -16,6 +16,7 @@ from pipeline.config.schema import Config
 from pipeline.models.build import build_student, build_teacher
 from pipeline.models.ensemble import load_members
 from pipeline.models.pretrained import load_pretrained
+from pipeline.models.provenance import teacher_architecture
 from pipeline.models.teacher import describe_teacher, load_teacher, save_teacher
 from pipeline.models.weights import read_saved_weights, read_weights, save_weights, weights_hash
 from pipeline.report.entries import list_entries
@@ -43,10 +44,15 @@ def told(capsys):
     return call
 
 
-def publish_teacher(config: Config, purpose: str = "train-student", seed: int = 0) -> None:
-    """A teacher with fresh weights of a seed, as if it had been trained."""
-    model = build_teacher(config.teacher.model_copy(update={"seed": seed}), 3)
-    save_teacher(teacher_folder(config, purpose) / "weights.safetensors", config.teacher, model)
+def publish_teacher(config: Config, purpose: str = "train-student", seed: int | None = 0) -> None:
+    """A teacher of the configured function with fresh weights of a seed, or with those that it has, as if published so."""
+    folder = teacher_folder(config, purpose)
+    model = build_teacher(config.teacher.model_copy(update={"seed": seed or 0}), 3)
+    if seed is None:
+        model.model.load_state_dict(read_weights(folder / "weights.safetensors"))
+    save_teacher(folder / "weights.safetensors", config.teacher, model)
+    metrics = json.loads((folder / "metrics.json").read_text()) | {"architecture": teacher_architecture(config.teacher)}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
 def training_index() -> Index:
@@ -93,8 +99,7 @@ def test_an_online_teacher_that_answers_otherwise_is_another_run(taught, told, c
 )
 def test_the_same_weights_in_another_function_fill_another_store(taught, told, change):
     first, changed = told(teacher_logits.run, taught, CPU), loaded(change)
-    same = load_teacher(taught, Index(index_path(taught, "train")).classes, CPU)
-    save_teacher(teacher_folder(changed) / "weights.safetensors", changed.teacher, same)
+    publish_teacher(changed, seed=None)
     assert first != told(teacher_logits.run, changed, CPU)
 
 
@@ -220,8 +225,7 @@ def test_a_new_teacher_is_not_evaluated_beside_the_students_of_the_former_one(ta
 def test_another_function_of_the_same_weights_is_fine_tuned_anew(taught, told):
     tuned = "teacher_finetune.epochs=1", "teacher_finetune.batch_size=8", "teacher_finetune.workers=0"
     first, changed = told(teacher.run, loaded(*tuned), CPU, "finetune"), loaded(*tuned, "teacher.std=[0.5, 0.5, 0.5]")
-    same = load_teacher(taught, Index(index_path(taught, "train")).classes, CPU)
-    save_teacher(teacher_folder(changed) / "weights.safetensors", changed.teacher, same)
+    publish_teacher(changed, seed=None)
     assert first != told(teacher.run, changed, CPU, "finetune")
 
 

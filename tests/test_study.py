@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from conftest import make_data_set, tree
+from safetensors.torch import save_file
 
 from pipeline.cli import study as command
 from pipeline.cli import study_table
@@ -25,7 +25,7 @@ from pipeline.config.paths import evaluated_models, evaluation_folder
 from pipeline.config.schema import Config, Data, Evaluate, Student
 from pipeline.config.study import Figure, Study, load_study
 from pipeline.config.validation import validate
-from pipeline.models.weights import save_weights
+from pipeline.models.weights import read_weights, save_weights
 from pipeline.report import study_figure
 from pipeline.report.study import Summary, Value, read_cells, summarize, table_rows, write_cells, write_tables
 from pipeline.report.study_figure import draw_figure
@@ -375,6 +375,12 @@ def project(in_tmp):
     write_study()
 
 
+TUNING = {
+    "finetune.size": 16, "finetune.epochs": 1, "finetune.batch_size": 8, "finetune.precision": "float32", "finetune.workers": 0,
+    "finetune.ema_decay": None,
+}  # fmt: skip
+
+
 def write_study(**changes) -> None:
     Path("tiny.yaml").write_text(yaml.safe_dump(STUDY | changes))
 
@@ -435,9 +441,7 @@ def test_one_cell_runs_alone_and_students_trained_before_are_shared(project):
 def test_students_that_are_only_fine_tuned_are_run_from_weights_and_done(project):
     assert len(run(command.find("tiny.yaml", ()).cells[0].name)) == 2
     trained = next(Path("outputs").glob("*/students/*/weights.safetensors"))
-    tuning = {"weights": str(trained), "size": 16, "epochs": 1, "batch_size": 8, "precision": "float32", "workers": 0}
-    changes = {f"finetune.{key}": value for key, value in tuning.items()} | {"finetune.ema_decay": None}
-    write_study(set=changes, axes={"finetune.lr": [0.001, 0.01]}, seeds=[0], finetune="only")
+    write_study(set=TUNING | {"finetune.weights": str(trained)}, axes={"finetune.lr": [0.001, 0.01]}, seeds=[0], finetune="only")
     assert [each.partition(" ")[0] for each in run()] == ["prepare", "finetune"] * 2
     assert run() == []
     printed = call("study", "tiny.yaml")
@@ -471,9 +475,26 @@ def test_a_student_whose_first_weights_were_replaced_is_not_done(project):
     command.find("tiny.yaml", ()).cells[0].folder.joinpath("weights.safetensors").rename(source)
     write_study(base="base.yaml", axes={}, seeds=[0], students=["none"], set={"student.weights": str(source)})
     assert [each.partition(" ")[0] for each in run()] == ["prepare", "train-student"] and run() == []
-    later = time.time() + 10
-    os.utime(source, (later, later))
+    state = read_weights(source)
+    changed = {name: value + 1 if name.startswith("head") else value for name, value in state.items()}
+    save_file(changed, source)
+    os.utime(source, (0, 0))  # as with cp -p
     assert [each.partition(" ")[0] for each in run()] == ["prepare", "train-student"]
+
+
+def test_a_fine_tuned_student_is_not_done_when_the_student_was_trained_anew(project):
+    write_study(set=TUNING, axes={}, seeds=[0], students=["none"], finetune=True)
+    assert [each.partition(" ")[0] for each in run()] == ["prepare", "train-student", "finetune"] and run() == []
+    first, tuned = (json.loads((cell.folder / "metrics.json").read_text()) for cell in command.find("tiny.yaml", ()).cells)
+    assert tuned["started_from"] == first["run"]
+    (command.find("tiny.yaml", ()).cells[1].folder / "metrics.json").write_text(json.dumps(tuned | {"started_from": "0" * 32}))
+    assert [each.partition(" ")[0] for each in run()] == ["prepare", "finetune"] and run() == []
+
+
+def test_cells_of_other_data_settings_are_not_done(project):
+    assert run() and run() == []
+    write_study(set={"data.seed": 5})
+    assert "prepare" in [each.partition(" ")[0] for each in run()]
 
 
 def test_calibration_is_a_metric_of_the_evaluation_of_the_same_run(in_tmp):

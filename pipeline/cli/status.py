@@ -51,6 +51,7 @@ from pipeline.config.paths import (
 )
 from pipeline.config.schema import Config, Teacher, Training
 from pipeline.config.store_spec import StoreSpec, store_spec
+from pipeline.shards.prepared import other_settings
 from pipeline.training.identity import configured_runs, is_run_of
 
 
@@ -183,7 +184,8 @@ def _prepare(experiment: Experiment) -> Facts:
         count = sum(len(index["shards"]) for index in indices.values())
         images = " + ".join(short(index["samples"]) for index in indices.values())
         modified = latest(newest(index_path(config, split).parent) for split in indices)
-        return Facts("prepare", "shards", count, count, published=True, modified=modified, note=f"{images} images")
+        other = bool(other_settings(config))
+        return Facts("prepare", "shards", count, count, published=True, foreign=other, modified=modified, note=f"{images} images")
     # before its index is there, nothing says whose a folder is: per split, take the last modified of nobody else
     data, times = local_work(config.work) / "data", []
     others = [path for path in Path("outputs").glob("*/data/*/index.json") if path.parents[2].name != config.name]

@@ -22,6 +22,8 @@ from pipeline.config.params import load, record
 from pipeline.config.paths import evaluated_models, evaluation_folder, teacher_logits_folder, used_params
 from pipeline.config.schema import PURPOSES, Config
 from pipeline.config.study import Study, load_study
+from pipeline.models.provenance import START, finetune_start, student_start
+from pipeline.shards.prepared import other_settings
 from pipeline.training.identity import is_run_of, validation_fingerprint
 
 Execute = Callable[[list[str]], int]
@@ -188,7 +190,7 @@ def done_runs(cells: Iterable[Cell]) -> dict[str, str]:
     for cell in cells:
         if cell.config.name not in experiments:
             experiments[cell.config.name] = Experiment(cell.config)
-        if run := _done_run(cell, experiments[cell.config.name]):
+        if not other_settings(cell.config) and (run := _done_run(cell, experiments[cell.config.name])):
             found[cell.name] = run
     return found
 
@@ -198,15 +200,16 @@ def _done_run(cell: Cell, experiment: Experiment) -> str | None:
 
     The name in run.json is not compared: the run may have been trained for another student with the same settings.
     """
-    config, published = cell.config, cell.folder / "metrics.json"
-    metrics = read_json(published)
+    config, metrics = cell.config, read_json(cell.folder / "metrics.json")
     crop = config.evaluate.crop_finetuned if cell.finetuned else config.evaluate.crop
     if metrics.get("validation") != validation_fingerprint(experiment.indices["val"].get("fingerprint"), crop):
         return None
-    if (start := _start(cell)) and start.exists() and start.stat().st_mtime > published.stat().st_mtime:
-        return None  # perhaps other weights to start from: the command finds out, and publishes again if they are the same
+    student = config.student_named(cell.variant)
+    start = finetune_start(config, cell.variant) if cell.finetuned else student_start(config, student)
+    if None not in (start, metrics.get(START)) and start != metrics[START]:
+        return None
     purpose = "finetune" if cell.finetuned else "train-student"
-    folder, distilled = teacher_logits_folder(config, purpose), config.student_named(cell.variant).distillation != "none"
+    folder, distilled = teacher_logits_folder(config, purpose), student.distillation != "none"
     if distilled and purpose in experiment.foreign_teachers:
         return None
     store = read_json(folder / "manifest.json").get("fingerprint", "none") if distilled else None
@@ -214,13 +217,6 @@ def _done_run(cell: Cell, experiment: Experiment) -> str | None:
     complete = {state.folder.name for state in own if state.complete and state.described.get("store") == store}
     weights = (cell.folder / "weights.safetensors").exists()
     return metrics["run"] if weights and metrics.get("run") in complete else None
-
-
-def _start(cell: Cell) -> Path | None:
-    """The file of weights that a cell's student starts from, if the configuration names one."""
-    student = cell.config.student_named(cell.variant)
-    weights = cell.config.finetune.weights if cell.finetuned else None if student.timm_tag else student.weights
-    return Path(weights) if weights else None
 
 
 def _is_evaluated(config: Config) -> bool:

@@ -48,6 +48,11 @@ def index_path(config: Config, split: str) -> Path:
     return outputs(config) / "data" / split / "index.json"
 
 
+def data_settings_path(config: Config) -> Path:
+    """The settings of the data that the indices are of."""
+    return outputs(config) / "data" / "settings.json"
+
+
 def teacher_folder(config: Config, purpose: str = "train-student") -> Path:
     """The teacher for a purpose: train-student or finetune."""
     return outputs(config) / ("teacher" if purpose == "train-student" else "teacher-finetune")

@@ -1,4 +1,4 @@
-"""Where a teacher comes from, according to the configuration. No module imported here needs torch."""
+"""Where a teacher comes from and what a student starts from, by the configuration. No module imported here needs torch."""
 
 import contextlib
 import json
@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.code import source_digest
-from pipeline.common.files import file_sha256
-from pipeline.config.schema import Teacher
+from pipeline.common.files import file_sha256, read_json_object
+from pipeline.config.paths import digests_folder, student_folder
+from pipeline.config.schema import Config, Student, Teacher
 from pipeline.config.types import is_own_model
 from pipeline.config.validation import fingerprint
+
+START = "started_from"
+"""Key of a student's metrics.json: what `student_start` or `finetune_start` was when it was trained."""
 
 
 def teacher_architecture(section: Teacher) -> dict[str, Any]:
@@ -85,3 +89,20 @@ def file_source(path: Path, checksums: Path) -> str:
 def checksum_record(path: Path, checksums: Path) -> Path:
     """The JSON file with the path, size, modification time (ns) and SHA-256 of an external file."""
     return checksums / f"{fingerprint(str(path.resolve()))}.json"
+
+
+def student_start(config: Config, student: Student) -> str | None:
+    """What `student.weights` is: `sha256:` and a digest; None unless it is a file, or while it cannot be read."""
+    return None if student.timm_tag else _file(config, student.weights)
+
+
+def finetune_start(config: Config, name: str) -> str | None:
+    """What a fine-tuning starts from: `finetune.weights` (`sha256:` and a digest), or the run of the student `name`."""
+    if config.finetune.weights:
+        return _file(config, config.finetune.weights)
+    return read_json_object(student_folder(config, name) / "metrics.json").get("run")
+
+
+def _file(config: Config, weights: str | None) -> str | None:
+    with contextlib.suppress(OSError):
+        return file_source(Path(weights), digests_folder(config)) if weights else None

@@ -6,14 +6,16 @@ from pipeline.config.paths import index_path, shard_cache_folder
 from pipeline.config.schema import Config
 from pipeline.shards.cache import GB, ShardCache
 from pipeline.shards.index import Index
+from pipeline.shards.prepared import require_prepared
 
 
 def open_index(config: Config, split: str) -> Index:
     """The index of `train` or `val`, with the configured cache for shards at a URL.
 
     Raises:
-        NotReady, PipelineError: see `Index`.
+        NotReady, PipelineError: see `Index`; the index is of other data than the configured ones.
     """
+    require_prepared(config, split)
     limit = int(config.data.cache_gb * GB)
     index = Index(index_path(config, split), ShardCache(shard_cache_folder(config).absolute(), limit) if limit else None)
     if index.files.cache and (larger := sum(shard["bytes"] > limit for shard in index.shards)):

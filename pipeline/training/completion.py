@@ -17,10 +17,11 @@ from pipeline.common.versions import library_versions
 from pipeline.config.paths import RUN_LOCK
 from pipeline.config.validation import fingerprint
 from pipeline.models.description import describe_model
+from pipeline.models.provenance import START
 from pipeline.models.weights import DESCRIPTION, TRAINED, load_weights, read_saved_weights, save_weights
 from pipeline.training.log import write_curve
 from pipeline.training.monitoring import validate
-from pipeline.training.origin import START, describe_training
+from pipeline.training.origin import describe_training
 from pipeline.training.run import Run
 from pipeline.training.trainer import train
 
@@ -134,9 +135,9 @@ def train_and_publish(run: Run, folder: Path, start: str | None) -> None:
     if Rank.init_process_group(run.device).rank:
         return
     description = describe_model(run.model, run.train.classes, run.size, run.crop, run.distilled).as_json()
-    trained = describe_training(run.identity) | ({START: start} if start else {})
-    about = {"run": fingerprint(run.identity), TRAINED: trained, DESCRIPTION: description}
-    publish(folder, lambda path: save_weights(path, run.model.model, about), description, metrics, run, metrics)
+    about = {"run": fingerprint(run.identity), TRAINED: describe_training(run.identity), DESCRIPTION: description}
+    published = metrics | ({START: start} if start else {})
+    publish(folder, lambda path: save_weights(path, run.model.model, about), description, published, run, metrics)
     figures = {key: value for key, value in metrics.items() if not isinstance(value, str)}
     print(f"{run.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
 

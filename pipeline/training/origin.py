@@ -3,44 +3,23 @@
 What earlier versions published does not say how it was trained, and is accepted.
 """
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import NotReady
 from pipeline.common.files import read_json_object
 from pipeline.config.paths import FINETUNED, digests_folder, finetune_folder, student_folder, teacher_folder
-from pipeline.config.schema import Config, Student
+from pipeline.config.schema import Config
 from pipeline.config.store_spec import store_spec
 from pipeline.config.validation import differences
-from pipeline.models.provenance import file_source, is_other_source
+from pipeline.models.provenance import START, finetune_start, is_other_source, student_start, teacher_architecture
 from pipeline.models.weights import TRAINED, read_metadata
 from pipeline.training.identity import configured_runs, is_run_of, run_dependencies, run_summary
-
-START = "started_from"
-"""Key of a training's description: `student_start` or `finetune_start`."""
 
 
 def describe_training(identity: dict[str, Any]) -> dict[str, Any]:
     """What published weights say of their run's identity: what `is_run_of` compares."""
     return run_summary(identity) | {"dependencies": run_dependencies(identity)}
-
-
-def student_start(config: Config, student: Student) -> str | None:
-    """What `student.weights` is: `sha256:` and a digest; None unless it is a file, or while it cannot be read."""
-    return None if student.timm_tag else _file(config, student.weights)
-
-
-def finetune_start(config: Config, name: str) -> str | None:
-    """What a fine-tuning starts from: `finetune.weights` (`sha256:` and a digest), or the run of the student `name`."""
-    if config.finetune.weights:
-        return _file(config, config.finetune.weights)
-    return read_json_object(student_folder(config, name) / "metrics.json").get("run")
-
-
-def _file(config: Config, weights: str | None) -> str | None:
-    with contextlib.suppress(OSError):
-        return file_source(Path(weights), digests_folder(config)) if weights else None
 
 
 def require_teacher(config: Config, index: str, purpose: str = "train-student") -> None:
@@ -58,6 +37,9 @@ def require_teacher(config: Config, index: str, purpose: str = "train-student") 
     if is_other_source(config.teacher, digests_folder(config), first):
         expected, found = (f"weights from {source or 'a training here'}" for source in (config.teacher.weights, first["source"]))
         raise _refusal(folder, expected, found, "teacher")
+    architecture = teacher_architecture(config.teacher)
+    if found := differences(first.get("architecture", architecture), architecture, "teacher"):
+        raise _refusal(folder, "the configured model", f"{'; '.join(found[:5])} (published, configured)", "teacher")
     _require(config, index, "teacher", folder, "teacher")
     if purpose == "finetune":
         folder, command = teacher_folder(config, purpose), "teacher --for finetune"
@@ -90,7 +72,7 @@ def require_student(config: Config, index: str, name: str) -> None:
     if trained and None not in (trained.get("store"), published) and trained["store"] != published:
         raise _refusal(folder, f"trained from the store {published}", f"trained from the store {trained['store']}", command)
     start = student_start(config, config.student_named(name)) if source == name else finetune_start(config, source)
-    started = trained.get(START)
+    started = read_json_object(folder / "metrics.json").get(START)
     if None not in (start, started) and start != started:
         raise _refusal(folder, f"trained from the weights {start}", f"trained from the weights {started}", command)
 

@@ -1,7 +1,6 @@
 """Where a student's training gets the teacher's predictions from: the store, or the teacher in the loop."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,10 @@ from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.files import read_json_object
 from pipeline.config.paths import store_path
 from pipeline.config.schema import Config, Student
-from pipeline.config.store_spec import store_spec
+from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.models.teacher import TeacherForward, describe_teacher, load_teacher
 from pipeline.shards.index import Index
 from pipeline.store.encoding import decode_logits, decode_samples
-from pipeline.store.layout import MAKE_STORE
 from pipeline.store.manifest import build_manifest, read_manifest
 from pipeline.store.reader import Store, StoredPredictions
 from pipeline.store.sampling import Sampler, check_sampling
@@ -156,7 +154,7 @@ def _stored_teacher(
     store = Store.open(path, index, spec.recipe)
     if published and not spec.fetch:
         require_teacher(config, index.fingerprint, purpose)
-        check_same_teacher(store, spec.teacher_folder)
+        check_same_teacher(store, spec)
     views, kind = spec.views, "argmax" if settings.distillation == "hard" else spec.kind
     # reads the store itself: a manifest cannot know that a unit was deleted since
     manifest = build_manifest(store, views, kind)
@@ -178,18 +176,21 @@ def _stored_teacher(
     return StoredTeacher(store, kind, settings.reuse_view), identity
 
 
-def check_same_teacher(store: Store, folder: Path) -> None:
-    """Refuse a published store if the published teacher, where there is one, is another than the store's.
+def check_same_teacher(store: Store, spec: StoreSpec) -> None:
+    """Refuse a published store of another teacher than the published one, where there is one, or run otherwise than configured.
 
     Raises:
         UsageError: it is.
     """
-    own = read_json_object(folder / "metrics.json").get("weights")
-    stored = store.attributes["teacher"].get("weights")
-    if own not in (None, stored):
+    own = read_json_object(spec.teacher_folder / "metrics.json").get("weights")
+    teacher = store.attributes["teacher"]
+    stored = {"weights": teacher.get("weights"), "size": teacher.get("size"), "precision": store.attributes["precision"]}
+    expected = {"weights": own, "size": spec.teacher_size, "precision": spec.precision}
+    if wrong := [key for key, value in expected.items() if value is not None and stored[key] not in (None, value)]:
+        found = ", ".join(f"{key} {stored[key]}" for key in wrong)
         raise UsageError(
-            f"{store.path}: its teacher", expected=f"the one in {folder}, with weights {own}", found=f"one with weights {stored}",
-            do=f"run: {MAKE_STORE}; or set teacher_logits.fetch or finetune.fetch, if the store was fetched",
+            f"{store.path}: its teacher", expected=", ".join(f"{key} {expected[key]}" for key in wrong), found=found,
+            do=f"run: {spec.command}; or set teacher_logits.fetch or finetune.fetch, if the store was fetched",
         )  # fmt: skip
 
 
