@@ -92,7 +92,7 @@ def test_a_published_ensemble_describes_itself(taught, sources, tmp_path):
     model, description, _ = load_model(teacher_folder(config) / "weights.safetensors")
     assert torch.equal(model(pictures)[0], published(config)(pictures)[0])
     assert [each["size"] for each in description.members or []] == [None, None, 24]
-    with pytest.raises(UsageError, match="a model of timm's"):
+    with pytest.raises(UsageError, match="an ensemble"):
         export(model, description, pictures, tmp_path, ("timm",))
 
 

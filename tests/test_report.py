@@ -491,6 +491,24 @@ def test_mistakes_are_the_wrong_images_of_highest_confidence(mini):
         assert (each.label, each.prediction) == (val.classes[labels[row]], val.classes[1 - labels[row]])
 
 
+def test_code_in_the_report_uses_no_head_that_was_not_trained(mini):
+    config, _ = mini
+    entry = next(entry for entry in list_entries(config) if entry.name == "token")
+    assert entry.student
+    untrained = dataclasses.replace(entry, student=entry.student.model_copy(update={"distillation": "none"}))
+    codes = [loading_code(config, each).replace("photo.jpg", "photo.png") for each in (entry, untrained)]
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)).save("photo.png")
+    found = []
+    for code in codes:
+        scope: dict = {}
+        exec(code, scope)
+        model, picture = scope["model"], scope["picture"]
+        with torch.inference_mode():
+            tokens = model.forward_features(picture)
+            found.append((scope["confidence"].item(), model.head(tokens[:, 0]).softmax(1).max().item()))
+    assert found[1][0] == pytest.approx(found[1][1]) and found[0][0] != pytest.approx(found[0][1])
+
+
 @pytest.mark.parametrize("name", ["plain", "token", "token-finetuned"])
 def test_code_in_the_report_loads_the_model_and_classifies_a_picture(mini, tmp_path, monkeypatch, capsys, name):
     config, device = mini

@@ -53,7 +53,7 @@ def export(
     from pipeline.config.params import load
     from pipeline.config.paths import outputs
     from pipeline.models.description import load_model
-    from pipeline.models.export import FORMATS, export, is_timm_model
+    from pipeline.models.export import FORMATS, export, timm_obstacle
     from pipeline.report.model_card import write_model_card
 
     config = load(path, overrides)
@@ -61,7 +61,11 @@ def export(
     model, description, about = load_model(weights, config.own_models)
     folder = output or outputs(config) / "export" / weights.parent.name
     pictures, source = _comparison_pictures(config, description)
-    formats = formats or tuple(name for name in FORMATS if name != "timm" or is_timm_model(description))
+    if not formats:
+        obstacle = timm_obstacle(model, description)
+        formats = tuple(name for name in FORMATS if name != "timm" or not obstacle)
+        if obstacle:
+            print(f"timm: left out: {obstacle}")
     exports = export(model, description, pictures, folder, formats)
     write_model_card(folder / "README.md", weights, model, description, about, [written.path for written in exports])
     for written in exports:

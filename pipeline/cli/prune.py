@@ -41,7 +41,7 @@ class Found:
     """Something below `work`."""
 
     kind: str
-    """`stores`, `states` or `data sets`."""
+    """store, state folder or data set."""
     path: str
     what: str
     """A description."""
@@ -51,6 +51,8 @@ class Found:
     """In seconds since 1970."""
     indices: set[str] = field(default_factory=set)
     """Fingerprints of the data sets that it uses, or is."""
+    store: str | None = None
+    """Fingerprint of the store that it reads."""
     needed: bool = False
     """A configuration or a file under outputs/ refers to it."""
     kept: str = ""
@@ -127,7 +129,9 @@ def run(config_files: list[Path], work: str, delete: bool) -> None:
             found="neither", do="run it in the project's folder",
         )  # fmt: skip
     references = References(config_files)
-    found = [*_stores(work, references), *_states(work, references)]
+    states = [*_states(work, references)]
+    references.fingerprints |= {each.store for each in states if each.kept and each.store}  # a training may be reading it
+    found = [*_stores(work, references), *states]
     used: set[str] = set().union(*(each.indices for each in found if each.needed or each.kept))
     found += _data_sets(work, references, used)
     counts, total = Counter(), 0
@@ -144,7 +148,7 @@ def run(config_files: list[Path], work: str, delete: bool) -> None:
         _sweep(work)
     summary = ", ".join(count_of(counts[kind], kind) for kind in ("store", "state folder", "data set"))
     print(
-        f"{summary} that nothing refers to, of {len(references.configs)} configurations and outputs/: {size_of(total)}"
+        f"{summary} that nothing refers to, of {count_of(len(references.configs), 'configuration')} and outputs/: {size_of(total)}"
         + ("" if delete or not total else "; delete them with --yes")
     )
     for folder in sorted({shard_cache_folder(config) for config in references.configs}):
@@ -184,10 +188,10 @@ def _states(work: str, references: References) -> Iterator[Found]:
     for folder in _folders(work, "state"):
         described = read_json(folder / "run.json")
         valid = isinstance(described.get("index"), str) and isinstance(described.get("recipe"), str)
-        what = f"{described.get('name')}, {described.get('steps')} steps" if valid else "a run"
+        what, store = f"{described.get('name')}, {described.get('steps')} steps" if valid else "a run", described.get("store")
         yield Found(
             "state folder", str(folder), what, _bytes(folder), newest(folder) or 0.0,
-            indices={described["index"]} if valid else set(),
+            indices={described["index"]} if valid else set(), store=store if isinstance(store, str) else None,
             needed=folder.name in references.fingerprints or (valid and references.include_run(described)),
             kept=_trainer_of(folder) if valid else "its run.json is missing or damaged",
         )  # fmt: skip

@@ -101,15 +101,9 @@ def _compare(path: Path, found: torch.Tensor, expected: torch.Tensor) -> Export:
 
 def _write_timm(classifier: Classifier, description: ModelDescription, images: torch.Tensor, folder: Path) -> Path:
     """A folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
-    if not is_timm_model(description):
-        raise UsageError(
-            "export to timm", expected="a model of timm's", found=description.model, do="choose --format onnx or torch"
-        )
-    if description.heads == "class" and hasattr(classifier.model.model, "head_dist"):
-        raise UsageError(
-            "export to timm", expected="a model whose heads were both trained, as timm predicts with their mean",
-            found="a distillation head that was not trained", do="choose --format onnx or torch",
-        )  # fmt: skip
+    if found := timm_obstacle(classifier.model, description):
+        raise UsageError("export to timm", expected="a model of which timm makes the same predictions", found=found,
+                         do="choose --format onnx or torch")  # fmt: skip
     target = folder / "timm"
     target.mkdir()
     state = {name: tensor.contiguous() for name, tensor in classifier.model.model.state_dict().items()}
@@ -118,9 +112,13 @@ def _write_timm(classifier: Classifier, description: ModelDescription, images: t
     return target
 
 
-def is_timm_model(description: ModelDescription) -> bool:
-    """Whether timm can build it: not a model of one's own, nor an ensemble."""
-    return not description.members and not is_own_model(description.model)
+def timm_obstacle(model: NormalizedModel, description: ModelDescription) -> str:
+    """Why timm cannot build a model, or would predict otherwise; empty if there is nothing."""
+    if description.members or is_own_model(description.model):
+        return "an ensemble" if description.members else f"{description.model}, which is not in timm"
+    if description.heads == "class" and hasattr(model.model, "head_dist"):
+        return "a distillation head that was not trained, which timm would average in"
+    return ""
 
 
 def timm_config(description: ModelDescription) -> dict[str, Any]:

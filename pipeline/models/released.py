@@ -1,7 +1,7 @@
 """Whether weights that timm names can be had: from the local cache, or from the Hugging Face Hub."""
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from timm.models import get_pretrained_cfg
 
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -19,7 +19,10 @@ def missing_weights(tag: str, offline: bool = False) -> str:
     """
     hub, colon, repository = tag.partition(":")
     if not colon:
-        known = get_pretrained_cfg(tag, allow_unregistered=False)
+        try:
+            known = get_pretrained_cfg(tag, allow_unregistered=False)
+        except RuntimeError:
+            return "timm has no such weights"
         repository = known.hf_hub_id if known else None
         if not repository:
             return "" if known and known.url else "timm names no repository for them"
@@ -35,6 +38,8 @@ def missing_weights(tag: str, offline: bool = False) -> str:
             return ""
         except EntryNotFoundError:
             continue
+        except RepositoryNotFoundError:  # gated ones, too
+            return f"{repository} is not on the hub, or needs an access token"
         except Exception as error:  # requests, httpx and the hub's own errors share no base
             return f"not in the local cache, and the hub cannot be reached ({type(error).__name__})"
     return f"neither in the local cache nor in {repository} on the hub"

@@ -30,7 +30,7 @@ model.load_state_dict(load_file({weights!r}))
 transform = create_transform({size}, interpolation="bicubic", mean={mean}, std={std}, crop_pct={crop})
 picture = transform(ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB"))[None]
 with torch.inference_mode():
-    confidence, number = model.eval()(picture).softmax(1)[0].max(0)
+    confidence, number = {logits}.softmax(1)[0].max(0)
 print(classes[number], float(confidence))
 """
 
@@ -130,15 +130,22 @@ def _git(*arguments: str) -> str:
 
 
 def loading_code(config: Config, entry: Entry) -> str:
-    """Python code that loads a student with timm alone, or a function of one's own, and classifies a picture with its joint classifier."""
+    """Python code that loads a student with timm alone, or a function of one's own, and classifies a picture.
+
+    The classifier is the joint one of a student with two heads, unless only the class head was trained.
+    """
     assert entry.student
+    logits = "model.eval()(picture)"
     if is_own_model(entry.model):
         module, _, name = entry.model.partition(":")
         imports, function, arguments = f"from {module} import {name}", f"{name}(", entry.student.kwargs
     else:
         imports, function = "import timm", f"timm.create_model({entry.model!r}, "
         with torch.device("meta"):  # only its arguments
-            arguments = build_student(entry.student, config.recipe, 1, entry.size).kwargs
+            built = build_student(entry.student, config.recipe, 1, entry.size)
+        arguments = built.kwargs
+        if built.distilled and not entry.distilled:  # timm would average in the other head
+            logits = "model.head(model.eval().forward_features(picture)[:, 0])"
     return LOADING.format(
         imports=imports,
         function=function,
@@ -149,4 +156,5 @@ def loading_code(config: Config, entry: Entry) -> str:
         std=config.recipe.std,
         crop=entry.crop,
         index=str(index_path(config, "val")),
+        logits=logits,
     )
