@@ -59,6 +59,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     entries = list_entries(config)
     evaluator = Evaluator(config, val, device)
     print_entries(entries, val, evaluator.further)
+    evaluator.check_sizes(entries)
     if dry_run:
         return
     require_models(config, entries, train)

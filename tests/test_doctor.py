@@ -2,6 +2,7 @@
 
 import errno
 import importlib.metadata
+import json
 import os
 import re
 import resource
@@ -17,6 +18,7 @@ from pipeline.cli import doctor, machine
 from pipeline.cli.machine import Finding, Level
 from pipeline.cli.main import main
 from pipeline.config.params import resolve
+from pipeline.config.paths import NOT_NEEDED
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,10 +73,14 @@ def test_weights_that_cannot_be_had_will_fail_unless_the_model_is_published(proj
     assert levels(said)["weights"] == "fail" and "test_resnet.r160_in1k: the hub cannot be reached" in said
     folder = project / "outputs/digits/teacher"
     folder.mkdir(parents=True)
-    (folder / "weights.safetensors").touch()
+    (folder / "metrics.json").write_text(json.dumps(NOT_NEEDED))
+    assert levels(call(*change, code=1))["weights"] == "fail"
+    (folder / "metrics.json").write_text('{"top1": 0.9}')
     said = call(*change)
     assert levels(said)["weights"] == "ok" and "deit_tiny_patch16_224.fb_in1k: in the local cache" in said
     assert "none to download" in call()
+    (folder / "metrics.json").unlink()
+    assert levels(call(*change, "--set", "students=[none]", "--set", "finetune.from=[]"))["weights"] == "ok"  # needs no teacher
 
 
 def test_what_will_fail_is_named_and_gives_exit_code_1(project):

@@ -215,6 +215,18 @@ def test_a_second_teacher_of_an_earlier_version_is_accepted(taught):
     require_teacher(tuned, training_index().fingerprint, "finetune")
 
 
+@pytest.mark.parametrize("change", ["teacher.mean=[0.5, 0.5, 0.5]", "teacher_logits.precision=bfloat16"])
+@pytest.mark.parametrize("use", ["train-student", "evaluate"])
+def test_a_store_of_a_teacher_that_ran_otherwise_than_configured_is_refused(taught, change, use):
+    changed = loaded(change)
+    with pytest.raises(PipelineError, match=r"run: pipeline teacher"):
+        if use == "evaluate":
+            require_teacher(changed, training_index().fingerprint)
+            evaluate.open_store(changed, training_index())
+        else:
+            create_teacher(changed, changed.student_named("hard"), "train-student", training_index(), CPU)
+
+
 def test_a_new_teacher_is_not_evaluated_beside_the_students_of_the_former_one(taught):
     store, _ = evaluate.open_store(taught, training_index())
     teacher.run(loaded("teacher.seed=7"), CPU)

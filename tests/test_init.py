@@ -352,6 +352,7 @@ def test_weights_are_looked_for_in_the_cache_and_then_at_the_hub(monkeypatch):
     ("hf-hub:somebody/model", ["pytorch_model.bin"], ""),
     ("hf-hub:somebody/model", [], "neither in the local cache nor in somebody/model on the hub"),
     ("local-dir:somewhere", [], ""),
+    ("regnety_160.deit_in1kk", [], "timm has no such weights"),
 ])  # fmt: skip
 def test_weights_are_at_the_hub_in_either_of_timms_files(monkeypatch, tag, files, found):
     def metadata(url: str, timeout: float) -> None:
@@ -491,6 +492,12 @@ def test_parquet_files_are_found(project):
     assert (data.source, data.train, data.val) == ("parquet", "hub/data/train-*.parquet", "hub/data/test-*.parquet")
     init("hub/data/train-00000-of-00001.parquet", "--force")
     assert (load().data.source, load().data.val_fraction) == ("parquet", 0.2)
+
+
+def test_a_table_that_lacks_a_column_is_refused_with_its_columns(project):
+    Path("list.csv").write_text("filename,class\na.png,cat\n")
+    with pytest.raises(PipelineError, match="(?s)columns path .or file_name. and label.*columns: filename, class"):
+        find_data(Path("list.csv"))
 
 
 def test_metadata_of_captions_is_no_table_of_images(tmp_path):

@@ -121,6 +121,11 @@ def test_the_shards_of_a_folder_are_the_same_images_where_they_are_used_in_place
     assert tree(Path("work/stores")) == before
 
 
+def test_fetching_says_which_key_makes_later_commands_need_no_teacher(lab):
+    said = call("store", "fetch", str(lab))
+    assert f"set teacher_logits.fetch: {lab} in params.yaml" in said
+
+
 def test_a_dry_run_of_fetching_writes_nothing(lab):
     before = tree(Path())
     assert "images x" in call("teacher-logits", "--dry-run", "--set", f"teacher_logits.fetch={lab}", "--device", "cpu")

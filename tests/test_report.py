@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -58,6 +59,7 @@ from pipeline.report.plots import DARK, LIGHT, Curve, plot_curves, plot_disagree
 from pipeline.report.settings import describe_origin, loading_code, training_rows
 from pipeline.report.tables import Result, SizeResult, format_sizes, format_table
 from pipeline.shards.index import Index
+from pipeline.shards.indexing import index_shard, write_index, write_shard
 from pipeline.training.log import Log, write_curve
 from pipeline.views.draw import draw_mix
 from stages import evaluate, prepare, teacher_logits
@@ -524,6 +526,32 @@ def test_code_in_the_report_loads_the_model_and_classifies_a_picture(mini, tmp_p
         shown, confidence = capsys.readouterr().out.split()
         assert shown == val.classes[expected.classes[row]]
         assert float(confidence) == pytest.approx(expected.confidence[row], abs=2e-3)
+
+
+def test_a_size_that_patches_do_not_cover_is_refused_by_a_dry_run(mini):
+    config, device = mini
+    changed = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"sizes": [32, 19]})})
+    with pytest.raises(UsageError, match=r"(?s)token with pictures of 19 px.*correct evaluate\.sizes"):
+        evaluate.run(changed, device, dry_run=True)
+
+
+def test_a_teacher_of_a_fixed_size_is_evaluated_at_no_other(mini, monkeypatch, capsys):
+    config, device = mini
+    changed = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"sizes": [24]})})
+    evaluator, entry = Evaluator(changed, Index(index_path(config, "val")), device), list_entries(config)[0]
+    assert [row.size for row in evaluator.size_results(entry)] == [24]
+    fixed = build_teacher(config.teacher.model_copy(update={"model": "test_vit", "kwargs": {"img_size": 32}}), 2)
+    monkeypatch.setattr(Evaluator, "load", lambda *_: fixed.eval())
+    capsys.readouterr()
+    assert evaluator.size_results(entry) == [] and "teacher: not evaluated at 24 px" in capsys.readouterr().out
+
+
+def test_examples_come_from_the_first_shard_that_has_samples(in_tmp):
+    write_shard(in_tmp / "0.tar", [])
+    write_shard(in_tmp / "1.tar", [(f"{number}", "png", picture(number), number % 2) for number in range(4)])
+    write_index(in_tmp / "index.json", str(in_tmp), ["a", "b"], [index_shard(str(in_tmp), f"{n}.tar") for n in range(2)])
+    shown = training_examples(resolve({"recipe": {"size": 16, "group_size": 4}}, (), "test"), Index(in_tmp / "index.json"))
+    assert len(shown) == 4 and {example.label for example in shown} == {"a", "b"}
 
 
 def test_settings_and_training_time_come_from_configuration_and_log(mini, monkeypatch):

@@ -307,6 +307,20 @@ def test_what_is_published_is_known_by_its_run_alone(taught):
     assert told("student.lr=0.01")["train-student@hard"].state == "done, of another configuration"
 
 
+def test_a_student_is_done_though_its_run_was_trained_under_another_name(taught):
+    twin = loaded("students=[hard, twin]", "variants.twin={distillation: hard}")
+    for name in ("hard", "twin"):
+        train_student.run(twin, CPU, name)
+    rows = {row.stage: row for row in status.survey(twin, time.time())}
+    assert [rows[f"train-student@{name}"].state for name in ("hard", "twin")] == ["done", "done"]
+
+
+def test_a_student_that_was_trained_online_is_not_the_stored_ones(taught):
+    train_student.run(taught, CPU, "hard")
+    train_student.run(taught, CPU, "hard", teacher="online")
+    assert told()["train-student@hard"].state == "done, of another configuration"
+
+
 def test_online_training_is_not_taken_for_the_stored_ones(taught):
     train_student.run(taught, CPU, "hard-online", taught.student_named("hard"), "online")
     assert told()["train-student@hard"].state == "not begun"
@@ -365,6 +379,14 @@ def test_a_stage_that_failed_says_over_what_until_it_ends_well(taught):
     assert told()["train-student@hard"].state != "failed"  # with other settings nothing has failed
     assert CliRunner().invoke(main, ["train-student", "--device", "cpu", "--student", "hard"]).exit_code == 0
     assert told()["train-student@hard"].state == "done"
+
+
+def test_a_command_for_all_students_that_fails_says_nothing_of_those_that_are_done(taught):
+    change = "students=[hard, late]", "variants.late={distillation: hard, lr: 1e30}"
+    arguments = [text for each in change for text in ("--set", each)]
+    assert CliRunner().invoke(main, ["train-student", "--device", "cpu", *arguments]).exit_code == 1
+    rows = told(*change)
+    assert (rows["train-student@hard"].state, rows["train-student@late"].state) == ("done", "failed")
 
 
 def test_a_stage_that_fails_before_its_first_file_has_failed(taught):

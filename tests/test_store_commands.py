@@ -492,6 +492,17 @@ def test_prune_leaves_what_a_process_works_on(taught):
     assert not store.exists() and not state.exists()
 
 
+def test_prune_leaves_the_store_that_a_running_training_reads(taught):
+    train_student.run(loaded(), CPU, "hard")
+    forget("student.lr=0.01", "recipe.seed=5")
+    state, store = state_of("student hard"), the_store()
+    with kernel_lock(state / RUN_LOCK):
+        assert f"a training may be reading it: {state}" in call("prune", "--yes")
+    assert store.exists()
+    call("prune", "--yes")
+    assert not store.exists()
+
+
 def test_prune_leaves_what_a_process_takes_up_meanwhile(taught, monkeypatch):
     train_student.run(loaded(), CPU, "hard")
     forget("student.lr=0.01", "recipe.seed=5")

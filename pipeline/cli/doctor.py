@@ -19,6 +19,7 @@ from pipeline.cli.machine import (
     free_bytes,
     measure_disk,
 )
+from pipeline.cli.scan import read_json
 from pipeline.common.cores import OPEN_FILES, OPEN_FILES_PER_WORKER, resolve_workers
 from pipeline.common.errors import PipelineError
 from pipeline.common.wording import size_of
@@ -89,16 +90,14 @@ def check_precision(config: Config, device: torch.device) -> Finding:
 
 def check_weights(config: Config) -> Finding:
     """Look for the pretrained weights of models that are not trained yet."""
-    tags = set() if is_published(teacher_folder(config)) else {member.timm_tag for member in config.teacher.members}
-    tags |= {config.student_named(name).timm_tag for name in config.students if not is_published(student_folder(config, name))}
+    students = [name for name in config.students if not read_json(student_folder(config, name) / "metrics.json")]
+    tags = {config.student_named(name).timm_tag for name in students}
+    if config.runs_teacher("train-student") and not read_json(teacher_folder(config) / "metrics.json"):
+        tags |= {member.timm_tag for member in config.teacher.members}
     missing = {tag: missing_weights(tag) for tag in sorted(tag for tag in tags if tag)}
     text = "; ".join(f"{tag}: {reason}" for tag, reason in missing.items() if reason)
     found = f"{', '.join(missing)}: in the local cache, or on the hub" if missing else "none to download"
     return Finding(Level.FAIL if text else Level.OK, "weights", text or found)
-
-
-def is_published(folder: Path) -> bool:
-    return (folder / "weights.safetensors").exists()
 
 
 def _most_workers(config: Config, gpu: bool) -> int:

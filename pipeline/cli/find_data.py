@@ -19,7 +19,8 @@ def find_data(root: Path) -> Data:
         PipelineError: a table cannot be read.
     """
     if root.is_file() and root.suffix[1:].lower() in TABLES:
-        return _of_tables(root, None) if is_table(root) else Data(source="parquet", train=str(root), val_fraction=FRACTION)
+        images = root.suffix.lower() == ".parquet" and not is_table(root)
+        return Data(source="parquet", train=str(root), val_fraction=FRACTION) if images else _of_tables(root, None)
     if not root.is_dir():
         raise UsageError(
             f"{root}", expected="a folder of images or a table", found="no such folder or table", do="correct the path"

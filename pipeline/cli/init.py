@@ -20,7 +20,7 @@ from pipeline.models.released import missing_weights
 
 IMAGENET_CLASSES = 1_000
 FEW = 100_000
-"""Images below which training from scratch is warned of."""
+"""Fewer images than this give a warning about training from scratch."""
 
 
 def run(

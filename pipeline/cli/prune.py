@@ -130,8 +130,8 @@ def run(config_files: list[Path], work: str, delete: bool) -> None:
         )  # fmt: skip
     references = References(config_files)
     states = [*_states(work, references)]
-    references.fingerprints |= {each.store for each in states if each.kept and each.store}  # a training may be reading it
-    found = [*_stores(work, references), *states]
+    readers = {each.store: each.path for each in states if each.kept and each.store}
+    found = [*_stores(work, references, readers), *states]
     used: set[str] = set().union(*(each.indices for each in found if each.needed or each.kept))
     found += _data_sets(work, references, used)
     counts, total = Counter(), 0
@@ -159,7 +159,7 @@ def run(config_files: list[Path], work: str, delete: bool) -> None:
 # what there is
 
 
-def _stores(work: str, references: References) -> Iterator[Found]:
+def _stores(work: str, references: References, readers: dict[str, str]) -> Iterator[Found]:
     filesystem, _ = fsspec.core.url_to_fs(work)
     for path, attributes in list_stores(work):
         name = path.rpartition("/")[2].removesuffix(".zarr")
@@ -175,13 +175,17 @@ def _stores(work: str, references: References) -> Iterator[Found]:
             "store", path, what, sum(info["size"] for info in details), max(map(modification_time, details), default=0.0),
             indices={attributes["index"]} if valid else set(),
             needed=name in references.fingerprints or (valid and references.include_store(attributes)),
-            kept=_writer_of(path) if valid else "its metadata is damaged",
+            kept=(_writer_of(path) or _reader_of(name, readers)) if valid else "its metadata is damaged",
         )  # fmt: skip
 
 
 def _writer_of(store: str) -> str:
     locks = sorted(possibly_held(store))
     return f"in use, or its writer on another machine died: {locks[0]}" if locks else ""
+
+
+def _reader_of(fingerprint: str, readers: dict[str, str]) -> str:
+    return f"a training may be reading it: {readers[fingerprint]}" if fingerprint in readers else ""
 
 
 def _states(work: str, references: References) -> Iterator[Found]:

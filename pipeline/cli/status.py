@@ -9,25 +9,22 @@ minutes old. `evaluate` writes at its end only.
 """
 
 import contextlib
-import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline.batches.plan import training_plan
 from pipeline.cli.failures import read_failure
-from pipeline.cli.matching import foreign_teachers, have_changed, is_foreign, is_own_store, lacks_sets
+from pipeline.cli.matching import have_changed, is_foreign, is_own_store, lacks_sets
+from pipeline.cli.runs import Experiment
 from pipeline.cli.scan import (
     is_store_of,
     latest,
-    list_stores,
     modification_times,
     newest,
     number,
-    read_index,
     read_json,
     read_log_tail,
     written_units,
@@ -38,7 +35,6 @@ from pipeline.common.lock import is_held
 from pipeline.config.paths import (
     DATA_LOCK,
     FINETUNED,
-    FINGERPRINT,
     RUN_LOCK,
     TEACHER,
     evaluated_models,
@@ -52,7 +48,6 @@ from pipeline.config.paths import (
 from pipeline.config.schema import Config, Teacher, Training
 from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.shards.prepared import other_settings
-from pipeline.training.identity import configured_runs, is_run_of
 
 
 def run(config: Config, json: bool = False, watch: float | None = None) -> None:
@@ -83,72 +78,15 @@ def survey(config: Config, now: float) -> list[Row]:
 
 
 def _with_failure(facts: Facts, config: Config) -> Facts:
-    """Add the error of the stage's last command with these settings, unless something was written after it."""
-    failures = [read_failure(config, name) for name in {facts.stage, facts.stage.partition("@")[0]}]
+    """Add the error of the stage's last command with these settings, unless something was written after it.
+
+    A command for all students says nothing of those that are done.
+    """
+    done = facts.published and not facts.foreign and facts.done == facts.total
+    failures = [read_failure(config, name) for name in {facts.stage, facts.stage if done else facts.stage.partition("@")[0]}]
     errors = {number(failure.get("time")) or 0.0: str(failure.get("what")) for failure in failures}
     last = max(errors)
     return replace(facts, failure=errors[last]) if last > max(facts.modified or 0.0, 1.0) - 1.0 else facts
-
-
-@dataclass(frozen=True)
-class State:
-    """The state folder of a run."""
-
-    folder: Path
-    described: dict[str, Any]
-    """Its run.json."""
-    files: dict[str, float]
-    """When each was written."""
-
-    @property
-    def complete(self) -> bool:
-        return "final.safetensors" in self.files
-
-    @property
-    def modified(self) -> float:
-        return max(self.files.values(), default=0.0)
-
-    @property
-    def checkpoint(self) -> int:
-        """The step of the newest checkpoint; 0 without one."""
-        return max((int(name[5:14]) for name in self.files if re.fullmatch(r"step-\d{9}\.ckpt", name)), default=0)
-
-
-class Experiment:
-    """A configuration, and what is read once for all its stages."""
-
-    def __init__(self, config: Config):
-        self.config = config
-        self.indices = {split: read_index(index_path(config, split)) for split in ("train", "val")}
-        self.index: str | None = self.indices["train"].get("fingerprint")
-        self.names = [shard["name"] for shard in self.indices["train"].get("shards", [])]
-        self.samples = [shard["samples"] for shard in self.indices["train"].get("shards", [])]
-        self.stores, self.runs = list_stores(config.work), configured_runs(config, self.index)
-        # a folder without run.json may belong to any configuration
-        found = [path for path in (local_work(config.work) / "state").glob("*") if FINGERPRINT.fullmatch(path.name)]
-        folders = [(folder, read_json(folder / "run.json")) for folder in found]
-        self.states = [State(folder, described, modification_times(folder)) for folder, described in folders if described]
-        self.known_runs, own = {state.folder.name for state in self.states}, [x.folder.name for x in self.states_of("teacher")]
-        self.foreign_teachers = foreign_teachers(config, own, self.known_runs)
-
-    def states_of(self, stage: str) -> list[State]:
-        """The states with the configuration's settings that use the published store, or none."""
-        configured, (kind, _, student) = self.runs[stage], stage.partition("@")
-        if kind == "finetune":
-            configured = configured | {"name": f"finetune {student} at {self.config.finetune.size}"}
-        elif student:  # with --teacher online the settings are the same, the name is not
-            configured = configured | {"name": f"student {student}"}
-        spec = store_spec(self.config, "finetune" if kind == "finetune" else "train-student")
-        stores = (None, read_json(spec.folder / "manifest.json").get("fingerprint"))
-        own = [state for state in self.states if is_run_of(configured, state.described)]
-        return [state for state in own if stores[1] is None or state.described.get("store") in stores]
-
-    def steps(self, settings: Training) -> tuple[int | None, float | None]:
-        """The steps of a complete run, and the samples per step; None before there is an index."""
-        if not any(self.samples):
-            return None, None
-        plan = training_plan(self, self.config.recipe, settings, self.config.recipe.block)
-        return settings.epochs * plan.steps_per_epoch, plan.batch_groups * sum(self.samples) / plan.groups
 
 
 def gather(experiment: Experiment) -> list[Facts]:
@@ -216,7 +154,7 @@ def _training(
     """
     metrics = read_json(folder / "metrics.json") if (folder / "weights.safetensors").exists() else {}
     own = experiment.states_of(stage) if settings else []
-    published, own_runs = metrics.get("run"), [state.folder.name for state in own]
+    published, own_runs = metrics.get("run"), experiment.published_runs(stage) if settings else []
     # trained here, or weights from elsewhere
     foreign = bool(metrics) and (other or isinstance(published, str) != bool(settings))
     foreign |= is_foreign(published, own_runs, experiment.known_runs)
@@ -263,7 +201,7 @@ def _store(experiment: Experiment, stage: str, spec: StoreSpec) -> Facts:
     note = f"{units.writers} writers" if units and units.writers > 1 else ""
     agreement = number(summary.get("agreement_with_labels"))
     if published and not foreign and agreement is not None:
-        note = f"as labelled: {100 * agreement:.1f} %"
+        note = f"{100 * agreement:.1f} % as labelled"
     return Facts(
         stage, "units", len(units.times) if units else (total or 0) * (published and not foreign), total,
         begun=units is not None,

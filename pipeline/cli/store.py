@@ -217,6 +217,8 @@ def fetch(path: str, overrides: tuple[str, ...], purpose: str, source: str) -> N
     section = "finetune" if purpose == "finetune" else "teacher_logits"
     config = load(path, (*overrides, f"{section}.fetch={source}"))
     teacher_logits.run(config, torch.device("cpu"), purpose)
+    if getattr(load(path, overrides), section).fetch != source:
+        print(f"set {section}.fetch: {source} in {path}, so that `pipeline evaluate` and `dvc repro` need no teacher either")
 
 
 @click.command()

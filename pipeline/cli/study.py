@@ -12,8 +12,8 @@ from tabulate import tabulate
 
 from pipeline.cli.configure import CONFIGS, STUDIES
 from pipeline.cli.matching import have_changed, lacks_sets
+from pipeline.cli.runs import Experiment
 from pipeline.cli.scan import read_json
-from pipeline.cli.status import Experiment
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.signals import raise_on_sigterm
 from pipeline.common.wording import count_of

@@ -1,5 +1,6 @@
 """Evaluate the compared models: rows of the result tables, and predicted classes."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -7,10 +8,12 @@ from torch.nn.functional import softmax
 
 from pipeline.batches.loader import ImageSet
 from pipeline.common.distributed import Rank
+from pipeline.common.errors import UsageError
 from pipeline.config.paths import TEACHER
 from pipeline.config.schema import Config
-from pipeline.models.build import NormalizedModel, parameter_count
+from pipeline.models.build import NormalizedModel, build_student, parameter_count
 from pipeline.models.evaluation import classifiers, multiply_adds, predict, throughput, top_k_accuracy
+from pipeline.models.teacher import check_input_size
 from pipeline.models.tokens import LayerCosine, TokenCosines
 from pipeline.report.comparison import Predictions
 from pipeline.report.entries import Entry, load_model
@@ -29,6 +32,16 @@ class Evaluation:
     """By classifier."""
     tokens: list[LayerCosine]
     """Empty without a trained distillation token."""
+
+
+def _accepts(teacher: NormalizedModel, size: int) -> bool:
+    """Whether a teacher accepts a size; says so if not."""
+    try:
+        check_input_size(teacher, size, "")
+    except UsageError as error:
+        print(f"teacher: not evaluated at {size} px: {error.found}")
+        return False
+    return True
 
 
 @dataclass
@@ -68,11 +81,24 @@ class Evaluator:
         """A row per size in `evaluate.sizes` and classifier; position embeddings are resized."""
         if entry.name == TEACHER and self.config.teacher.size:
             return []  # it resizes its input to its own size
-        return [
-            SizeResult(entry.name, entry.size, size, name, *self._accuracy(scores))
-            for size in self.config.evaluate.sizes
-            for name, scores in self._scores(entry, self.load(entry, size), size).items()
-        ]
+        rows = []
+        for size in self.config.evaluate.sizes:
+            model = self.load(entry, size)
+            if entry.student or _accepts(model, size):
+                scores = self._scores(entry, model, size)
+                rows += [SizeResult(entry.name, entry.size, size, name, *self._accuracy(scores[name])) for name in scores]
+        return rows
+
+    def check_sizes(self, entries: list[Entry]) -> None:
+        """Refuse sizes in `evaluate.sizes` that the students' patches do not cover.
+
+        Raises:
+            UsageError: a student does not accept a size.
+        """
+        students = [(entry.name, entry.student) for entry in entries if entry.student]
+        for (name, student), size in itertools.product(students, self.config.evaluate.sizes):
+            model = build_student(student, self.config.recipe, len(self.val.classes), size)
+            check_input_size(model, size, "correct evaluate.sizes", name)
 
     def _further_top1(
         self, entry: Entry, model: NormalizedModel, scores: dict[str, torch.Tensor]

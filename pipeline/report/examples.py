@@ -54,21 +54,21 @@ class Example:
 def training_examples(
     config: Config, index: Index, store: Store | None = None, manifest: dict[str, Any] | None = None
 ) -> list[Example]:
-    """Members of the first shard's first group, of different classes if there are any, in views that are mixed differently.
+    """Members of one group, of different classes if there are any, in views that are mixed differently.
 
     Args:
         store: where the teacher's predictions are; None without a teacher.
         manifest: the store's.
     """
-    renderer, labels = Renderer(index, config.recipe), index.rows(0)["label"]
-    members = renderer.members(Item(0, 0, 0))
+    renderer, shard = Renderer(index, config.recipe), int(np.flatnonzero(index.samples)[0])
+    labels, members = index.rows(shard)["label"], renderer.members(Item(shard, 0, 0))
     positions = shown_positions(members.tolist(), labels[members].tolist())
-    examples = {p: Example(index.class_name(labels[p]), index.image(0, p), []) for p in positions}
+    examples = {p: Example(index.class_name(labels[p]), index.image(shard, p), []) for p in positions}
     views = manifest["views"] if manifest else config.teacher_logits.views
-    for view in shown_views(config.recipe, index.names[0], len(members), views):
+    for view in shown_views(config.recipe, index.names[shard], len(members), views):
         # groups change from block to block, so these samples may be spread over several
-        for group in range(group_count(int(index.samples[0]), config.recipe.group_size)):
-            item = Item(0, group, view)
+        for group in range(group_count(int(index.samples[shard]), config.recipe.group_size)):
+            item = Item(shard, group, view)
             slots = {slot: int(p) for slot, p in enumerate(renderer.members(item)) if int(p) in examples}
             if slots:
                 batch = renderer.render([item])
