@@ -184,14 +184,20 @@ def run_subprocess(command: list[str]) -> int:
 
 
 def done_runs(cells: Iterable[Cell]) -> dict[str, str]:
-    """The fingerprints of the runs of the cells that are done, by the cell's name."""
+    """The fingerprints of the runs of the cells that are done, by the cell's name.
+
+    None is done of a configuration that was prepared from other data, which a line says.
+    """
     experiments: dict[str, Experiment] = {}
-    found = {}
+    found, other = {}, {}
     for cell in cells:
         if cell.config.name not in experiments:
             experiments[cell.config.name] = Experiment(cell.config)
-        if not other_settings(cell.config) and (run := _done_run(cell, experiments[cell.config.name])):
+            other[cell.config.name] = other_settings(cell.config)
+        if not other[cell.config.name] and (run := _done_run(cell, experiments[cell.config.name])):
             found[cell.name] = run
+    for name, differences in [(name, each) for name, each in other.items() if each][:1]:
+        print(f"{name} was prepared from other data: {'; '.join(differences[:3])} (prepared, configured)")
     return found
 
 
