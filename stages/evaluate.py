@@ -63,10 +63,8 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     if dry_run:
         return
     require_models(config, entries, train)
-    store, manifest, summary = None, None, {}
-    if config.needs_store("train-student"):
-        store, manifest = open_store(config, train)
-        summary = read_summary(teacher_logits_folder(config, "train-student") / "summary.json")
+    store, manifest = open_store(config, train) if config.needs_store("train-student") else (None, None)
+    summary = read_summary(teacher_logits_folder(config, "train-student") / "summary.json") if store else {}
     curves, training = read_curves(entries), training_rows(config, entries)
     identities, folder = identify(config, entries, val), evaluation_folder(config)
     evaluations, sizes = {}, []
@@ -76,8 +74,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     if Rank.init_process_group(device).rank:
         return  # rank 0 writes
     require_same(identities, identify(config, entries, val), config)
-    for line in evaluator.further.warnings(train):
-        print(f"warning: {line}")
+    evaluator.further.warn_of_training_images(train)
     tokens = {name: each.tokens for name, each in evaluations.items() if each.tokens}
     analysis = analyze(config, entries, {name: each.predictions for name, each in evaluations.items()}, val)
     write_comparisons(folder, analysis.headline.comparisons, analysis.classes, analysis.confusions)

@@ -61,14 +61,12 @@ class FurtherSets:
     real: RealLabels | None
     folders: dict[str, FolderSet]
 
-    def warnings(self, train: Index) -> list[str]:
-        """A line per set that has training images; reads the sets."""
-        found = {name: (each.images, each.images.also_in(train)) for name, each in self.folders.items()}
-        return [
-            f"evaluate.sets.{name}: {len(known):,} of its {len(images):,} images are training images too ({known[0]})"
-            for name, (images, known) in found.items()
-            if known
-        ]
+    def warn_of_training_images(self, train: Index) -> None:
+        """Print how many images of each set are training images, byte for byte; reads the sets."""
+        for name, each in self.folders.items():
+            if known := each.images.also_in(train):
+                counts = f"{len(known):,} of its {len(each.images):,} images"
+                print(f"warning: evaluate.sets.{name}: {counts} are training images too ({known[0]})")
 
     def describe(self) -> list[str]:
         """A line per set."""

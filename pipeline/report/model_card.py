@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.common.files import atomic_write
+from pipeline.common.files import atomic_write, read_json_object
 from pipeline.models.build import NormalizedModel, parameter_count
 from pipeline.models.description import ModelDescription
 
@@ -36,8 +36,7 @@ def write_model_card(
         about: metadata of that file.
         exports: the exported files that the card explains.
     """
-    metrics = weights.with_name("metrics.json")
-    results = json.loads(metrics.read_text()) if metrics.exists() else {}
+    results = read_json_object(weights.with_name("metrics.json"))
     with atomic_write(path) as temporary:
         temporary.write_text(model_card(parameter_count(model.model), description, about, results, exports))
 

@@ -1,6 +1,5 @@
 """How the compared models were trained, for how long, when and by which code; and Python code that loads one."""
 
-import json
 import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.common.files import read_json_object
 from pipeline.config.paths import TEACHER, index_path, state_folder
 from pipeline.config.schema import Config, Student
 from pipeline.config.types import is_own_model
@@ -86,8 +86,7 @@ def trained_run(folder: Path) -> str | None:
 
 def published_as(folder: Path) -> dict[str, str]:
     """What identifies the published weights of a model, from its metrics.json: `run`, and `weights` of a teacher."""
-    path = folder / "metrics.json"
-    metrics = json.loads(path.read_text()) if path.exists() else {}
+    metrics = read_json_object(folder / "metrics.json")
     return {key: metrics[key] for key in ("run", "weights") if key in metrics}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from pipeline.common.errors import UsageError
-from pipeline.common.files import atomic_write
+from pipeline.common.files import atomic_write, write_csv
 from pipeline.common.wording import count_of
 
 Table = tuple[list[str], list[list[str]]]
@@ -120,7 +120,7 @@ def write_cells(path: Path, values: Sequence[Value]) -> None:
         {"cell": each.cell, **each.levels, "seed": each.seed, "run": each.run, "metric": each.metric, "value": each.value}
         for each in values
     ]
-    _write_csv(path, ["cell", *axes, "seed", "run", "metric", "value"], rows)
+    write_csv(path, ["cell", *axes, "seed", "run", "metric", "value"], rows)
 
 
 def read_cells(path: Path) -> list[Value]:
@@ -155,14 +155,7 @@ def write_tables(path: Path, markdown: Path, summaries: Sequence[Summary], table
         | {"standard_deviation": each.deviation if len(each.values) > 1 else ""}
         for each in summaries
     ]
-    _write_csv(path, [*axes, "metric", "mean", "standard_deviation", "seeds"], rows)
+    write_csv(path, [*axes, "metric", "mean", "standard_deviation", "seeds"], rows)
     texts = [tabulate(lines, headings, tablefmt="github", disable_numparse=True) for headings, lines in tables]
     with atomic_write(markdown) as temporary:
         temporary.write_text("\n\n".join(texts) + "\n")
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
-    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)

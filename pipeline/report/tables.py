@@ -1,8 +1,7 @@
 """Tables of results: rows, columns, plain text, JSON and CSV files."""
 
-import csv
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from pipeline.common.files import atomic_write
+from pipeline.common.files import atomic_write, write_csv
 from pipeline.common.wording import three_digits
 from pipeline.models.tokens import LayerCosine
 from pipeline.report.analysis import Analysis
@@ -155,15 +154,15 @@ def write_tables(
         for interval in [analysis.intervals[row.model, row.classifier]]
     ]
     columns = ["model", "classifier", "top1", "top1_low", "top1_high", "top5", *_others(results[0])]
-    _write_csv(folder / "accuracy.csv", columns, rows)
+    write_csv(folder / "accuracy.csv", columns, rows)
     columns = [field.name for field in fields(SizeResult)]
-    _write_csv(folder / "sizes.csv", columns, (asdict(row) for row in sizes))
+    write_csv(folder / "sizes.csv", columns, (asdict(row) for row in sizes))
     pairs = (
         {"first": first, "second": second, "share": share}
         for first, row in analysis.disagreement.items()
         for second, share in row.items()
     )
-    _write_csv(folder / "disagreement.csv", ["first", "second", "share"], pairs)
+    write_csv(folder / "disagreement.csv", ["first", "second", "share"], pairs)
     _write_json(folder / "metrics.json", metrics)  # last: the others are then of the same evaluation
 
 
@@ -181,12 +180,12 @@ def write_comparisons(
         | {"high": c.difference.high}
         for c in comparisons
     )
-    _write_csv(folder / "comparison.csv", ["first", "second", "top1_difference", "low", "high"], rows)
+    write_csv(folder / "comparison.csv", ["first", "second", "top1_difference", "low", "high"], rows)
     models = list(classes[0].top1)
     by_class = ({"class": row.name, "images": row.images, **row.top1} for row in classes)
-    _write_csv(folder / "classes.csv", ["class", "images", *models], by_class)
+    write_csv(folder / "classes.csv", ["class", "images", *models], by_class)
     columns = [field.name for field in fields(Confusion)]
-    _write_csv(folder / "confusions.csv", columns, (asdict(row) for row in confusions))
+    write_csv(folder / "confusions.csv", columns, (asdict(row) for row in confusions))
 
 
 def write_evidence(folder: Path, calibration: dict[str, Calibration], tokens: dict[str, list[LayerCosine]]) -> None:
@@ -198,18 +197,11 @@ def write_evidence(folder: Path, calibration: dict[str, Calibration], tokens: di
         for i in range(len(each.images))
     )
     columns = ["model", "low", "high", "images", "confidence", "accuracy"]
-    _write_csv(folder / "calibration.csv", columns, rows)
+    write_csv(folder / "calibration.csv", columns, rows)
     layers = ({"model": name, **asdict(layer)} for name, each in tokens.items() for layer in each)
-    _write_csv(folder / "token_cosine.csv", ["model", "layer", "mean", "deviation"], layers)
+    write_csv(folder / "token_cosine.csv", ["model", "layer", "mean", "deviation"], layers)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(values, indent=1) + "\n")
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
-    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
