@@ -157,7 +157,8 @@ class TeacherLogits(Section):
     samples: Annotated[int, Field(ge=1, le=255)] = 4
     """Classes drawn per view by kind sampled, from the teacher's softmax; one class may be drawn several times."""
     sample_tau: Annotated[float, Field(gt=0)] = 1.0
-    """Temperature of the softmax that kind sampled draws from; softly distilled students need the same `tau`."""
+    """Temperature of the softmax that kind sampled draws from; softly distilled students need the same `tau`. Above 1 the
+    draws are much noisier."""
     fetch: str | None = None
     """Path or URL of a published store (pipeline store publish): it is fetched, and no teacher is needed."""
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
