@@ -43,11 +43,11 @@ def test_init_takes_such_a_file_for_a_table(in_tmp):
 
 
 @pytest.mark.parametrize("categories", [[{"id": 0}, {"id": 1}], [{"id": 0, "name": "x"}, {"id": 1, "name": "x"}]])
-def test_without_names_of_their_own_categories_are_their_ids(in_tmp, categories):
+def test_without_names_of_their_own_categories_are_named_by_their_ids(in_tmp, categories):
     entries = [{"image_id": number, "category_id": number} for number in (1, 0)]
     content = [{"id": 0, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}]
     file = write_coco(in_tmp / "a.json", [], categories, images=content, annotations=entries)
-    assert coco_rows(file) == [{"file_name": "b.jpg", "label": 1}, {"file_name": "a.jpg", "label": 0}]
+    assert coco_rows(file) == [{"file_name": "b.jpg", "label": "category1"}, {"file_name": "a.jpg", "label": "category0"}]
 
 
 @pytest.mark.parametrize(

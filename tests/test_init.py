@@ -333,7 +333,7 @@ def test_weights_for_as_many_classes_as_imagenet_are_not_used(tmp_path, monkeypa
 
 def test_weights_are_looked_for_in_the_cache_and_then_at_the_hub(monkeypatch):
     asked, tag = [], "regnety_008_tv.tv2_in1k"
-    monkeypatch.setattr(released, "try_to_load_from_cache", lambda repository, name: None)
+    monkeypatch.setattr(released, "try_to_load_from_cache", lambda repository, name, revision: None)
     monkeypatch.setattr(released, "get_hf_file_metadata", lambda url, timeout: asked.append(url))
     assert "local cache" in released.missing_weights(tag, offline=True) and not asked
     assert released.missing_weights(tag, offline=False) == "" and tag in asked[0]
@@ -343,7 +343,7 @@ def test_weights_are_looked_for_in_the_cache_and_then_at_the_hub(monkeypatch):
 
     monkeypatch.setattr(released, "get_hf_file_metadata", unreachable)
     assert "ConnectionError" in released.missing_weights(tag, offline=False)
-    monkeypatch.setattr(released, "try_to_load_from_cache", lambda repository, name: f"/cache/{name}")
+    monkeypatch.setattr(released, "try_to_load_from_cache", lambda repository, name, revision: f"/cache/{name}")
     assert released.missing_weights(tag, offline=True) == ""
 
 
@@ -353,15 +353,21 @@ def test_weights_are_looked_for_in_the_cache_and_then_at_the_hub(monkeypatch):
     ("hf-hub:somebody/model", [], "neither in the local cache nor in somebody/model on the hub"),
     ("local-dir:somewhere", [], ""),
     ("regnety_160.deit_in1kk", [], "timm has no such weights"),
+    ("hf-hub:somebody/model@main", ["model.safetensors"], ""),
+
 ])  # fmt: skip
 def test_weights_are_at_the_hub_in_either_of_timms_files(monkeypatch, tag, files, found):
     def metadata(url: str, timeout: float) -> None:
         if url.rpartition("/")[2] not in files:
             raise EntryNotFoundError(url)
 
-    monkeypatch.setattr(released, "try_to_load_from_cache", lambda repository, name: None)
+    monkeypatch.setattr(released, "try_to_load_from_cache", lambda repository, name, revision: None)
     monkeypatch.setattr(released, "get_hf_file_metadata", metadata)
     assert released.missing_weights(tag) == found
+
+
+def test_a_name_that_no_repository_can_have_is_told_so():
+    assert released.missing_weights("hf-hub:some/body/model") == "'some/body/model' is no name of a repository"
 
 
 def test_an_override_takes_the_place_of_a_choice_and_is_marked(project):

@@ -494,7 +494,7 @@ def test_a_fine_tuned_student_is_not_done_when_the_student_was_trained_anew(proj
 def test_cells_of_other_data_settings_are_not_done(project):
     assert run() and run() == []
     write_study(set={"data.seed": 5})
-    assert "was prepared from other data: data.seed: null, 5 (prepared, configured)" in call("study", "tiny.yaml")
+    assert "was prepared from other data: data.seed: 0, 5 (prepared, configured)" in call("study", "tiny.yaml")
     assert "prepare" in [each.partition(" ")[0] for each in run()]
 
 

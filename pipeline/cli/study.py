@@ -197,7 +197,7 @@ def done_runs(cells: Iterable[Cell]) -> dict[str, str]:
         if not other[cell.config.name] and (run := _done_run(cell, experiments[cell.config.name])):
             found[cell.name] = run
     for name, differences in [(name, each) for name, each in other.items() if each][:1]:
-        print(f"{name} was prepared from other data: {'; '.join(differences[:3])} (prepared, configured)")
+        print(f"{name} was prepared from other data: {'; '.join(differences[:3])}")
     return found
 
 

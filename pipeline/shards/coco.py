@@ -11,7 +11,7 @@ LISTS = ("images", "annotations", "categories")
 def coco_rows(path: Path) -> list[dict[str, Any]]:
     """`file_name` and `label` of each image of a file like iNaturalist's train2018.json.
 
-    Labels are the names of the categories, or their ids unless each has a name of its own.
+    Labels are the names of the categories, or category1 for id 1 and so on unless each has a name of its own.
 
     Raises:
         OSError: the file cannot be read.
@@ -29,8 +29,8 @@ def coco_rows(path: Path) -> list[dict[str, Any]]:
 def _rows(images: list[dict], annotations: list[dict], categories: list[dict]) -> list[dict[str, Any]]:
     files = {image["id"]: image["file_name"] for image in images}
     names = {category.get("name") for category in categories} - {None, ""}
-    label = "name" if len(names) == len(categories) else "id"
-    labels = {category["id"]: category[label] for category in categories}
+    named = len(names) == len(categories)
+    labels = {each["id"]: each["name"] if named else f"category{each['id']}" for each in categories}
     if len(files) < len(images) or len(labels) < len(categories):
         raise ValueError(f"two {'images' if len(files) < len(images) else 'categories'} with the same id")
     found = [(annotation["image_id"], annotation["category_id"]) for annotation in annotations]

@@ -183,14 +183,18 @@ def check_same_teacher(store: Store, spec: StoreSpec) -> None:
         UsageError: it is.
     """
     own = read_json_object(spec.teacher_folder / "metrics.json").get("weights")
+    if own is None:
+        return  # the store may be fetched
     teacher = store.attributes["teacher"]
     stored = {"weights": teacher.get("weights"), "size": teacher.get("size"), "precision": store.attributes["precision"]}
     expected = {"weights": own, "size": spec.teacher_size, "precision": spec.precision}
-    if wrong := [key for key, value in expected.items() if value is not None and stored[key] not in (None, value)]:
-        found = ", ".join(f"{key} {stored[key]}" for key in wrong)
+    if wrong := [key for key, value in expected.items() if stored[key] not in (None, value)]:
+        do = f"run: {spec.command}; or set teacher_logits.fetch or finetune.fetch, if the store was fetched"
+        if wrong == ["precision"]:
+            do = f"set teacher_logits.precision to {stored['precision']}; or remove the store and run: {spec.command}"
         raise UsageError(
-            f"{store.path}: its teacher", expected=", ".join(f"{key} {expected[key]}" for key in wrong), found=found,
-            do=f"run: {spec.command}; or set teacher_logits.fetch or finetune.fetch, if the store was fetched",
+            f"{store.path}: its teacher", expected=", ".join(f"{key} {expected[key]}" for key in wrong),
+            found=", ".join(f"{key} {stored[key]}" for key in wrong), do=do,
         )  # fmt: skip
 
 
