@@ -141,6 +141,7 @@ def test_the_commands_of_the_pipeline_run_in_their_order(name, project):
             run(*shlex.split(command)[1:])
         if command == "dvc repro" and name in TRAINING:  # the stages for which the project is not prepared
             Path("params.yaml").write_text(small)
+            run("prepare", "--quick")
             run("train-student", "--student", "token")
     if name in TRAINING:
         (example,) = blocks("README.md", "python")
