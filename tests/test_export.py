@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
+from pipeline.cli.main import main
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.models.build import NormalizedModel
 from pipeline.models.description import ModelDescription, load_model
@@ -128,6 +130,32 @@ def test_a_wrong_export_is_refused_and_leaves_nothing(saved, tmp_path, monkeypat
     with pytest.raises(PipelineError, match="logits that differ"):
         export(model, description, 255 * torch.rand(2, 3, 32, 32), tmp_path, ("torch",))
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".partial", "model"))] == []
+
+
+def exported(folder, weights, format: str) -> str:
+    done = CliRunner().invoke(main, ["export", "--weights", str(weights), "--format", format, "--output", str(folder)])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def trained_in_run(folder, run: str):
+    description = described("deit_tiny_patch16_224")
+    weights = folder / run[:1] / "weights.safetensors"
+    weights.parent.mkdir(exist_ok=True)
+    save_weights(weights, trained(description).model, {"run": run, DESCRIPTION: description.as_json()})
+    return weights
+
+
+@pytest.mark.parametrize(("second", "kept"), [("0" * 32, True), ("1" * 32, False)])
+def test_a_second_export_keeps_other_formats_of_the_same_training_only(tmp_path, monkeypatch, second, kept):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text("name: example\ndata: {source: digits}\n")
+    exported(tmp_path / "out", trained_in_run(tmp_path, "0" * 32), "timm")
+    said = exported(tmp_path / "out", trained_in_run(tmp_path, second), "torch")
+    card = (tmp_path / "out/README.md").read_text()
+    assert (tmp_path / "out/timm").exists() == kept
+    assert ("timm: deleted" in said) != kept
+    assert ("local-dir:" in card) == kept and "model.pt2" in card and second in card
 
 
 def test_predictions_are_the_models_on_evaluation_views(saved, tmp_path):

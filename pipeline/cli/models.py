@@ -44,7 +44,8 @@ def export(
     """Write a trained model in formats that other software loads, with its class names and input settings.
 
     Each file is loaded again and its logits are compared with the model's, on 100 validation images. The folder
-    also receives a model card, README.md.
+    also receives a model card, README.md. Other formats in it are kept if they are of the same training, and
+    deleted otherwise.
 
     \b
     Example:
@@ -53,8 +54,8 @@ def export(
     from pipeline.config.params import load
     from pipeline.config.paths import outputs
     from pipeline.models.description import load_model
-    from pipeline.models.export import FORMATS, export, timm_obstacle
-    from pipeline.report.model_card import write_model_card
+    from pipeline.models.export import FORMATS, export, other_exports, remove_export, timm_obstacle
+    from pipeline.report.model_card import is_card_of, write_model_card
 
     config = load(path, overrides)
     weights = weights or _weights(config, name)
@@ -66,14 +67,21 @@ def export(
         formats = tuple(name for name in FORMATS if name != "timm" or not obstacle)
         if obstacle:
             print(f"timm: left out: {obstacle}")
+    card, others = folder / "README.md", other_exports(folder, formats)
+    if not is_card_of(card, about):
+        for path in others:
+            remove_export(path)
+            print(f"{path}: deleted, as it was not exported from this training")
+        others = []
+        card.unlink(missing_ok=True)
     exports = export(model, description, pictures, folder, formats)
-    write_model_card(folder / "README.md", weights, model, description, about, [written.path for written in exports])
+    write_model_card(card, weights, model, description, about, [*others, *(written.path for written in exports)])
     for written in exports:
         print(
             f"{written.path}: {written.agreement:.0%} of {len(pictures)} {source} have the model's class,"
             f" logits differ by {written.difference:.1g} at most"
         )
-    print(f"{folder / 'README.md'}: model card")
+    print(f"{card}: model card")
 
 
 @click.command()

@@ -22,7 +22,9 @@ from pipeline.config.types import is_own_model
 from pipeline.models.build import NormalizedModel
 from pipeline.models.description import Classifier, ModelDescription
 
-FORMATS = ("timm", "onnx", "torch")
+FILES = {"timm": "timm", "onnx": "model.onnx", "torch": "model.pt2"}
+"""What each format writes into the folder of an export."""
+FORMATS = tuple(FILES)
 TOLERANCE = 1e-4
 """Largest difference of two logits, relative to the largest logit, between a model and its export."""
 IMAGES, LOGITS = "images", "logits"
@@ -69,10 +71,22 @@ def export(
             with torch.no_grad():
                 result = _compare(folder / written.name, LOADERS[name](written, description)(images), expected)
             if result.path.is_dir():
-                shutil.rmtree(result.path)
+                remove_export(result.path)
             written.replace(result.path)
         exports.append(result)
     return exports
+
+
+def other_exports(folder: Path, formats: tuple[str, ...]) -> list[Path]:
+    """The exports in a folder that writing some formats would leave there."""
+    return [folder / name for format, name in FILES.items() if format not in formats and (folder / name).exists()]
+
+
+def remove_export(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 @contextlib.contextmanager
@@ -104,7 +118,7 @@ def _write_timm(classifier: Classifier, description: ModelDescription, images: t
     if found := timm_obstacle(classifier.model, description):
         raise UsageError("export to timm", expected="a model of which timm makes the same predictions", found=found,
                          do="choose --format onnx or torch")  # fmt: skip
-    target = folder / "timm"
+    target = folder / FILES["timm"]
     target.mkdir()
     state = {name: tensor.contiguous() for name, tensor in classifier.model.model.state_dict().items()}
     safetensors.torch.save_file(state, target / "model.safetensors", {"format": "pt"})
@@ -151,7 +165,7 @@ def _load_timm(path: Path, description: ModelDescription) -> Callable[[torch.Ten
 
 
 def _write_onnx(classifier: Classifier, description: ModelDescription, images: torch.Tensor, folder: Path) -> Path:
-    target, batch = folder / "model.onnx", torch.export.Dim("batch")
+    target, batch = folder / FILES["onnx"], torch.export.Dim("batch")
     try:
         import onnx
         import onnxscript  # noqa: F401 torch.onnx needs it
@@ -179,7 +193,7 @@ def _load_onnx(path: Path, _: ModelDescription) -> Callable[[torch.Tensor], torc
 
 
 def _write_program(classifier: Classifier, description: ModelDescription, images: torch.Tensor, folder: Path) -> Path:
-    target, batch = folder / "model.pt2", torch.export.Dim("batch")
+    target, batch = folder / FILES["torch"], torch.export.Dim("batch")
     with torch.no_grad():
         program = torch.export.export(classifier, (images[:2],), dynamic_shapes=({0: batch},))
     torch.export.save(program, target, extra_files={"model.json": json.dumps(description.as_json())})

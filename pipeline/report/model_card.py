@@ -41,6 +41,15 @@ def write_model_card(
         temporary.write_text(model_card(parameter_count(model.model), description, about, results, exports))
 
 
+def is_card_of(path: Path, about: dict[str, Any]) -> bool:
+    """Whether a file is the card of the training that a weights file's metadata names."""
+    return "run" in about and path.is_file() and _training_run(about) in path.read_text().splitlines()
+
+
+def _training_run(about: dict[str, Any]) -> str:
+    return f"| training run | `{about.get('run', 'unknown')}` |"
+
+
 def model_card(
     parameters: int, description: ModelDescription, about: dict[str, Any], results: dict[str, Any], exports: list[Path]
 ) -> str:
@@ -63,7 +72,7 @@ def model_card(
         f"| parameters | {parameters:,} |",
         f"| input | RGB, {description.size} x {description.size} px, centre crop {description.crop:g} |",
         f"| mean, std | {description.mean}, {description.std} |",
-        f"| training run | `{about.get('run', 'unknown')}` |", "",
+        _training_run(about), "",
     ]  # fmt: skip
     if accuracy:
         lines += ["## Results on the validation set", "", "| | |", "| --- | --- |", *accuracy, ""]
