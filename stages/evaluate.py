@@ -38,7 +38,7 @@ from pipeline.report.tables import (
 )
 from pipeline.shards.index import Index
 from pipeline.shards.published import open_index
-from pipeline.store.manifest import read_manifest, read_summary
+from pipeline.store.manifest import read_manifest, read_summary, require_fetched
 from pipeline.store.reader import Store
 from pipeline.training.identity import validation_fingerprint
 from pipeline.training.log import read_curve
@@ -170,9 +170,8 @@ def run_weights(
         UsageError, PipelineError: no such model, or the weights are for another one, or for other classes.
     """
     val = open_index(config, "val")
-    state = read_weights(weights)
-    if classes := read_description(Path(weights)).get("classes"):
-        check_same_classes(f"{weights}: weights", classes, val.classes, "use a data set of the same classes, in this order")
+    state, described = read_weights(weights), read_description(Path(weights))
+    check_description(config, weights, described, val)
     student = config.student if model is None else config.student.model_copy(update={"model": model, "kwargs": {}})
     built = build_student(student, config.recipe, len(val.classes), size)
     load_resized_weights(built, state, weights)
@@ -180,13 +179,30 @@ def run_weights(
     evaluator = Evaluator(config, val, device)
     if dry_run:
         return
-    # a file does not say whether its distillation head was trained, so all heads are shown
-    student = student.model_copy(update={"distillation": "hard"})
+    # others' files do not say whether a distillation head was trained, so all heads are shown
+    student = student.model_copy(update={"distillation": "none" if described.get("heads") == "class" else "hard"})
     crop, path = config.evaluate.crop, Path(weights)
     entry = Entry(path.name, student.model, path, "", size, crop, "float32", student=student)
     evaluation = evaluator.evaluate(entry, built.to(device).eval())
     if Rank.init_process_group(device).rank == 0:
         print(format_table(evaluation.results))
+
+
+def check_description(config: Config, weights: str, described: dict[str, Any], val: Index) -> None:
+    """Refuse weights whose file says that they are for other classes, or for input that is normalized otherwise.
+
+    Args:
+        described: the file's description; {} for those of others.
+    """
+    if classes := described.get("classes"):
+        check_same_classes(f"{weights}: weights", classes, val.classes, "use a data set of the same classes, in this order")
+    for key, configured in {"mean": config.recipe.mean, "std": config.recipe.std}.items():
+        if list(described.get(key, configured)) != list(configured):
+            raise PipelineError(
+                f"{weights}: weights of a model with another normalization",
+                expected=f"recipe.{key} {list(configured)}", found=f"{key} {described[key]}",
+                do=f"add: --set 'recipe.{key}={described[key]}'",
+            )  # fmt: skip
 
 
 def print_entries(entries: list[Entry], val: Index, further: FurtherSets) -> None:
@@ -206,6 +222,8 @@ def open_store(config: Config, index: Index) -> tuple[Store, dict[str, Any]]:
     """
     manifest = read_manifest(teacher_logits_folder(config, "train-student") / "manifest.json")
     store = Store.open(store_path(config, manifest["fingerprint"]), index, config.recipe)
-    if not config.teacher_logits.fetch:
-        check_same_teacher(store, store_spec(config, "train-student"))
+    spec = store_spec(config, "train-student")
+    require_fetched(spec)
+    if not spec.fetch:
+        check_same_teacher(store, spec)
     return store, manifest

@@ -13,7 +13,7 @@ from pipeline.config.paths import digests_folder, finetune_folder, student_folde
 from pipeline.config.schema import Config
 from pipeline.models.adapt import load_resized_weights
 from pipeline.models.build import NormalizedModel, build_student
-from pipeline.models.pretrained import replace_classifiers
+from pipeline.models.pretrained import has_other_classes, replace_classifiers
 from pipeline.models.provenance import finetune_start
 from pipeline.models.teacher import check_input_size
 from pipeline.models.weights import read_external_weights, read_saved_weights, weights_hash
@@ -43,7 +43,7 @@ def run(config: Config, device: torch.device, name: str, teacher: str = "stored"
     with print_if_not_ready(dry_run):
         if not settings.weights:
             require_student(config, train.fingerprint, name)
-        load_initial_weights(model, config, name)
+        load_initial_weights(model, config, name, train.classes)
         start = finetune_start(config, name)
         teaching, teacher_identity = create_teacher(config, student, "finetune", train, device, teacher)
     finetuning = prepare_run(
@@ -57,10 +57,13 @@ def run(config: Config, device: torch.device, name: str, teacher: str = "stored"
         train_and_publish(finetuning, finetune_folder(config, name), start)
 
 
-def load_initial_weights(model: NormalizedModel, config: Config, name: str) -> None:
+def load_initial_weights(model: NormalizedModel, config: Config, name: str, classes: list[str]) -> None:
     """Load the weights that fine-tuning starts from: `finetune.weights`, or those of the student.
 
-    Heads of another number of classes, as for another data set (paper, section 5.4), are initialized from scratch.
+    Heads of other classes, as for another data set (paper, section 5.4), are initialized from scratch.
+
+    Args:
+        classes: class names of the index.
 
     Raises:
         UsageError: there is no such file.
@@ -74,7 +77,8 @@ def load_initial_weights(model: NormalizedModel, config: Config, name: str) -> N
             kind, do = UsageError, "correct finetune.weights"
         raise kind(f"{source}: no student to start from", do=do)
     if external:
-        state, new = replace_classifiers(model.model, read_external_weights(source, digests_folder(config)))
+        read = read_external_weights(source, digests_folder(config))
+        state, new = replace_classifiers(model.model, read, has_other_classes(source, classes))
         print(f"{source}: " + (f"{', '.join(new)} initialized from scratch" if new else "heads kept"))
     else:
         state, _ = read_saved_weights(source)

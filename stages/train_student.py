@@ -50,7 +50,7 @@ def run(
     if dry_run and settings.timm_tag:
         print(f"student {name}: starts from {settings.timm_tag}, which a dry run does not download")
         return
-    start = load_start(config, name, settings, model) if settings.weights else {}
+    start = load_start(config, name, settings, model, train.classes) if settings.weights else {}
     teaching, teacher_identity = NoTeacher(), None
     with print_if_not_ready(dry_run):
         teaching, teacher_identity = create_teacher(config, settings, "train-student", train, device, teacher, store)
@@ -65,9 +65,11 @@ def run(
         train_and_publish(student_run, student_folder(config, name), student_start(config, settings))
 
 
-def load_start(config: Config, name: str, settings: Student, model: NormalizedModel) -> dict[str, str]:
+def load_start(
+    config: Config, name: str, settings: Student, model: NormalizedModel, classes: list[str]
+) -> dict[str, str]:
     """Load `student.weights` into the model; returns their part of the run's identity."""
-    new = load_student_weights(settings, model, digests_folder(config))
+    new = load_student_weights(settings, model, classes, digests_folder(config))
     print(
         f"student {name}: starts from {settings.weights}"
         + (f"; initialized from scratch: {', '.join(new)}" if new else "")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from test_store_commands import call
 
-from pipeline.cli.durations import Machine, Rates, duration, stage_seconds
+from pipeline.cli.durations import Machine, Rates, stage_seconds
 from pipeline.cli.estimate import Images, Student, generate_picture, table_by_kind, table_by_views
-from pipeline.common.wording import size_of
+from pipeline.common.wording import duration, size_of
 from pipeline.config.params import resolve
 from pipeline.config.store_spec import store_spec
 from pipeline.shards.images import decode
@@ -120,7 +120,8 @@ def test_generated_pictures_have_the_bytes_of_a_photograph():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(5, "5 s"), (600, "10 min"), (7200, "2.0 h"), (999_999_999, "11,574 days")]
+    ("seconds", "text"),
+    [(5, "5 s"), (12.2, "12 s"), (300, "5 min"), (7200, "2.0 h"), (400_000, "4.6 d"), (999_999_999, "11,574 d")],
 )
 def test_durations_have_a_unit_that_suits(seconds, text):
     assert duration(seconds) == text

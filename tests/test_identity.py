@@ -22,7 +22,7 @@ from pipeline.models.weights import read_saved_weights, read_weights, save_weigh
 from pipeline.report.entries import list_entries
 from pipeline.shards.index import Index
 from pipeline.training import identity
-from pipeline.training.identity import configured_runs, configured_student, is_run_of
+from pipeline.training.identity import configured_runs, configured_student, is_run_of, used_other_predictions
 from pipeline.training.origin import require_student, require_teacher
 from pipeline.training.teachers import create_teacher
 from pipeline.training.trainer import Trainer
@@ -164,6 +164,26 @@ def test_a_student_of_another_store_than_the_published_one_is_not_evaluated(taug
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"fingerprint": "0" * 32}))
     with pytest.raises(NotReady, match=f"trained from the store {'0' * 32}"):
         require_student(taught, training_index().fingerprint, "hard")
+
+
+@pytest.mark.parametrize("change", [{"units": {}}, {"kind": "dense", "units": {}}, {"views": 4, "units": {}}])
+def test_a_student_of_other_predictions_than_the_published_ones_is_not_evaluated(taught, change):
+    config = loaded("teacher_logits.kind=argmax", "students=[hard]")
+    teacher_logits.run(config, CPU)
+    train_student.run(config, CPU, "hard")
+    path = teacher_logits_folder(config, "train-student") / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    if len(change) > 1:  # of another kind or number of views, the units are others anyway
+        require_student(config, training_index().fingerprint, "hard")
+        return
+    with pytest.raises(NotReady, match="(?s)trained from the published predictions, as argmax.*train-student --student hard"):
+        require_student(config, training_index().fingerprint, "hard")
+
+
+def test_a_student_of_another_kind_of_predictions_is_not_evaluated():
+    described = {"dependencies": {"teacher": {"store": "s", "kind": "dense", "units": "u"}}}
+    assert used_other_predictions(described, "topk", 8, {}) and not used_other_predictions(described, "dense", 8, {})
+    assert not used_other_predictions({"dependencies": {"teacher": {"online": {}}}}, "topk", 8, {})
 
 
 def test_a_fine_tuned_student_is_not_evaluated_when_the_student_was_trained_anew(taught):
@@ -341,9 +361,19 @@ def test_accumulation_makes_another_run_of_a_network_with_batch_norm(taught, tol
     assert whole != told(teacher.run, loaded(*settings, f"{section}.accumulation=2"), CPU, purpose)
 
 
+def test_a_network_with_batch_norm_of_another_accumulation_is_not_used(taught):
+    settings = "teacher.epochs=1", "teacher.batch_size=8"
+    teacher.run(loaded(*settings), CPU)
+    require_teacher(loaded(*settings), training_index().fingerprint)
+    with pytest.raises(NotReady, match=r"accumulation: 1, 2 \(trained, configured\)"):
+        require_teacher(loaded(*settings, "teacher.accumulation=2"), training_index().fingerprint)
+
+
 def test_accumulation_makes_no_other_run_of_a_vit(taught, told):
     whole = told(train_student.run, taught, CPU, "hard")
     assert whole == told(train_student.run, loaded("student.accumulation=2"), CPU, "hard")
+    train_student.run(taught, CPU, "hard")
+    require_student(loaded("student.accumulation=2"), training_index().fingerprint, "hard")
 
 
 def test_a_network_with_batch_norm_does_not_go_on_with_another_number_of_ranks(taught, monkeypatch):

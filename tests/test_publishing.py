@@ -30,7 +30,7 @@ from test_store_commands import call, flip, the_store
 from test_training import CPU, loaded
 from test_unlabelled import trainable
 
-from pipeline.common.errors import PipelineError
+from pipeline.common.errors import NotReady, PipelineError
 from pipeline.common.files import is_local
 from pipeline.common.wording import size_of
 from pipeline.config.params import dump, resolve
@@ -91,6 +91,28 @@ def test_a_student_of_a_fetched_store_has_the_weights_of_the_first_labs_without_
     assert tree(Path("work/stores")) == tree(second / "work/stores")
     manifest = Path("outputs/small/teacher-logits/manifest.json")
     assert manifest.read_bytes() == (second / manifest).read_bytes()
+
+
+def test_a_store_that_was_fetched_from_elsewhere_is_not_used(lab):
+    call("store", "fetch", str(lab))
+    there = "teacher_logits.fetch=elsewhere"
+    with pytest.raises(NotReady, match=f"(?s)one fetched from elsewhere.*one fetched from {lab}.*pipeline teacher-logits"):
+        train_student.run(loaded(there), CPU, "hard")
+    assert "one fetched from elsewhere" in call("store", "publish", "../again", "--set", there, code=1)
+
+
+def test_a_store_computed_here_is_not_taken_for_a_fetched_one(lab, monkeypatch):
+    monkeypatch.chdir(lab.parent / "first")
+    with pytest.raises(NotReady, match="one computed here"):
+        train_student.run(loaded(f"teacher_logits.fetch={lab}"), CPU, "hard")
+
+
+def test_predictions_of_another_teacher_than_the_configured_one_are_not_published(lab, monkeypatch):
+    monkeypatch.chdir(lab.parent / "first")
+    assert "teacher of another configuration" in call("store", "publish", "../again", "--set", "teacher.mean=[0.1, 0.2, 0.3]", code=1)
+    store = json.loads(Path("outputs/small/teacher-logits/manifest.json").read_text())["fingerprint"]
+    named = "--store", f"work/stores/{store}.zarr"
+    assert "would be written" in call("store", "publish", "../again", "--set", "teacher.mean=[0.1, 0.2, 0.3]", "--dry-run", *named)
 
 
 @pytest.mark.slow
@@ -523,7 +545,7 @@ def test_another_store_is_not_published_into_the_same_folder(taught, tmp_path):
     config = loaded("teacher.seed=5")
     teacher.run(config, CPU)
     teacher_logits.run(config, CPU)
-    assert "another store is published here" in call("store", "publish", str(target), code=2)
+    assert "another store is published here" in call("store", "publish", str(target), "--set", "teacher.seed=5", code=2)
     assert tree(target) == before
 
 

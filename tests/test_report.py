@@ -758,6 +758,27 @@ def test_weights_from_anywhere_are_evaluated_and_nothing_is_written(mini, tmp_pa
         assert printed[row.classifier] == pytest.approx(100 * row.top1, abs=0.01)
 
 
+def described_weights(config, folder: Path, **description) -> str:
+    model = build_student(config.student_named("token"), config.recipe, 2, 16).model
+    save_weights(folder / "described.safetensors", model, {DESCRIPTION: description})
+    return str(folder / "described.safetensors")
+
+
+def test_weights_of_another_normalization_are_refused_with_what_to_set(mini, tmp_path):
+    config, device = mini
+    same, other = ([value + shift for value in config.recipe.mean] for shift in (0, 0.125))
+    evaluate.run_weights(config, device, described_weights(config, tmp_path, mean=same), None, 16)
+    with pytest.raises(PipelineError, match=r"(?s)another normalization.*expected: recipe\.mean.*--set 'recipe\.mean="):
+        evaluate.run_weights(config, device, described_weights(config, tmp_path, mean=other), None, 16)
+
+
+@pytest.mark.parametrize(("heads", "shown"), [("class", False), ("mean", True)])
+def test_a_head_that_was_not_trained_is_not_evaluated(mini, tmp_path, capsys, heads, shown):
+    config, device = mini
+    evaluate.run_weights(config, device, described_weights(config, tmp_path, heads=heads), None, 16)
+    assert ("softmax" in capsys.readouterr().out) == shown
+
+
 def test_weights_of_another_model_than_the_named_one_are_refused(mini, tmp_path):
     config, device = mini
     source = str(student_folder(config, "token") / "weights.safetensors")

@@ -17,7 +17,7 @@ from test_training import CPU, Stop, loaded
 
 from pipeline.cli import scan, status
 from pipeline.cli.main import main
-from pipeline.cli.status_table import RECENT, Facts, best_top1, duration, log_summary, row_of, short, table, write_rate
+from pipeline.cli.status_table import RECENT, Facts, best_top1, log_summary, row_of, short, table, write_rate
 from pipeline.common.lease import lease
 from pipeline.common.lock import kernel_lock
 from pipeline.config.params import dump
@@ -128,11 +128,10 @@ def test_what_is_counted_agrees_with_its_number():
     assert "1 unit " in printed and "2 units" in printed and "1/5 units" in printed
 
 
-def test_numbers_and_durations_are_short():
+def test_numbers_are_short():
     assert [short(x) for x in (0.25, 7, 9999, 12_345, 375_300, 1_281_167)] == [
         "0.25", "7", "9,999", "12.3k", "375k", "1.28M",
     ]  # fmt: skip
-    assert [duration(x) for x in (12.2, 300, 11_520, 400_000)] == ["12 s", "5 min", "3.2 h", "4.6 d"]
 
 
 # from files

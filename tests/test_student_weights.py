@@ -17,7 +17,7 @@ from pipeline.models import pretrained
 from pipeline.models.adapt import resize_position_embedding
 from pipeline.models.build import NormalizedModel, build_student
 from pipeline.models.pretrained import load_student_weights
-from pipeline.models.weights import save_weights, weights_hash
+from pipeline.models.weights import DESCRIPTION, save_weights, weights_hash
 from pipeline.training.identity import configured_student
 from stages import train_student
 
@@ -32,13 +32,18 @@ def built(model: str, classes: int = 3, size: int = 16, seed: int = 0) -> Normal
     return build_student(Student(model=model, kwargs=kwargs, seed=seed), Recipe(), classes, size)
 
 
-def loaded_from(source: NormalizedModel, target: NormalizedModel, suffix: str = "safetensors") -> list[str]:
+CLASSES = ["ant", "bee", "cat"]
+
+
+def loaded_from(
+    source: NormalizedModel, target: NormalizedModel, suffix: str = "safetensors", described: dict | None = None
+) -> list[str]:
     path = Path(f"source.{suffix}")
     if suffix == "pth":
         torch.save({"model": source.model.state_dict()}, path)
     else:
-        save_weights(path, source.model)
-    return load_student_weights(Student(weights=str(path)), target, Path("checksums"))
+        save_weights(path, source.model, {DESCRIPTION: described or {}})
+    return load_student_weights(Student(weights=str(path)), target, CLASSES, Path("checksums"))
 
 
 def tensors(model: NormalizedModel) -> dict[str, torch.Tensor]:
@@ -51,6 +56,16 @@ def test_weights_of_the_same_model_are_loaded_as_they_are(in_tmp, model, suffix)
     source, target = built(model, seed=1), built(model, seed=2)
     assert loaded_from(source, target, suffix) == []
     assert weights_hash(target.model) == weights_hash(source.model)
+
+
+@pytest.mark.parametrize(("named", "kept"), [(CLASSES, True), (["0", "1", "2"], True), (CLASSES[::-1], False), (["x", "y", "z"], False)])
+def test_heads_of_as_many_other_classes_are_fresh_if_the_file_names_them(in_tmp, named, kept):
+    source, target = built(TOKEN, seed=1), built(TOKEN, seed=2)
+    fresh = tensors(target)
+    new = loaded_from(source, target, described={"classes": named})
+    assert (new == []) == kept
+    assert torch.equal(target.model.head.weight, (source.model.head.weight if kept else fresh["head.weight"]))
+    assert torch.equal(target.model.cls_token, source.model.cls_token)
 
 
 def test_heads_of_other_classes_are_fresh_and_positions_are_resized(in_tmp):
@@ -101,7 +116,7 @@ def test_a_timm_tag_is_loaded_by_timm(in_tmp, monkeypatch):
     target = built("test_resnet")
     monkeypatch.setattr(pretrained.timm, "create_model", downloaded)
     monkeypatch.setattr(pretrained, "missing_weights", lambda tag: "")
-    new = load_student_weights(Student(weights="test_resnet.r160_in1k"), target, Path("checksums"))
+    new = load_student_weights(Student(weights="test_resnet.r160_in1k"), target, CLASSES, Path("checksums"))
     assert new == ["fc.weight", "fc.bias"]
     assert torch.equal(target.model.conv1[0].weight, downloaded("test_resnet", True).conv1[0].weight)
 
@@ -111,12 +126,12 @@ def test_a_tag_that_cannot_be_downloaded_is_refused_at_once(monkeypatch):
     monkeypatch.setattr(pretrained.timm, "create_model", None)
     monkeypatch.setattr(pretrained, "missing_weights", lambda tag: "the hub cannot be reached")
     with pytest.raises(PipelineError, match=r"(?s)student\.weights 'test_resnet\.r160_in1k'.*the hub cannot be reached.*network"):
-        load_student_weights(Student(weights="test_resnet.r160_in1k"), target, Path("checksums"))
+        load_student_weights(Student(weights="test_resnet.r160_in1k"), target, CLASSES, Path("checksums"))
 
 
 def test_an_unknown_tag_names_the_key():
     with pytest.raises(UsageError, match=r"student\.weights 'deit_tiny_patch16_224\.nobody'"):
-        load_student_weights(Student(weights="deit_tiny_patch16_224.nobody"), built(PLAIN), Path("checksums"))
+        load_student_weights(Student(weights="deit_tiny_patch16_224.nobody"), built(PLAIN), CLASSES, Path("checksums"))
 
 
 def run_of(config) -> str:

@@ -103,6 +103,17 @@ def test_every_cell_of_the_first_seed_comes_before_those_of_the_next():
     assert [cell.seed for cell in found] == [3] * 8 + [1] * 8
 
 
+def test_axes_may_change_different_entries_of_kwargs():
+    axes = {"student.kwargs.embed_dim": [64, 256], "student.kwargs.depth": [2, 6]}
+    found = [cell.config.student_named(cell.variant).kwargs for cell in cells(students=["none"], axes=axes)]
+    assert [(kwargs["embed_dim"], kwargs["depth"]) for kwargs in found] == [(64, 2), (64, 6), (256, 2), (256, 6)]
+
+
+def test_two_precisions_have_stores_in_folders_of_their_own():
+    levels = {name: {"teacher_logits.precision": name, "work": f"work-{name}"} for name in ("float32", "bfloat16")}
+    assert {cell.config.work for cell in cells(students=["hard"], axes={"precision": levels})} == {"work-float32", "work-bfloat16"}
+
+
 def test_a_variant_s_kwargs_are_merged_and_its_own_settings_give_way_to_the_level():
     cell = cells(students=["soft"], axes={"size": {"big": {"student.kwargs": {"embed_dim": 256}, "student.tau": 9.0}}})[0]
     settings = cell.config.student_named(cell.variant)
@@ -191,6 +202,16 @@ def test_a_fine_tuned_student_is_a_cell_whose_name_says_what_it_started_from():
         ({"axes": {"run": {"a": {}}}}, "found run"),
         ({"axes": {"student.epochs": [1], "finetune.epochs": [2]}}, "two called epochs"),
         ({"students": ["soft"], "set": {"student.alpha": 0.3}}, "variants.soft.alpha"),
+        ({"students": ["soft"], "set": {"variants.soft.kwargs.depth": 2, "student.kwargs.depth": 6}}, "kwargs.depth: 2 there"),
+        ({"set": {"student.seed": 3}}, "student.seed in set"),
+        ({"axes": {"a": {"x": {"student.seed": 3}}}}, "student.seed in a"),
+        ({"axes": {"a": {"x": {"recipe.hflip": 0.1}}, "b": {"y": {"recipe.hflip": 0.2}}}}, "both a and b change recipe.hflip"),
+        ({"axes": {"student.kwargs.depth": [2, 6], "b": {"y": {"student.kwargs": {"embed_dim": 64}}}}}, "depth and b change"),
+        ({"students": ["hard"], "axes": {"teacher_logits.precision": ["float32", "bfloat16"]}}, "one value for each store"),
+        (
+            {"students": ["soft"], "set": {"teacher_logits.kind": "topk"}, "axes": {"teacher_logits.top_k": [2, 3]}},
+            "teacher_logits.top_k",
+        ),
         ({"metrics": ["top1", "top1"]}, "metrics must be different"),
         ({"figure": {"x": "hflip", "log": True}, "axes": {"recipe.hflip": [0, 0.5]}}, "levels above 0"),
         ({"axes": {"V": {}}}, "at least one level"),
@@ -496,6 +517,17 @@ def test_cells_of_other_data_settings_are_not_done(project):
     write_study(set={"data.seed": 5})
     assert "was prepared from other data: data.seed: 0, 5 (prepared, configured)" in call("study", "tiny.yaml")
     assert "prepare" in [each.partition(" ")[0] for each in run()]
+
+
+def test_cells_of_earlier_images_are_not_done_once_images_have_changed(project, in_tmp):
+    write_study(axes={"recipe.hflip": [0.0]})
+    assert run()
+    next((in_tmp / "train/cat").iterdir()).unlink()
+    write_study(axes={"recipe.hflip": [0.0, 0.5]}, seeds=[0])
+    second = command.find("tiny.yaml", ()).cells[1]
+    assert [each.partition(" ")[0] for each in run(second.name)] == ["prepare", "train-student"]
+    assert "1 of 2 cells done" in call("study", "tiny.yaml")
+    assert [each.partition(" ")[0] for each in run()] == ["prepare", "train-student"] and run() == []
 
 
 def test_calibration_is_a_metric_of_the_evaluation_of_the_same_run(in_tmp):

@@ -221,6 +221,13 @@ def test_a_damaged_parquet_file_is_refused(in_tmp, damage):
     assert "train.parquet" in refusal(table_config(in_tmp, "train.parquet", data__val_fraction=0.5))
 
 
+def test_a_label_with_a_comma_needs_quotes(in_tmp):
+    (path, *_), *_ = images(in_tmp)
+    (in_tmp / "train.csv").write_text(f'path,label\n{path},"crane, bird"\n{path},crane, machine\n')
+    said = refusal(table_config(in_tmp, "train.csv", data__val_fraction=0.5))
+    assert "line 3: more values than columns" in said and "double quotes" in said
+
+
 @pytest.mark.parametrize("kind", ["csv", "tsv"])
 def test_two_columns_of_one_name_are_refused(in_tmp, kind):
     separator = {"csv": ",", "tsv": "\t"}[kind]

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.common.arithmetic import autocast
 from pipeline.common.cores import available_cores, resolve_workers
-from pipeline.common.wording import size_of
+from pipeline.common.wording import duration, size_of
 from pipeline.config.schema import Config, Training
 from pipeline.config.store_spec import store_spec
 from pipeline.models.build import NormalizedModel, build_student, parameter_count
@@ -211,11 +211,3 @@ def describe(seconds: dict[str, float], sizes: dict[str, int], device: torch.dev
             f"  {'disk':<24}{size_of(sum(sizes.values()))}: {parts}",
         ]
     )
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes, hours or days, as text."""
-    for limit, unit, length in ((90, "s", 1), (5400, "min", 60), (360_000, "h", 3600)):
-        if seconds < limit:
-            return f"{seconds / length:,.{int(unit == 'h')}f} {unit}"
-    return f"{seconds / 86_400:,.0f} days"

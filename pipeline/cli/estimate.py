@@ -11,10 +11,10 @@ from tabulate import tabulate
 
 from pipeline.cli import durations
 from pipeline.cli.dry_run import check_one_teacher
-from pipeline.cli.durations import Machine, Rates, duration
+from pipeline.cli.durations import Machine, Rates
 from pipeline.common.cores import available_cores, limit_threads, resolve_workers
 from pipeline.common.errors import NotReady, UsageError
-from pipeline.common.wording import count_of, size_of
+from pipeline.common.wording import count_of, duration, size_of
 from pipeline.config.paths import index_path
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import StoreSpec, store_spec

@@ -7,7 +7,7 @@ from pipeline.config.schema import Config
 from pipeline.config.store_spec import StoreSpec
 from pipeline.shards.index import Index
 from pipeline.shards.published import open_index
-from pipeline.store.manifest import read_manifest
+from pipeline.store.manifest import read_manifest, require_fetched
 from pipeline.store.reader import Store
 from pipeline.store.sampling import check_sampling
 
@@ -28,6 +28,24 @@ def find_store(config: Config, spec: StoreSpec, named: str | None = None) -> Sto
         path = _only_store(config, spec, index)
     store = Store.open(path, index, spec.recipe)
     check_sampling(store, spec)
+    return store
+
+
+def find_configured_store(config: Config, spec: StoreSpec, named: str | None = None) -> Store:
+    """The same for what leaves the project: unless it is named by hand, its teacher is the configured one.
+
+    Raises:
+        PipelineError, UsageError: as `find_store`; or the teacher or its precision is another.
+    """
+    from pipeline.training.origin import require_teacher
+    from pipeline.training.teachers import check_same_teacher
+
+    store = find_store(config, spec, named)
+    if not named:
+        require_fetched(spec)
+        if not spec.fetch:
+            require_teacher(config, store.index.fingerprint, spec.purpose)
+            check_same_teacher(store, spec)
     return store
 
 

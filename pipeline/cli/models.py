@@ -69,9 +69,9 @@ def export(
             print(f"timm: left out: {obstacle}")
     card, others = folder / "README.md", other_exports(folder, formats)
     if not is_card_of(card, about):
-        for path in others:
-            remove_export(path)
-            print(f"{path}: deleted, as it was not exported from this training")
+        for other in others:
+            remove_export(other)
+            print(f"{other}: deleted, as it was not exported from this training")
         others = []
         card.unlink(missing_ok=True)
     exports = export(model, description, pictures, folder, formats)

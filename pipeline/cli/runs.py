@@ -55,6 +55,17 @@ class Experiment:
         self.known_runs, own = {state.folder.name for state in self.states}, [x.folder.name for x in self.states_of("teacher")]
         self.foreign_teachers = foreign_teachers(config, own, self.known_runs)
 
+    @property
+    def images(self) -> tuple[str | None, ...]:
+        """The fingerprints of both indices."""
+        return tuple(index.get("fingerprint") for index in self.indices.values())
+
+    @property
+    def prepared(self) -> float:
+        """When an index was last written, in seconds since 1970; 0 before there is one."""
+        paths = [index_path(self.config, split) for split in self.indices]
+        return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
+
     def states_of(self, stage: str) -> list[State]:
         """The states with the configuration's settings that use the published store, or none."""
         configured, (kind, _, student) = self.runs[stage], stage.partition("@")

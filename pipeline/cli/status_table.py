@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.cli.scan import number
+from pipeline.common.wording import duration
 
 RECENT = 600.0  # seconds: a stage whose files changed within them is running; also the span that a rate is taken over
 DONE, FOREIGN, RUNNING, STOPPED, NOT_BEGUN = "done", "done, of another configuration", "running", "stopped", "not begun"
@@ -188,12 +189,3 @@ def short(number: float) -> str:
     if number < 10_000:
         return f"{number:,.0f}"
     return f"{number / 1e3:.3g}k" if number < 999_500 else f"{number / 1e6:.3g}M"
-
-
-def duration(seconds: float) -> str:
-    """In the unit that suits: 12 s, 5 min, 3.2 h, 4.1 d."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    if seconds < 99.5 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} d"

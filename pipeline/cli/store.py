@@ -151,14 +151,14 @@ def export(path: str, overrides: tuple[str, ...], purpose: str, named: str | Non
     Example:
       pipeline store export --parquet predictions.parquet
     """
-    from pipeline.cli.find_store import find_store
+    from pipeline.cli.find_store import find_configured_store
     from pipeline.config.params import load
     from pipeline.config.store_spec import store_spec
     from pipeline.store.parquet import export_parquet
 
     config = load(path, overrides)
     spec = store_spec(config, purpose)
-    rows = export_parquet(find_store(config, spec, named), spec, file)
+    rows = export_parquet(find_configured_store(config, spec, named), spec, file)
     click.echo(f"{file}: {rows:,} rows, {size_of(file.stat().st_size)}")
 
 
@@ -180,14 +180,14 @@ def publish(path: str, overrides: tuple[str, ...], purpose: str, named: str | No
       pipeline store publish s3://bucket/regnety-160-imagenet-224
       pipeline store publish store.tar --dry-run
     """
-    from pipeline.cli.find_store import find_store
+    from pipeline.cli.find_store import find_configured_store
     from pipeline.config.params import load
     from pipeline.config.store_spec import store_spec
     from pipeline.store.publishing import publish_store, read_teacher_metrics
 
     config = load(path, overrides)
     spec = store_spec(config, purpose)
-    found = find_store(config, spec, named)
+    found = find_configured_store(config, spec, named)
     metrics = read_teacher_metrics(spec.teacher_folder, found.attributes["teacher"])
     if published := publish_store(found, spec, target, metrics, dry_run):
         option, section = (" --for finetune", "finetune") if purpose == "finetune" else ("", "teacher_logits")

@@ -19,12 +19,14 @@ from pipeline.common.signals import raise_on_sigterm
 from pipeline.common.wording import count_of
 from pipeline.config.cells import Cell, expand
 from pipeline.config.params import load, record
-from pipeline.config.paths import evaluated_models, evaluation_folder, teacher_logits_folder, used_params
+from pipeline.config.paths import evaluated_models, evaluation_folder, used_params
 from pipeline.config.schema import PURPOSES, Config
+from pipeline.config.store_spec import store_spec
 from pipeline.config.study import Study, load_study
+from pipeline.config.validation import fingerprint
 from pipeline.models.provenance import START, finetune_start, student_start
-from pipeline.shards.prepared import other_settings
-from pipeline.training.identity import is_run_of, validation_fingerprint
+from pipeline.shards.prepared import data_settings, other_settings
+from pipeline.training.identity import is_run_of, used_other_predictions, validation_fingerprint
 
 Execute = Callable[[list[str]], int]
 """Runs a command of `pipeline`, given without that word; returns its exit code."""
@@ -188,16 +190,32 @@ def done_runs(cells: Iterable[Cell]) -> dict[str, str]:
 
     None is done of a configuration that was prepared from other data, which a line says.
     """
-    experiments: dict[str, Experiment] = {}
-    found, other = {}, {}
-    for cell in cells:
-        if cell.config.name not in experiments:
-            experiments[cell.config.name] = Experiment(cell.config)
-            other[cell.config.name] = other_settings(cell.config)
-        if not other[cell.config.name] and (run := _done_run(cell, experiments[cell.config.name])):
-            found[cell.name] = run
-    for name, differences in [(name, each) for name, each in other.items() if each][:1]:
-        print(f"{name} was prepared from other data: {'; '.join(differences[:3])}")
+    cells = list(cells)
+    configs = {cell.config.name: cell.config for cell in cells}
+    experiments = {name: Experiment(config) for name, config in configs.items()}
+    other = _prepared_otherwise(experiments)
+    found = {cell.name: _done_run(cell, experiments[cell.config.name]) for cell in cells if cell.config.name not in other}
+    for name, reason in [*other.items()][:1]:
+        print(f"{name} was prepared from other data: {reason}")
+    return {name: run for name, run in found.items() if run}
+
+
+def _prepared_otherwise(experiments: dict[str, Experiment]) -> dict[str, str]:
+    """Why an experiment's indices are of other data than configured, or of other images than the last that was prepared
+    with the same settings of `data`."""
+    found: dict[str, str] = {}
+    prepared: dict[str, list[Experiment]] = {}
+    for name, experiment in experiments.items():
+        data = experiment.config.data
+        if differences := other_settings(experiment.config):
+            found[name] = "; ".join(differences[:3])
+        elif experiment.index:
+            prepared.setdefault(fingerprint(data_settings(data, data.source)), []).append(experiment)
+    for same in prepared.values():
+        newest = max(same, key=lambda experiment: experiment.prepared)
+        for experiment in same:
+            if experiment.images != newest.images:
+                found[experiment.config.name] = f"{newest.config.name} was prepared later, and the images are others now"
     return found
 
 
@@ -215,11 +233,13 @@ def _done_run(cell: Cell, experiment: Experiment) -> str | None:
     if None not in (start, metrics.get(START)) and start != metrics[START]:
         return None
     purpose = "finetune" if cell.finetuned else "train-student"
-    folder, distilled = teacher_logits_folder(config, purpose), student.distillation != "none"
+    spec, distilled = store_spec(config, purpose), student.distillation != "none"
     if distilled and purpose in experiment.foreign_teachers:
         return None
-    store = read_json(folder / "manifest.json").get("fingerprint", "none") if distilled else None
+    manifest, kind = read_json(spec.folder / "manifest.json"), "argmax" if student.distillation == "hard" else spec.kind
+    store = manifest.get("fingerprint", "none") if distilled else None
     own = [state for state in experiment.states if is_run_of(experiment.runs[cell.stage], state.described)]
+    own = [state for state in own if not used_other_predictions(state.described, kind, spec.views, manifest)]
     complete = {state.folder.name for state in own if state.complete and state.described.get("store") == store}
     weights = (cell.folder / "weights.safetensors").exists()
     return metrics["run"] if weights and metrics.get("run") in complete else None

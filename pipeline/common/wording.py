@@ -14,6 +14,18 @@ def three_digits(number: float) -> str:
     return f"{number:,.0f}" if number >= 99.95 else f"{number:.3g}"
 
 
+def duration(seconds: float) -> str:
+    """In the unit that suits: 12 s, 5 min, 3.2 h, 4.1 d, 11,574 d."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if seconds < 99.5 * 60:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 99.5 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    days = seconds / 86_400
+    return f"{days:.1f} d" if days < 99.5 else f"{days:,.0f} d"
+
+
 def size_of(number: float) -> str:
     """A number of bytes with three digits in decimal units: 884 B, 8.84 kB, 13 MB, 1,200 GB."""
     unit = next((unit for unit, factor in UNITS.items() if number >= 0.9995 * factor), "B")

@@ -79,19 +79,30 @@ def expand(study: Study, name: str, base: Config, source: str) -> list[Cell]:
     cells = [cell for key, members in shared.items() for cell in _configuration(study, key, members, source)]
     if not cells:
         raise UsageError(source, expected="at least one cell", found="skip leaves out all", do="correct skip")
+    _check_stores([cell.config for cell in cells], source)
     return sorted(cells, key=lambda cell: study.seeds.index(cell.seed))
 
 
 def _check_set(study: Study, variants: dict[str, dict], students: list[str], source: str) -> None:
     """Refuse a change of `student` in every cell that a student's own settings override."""
     for key, value in study.set.items():
-        own = key.removeprefix(OWN_STUDENT_KEY)
+        wanted = _leaves(override_key({}, key.removeprefix(OWN_STUDENT_KEY), value))
         for name in students if key.startswith(OWN_STUDENT_KEY) else ():
-            if variants.get(name, {}).get(own, value) != value:
+            own = _leaves(variants.get(name, {}))
+            for leaf in [leaf for leaf in wanted if own.get(leaf, wanted[leaf]) != wanted[leaf]]:
                 raise UsageError(
                     f"{source}: set: {key}", expected=f"a key that the base's variant {name} does not set",
-                    found=f"{own}: {variants[name][own]} there", do=f"set variants.{name}.{own}, or make {key} an axis",
+                    found=f"{leaf}: {own[leaf]} there", do=f"set variants.{name}.{leaf}, or make {key} an axis",
                 )  # fmt: skip
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
+    found = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        found |= _leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
 
 
 def _points(study: Study, students: list[str]) -> Iterator[tuple[dict[str, str], Changes]]:
@@ -135,6 +146,25 @@ def _configuration(
         for variant, levels, seed in cells
         for tuned in {False: (False,), True: (False, True), "only": (True,)}[study.finetune]
     ]
+
+
+def _check_stores(configs: list[Config], source: str) -> None:
+    """Refuse two precisions, or two numbers of classes of kind topk, for one store: it has one of each."""
+    found: dict[tuple[str, str], dict[Any, None]] = {}
+    for config in configs:
+        settings = config.teacher_logits
+        if config.needs_store("train-student") and not settings.fetch:
+            values = [getattr(config, section).model_dump(mode="json") for section in ("data", "recipe", "teacher")]
+            store = fingerprint([config.work, *values])
+            found.setdefault((store, "precision"), {})[settings.precision] = None
+            if settings.kind == "topk":
+                found.setdefault((store, "top_k"), {})[settings.top_k] = None
+    for (_, key), values in found.items():
+        if len(values) > 1:
+            raise UsageError(
+                f"{source}: teacher_logits.{key}", expected="one value for each store",
+                found=", ".join(map(str, values)), do="set `work` in each of these levels, too, to folders of their own",
+            )  # fmt: skip
 
 
 def levels_before_finetuning(study: Study, levels: dict[str, str]) -> dict[str, str] | None:

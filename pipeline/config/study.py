@@ -1,5 +1,6 @@
 """A study, as stored in configs/studies/NAME.yaml: a matrix of configurations and students over a base configuration."""
 
+import itertools
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -106,6 +107,7 @@ class Study(Section):
                 raise ValueError(f"an axis named with letters, digits and ._-, and none of {reserved}: found {axis}")
             if not levels:
                 raise ValueError(f"at least one level of axes.{axis}")
+        self._check_changes()
         named = [("skip", axis, level) for each in self.skip for axis, levels in each.items() for level in levels]
         referred = [("reference", axis, level) for each in self.reference for axis, level in each.items()]
         for key, axis, level in [*named, *referred]:
@@ -119,6 +121,18 @@ class Study(Section):
         if self.figure:
             self._check_figure(self.figure)
         return self
+
+    def _check_changes(self) -> None:
+        """Refuse a key that two axes change: one of them would have no effect."""
+        keys = {axis: {key for changes in levels.values() for key in changes} for axis, levels in self.axes.items()}
+        for (one, first), (other, second) in itertools.combinations(keys.items(), 2):
+            for a, b in itertools.product(sorted(first), sorted(second)):
+                if f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}."):
+                    both = a if a == b else f"{a} and {b}"
+                    raise ValueError(f"axes that change different keys: both {one} and {other} change {both}; make them one axis,"
+                                     " or name single entries, as student.kwargs.depth")  # fmt: skip
+        if seeded := [where for where, found in {"set": {*self.set}, **keys}.items() if f"{STUDENT}.{SEED}" in found]:
+            raise ValueError(f"the seeds of students in seeds, not {STUDENT}.{SEED} in {seeded[0]}")
 
     def _check_figure(self, figure: Figure) -> None:
         by_metric = figure.x in self.metrics[1:]

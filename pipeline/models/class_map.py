@@ -55,8 +55,7 @@ def check_same_classes(what: str, published: Sequence[str], classes: Sequence[st
         PipelineError: they were not; `what` and `do` are for its message.
     """
     published, classes = list(published), list(classes)
-    unnamed = [str(number) for number in range(len(classes))]
-    if len(published) == len(classes) and (published == classes or unnamed in (published, classes)):
+    if not are_other_classes(published, classes):
         return
     number = next((i for i, pair in enumerate(zip(published, classes, strict=False)) if pair[0] != pair[1]), None)
     at = "" if number is None else f", class {number} being {{}}"
@@ -66,6 +65,13 @@ def check_same_classes(what: str, published: Sequence[str], classes: Sequence[st
         found=f"{len(published):,} classes" + at.format(repr(published[number or 0])),
         do=do,
     )
+
+
+def are_other_classes(published: Sequence[str], classes: Sequence[str]) -> bool:
+    """Whether weights are of other classes than the index, or of these in another order; see `check_same_classes`."""
+    published, classes = list(published), list(classes)
+    unnamed = [str(number) for number in range(len(classes))]
+    return len(published) != len(classes) or (published != classes and unnamed not in (published, classes))
 
 
 def _label_set(name: str) -> dict[str, int]:

@@ -11,7 +11,7 @@ from pipeline.common.errors import PipelineError
 from pipeline.config.schema import Student, Teacher
 from pipeline.models.adapt import convert_distillation_token, load_resized_weights
 from pipeline.models.build import NormalizedModel, build_teacher
-from pipeline.models.class_map import State, check_same_classes, class_numbers, select_classes
+from pipeline.models.class_map import State, are_other_classes, check_same_classes, class_numbers, select_classes
 from pipeline.models.released import missing_weights
 from pipeline.models.weights import check_timm_tag, load_weights, read_description, read_external_weights
 
@@ -114,23 +114,33 @@ def _check_published(section: Teacher, source: str, described: dict[str, Any], c
             )
 
 
-def load_student_weights(section: Student, model: NormalizedModel, checksums: Path) -> list[str]:
+def load_student_weights(section: Student, model: NormalizedModel, classes: Sequence[str], checksums: Path) -> list[str]:
     """Load `student.weights` into the student; see `fit_student_weights`.
+
+    Args:
+        classes: class names of the index. Heads of a file that names others are replaced, also if there are as many.
 
     Raises:
         UsageError: no such tag.
         PipelineError: no network, or weights of another model.
     """
-    return fit_student_weights(section, model, read_source(section, checksums))
+    other = section.timm_tag is None and has_other_classes(Path(str(section.weights)), classes)
+    return fit_student_weights(section, model, read_source(section, checksums), other)
 
 
-def fit_student_weights(section: Student, model: NormalizedModel, state: State) -> list[str]:
+def has_other_classes(weights: Path, classes: Sequence[str]) -> bool:
+    """Whether a file of weights names other classes than these; most files name none."""
+    named = read_description(weights).get("classes")
+    return isinstance(named, list) and are_other_classes(named, classes)
+
+
+def fit_student_weights(section: Student, model: NormalizedModel, state: State, other_classes: bool = False) -> list[str]:
     """Load a state dict into the student, with or without the distillation token, of any classes and resolution.
 
     Returns:
-        The names of the parameters that keep their initial values: heads of another number of classes.
+        The names of the parameters that keep their initial values: heads of another number of classes, or of other ones.
     """
-    state, new = replace_classifiers(model.model, convert_distillation_token(model.model, state))
+    state, new = replace_classifiers(model.model, convert_distillation_token(model.model, state), other_classes)
     load_resized_weights(model, state, str(section.weights))
     return new
 
@@ -165,14 +175,17 @@ def _no_download(key: str, tag: str, found: str) -> PipelineError:
     )
 
 
-def replace_classifiers(model: nn.Module, state: State) -> tuple[State, list[str]]:
+def replace_classifiers(model: nn.Module, state: State, other_classes: bool = False) -> tuple[State, list[str]]:
     """A state dict for the model's classes: a classifier of another number, or none, is replaced by the model's own.
+
+    Args:
+        other_classes: replace it also if the number is the same.
 
     Returns:
         The state dict, and the names of the parameters that are the model's own.
     """
     own, names = model.state_dict(), classifier_names(model)
     new = [name for name in names if name not in state or state[name].shape != own[name].shape]
-    if new:  # both heads of a distilled model are trained together
+    if new or other_classes:  # both heads of a distilled model are trained together
         new = names
     return state | {name: own[name] for name in new}, new

@@ -226,7 +226,11 @@ def _records(table: Path) -> Iterator[dict[str, Any]]:
             reader = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
             if repeated := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1 and name]:
                 raise ValueError(f"column {repeated[0]!r} twice")
-            yield from reader
+            for row in reader:
+                if None in row:  # csv puts there what has no column
+                    more = "more values than columns; one that contains the separator must be in double quotes"
+                    raise ValueError(f"line {reader.line_num}: {more}")
+                yield row
 
 
 def _parquet_records(table: Path) -> Iterator[dict[str, Any]]:

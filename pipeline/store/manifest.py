@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.batches.plan import Unit
 from pipeline.common.errors import Damaged, NotReady, PipelineError, unreadable
-from pipeline.common.files import atomic_write
+from pipeline.common.files import atomic_write, read_json_object
 from pipeline.common.progress import progress
 from pipeline.common.wording import count_of, size_of
 from pipeline.config.paths import FINGERPRINT, NOT_NEEDED
@@ -147,6 +147,9 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
+FETCHED = "fetched"
+"""Key of summary.json: where the store was fetched from; null if it was computed here."""
+
 MANIFEST: dict[str, Callable[[Any], bool]] = {
     "format": lambda value: True,  # the store has its own, which is compared
     "fingerprint": lambda value: isinstance(value, str) and FINGERPRINT.fullmatch(value) is not None,
@@ -202,13 +205,30 @@ def publish(spec: StoreSpec, store: Store, verified: Collection[Unit] = ()) -> N
     sweep_store(store.path)
     write_manifest(spec.folder / "manifest.json", build_manifest(store, spec.views, spec.kind))
     size, agreement = kind_bytes(store, spec.views, spec.kind), _agreement(store, spec.views)
-    summary = {"rows": rows, "views": spec.views, "kind": spec.kind, "bytes": size, "agreement_with_labels": agreement}
+    summary = {
+        "rows": rows, "views": spec.views, "kind": spec.kind, "bytes": size, "agreement_with_labels": agreement,
+        FETCHED: spec.fetch,
+    }  # fmt: skip
     write_summary(spec.folder / "summary.json", summary)
     agrees = "" if agreement is None else f"the teacher agrees with the label on {agreement:.1%} of the (mixed) views; "
     print(
         f"store complete: {rows:,} rows x {spec.views} views, {size_of(size)}; {agrees}verified in"
         f" {time.monotonic() - start:.1f} s"
     )
+
+
+def require_fetched(spec: StoreSpec) -> None:
+    """Refuse the store that outputs/ names if the configuration says that it is fetched, and it is not from there.
+
+    Raises:
+        NotReady: it is from elsewhere, or was computed here.
+    """
+    source = read_json_object(spec.folder / "summary.json").get(FETCHED, spec.fetch)  # earlier versions did not say
+    if spec.fetch and source != spec.fetch:
+        raise NotReady(
+            f"{spec.folder / 'manifest.json'}: the store of another configuration", expected=f"one fetched from {spec.fetch}",
+            found=f"one fetched from {source}" if source else "one computed here", do=f"run: {spec.command}",
+        )  # fmt: skip
 
 
 def _agreement(store: Store, views: int) -> float | None:

@@ -124,20 +124,53 @@ def configured_runs(config: Config, index: str | None) -> dict[str, dict[str, An
         student = config.student_named(name)
         runs[f"train-student@{name}"] = configured_student(config, student, index)
         runs[f"finetune@{name}"] = configured_finetune(config, student, index)
-    version = {"training_version": TRAINING_VERSION}
+    version, accumulations = {"training_version": TRAINING_VERSION}, _accumulations(config)
     return {
-        stage: run_summary(configured) | {"dependencies": run_dependencies(configured) | version}
+        stage: run_summary(configured)
+        | {"dependencies": run_dependencies(configured) | version | {"accumulation": accumulations[stage]}}
         for stage, configured in runs.items()
     }
+
+
+def _accumulations(config: Config) -> dict[str, int]:
+    """By the stage's name in dvc.yaml. A run names its own only where it counts, see `run_identity`."""
+    found = {"teacher": config.teacher.accumulation, "teacher-finetune": config.teacher_finetune.accumulation}
+    for name in config.variants:
+        found |= {f"train-student@{name}": config.student_named(name).accumulation}
+        found |= {f"finetune@{name}": config.finetune.accumulation}
+    return found
 
 
 def is_run_of(configured: dict[str, Any], described: dict[str, Any]) -> bool:
     """Whether a run.json, `described`, belongs to a run of `configured_runs`.
 
-    Dependencies that it does not name, as it was written by an earlier version, are not compared.
+    Dependencies that it does not name, as it was written by an earlier version or does not depend on them, are not
+    compared.
     """
-    settings, recorded = dict(configured), described.get("dependencies")
-    expected, known = settings.pop("dependencies", {}), recorded if isinstance(recorded, dict) else {}
+    settings = dict(configured)
+    expected, known = settings.pop("dependencies", {}), _dependencies(described)
     return all(described.get(key) == value for key, value in settings.items()) and all(
         known.get(key, value) == value for key, value in expected.items()
     )
+
+
+def used_other_predictions(described: dict[str, Any], kind: str, views: int, manifest: dict[str, Any]) -> bool:
+    """Whether a run.json names other predictions than the published ones: of another kind, or computed again since.
+
+    Args:
+        kind: what the student reads: argmax, or the configured kind.
+        views: the configured number.
+        manifest: the store's manifest.json; {} if there is none.
+    """
+    teacher = _dependencies(described).get("teacher")
+    if not isinstance(teacher, dict):
+        return False
+    if teacher.get("kind", kind) != kind:
+        return True
+    comparable = (manifest.get("kind"), manifest.get("views")) == (kind, views) and isinstance(teacher.get("units"), str)
+    return comparable and teacher["units"] != fingerprint(manifest.get("units"))
+
+
+def _dependencies(described: dict[str, Any]) -> dict[str, Any]:
+    found = described.get("dependencies")
+    return found if isinstance(found, dict) else {}

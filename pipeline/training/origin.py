@@ -14,7 +14,7 @@ from pipeline.config.store_spec import store_spec
 from pipeline.config.validation import differences
 from pipeline.models.provenance import START, finetune_start, is_other_source, student_start, teacher_architecture
 from pipeline.models.weights import TRAINED, read_metadata
-from pipeline.training.identity import configured_runs, is_run_of, run_dependencies, run_summary
+from pipeline.training.identity import configured_runs, is_run_of, run_dependencies, run_summary, used_other_predictions
 
 
 def describe_training(identity: dict[str, Any]) -> dict[str, Any]:
@@ -68,10 +68,15 @@ def require_student(config: Config, index: str, name: str) -> None:
     if source != name:
         command, folder, purpose = f"finetune --student {source}", finetune_folder(config, source), "finetune"
     trained = _require(config, index, f"{purpose}@{source}", folder, command)
-    published = read_json_object(store_spec(config, purpose).folder / "manifest.json").get("fingerprint")
+    spec, student = store_spec(config, purpose), config.student_named(source)
+    manifest = read_json_object(spec.folder / "manifest.json")
+    published = manifest.get("fingerprint")
     if trained and None not in (trained.get("store"), published) and trained["store"] != published:
         raise _refusal(folder, f"trained from the store {published}", f"trained from the store {trained['store']}", command)
-    start = student_start(config, config.student_named(name)) if source == name else finetune_start(config, source)
+    kind = "argmax" if student.distillation == "hard" else spec.kind
+    if used_other_predictions(trained, kind, spec.views, manifest):
+        raise _refusal(folder, f"trained from the published predictions, as {kind}", "trained from others", command)
+    start = student_start(config, student) if source == name else finetune_start(config, source)
     started = read_json_object(folder / "metrics.json").get(START)
     if None not in (start, started) and start != started:
         raise _refusal(folder, f"trained from the weights {start}", f"trained from the weights {started}", command)

@@ -16,7 +16,7 @@ from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.models.teacher import TeacherForward, describe_teacher, load_teacher
 from pipeline.shards.index import Index
 from pipeline.store.encoding import decode_logits, decode_samples
-from pipeline.store.manifest import build_manifest, read_manifest
+from pipeline.store.manifest import build_manifest, read_manifest, require_fetched
 from pipeline.store.reader import Store, StoredPredictions
 from pipeline.store.sampling import Sampler, check_sampling
 from pipeline.training.origin import require_teacher
@@ -150,6 +150,7 @@ def _stored_teacher(
     manifest_path, published = spec.folder / "manifest.json", None
     if path is None:
         published = read_manifest(manifest_path)
+        require_fetched(spec)
         path = store_path(config, published["fingerprint"])
     store = Store.open(path, index, spec.recipe)
     if published and not spec.fetch:
