@@ -36,6 +36,7 @@ from pipeline.report.tables import (
     write_evidence,
     write_tables,
 )
+from pipeline.shards.evaluation_sets import sets_fingerprint
 from pipeline.shards.index import Index
 from pipeline.shards.published import open_index
 from pipeline.store.manifest import read_manifest, read_summary, require_fetched
@@ -100,7 +101,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
 
 def identify(config: Config, entries: list[Entry], val: Index) -> dict[str, dict[str, str]]:
     """What identifies each model's weights, the images and the crop, as the metrics of a training do, and further sets."""
-    shared = config.evaluate.sets_identity(config.data)
+    shared = config.evaluate.sets_identity(config.data) | sets_fingerprint(config.evaluate)
     validation = {entry.name: {"validation": validation_fingerprint(val.fingerprint, entry.crop)} for entry in entries}
     return {entry.name: published_as(entry.folder) | validation[entry.name] | shared for entry in entries}
 

@@ -10,15 +10,13 @@ import json
 from pathlib import Path
 
 from pipeline.common.code import source_digest
-from pipeline.common.errors import PipelineError
 from pipeline.common.files import atomic_write, file_sha256
 from pipeline.common.signals import raise_on_sigterm
 from pipeline.config.paths import evaluation_sets_path, external_path, index_path
 from pipeline.config.schema import Config
-from pipeline.config.validation import fingerprint
 from pipeline.shards.advice import report_counts, report_order
 from pipeline.shards.build import build
-from pipeline.shards.folders import list_class_folders
+from pipeline.shards.evaluation_sets import describe_sets
 from pipeline.shards.indexing import publish_index
 from pipeline.shards.prepared import other_settings, record_settings
 from pipeline.shards.splits import plan_splits
@@ -56,7 +54,7 @@ def run(config: Config, dry_run: bool = False, quick: bool = False) -> None:
     if not dry_run:
         record_settings(config, complete=True)
         record_external_files(config)
-        record_evaluation_sets(config)
+        _write_if_changed(evaluation_sets_path(config), describe_sets(config.evaluate))
 
 
 def record_external_files(config: Config) -> None:
@@ -67,21 +65,6 @@ def record_external_files(config: Config) -> None:
         with contextlib.suppress(OSError):
             digests[weights] = file_sha256(Path(weights))
     _write_if_changed(external_path(config), digests)
-
-
-def record_evaluation_sets(config: Config) -> None:
-    """Write what identifies the further evaluation sets: a file's contents, and names, sizes and times of a folder's images."""
-    settings, found = config.evaluate, dict[str, str | None]()
-    if settings.real_labels:
-        found[settings.real_labels] = None  # `evaluate` reports what is missing
-        with contextlib.suppress(OSError):
-            found[settings.real_labels] = file_sha256(Path(settings.real_labels))
-    for name, folder in settings.sets.items():
-        found[folder] = None
-        with contextlib.suppress(OSError, PipelineError):
-            listing = list_class_folders(Path(folder), f"evaluate.sets.{name}")
-            found[folder] = fingerprint([listing.names, [signature[:2] for signature in listing.signatures]])
-    _write_if_changed(evaluation_sets_path(config), found)
 
 
 def _write_if_changed(path: Path, values: dict[str, str | None]) -> None:

@@ -12,7 +12,7 @@ from conftest import make_data_set, small_config, write_folders
 from test_report import mini  # noqa: F401
 from timm.data import ImageNetInfo, RealLabelsImagenet
 
-from pipeline.cli.matching import lacks_sets
+from pipeline.cli.matching import lacks_sets, sets_have_changed
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.params import resolve
 from pipeline.config.paths import evaluation_folder, evaluation_sets_path, index_path
@@ -229,6 +229,17 @@ def test_the_validation_images_as_a_folder_have_the_accuracy_of_validation(evalu
     assert lacks_sets(metrics, with_sets(config, sets={})) and lacks_sets(
         metrics, with_sets(config, sets={"v2": "val"})
     )
+
+
+def test_an_image_that_is_added_to_a_set_later_is_noticed(evaluated, tmp_path):
+    config, device = evaluated
+    shutil.copytree("val", tmp_path / "v2")
+    config = with_sets(config, sets={"v2": str(tmp_path / "v2")})
+    evaluate.run(config, device)
+    metrics = json.loads((evaluation_folder(config) / "metrics.json").read_text())
+    assert not sets_have_changed(metrics, config)
+    shutil.copy(next(Path("train/cat").iterdir()), tmp_path / "v2/cat/another.png")
+    assert sets_have_changed(metrics, config) and not lacks_sets(metrics, config)
 
 
 def test_training_images_in_a_set_are_warned_of(evaluated, tmp_path, capsys):

@@ -12,6 +12,7 @@ from pipeline.config.paths import digests_folder, teacher_folder
 from pipeline.config.schema import PURPOSES, Config
 from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.models.provenance import is_other_source, teacher_architecture
+from pipeline.shards.evaluation_sets import sets_fingerprint
 
 
 def is_foreign(published: object, own: Collection[str], known: Collection[str]) -> bool:
@@ -100,6 +101,12 @@ def lacks_sets(evaluated: dict[str, Any], config: Config) -> bool:
     return any(_differ(config.evaluate.sets_identity(config.data), found) for found in models) or any(
         {key for key in head if key.endswith("_top1")} != configured for head in heads if isinstance(head, dict)
     )
+
+
+def sets_have_changed(evaluated: dict[str, Any], config: Config) -> bool:
+    """Whether files of the further sets were replaced, added or removed since an evaluation. Lists their folders."""
+    contents = sets_fingerprint(config.evaluate)
+    return any(_differ(contents, found) for found in evaluated.values() if isinstance(found, dict))
 
 
 def _differ(expected: dict[str, Any], published: dict[str, Any]) -> bool:

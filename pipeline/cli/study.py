@@ -11,7 +11,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from pipeline.cli.configure import CONFIGS, STUDIES
-from pipeline.cli.matching import have_changed, lacks_sets
+from pipeline.cli.matching import have_changed, lacks_sets, sets_have_changed
 from pipeline.cli.runs import Experiment
 from pipeline.cli.scan import read_json
 from pipeline.common.errors import PipelineError, UsageError
@@ -248,4 +248,5 @@ def _done_run(cell: Cell, experiment: Experiment) -> str | None:
 def _is_evaluated(config: Config) -> bool:
     """Whether the evaluation is of the models that are published, and of the configured sets."""
     metrics, models = read_json(evaluation_folder(config) / "metrics.json"), evaluated_models(config)
-    return metrics.keys() >= models.keys() and not have_changed(metrics, models) and not lacks_sets(metrics, config)
+    changed = have_changed(metrics, models) or lacks_sets(metrics, config) or sets_have_changed(metrics, config)
+    return metrics.keys() >= models.keys() and not changed
