@@ -1,4 +1,4 @@
-"""Calibration: bins, the expected calibration error, and the reliability picture."""
+"""Calibration: bins, the expected calibration error, and the reliability diagram."""
 
 from pathlib import Path
 

@@ -83,7 +83,7 @@ def test_headline_says_where_distillation_did_not_help_and_where_nothing_is_clea
     lines = compared({"none": 81, "hard": 80}).lines()
     assert lines[0].startswith("best student: none")
     assert lines[1].startswith("  none: 1.00 points higher than the student `hard`, trained with distillation (95 % interval -")
-    assert lines[1].endswith("; no clear difference)") and lines[2:] == ["  always naming the largest class: 100.00 %"]
+    assert lines[1].endswith("; no clear difference)") and lines[2:] == ["  always predicting the most frequent class: 100.00 %"]
 
 
 @pytest.mark.parametrize(("difference", "text"), [

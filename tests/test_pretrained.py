@@ -227,7 +227,7 @@ def test_head_epochs_that_make_no_sense_are_refused(taught, overrides, message):
 
 def test_a_transferred_teacher_below_min_top1_is_refused(taught):
     (teacher_folder(taught) / "weights.safetensors").unlink()
-    with pytest.raises(PipelineError, match=r"(?s)at least 1\.0000 \(teacher\.min_top1\).*naming the largest class gives 0\."):
+    with pytest.raises(PipelineError, match=r"(?s)at least 1\.0000 \(teacher\.min_top1\).*predicting the most frequent class gives 0\."):
         teacher.run(transferred("teacher.min_top1=1", "teacher.lr=0"), CPU)
     assert not (teacher_folder(taught) / "weights.safetensors").exists()
 

@@ -49,7 +49,7 @@ def test_a_stage_that_published_is_done_though_its_state_is_gone():
 
 def test_what_another_configuration_published_is_told_as_such():
     told = row(total=100, published=True, foreign=True)
-    assert told.state == "done, of another configuration"
+    assert told.state == "outdated"
     assert "of another configuration" in table([told])
 
 
@@ -89,7 +89,7 @@ def test_all_but_one_of_many_is_not_yet_a_hundred_percent():
 
 
 def test_a_clock_that_runs_behind_gives_no_negative_age():
-    assert row(done=1, total=2, begun=True, modified=NOW + 30).moved_seconds_ago == 0
+    assert row(done=1, total=2, begun=True, modified=NOW + 30).updated_seconds_ago == 0
 
 
 def test_a_rate_is_of_the_last_minutes_so_a_pause_before_them_does_not_count():
@@ -232,16 +232,16 @@ def test_more_views_leave_a_store_begun(taught):
 
 
 def test_a_store_of_another_recipe_is_of_another_configuration(taught):
-    assert told("recipe.seed=5")["teacher-logits"].state == "done, of another configuration"
+    assert told("recipe.seed=5")["teacher-logits"].state == "outdated"
 
 
 def test_a_teacher_of_other_settings_is_of_another_configuration(taught):
     rows = told("teacher.lr=0.5")
-    assert {rows[stage].state for stage in ("teacher", "teacher-logits")} == {"done, of another configuration"}
+    assert {rows[stage].state for stage in ("teacher", "teacher-logits")} == {"outdated"}
 
 
 def test_a_teacher_that_was_trained_here_is_not_one_from_weights(taught):
-    assert told("teacher.weights=regnety_160.deit_in1k")["teacher"].state == "done, of another configuration"
+    assert told("teacher.weights=regnety_160.deit_in1k")["teacher"].state == "outdated"
 
 
 def state_of(name: str) -> Path:
@@ -265,7 +265,7 @@ def test_a_training_of_another_machine_runs_while_its_files_move(taught, monkeyp
     age(3600)
     row = told()["train-student@hard"]
     assert (row.state, row.done) == ("stopped", 5)
-    assert row.moved_seconds_ago == pytest.approx(3600, abs=60)
+    assert row.updated_seconds_ago == pytest.approx(3600, abs=60)
 
 
 def test_a_running_training_tells_loss_and_speed_of_its_log(taught, monkeypatch):
@@ -292,10 +292,10 @@ def test_a_finished_student_is_done_with_its_top1(taught):
 
 def test_a_student_of_other_settings_is_of_another_configuration_until_it_is_trained(taught):
     train_student.run(taught, CPU, "hard")
-    assert told("student.lr=0.01")["train-student@hard"].state == "done, of another configuration"
+    assert told("student.lr=0.01")["train-student@hard"].state == "outdated"
     train_student.run(loaded("student.lr=0.01"), CPU, "hard")
     assert told("student.lr=0.01")["train-student@hard"].state == "done"
-    assert told()["train-student@hard"].state == "done, of another configuration"
+    assert told()["train-student@hard"].state == "outdated"
 
 
 def test_what_is_published_is_known_by_its_run_alone(taught):
@@ -303,7 +303,7 @@ def test_what_is_published_is_known_by_its_run_alone(taught):
     (student_folder(taught, "hard") / "curve.csv").unlink()
     (state_of("hard") / "log.jsonl").unlink()
     assert told()["train-student@hard"].state == "done"
-    assert told("student.lr=0.01")["train-student@hard"].state == "done, of another configuration"
+    assert told("student.lr=0.01")["train-student@hard"].state == "outdated"
 
 
 def test_a_student_is_done_though_its_run_was_trained_under_another_name(taught):
@@ -317,7 +317,7 @@ def test_a_student_is_done_though_its_run_was_trained_under_another_name(taught)
 def test_a_student_that_was_trained_online_is_not_the_stored_ones(taught):
     train_student.run(taught, CPU, "hard")
     train_student.run(taught, CPU, "hard", teacher="online")
-    assert told()["train-student@hard"].state == "done, of another configuration"
+    assert told()["train-student@hard"].state == "outdated"
 
 
 def test_online_training_is_not_taken_for_the_stored_ones(taught):
@@ -333,7 +333,7 @@ def test_an_evaluation_of_other_students_is_of_another_configuration(taught):
     (folder / "table.txt").write_text("")
     row = told()["evaluate"]
     assert (row.state, row.done, row.top1) == ("done", 5, 0.5)
-    assert told("students=[hard]")["evaluate"].state == "done, of another configuration"
+    assert told("students=[hard]")["evaluate"].state == "outdated"
 
 
 def evaluated(*overrides: str) -> status.Row:
@@ -345,16 +345,16 @@ def test_an_evaluation_is_done_until_a_model_is_trained_again(taught):
     train_student.run(loaded(*options), CPU, "hard")
     evaluate.run(loaded(*options), CPU)
     assert evaluated().state == "done"
-    assert evaluated("student.lr=0.01").state == "done, of another configuration"
+    assert evaluated("student.lr=0.01").state == "outdated"
     train_student.run(loaded(*options, "student.lr=0.01"), CPU, "hard")
     assert told(*options, "student.lr=0.01")["train-student@hard"].state == "done"
-    assert evaluated("student.lr=0.01").state == "done, of another configuration"
+    assert evaluated("student.lr=0.01").state == "outdated"
     evaluate.run(loaded(*options, "student.lr=0.01"), CPU)
     assert evaluated("student.lr=0.01").state == "done"
     shutil.rmtree("work")
     assert evaluated("student.lr=0.01").state == "done"
     shutil.rmtree(student_folder(taught, "hard"))
-    assert evaluated("student.lr=0.01").state == "done, of another configuration"
+    assert evaluated("student.lr=0.01").state == "outdated"
 
 
 def test_an_evaluation_names_the_runs_and_weights_of_its_models(taught):
@@ -422,7 +422,7 @@ def test_a_student_of_another_teacher_s_answers_is_not_done(taught):
     train_student.run(taught, CPU, "hard")
     manifest = Path("outputs/small/teacher-logits/manifest.json")
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"fingerprint": "0" * 32}))
-    assert told()["train-student@hard"].state == "done, of another configuration"
+    assert told()["train-student@hard"].state == "outdated"
 
 
 def test_another_configuration_s_shards_are_not_borrowed(taught):

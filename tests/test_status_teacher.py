@@ -15,7 +15,7 @@ from pipeline.config.paths import teacher_folder
 from pipeline.models.weights import read_weights
 from stages import teacher, teacher_logits
 
-FOREIGN = "done, of another configuration"
+FOREIGN = "outdated"
 FILE = "teacher.weights=source.safetensors"
 TRANSFER = *BRIEF, FILE, "teacher.epochs=2"
 

@@ -179,7 +179,7 @@ def _why(facts: Facts) -> str:
 def _gate(facts: Facts, share: float) -> Choice:
     """A share of the way from a constant guess to 1."""
     gate = round(facts.majority + share * (1 - facts.majority), 2)
-    guess = f"always naming the largest class gives {facts.majority:.2f}"
+    guess = f"always predicting the most frequent class gives {facts.majority:.2f}"
     return Choice(gate, f"{guess}; a teacher below this has hardly learnt anything")
 
 
@@ -188,7 +188,7 @@ def _few_images_gate(facts: Facts) -> Choice:
     gate = round(min(2 * facts.majority, facts.majority + 0.1 * (1 - facts.majority)), 2)
     return Choice(
         gate,
-        f"only clearly above {facts.majority:.2f}, which always naming the largest class gives: with"
+        f"only clearly above {facts.majority:.2f}, which always predicting the most frequent class gives: with"
         f" {facts.images / facts.classes:.0f} images per class a teacher from scratch cannot be expected to reach more",
     )
 

@@ -72,7 +72,7 @@ def study(name: str | None, action: str, as_list: bool, commands: bool, cells: t
               help="Where the training curves are drawn.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def compare(runs: tuple[str, ...], output: Path, as_json: bool) -> None:
-    """Compare trainings: their metrics, the settings that differ, and their curves.
+    """Compare training runs: their metrics, the settings that differ, and their curves.
 
     A RUN is the folder of a student or a teacher, such as outputs/NAME/students/STUDENT, or NAME/STUDENT for
     short; a state folder, also of a training that still runs; or the short name that trackers show, such as

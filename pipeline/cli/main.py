@@ -40,7 +40,7 @@ def main() -> None:
     checks the machine, estimate measures it and prints what an experiment costs, status shows how far every
     stage has got, views draws what a recipe produces, store inspects, repairs and publishes stores, predict
     classifies images with a trained model, export writes it for timm, ONNX Runtime and torch.export, study
-    runs a matrix of experiments, compare shows trainings side by side, prune frees disk space.
+    runs a matrix of experiments, compare shows runs side by side, prune frees disk space.
 
     \b
     Example:
@@ -204,7 +204,7 @@ def finetune(config: Config, device: torch.device, dry_run: bool, name: str | No
 
 
 @main.command()
-@click.option("--weights", metavar="FILE", help="Evaluate only these weights, DeiT's released ones for example; write nothing.")
+@click.option("--weights", metavar="FILE", help="Evaluate only these weights, DeiT's released ones for example, and only print their accuracy.")
 @click.option("--model", metavar="NAME", help="The timm model of --weights; default: the one of `student`.")
 @click.option("--size", type=click.IntRange(8, 4096), help="Image size for --weights, in pixels; default: recipe.size.")
 @stage_options()
@@ -271,8 +271,9 @@ def status(path: str, overrides: tuple[str, ...], watch: float | None, as_json: 
     It only reads files and checks locks. A stage is `running` while its lock is held on this machine; on
     another machine, while a store's lease is renewed (for up to five minutes after its writer was killed) or
     a run's files have changed in the last ten minutes. `stopped`: the same command resumes from the
-    progress shown. `failed`: the last command ended with the error shown. `left`: the time that the rest
-    takes at the recent speed.
+    progress shown. `failed`: the last command ended with the error shown. `outdated`: done, but with another
+    configuration. `left`: the time that the rest takes at the recent speed. `updated`: when a file of the
+    stage last changed.
 
     \b
     Examples:

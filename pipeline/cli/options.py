@@ -37,7 +37,7 @@ IF_NEEDED = click.option(
     "--if-needed", is_flag=True, help="Only write a placeholder if no configured student uses a teacher, as dvc repro does."
 )
 PART = click.option(
-    "--part", callback=_parse_part, metavar="I/N", help="Compute only every N-th missing unit, starting with the I-th."
+    "--part", callback=_parse_part, metavar="I/N", help="Compute only part I of N, 0 to N-1: every N-th unit, unless it is there already."
 )
 TEACHER = click.option(
     "--teacher", type=click.Choice(["stored", "online"]), default="stored", show_default=True,

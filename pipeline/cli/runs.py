@@ -1,4 +1,4 @@
-"""The trainings below `work`, and which of them are an experiment's own, from their files alone."""
+"""The runs below `work`, and which of them are an experiment's own, from their files alone."""
 
 import re
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ class Experiment:
         return [state for state in own if stores[1] is None or state.described.get("store") in stores]
 
     def published_runs(self, stage: str) -> list[str]:
-        """The trainings that a stage may have published: also another student's of the same settings, but from this store."""
+        """The runs that a stage may have published: also another student's of the same settings, but from this store."""
         kind, _, student = stage.partition("@")
         spec = store_spec(self.config, "finetune" if kind == "finetune" else "train-student")
         store = read_json(spec.folder / "manifest.json").get("fingerprint")

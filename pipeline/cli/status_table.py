@@ -9,7 +9,7 @@ from pipeline.cli.scan import number
 from pipeline.common.wording import duration
 
 RECENT = 600.0  # seconds: a stage whose files changed within them is running; also the span that a rate is taken over
-DONE, FOREIGN, RUNNING, STOPPED, NOT_BEGUN = "done", "done, of another configuration", "running", "stopped", "not begun"
+DONE, OUTDATED, RUNNING, STOPPED, NOT_BEGUN = "done", "outdated", "running", "stopped", "not begun"
 FAILED = "failed"
 
 
@@ -50,7 +50,7 @@ class Row:
 
     stage: str
     state: str
-    """`done`, `done, of another configuration`, `running`, `stopped`, `failed` or `not begun`."""
+    """`done`, `outdated`, `running`, `stopped`, `failed` or `not begun`."""
     unit: str
     done: int
     total: int | None
@@ -58,7 +58,7 @@ class Row:
     images_per_second: float | None
     """Views of a store, samples of a training run."""
     seconds_left: float | None
-    moved_seconds_ago: float | None
+    updated_seconds_ago: float | None
     loss: float | None
     top1: float | None
     note: str
@@ -66,7 +66,7 @@ class Row:
 
 def state_of(facts: Facts, now: float) -> str:
     """Unfinished work takes precedence over earlier published results."""
-    state = FOREIGN if facts.foreign else DONE if facts.published else NOT_BEGUN
+    state = OUTDATED if facts.foreign else DONE if facts.published else NOT_BEGUN
     complete = facts.total is not None and facts.done >= facts.total
     if facts.begun and not (facts.published and complete):
         recent = facts.modified is not None and now - facts.modified < RECENT
@@ -94,7 +94,7 @@ def row_of(facts: Facts, now: float) -> Row:
         percent=1000 * done // total / 10 if total else None,
         images_per_second=_tenths(images),
         seconds_left=_tenths(seconds_left),
-        moved_seconds_ago=_tenths(None if facts.modified is None else max(0.0, now - facts.modified)),
+        updated_seconds_ago=_tenths(None if facts.modified is None else max(0.0, now - facts.modified)),
         loss=facts.loss,
         top1=facts.top1,
         note=facts.failure if state == FAILED else note,
@@ -139,7 +139,7 @@ def best_top1(evaluated: Iterable[Any]) -> float | None:
 # as text
 
 COLUMNS = {
-    "stage": "left", "state": "left", "%": "right", "done": "left", "img/s": "right", "left": "right", "moved": "right",
+    "stage": "left", "state": "left", "%": "right", "done": "left", "img/s": "right", "left": "right", "updated": "right",
     "loss, top-1": "left",
 }  # fmt: skip
 
@@ -165,19 +165,19 @@ def as_json(rows: list[Row]) -> str:
 def _cells(row: Row) -> list[str]:
     remarks = [f"{row.loss:.3g}"] if row.loss is not None and row.state in (RUNNING, STOPPED) else []
     remarks += [f"{100 * row.top1:.1f} %"] if row.top1 is not None else []
-    remarks += ["of another configuration"] if row.state == FOREIGN else []
+    remarks += ["of another configuration"] if row.state == OUTDATED else []
     remarks += [row.note] if row.note else []
     count = short(row.done)
     if row.total is not None and row.done < row.total:
         count += f"/{short(row.total)}"
     return [
         row.stage,
-        "outdated" if row.state == FOREIGN else row.state,
+        row.state,
         "" if row.percent is None else str(int(row.percent)),
         f"{count} {row.unit.removesuffix('s') if count == '1' else row.unit}" if row.done or row.total is not None else "",
         "" if row.images_per_second is None else short(row.images_per_second),
         "" if row.seconds_left is None else duration(row.seconds_left),
-        "" if row.moved_seconds_ago is None else f"{duration(row.moved_seconds_ago)} ago",
+        "" if row.updated_seconds_ago is None else f"{duration(row.updated_seconds_ago)} ago",
         ", ".join(remarks),
     ]
 

@@ -10,7 +10,7 @@ from pipeline.cli.group import Group
 from pipeline.cli.options import DEVICE, DRY_RUN, WHICH_STORE, config_options, find_device
 from pipeline.common.wording import size_of
 
-STORE = click.option("--store", "named", metavar="PATH", help="A store named by hand.")
+STORE = click.option("--store", "named", metavar="PATH", help="Path or URL of a store to use instead of the configured one.")
 
 
 @click.group(cls=Group)
@@ -230,7 +230,7 @@ def prune(yes: bool, work: str) -> None:
     Kept is everything that a configuration can use (params.yaml, configs/, and outputs/*/params.yaml, which
     records the last command's settings, overrides included), everything that a file under outputs/ names, and
     everything that a process is using, here or possibly on another machine. What cannot be attributed is kept
-    too. Outputs in another folder that shares WORK are not known here.
+    too. Caution: other folders that share WORK are not known here, so what only they need is listed, too.
 
     \b
     Example:

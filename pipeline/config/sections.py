@@ -45,8 +45,8 @@ class Data(Section):
     """The same for validation; empty with val_fraction, with torchvision, or if the table of data.train has a column
     `split`."""
     val_fraction: FractionBelowOne = 0.0
-    """Use this fraction of the training images of each class for validation instead (not with digits and shards). Which
-    ones follows from data.seed and their paths: an added image moves at most one other of its class."""
+    """Use this fraction of the training images of each class for validation instead (not with digits and shards). The
+    choice depends only on data.seed and the images' paths: an added image moves at most one other of its class."""
     label_key: str = ""
     """shards: the field of each sample's KEY.json that holds its class number, as in img2dataset's output. Empty: KEY.cls
     holds it."""
@@ -105,9 +105,10 @@ class Recipe(Section):
     erase_prob: Fraction = 0.25
     """Probability of random erasing: pixel noise over 2 % to 33 % of the area."""
     mean: Triple = IMAGENET_MEAN
-    """Mean of the fill colour and of the erasing noise; independent of any model's normalization."""
+    """Mean by which a student's input is normalized; also the fill colour, and the mean of the erasing noise. A teacher has
+    its own, `teacher.mean`."""
     std: Triple = IMAGENET_STD
-    """Standard deviation of the erasing noise."""
+    """Standard deviation by which a student's input is normalized; also that of the erasing noise."""
     mixup_alpha: Alpha = 0.8
     """Beta parameter of Mixup; 0 disables it."""
     cutmix_alpha: Alpha = 1.0

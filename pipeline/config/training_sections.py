@@ -133,8 +133,8 @@ class Teacher(Training):
     """A timm tag such as regnety_160.deit_in1k, or a local .safetensors / .pth file. With as many classes as the
     index they are used as they are; otherwise the classifier is replaced, and the teacher is trained for `epochs`."""
     head_epochs: CountOrZero = 0
-    """Epochs, the first of `epochs`, that train only a replaced classifier; the rest is frozen, in eval mode. As many as
-    `epochs`: nothing else is ever trained."""
+    """How many of the `epochs`, at the start, train only a replaced classifier; all other layers are frozen, in eval mode.
+    If equal to `epochs`, only the classifier is trained."""
     class_map: ClassMap | None = None
     """For an index of some of the classes of `weights`: their numbers there, as a list in the index's order, or by class
     name; or a label set of timm's such as imagenet-1k, if the classes are named n01440764 and so on. All other classes

@@ -81,7 +81,7 @@ class Headline:
     missing: str
     """Why there is no comparison with a student without distillation, or empty."""
     guess: float
-    """The accuracy of always naming the largest class."""
+    """The accuracy of always predicting the most frequent class."""
 
     def lines(self) -> list[str]:
         """The headline as plain text."""
@@ -92,7 +92,7 @@ class Headline:
             than = f"the student `{each.second}`, {each.about}" if each.about else f"the {each.second}"
             lines.append(f"  {each.first}: {each.points} {than} ({each.interval})")
         lines += [f"  {self.missing}"] * bool(self.missing)
-        return [*lines, f"  always naming the largest class: {100 * self.guess:.2f} %"]
+        return [*lines, f"  always predicting the most frequent class: {100 * self.guess:.2f} %"]
 
 
 def describe_interval(share: Estimate) -> str:
