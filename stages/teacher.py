@@ -249,7 +249,7 @@ def accuracy_or_refusal(
     largest = np.bincount(val.labels()).max() / len(val)
     if float(metrics["top1"]) >= section.min_top1:
         if metrics["top1"] <= largest:
-            print(f"warning: the teacher is no better than always naming the largest class, which gives {largest:.4f}")
+            print(f"warning: the teacher is no better than always predicting the most frequent class, which gives {largest:.4f}")
         return metrics
     longer = "train it longer (teacher.epochs)"
     do = f"check that its classes are in the index's order; {longer}" if section.weights else longer
@@ -260,7 +260,7 @@ def accuracy_or_refusal(
     raise PipelineError(
         f"teacher {section.title} at {size} px: top-1 on {val.path}",
         expected=f"at least {section.min_top1:.4f} (teacher.min_top1)",
-        found=f"{metrics['top1']:.4f}; always naming the largest class gives {largest:.4f}",
+        found=f"{metrics['top1']:.4f}; always predicting the most frequent class gives {largest:.4f}",
         do=do,
     )
 

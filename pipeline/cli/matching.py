@@ -12,7 +12,6 @@ from pipeline.config.paths import digests_folder, teacher_folder
 from pipeline.config.schema import PURPOSES, Config
 from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.models.provenance import is_other_source, teacher_architecture
-from pipeline.shards.evaluation_sets import sets_fingerprint
 
 
 def is_foreign(published: object, own: Collection[str], known: Collection[str]) -> bool:
@@ -105,6 +104,8 @@ def lacks_sets(evaluated: dict[str, Any], config: Config) -> bool:
 
 def sets_have_changed(evaluated: dict[str, Any], config: Config) -> bool:
     """Whether files of the further sets were replaced, added or removed since an evaluation. Lists their folders."""
+    from pipeline.shards.evaluation_sets import sets_fingerprint  # decodes images: `pipeline status` does not load OpenCV
+
     contents = sets_fingerprint(config.evaluate)
     return any(_differ(contents, found) for found in evaluated.values() if isinstance(found, dict))
 
