@@ -249,7 +249,9 @@ def accuracy_or_refusal(
     largest = np.bincount(val.labels()).max() / len(val)
     if float(metrics["top1"]) >= section.min_top1:
         if metrics["top1"] <= largest:
-            print(f"warning: the teacher is no better than always predicting the most frequent class, which gives {largest:.4f}")
+            print(
+                f"warning: the teacher is no better than always predicting the most frequent class, which gives {largest:.4f}"
+            )
         return metrics
     longer = "train it longer (teacher.epochs)"
     do = f"check that its classes are in the index's order; {longer}" if section.weights else longer

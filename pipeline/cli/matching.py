@@ -104,7 +104,7 @@ def lacks_sets(evaluated: dict[str, Any], config: Config) -> bool:
 
 def sets_have_changed(evaluated: dict[str, Any], config: Config) -> bool:
     """Whether files of the further sets were replaced, added or removed since an evaluation. Lists their folders."""
-    from pipeline.shards.evaluation_sets import sets_fingerprint  # decodes images: `pipeline status` does not load OpenCV
+    from pipeline.shards.evaluation_sets import sets_fingerprint  # it loads OpenCV, which `pipeline status` must not
 
     contents = sets_fingerprint(config.evaluate)
     return any(_differ(contents, found) for found in evaluated.values() if isinstance(found, dict))
