@@ -426,6 +426,10 @@ def test_prune_takes_a_folder_for_the_same_however_it_is_written(work, taught):
     assert tree(Path("work")) == before
 
 
+def test_prune_refuses_a_folder_that_does_not_exist(taught):
+    assert "no folder elsewhere" in call("prune", "--work", "elsewhere", code=2)
+
+
 def test_prune_refuses_without_any_configuration(taught):
     before = tree(Path("work"))
     Path("params.yaml").unlink()

@@ -120,7 +120,7 @@ def run(config_files: list[Path], work: str, delete: bool) -> None:
     """List, or delete, the stores, state folders and data sets below `work` that nothing refers to.
 
     Raises:
-        UsageError: there is no configuration, or one cannot be read.
+        UsageError: there is no configuration, or one cannot be read; there is no folder `work`.
         PipelineError: a folder cannot be read or deleted.
     """
     if not config_files:
@@ -129,6 +129,11 @@ def run(config_files: list[Path], work: str, delete: bool) -> None:
             found="neither", do="run it in the project's folder",
         )  # fmt: skip
     references = References(config_files)
+    if "://" not in work and not Path(work).is_dir():
+        raise UsageError(
+            f"--work {work}", expected="the folder of stores, state folders and data sets", found=f"no folder {work}",
+            do="name the `work` of the configurations, or run prepare first",
+        )  # fmt: skip
     states = [*_states(work, references)]
     readers = {each.store: each.path for each in states if each.kept and each.store}
     found = [*_stores(work, references, readers), *states]
