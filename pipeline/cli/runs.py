@@ -73,20 +73,24 @@ class Experiment:
             configured = configured | {"name": f"finetune {student} at {self.config.finetune.size}"}
         elif student:  # with --teacher online the settings are the same, the name is not
             configured = configured | {"name": f"student {student}"}
-        spec = store_spec(self.config, "finetune" if kind == "finetune" else "train-student")
-        stores = (None, read_json(spec.folder / "manifest.json").get("fingerprint"))
-        own = [state for state in self.states if is_run_of(configured, state.described)]
-        return [state for state in own if stores[1] is None or state.described.get("store") in stores]
+        store, own = self._published_store(stage), self._recorded(configured)
+        return [state for state in own if store is None or state.described.get("store") in (None, store)]
 
     def published_runs(self, stage: str) -> list[str]:
         """The runs that a stage may have published: also another student's of the same settings, but from this store."""
-        kind, _, student = stage.partition("@")
-        spec = store_spec(self.config, "finetune" if kind == "finetune" else "train-student")
-        store = read_json(spec.folder / "manifest.json").get("fingerprint")
-        own = [state for state in self.states if is_run_of(self.runs[stage], state.described)]
+        student = stage.partition("@")[2]
+        store, own = self._published_store(stage), self._recorded(self.runs[stage])
         if store and student and self.config.student_named(student).distillation != "none":
             own = [state for state in own if state.described.get("store") == store]  # none with --teacher online
         return [state.folder.name for state in own]
+
+    def _recorded(self, configured: dict[str, Any]) -> list[State]:
+        return [state for state in self.states if is_run_of(configured, state.described)]
+
+    def _published_store(self, stage: str) -> str | None:
+        """The fingerprint of the store for a stage's students."""
+        spec = store_spec(self.config, "finetune" if stage.startswith("finetune@") else "train-student")
+        return read_json(spec.folder / "manifest.json").get("fingerprint")
 
     def steps(self, settings: Training) -> tuple[int | None, float | None]:
         """The steps of a complete run, and the samples per step; None before there is an index."""
