@@ -39,12 +39,12 @@ from pipeline.report.tables import (
 from pipeline.shards.evaluation_sets import sets_fingerprint
 from pipeline.shards.index import Index
 from pipeline.shards.published import open_index
-from pipeline.store.manifest import read_manifest, read_summary, require_fetched
+from pipeline.store.manifest import read_manifest, read_summary
 from pipeline.store.reader import Store
 from pipeline.training.identity import validation_fingerprint
 from pipeline.training.log import read_curve
 from pipeline.training.origin import require_student, require_teacher
-from pipeline.training.teachers import check_same_teacher
+from pipeline.training.teachers import check_origin
 
 
 def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
@@ -223,8 +223,5 @@ def open_store(config: Config, index: Index) -> tuple[Store, dict[str, Any]]:
     """
     manifest = read_manifest(teacher_logits_folder(config, "train-student") / "manifest.json")
     store = Store.open(store_path(config, manifest["fingerprint"]), index, config.recipe)
-    spec = store_spec(config, "train-student")
-    require_fetched(spec)
-    if not spec.fetch:
-        check_same_teacher(store, spec)
+    check_origin(config, store, store_spec(config, "train-student"))
     return store, manifest

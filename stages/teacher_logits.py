@@ -33,6 +33,7 @@ from pipeline.store.manifest import damaged_units, publish, write_manifest
 from pipeline.store.publication import Source
 from pipeline.store.reader import Store, StoreIdentity
 from pipeline.store.writer import StoreWriter, sweep_store
+from pipeline.training.identity import teacher_fingerprint
 from pipeline.training.origin import require_teacher
 
 
@@ -82,7 +83,8 @@ def run(
             print("this part is done; the last part to finish writes the manifest")
             return
     origin.check(store)
-    publish(spec, store, set(verified) - set(bad))
+    teacher = None if spec.fetch else teacher_fingerprint(config, index.fingerprint, purpose)
+    publish(spec, store, teacher, set(verified) - set(bad))
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from test_training import CPU, Stop, loaded
 
+from pipeline.cli.find_store import find_configured_store
 from pipeline.common.errors import NotReady, PipelineError, UsageError
 from pipeline.config.params import resolve
 from pipeline.config.paths import index_path, student_folder, teacher_folder, teacher_logits_folder
 from pipeline.config.schema import Config
+from pipeline.config.store_spec import store_spec
 from pipeline.models.build import build_student, build_teacher
 from pipeline.models.ensemble import load_members
 from pipeline.models.pretrained import load_pretrained
@@ -245,6 +247,24 @@ def test_a_store_of_a_teacher_that_ran_otherwise_than_configured_is_refused(taug
             evaluate.open_store(changed, training_index())
         else:
             create_teacher(changed, changed.student_named("hard"), "train-student", training_index(), CPU)
+
+
+@pytest.mark.parametrize("use", ["train-student", "evaluate", "publish"])
+def test_a_store_of_a_teacher_whose_weights_are_gone_is_used_only_as_configured(taught, use, tmp_path):
+    shutil.rmtree(teacher_folder(taught))  # as DVC does before it trains another
+
+    def try_with(config: Config) -> None:
+        if use == "publish":
+            find_configured_store(config, store_spec(config, "train-student"))
+        elif use == "evaluate":
+            evaluate.open_store(config, training_index())
+        else:
+            create_teacher(config, config.student_named("hard"), "train-student", training_index(), CPU)
+
+    try_with(taught)
+    try_with(loaded("teacher.workers=1"))
+    with pytest.raises(NotReady, match="(?s)store of another teacher.*weights are gone.*pipeline teacher, then pipeline teacher-logits"):
+        try_with(loaded("teacher.seed=7"))
 
 
 def test_a_new_teacher_is_not_evaluated_beside_the_students_of_the_former_one(taught):

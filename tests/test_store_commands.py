@@ -180,7 +180,7 @@ def test_publishing_leaves_the_files_of_who_adds_views(taught):
     partial.write_bytes(b"half")
     store = Store.open(str(the_store()), Index(index_path(taught, "train")), taught.recipe)
     with lease(part_lease_path(str(the_store()), 0, 4), "a test"):
-        publish(store_spec(taught, WANTED), store)
+        publish(store_spec(taught, WANTED), store, None)
     assert partial.exists()
 
 
@@ -195,7 +195,7 @@ def test_a_store_is_published_only_when_all_of_it_is_read_back_as_written(taught
     flip(chunk, random.Random(1))
     store = Store.open(str(the_store()), Index(index_path(taught, "train")), taught.recipe)
     with pytest.raises(PipelineError, match="1 damaged unit"):
-        publish(store_spec(taught, WANTED), store)
+        publish(store_spec(taught, WANTED), store, None)
     assert not manifest.exists()
     teacher_logits.run(taught, CPU)
     assert manifest.exists() and tree(the_store()) == whole

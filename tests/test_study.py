@@ -215,6 +215,7 @@ def test_a_fine_tuned_student_is_a_cell_whose_name_says_what_it_started_from():
         ({"metrics": ["top1", "top1"]}, "metrics must be different"),
         ({"figure": {"x": "hflip", "log": True}, "axes": {"recipe.hflip": [0, 0.5]}}, "levels above 0"),
         ({"axes": {"V": {}}}, "at least one level"),
+        ({"axes": {"student.lr": 0.1}}, "axes.student.lr must be a list of values.*found 0.1"),
         ({"axes": {"V": [1, 2]}}, "axes.V"),
         ({"axes": {"V": {"1": {"teacher_logits.view": 1}}}}, "did you mean views"),
         ({"axes": {"V": {"a/b": {}, "a b": {"recipe.hflip": 0.2}}}}, "names differ"),
@@ -528,6 +529,19 @@ def test_cells_of_earlier_images_are_not_done_once_images_have_changed(project, 
     assert [each.partition(" ")[0] for each in run(second.name)] == ["prepare", "train-student"]
     assert "1 of 2 cells done" in call("study", "tiny.yaml")
     assert [each.partition(" ")[0] for each in run()] == ["prepare", "train-student"] and run() == []
+
+
+def test_a_study_whose_images_have_changed_trains_every_cell_anew_in_one_run(project, in_tmp):
+    write_study(axes={"recipe.hflip": [0.0]}, seeds=[0])
+    assert run()
+    next((in_tmp / "train/cat").iterdir()).unlink()
+    write_study(axes={"recipe.hflip": [0.0, 0.5]}, seeds=[0])
+    assert [each.partition(" ")[0] for each in run()] == ["prepare", "train-student"] * 2 and run() == []
+
+
+def test_an_axis_is_in_the_table_before_its_second_level_has_a_result(project):
+    run(command.find("tiny.yaml", ()).cells[0].name)
+    assert "lr" in next(line for line in call("study", "tiny.yaml").splitlines() if "top1" in line)
 
 
 def test_calibration_is_a_metric_of_the_evaluation_of_the_same_run(in_tmp):

@@ -7,7 +7,7 @@ from pipeline.config.schema import Config
 from pipeline.config.store_spec import StoreSpec
 from pipeline.shards.index import Index
 from pipeline.shards.published import open_index
-from pipeline.store.manifest import read_manifest, require_fetched
+from pipeline.store.manifest import read_manifest
 from pipeline.store.reader import Store
 from pipeline.store.sampling import check_sampling
 
@@ -37,15 +37,11 @@ def find_configured_store(config: Config, spec: StoreSpec, named: str | None = N
     Raises:
         PipelineError, UsageError: as `find_store`; or the teacher or its precision is another.
     """
-    from pipeline.training.origin import require_teacher
-    from pipeline.training.teachers import check_same_teacher
+    from pipeline.training.teachers import check_origin
 
     store = find_store(config, spec, named)
     if not named:
-        require_fetched(spec)
-        if not spec.fetch:
-            require_teacher(config, store.index.fingerprint, spec.purpose)
-            check_same_teacher(store, spec)
+        check_origin(config, store, spec)
     return store
 
 

@@ -1,5 +1,6 @@
 """The click group behind `pipeline`: reports expected errors, and Ctrl-C, as one message, without a traceback."""
 
+import io
 import sys
 
 import click
@@ -12,6 +13,8 @@ INTERRUPTED = 128 + 2
 
 class Group(click.Group):
     def invoke(self, context: click.Context):
+        if isinstance(sys.stdout, io.TextIOWrapper):  # into a file, too, lines stay in order with those of stderr
+            sys.stdout.reconfigure(line_buffering=True)
         try:
             return super().invoke(context)
         except (PipelineError, OSError, RuntimeError, MemoryError) as error:

@@ -147,10 +147,9 @@ def check_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max"), load: float |
             )
             return Finding(Level.WARN, "cores", text)
     if load > 1.5 * cores:
-        text += (
-            f"; but the load average is {load:.1f}: estimates are for this load, and on a CPU the threads of a step wait for one"
-            " another, so OMP_NUM_THREADS=1 may be faster"
-        )
+        text += f"; but the load average is {load:.1f}, and estimates are for this load"
+        if os.environ.get("OMP_NUM_THREADS") != "1":
+            text += ". On a CPU, set OMP_NUM_THREADS=1: the threads of a step wait for one another, which can be many times slower"
         return Finding(Level.WARN, "cores", text)
     return Finding(Level.OK, "cores", text)
 

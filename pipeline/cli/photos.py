@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipeline.cli.find_data import find_data
 from pipeline.common.errors import PipelineError
+from pipeline.common.wording import count_of, three_digits
 from pipeline.config.schema import Data
 from pipeline.shards.conversion import FOLDER_FORMATS
 from pipeline.shards.listing import Listing, count_by_extension
@@ -144,11 +145,11 @@ def warnings(photos: Photos) -> list[str]:
     counts = Counter(photos.train.labels)
     found = []
     if len(photos.val.names) < 400:
-        share = 100 / len(photos.val.names)
-        found.append(f"one validation image is {share:.2g} points of accuracy: small differences mean nothing")
+        share = three_digits(100 / len(photos.val.names))
+        found.append(f"one validation image is {share} points of accuracy: small differences mean nothing")
     if min(counts.values()) < 20:
         name = photos.train.classes[min(counts, key=lambda label: counts[label])]
-        found.append(f"class {name} has {min(counts.values())} training images: expect little of classes below 20")
+        found.append(f"class {name} has {count_of(min(counts.values()), 'training image')}: expect little of classes below 20")
     if max(counts.values()) > 10 * min(counts.values()):
         found.append("the largest class has over ten times the images of the smallest: accuracy favours it")
     if UNLABELLED_FOLDER in photos.train.classes:

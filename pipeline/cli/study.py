@@ -134,18 +134,27 @@ def run(matrix: Matrix, names: tuple[str, ...], dry_run: bool, execute: Execute)
         UsageError: no such cell.
         PipelineError: a command failed.
     """
-    chosen, done = _chosen(matrix, names), done_runs(matrix.cells)
-    missing, ready = [cell for cell in chosen if cell.name not in done], set()
-    print(f"{matrix.name}: {len(chosen) - len(missing)} of {count_of(len(chosen), 'cell')} done", flush=True)
-    for cell in missing:
-        if cell.config.name not in ready:
-            for command in setup_commands(cell.config, matrix.study.finetune):
-                _run(command, cell.config, dry_run, execute)
-            ready.add(cell.config.name)
-        _run(cell_command(cell), cell.config, dry_run, execute)
+    chosen, tried, ready = _chosen(matrix, names), set[str](), set[str]()
+    while missing := _missing(matrix, chosen, tried):  # a second time where `prepare` finds that the images have changed
+        for cell in missing:
+            if cell.config.name not in ready:
+                for command in setup_commands(cell.config, matrix.study.finetune):
+                    _run(command, cell.config, dry_run, execute)
+                ready.add(cell.config.name)
+            _run(cell_command(cell), cell.config, dry_run, execute)
+            tried.add(cell.name)
     for config in matrix.configs if matrix.study.evaluate and not names else []:
         if not _is_evaluated(config):
             _run(["evaluate", "--config", str(used_params(config))], config, dry_run, execute)
+
+
+def _missing(matrix: Matrix, chosen: list[Cell], tried: set[str]) -> list[Cell]:
+    """The chosen cells that are not done, besides those that were tried; says how many are done."""
+    done = done_runs(matrix.cells)
+    missing = [cell for cell in chosen if cell.name not in done and cell.name not in tried]
+    if missing or not tried:
+        print(f"{matrix.name}: {len(chosen) - len(missing)} of {count_of(len(chosen), 'cell')} done", flush=True)
+    return missing
 
 
 def _chosen(matrix: Matrix, names: tuple[str, ...]) -> list[Cell]:

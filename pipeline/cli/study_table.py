@@ -99,7 +99,7 @@ def show(matrix: Matrix, cells: Path | None, folder: Path | None) -> None:
     if not values:
         return
     summaries = summarize(values)
-    tables = [table_rows(summaries)]
+    tables = [table_rows(summaries, {axis for axis, levels in matrix.study.axes.items() if len(levels) > 1})]
     first = next((metric for metric in matrix.study.metrics if metric in known), values[0].metric)
     for reference in matrix.study.reference:
         if compared := differences([each for each in values if each.metric == first], reference):

@@ -76,6 +76,8 @@ class Study(Section):
                 name = name.rpartition(".")[2]
             elif isinstance(levels, dict):
                 levels = {_label(label): changes for label, changes in levels.items()}
+            elif not isinstance(levels, dict | list):
+                raise ValueError(f"axes.{name} must be a list of values, or named levels: found {levels!r}")
             if name in read:
                 raise ValueError(f"axes of different names, not two called {name}: name one yourself, with a mapping of levels")
             read[name] = levels

@@ -18,6 +18,8 @@ from pipeline.training.teachers import read_predictions
 from pipeline.views.draw import draw_mix, group_count
 
 EXAMPLES, VIEWS = 4, 3
+SHORT = 8
+"""Letters of a class name next to which a probability fits on the same line."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,8 @@ def _cells(example: Example) -> list[Cell]:
         how = "not mixed" if view.method == "none" else f"{view.method}, λ {view.lam:.2f}\nwith {shorten(view.partner, 16)}"
         caption = [how]
         if view.prediction:
-            probability = "" if view.probability is None else f", {100 * view.probability:.0f} %"
-            caption.append(f"teacher: {shorten(view.prediction, 8 if probability else 13)}{probability}")
+            probability = "" if view.probability is None else f"{100 * view.probability:.0f} %"
+            separator = "" if not probability else ", " if len(view.prediction) <= SHORT else ",\n"
+            caption.append(f"teacher: {shorten(view.prediction, 13)}{separator}{probability}")
         cells += [Cell(view.picture, label, begins_group=True), Cell(view.mixed, "\n".join(caption))]
     return cells

@@ -21,7 +21,8 @@ print(model.pretrained_cfg["label_names"][logits.argmax()])
 ```""",
     "model.onnx": "`{path}` (ONNX): input `images`, float32 RGB (N, 3, {size}, {size}) in [0, 1]; output `logits`."
     " Normalization is part of the graph; class names are in the metadata.",
-    "model.pt2": "`{path}` (torch.export): `torch.export.load(path).module()`, with the same input and output.",
+    "model.pt2": "`{path}` (torch.export): `torch.export.load(path).module()` takes float32 RGB (N, 3, {size}, {size}) in"
+    " [0, 1] and returns logits. Normalization is part of it.",
 }
 
 

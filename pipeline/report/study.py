@@ -7,7 +7,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,9 +93,14 @@ def summarize(values: Iterable[Value]) -> list[Summary]:
     return [Summary(levels[key], key[-1], tuple(seeds.values())) for key, seeds in found.items()]
 
 
-def table_rows(summaries: Sequence[Summary]) -> Table:
-    """A row per combination of levels with a column per metric; axes of one level are left out."""
-    axes = varying_axes(summaries)
+def table_rows(summaries: Sequence[Summary], several: Collection[str] = ()) -> Table:
+    """A row per combination of levels with a column per metric; axes of one level are left out.
+
+    Args:
+        several: axes that have several levels, although there may be results of one only.
+    """
+    varying = {*varying_axes(summaries), *several}
+    axes = [axis for axis in dict.fromkeys(axis for each in summaries for axis in each.levels) if axis in varying]
     metrics = list(dict.fromkeys(each.metric for each in summaries))
     rows: dict[tuple, dict[str, str]] = {}
     for each in summaries:

@@ -90,7 +90,7 @@ def draw_dots(path: Path, summaries: Sequence[Summary]) -> None:
     means, deviations = zip(*map(_scaled, summaries), strict=True)
     axes.errorbar(means, range(len(labels)), xerr=deviations, color="#000000", marker="o", ls="", ms=5, capsize=3)
     axes.set_yticks(range(len(labels)), labels)
-    axes.invert_yaxis()
+    axes.set_ylim(len(labels) - 0.5, -0.5)  # the first at the top
     _finish(axes, summaries, "x")
     save_figure(figure, path)
 

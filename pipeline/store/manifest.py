@@ -150,6 +150,9 @@ def _is_count(value: Any) -> bool:
 FETCHED = "fetched"
 """Key of summary.json: where the store was fetched from; null if it was computed here."""
 
+TEACHER = "teacher"
+"""Another: the `teacher_fingerprint` of the configuration that the store was computed with; null if it was fetched."""
+
 MANIFEST: dict[str, Callable[[Any], bool]] = {
     "format": lambda value: True,  # the store has its own, which is compared
     "fingerprint": lambda value: isinstance(value, str) and FINGERPRINT.fullmatch(value) is not None,
@@ -186,10 +189,11 @@ def read_summary(path: Path) -> dict[str, Any]:
         ) from error  # fmt: skip
 
 
-def publish(spec: StoreSpec, store: Store, verified: Collection[Unit] = ()) -> None:
+def publish(spec: StoreSpec, store: Store, teacher: str | None, verified: Collection[Unit] = ()) -> None:
     """Read a complete store back, then write its manifest and summary into the outputs.
 
     Args:
+        teacher: `teacher_fingerprint` of the configuration; None: the store is fetched.
         verified: units that have been read already.
 
     Raises:
@@ -207,7 +211,7 @@ def publish(spec: StoreSpec, store: Store, verified: Collection[Unit] = ()) -> N
     size, agreement = kind_bytes(store, spec.views, spec.kind), _agreement(store, spec.views)
     summary = {
         "rows": rows, "views": spec.views, "kind": spec.kind, "bytes": size, "agreement_with_labels": agreement,
-        FETCHED: spec.fetch,
+        FETCHED: spec.fetch, TEACHER: teacher,
     }  # fmt: skip
     write_summary(spec.folder / "summary.json", summary)
     agrees = "" if agreement is None else f"the teacher agrees with the label on {agreement:.1%} of the (mixed) views; "

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config.schema import Config, Recipe, Student, Training, finetune_fields, result_fields
 from pipeline.config.validation import fingerprint
-from pipeline.models.provenance import code_of
+from pipeline.models.provenance import code_of, teacher_architecture
 from pipeline.views.draw import recipe_fingerprint
 
 TRAINING_VERSION = 4  # bump on any change of what a step computes, or finished runs would be taken for it
@@ -59,6 +59,16 @@ def configured_finetune(config: Config, student: Student, index: str | None) -> 
     inherited = {key: getattr(student, key) for key in INHERITED_FIELDS} | code_of(student.model)
     settings = finetune_fields(config.finetune)
     return {"finetune": settings, "student": inherited, **_views(config.finetune_recipe(), index)}
+
+
+def teacher_fingerprint(config: Config, index: str | None, purpose: str) -> str:
+    """Fingerprint of all that a configuration says of the teacher of a store.
+
+    Args:
+        purpose: train-student or finetune.
+    """
+    settings = [configured_teacher(config, index), config.teacher.weights, teacher_architecture(config.teacher)]
+    return fingerprint([*settings, configured_teacher_finetune(config, index)] if purpose == "finetune" else settings)
 
 
 def _views(recipe: Recipe, index: str | None) -> dict[str, Any]:

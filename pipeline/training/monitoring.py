@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.common.errors import PipelineError
@@ -28,14 +29,14 @@ def describe_epoch(run: Run, metrics: dict[str, Any]) -> str:
 
 
 def accuracy_warning(run: Run, metrics: dict[str, Any]) -> str:
-    """A warning if, a third of the way through the run or later, accuracy is no better than chance; otherwise empty."""
-    chance = 1 / len(run.train.classes)
+    """A warning if, a third of the way through the run or later, accuracy is no better than a guess; otherwise empty."""
+    chance, frequent = 1 / len(run.train.classes), np.bincount(run.val.labels()).max() / len(run.val)
     early = 3 * metrics["epoch"] < run.settings.epochs
-    if early or metrics.get("val_top1_class", 1.0) > 1.5 * chance:
+    if early or metrics.get("val_top1_class", 1.0) > max(1.5 * chance, frequent):
         return ""
     return (
         f"{run.name}: top-1 {metrics['val_top1_class']:.2%} at epoch {metrics['epoch']} of {run.settings.epochs} is hardly"
-        f" better than chance ({chance:.2%}): check the learning rate, the views (pipeline views), and whether train and"
+        f" better than always predicting the most frequent class ({frequent:.2%}): check the learning rate, the views (pipeline views), and whether train and"
         " val have the same classes"
     )
 

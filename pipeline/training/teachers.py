@@ -8,7 +8,7 @@ import torch
 
 from pipeline.batches.batch import Batch
 from pipeline.batches.transfer import send
-from pipeline.common.errors import PipelineError, UsageError
+from pipeline.common.errors import NotReady, PipelineError, UsageError
 from pipeline.common.files import read_json_object
 from pipeline.config.paths import store_path
 from pipeline.config.schema import Config, Student
@@ -16,9 +16,10 @@ from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.models.teacher import TeacherForward, describe_teacher, load_teacher
 from pipeline.shards.index import Index
 from pipeline.store.encoding import decode_logits, decode_samples
-from pipeline.store.manifest import build_manifest, read_manifest, require_fetched
+from pipeline.store.manifest import TEACHER, build_manifest, read_manifest, require_fetched
 from pipeline.store.reader import Store, StoredPredictions
 from pipeline.store.sampling import Sampler, check_sampling
+from pipeline.training.identity import teacher_fingerprint
 from pipeline.training.origin import require_teacher
 from pipeline.training.run import NoTeacher, TeacherOutput
 
@@ -150,12 +151,10 @@ def _stored_teacher(
     manifest_path, published = spec.folder / "manifest.json", None
     if path is None:
         published = read_manifest(manifest_path)
-        require_fetched(spec)
         path = store_path(config, published["fingerprint"])
     store = Store.open(path, index, spec.recipe)
-    if published and not spec.fetch:
-        require_teacher(config, index.fingerprint, purpose)
-        check_same_teacher(store, spec)
+    if published:
+        check_origin(config, store, spec)
     views, kind = spec.views, "argmax" if settings.distillation == "hard" else spec.kind
     # reads the store itself: a manifest cannot know that a unit was deleted since
     manifest = build_manifest(store, views, kind)
@@ -175,6 +174,35 @@ def _stored_teacher(
     if settings.reuse_view is not None:
         identity["reuse_view"] = settings.reuse_view
     return StoredTeacher(store, kind, settings.reuse_view), identity
+
+
+def check_origin(config: Config, store: Store, spec: StoreSpec) -> None:
+    """Refuse a published store of another teacher than the configured one, or fetched from elsewhere than configured.
+
+    Raises:
+        NotReady, UsageError: it is.
+    """
+    require_fetched(spec)
+    if not spec.fetch:
+        require_teacher(config, store.index.fingerprint, spec.purpose)
+        check_same_teacher(store, spec)
+        check_recorded_teacher(config, store.index.fingerprint, spec)
+
+
+def check_recorded_teacher(config: Config, index: str, spec: StoreSpec) -> None:
+    """Where the teacher's weights are gone, compare what summary.json says of the teacher with the configuration.
+
+    Raises:
+        NotReady: the store is of another teacher.
+    """
+    expected = teacher_fingerprint(config, index, spec.purpose)
+    recorded = read_json_object(spec.folder / "summary.json").get(TEACHER)  # null, or no key: nothing to compare
+    if recorded not in (None, expected) and not (spec.teacher_folder / "weights.safetensors").exists():
+        raise NotReady(
+            f"{spec.folder / 'manifest.json'}: the store of another teacher", expected="predictions of the configured teacher",
+            found="those of a teacher with other settings, whose weights are gone",
+            do=f"run: pipeline teacher, then {spec.command} (or dvc repro); or set the configuration back",
+        )  # fmt: skip
 
 
 def check_same_teacher(store: Store, spec: StoreSpec) -> None:
