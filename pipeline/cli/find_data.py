@@ -67,10 +67,10 @@ def _class_folders(root: Path) -> Data:
     if train is None:
         raise UsageError(
             f"{root}",
-            expected=f"one folder of images per class, for two classes or more, either here or in folders for training ({', '.join(TRAIN_NAMES)}) and"
+            expected=f"one folder of images per class, either here or in folders for training ({', '.join(TRAIN_NAMES)}) and"
             f" validation ({', '.join(VAL_NAMES)})",
             found=", ".join(str(path.name) for path in sorted(root.iterdir())[:5]) or "an empty folder",
-            do="put the images of each class into a folder of its own, or name the folder that holds the class folders",
+            do="put the images of each class, of at least two, into a folder of its own, or name the folder that holds the class folders",
         )
     return Data(train=str(train), val_fraction=FRACTION)
 
