@@ -139,23 +139,34 @@ def exported(folder, weights, format: str) -> str:
 
 
 def trained_in_run(folder, run: str):
+    """Weights of a run, or with no run those of a teacher, whose file names none."""
     description = described("deit_tiny_patch16_224")
-    weights = folder / run[:1] / "weights.safetensors"
+    weights = folder / (run or "teacher")[:7] / "weights.safetensors"
     weights.parent.mkdir(exist_ok=True)
-    save_weights(weights, trained(description).model, {"run": run, DESCRIPTION: description.as_json()})
+    about = {"run": run} if run else {}
+    save_weights(weights, trained(description).model, about | {DESCRIPTION: description.as_json()})
     return weights
 
 
-@pytest.mark.parametrize(("second", "kept"), [("0" * 32, True), ("1" * 32, False)])
-def test_a_second_export_keeps_other_formats_of_the_same_training_only(tmp_path, monkeypatch, second, kept):
+@pytest.mark.parametrize(("first", "second", "kept"), [("0" * 32, "0" * 32, True), ("0" * 32, "1" * 32, False), ("", "", True)])
+def test_a_second_export_keeps_other_formats_of_the_same_weights_only(tmp_path, monkeypatch, first, second, kept):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_text("name: example\ndata: {source: digits}\n")
-    exported(tmp_path / "out", trained_in_run(tmp_path, "0" * 32), "timm")
+    exported(tmp_path / "out", trained_in_run(tmp_path, first), "timm")
     said = exported(tmp_path / "out", trained_in_run(tmp_path, second), "torch")
     card = (tmp_path / "out/README.md").read_text()
     assert (tmp_path / "out/timm").exists() == kept
     assert ("timm: deleted" in said) != kept
     assert ("local-dir:" in card) == kept and "model.pt2" in card and second in card
+
+
+def test_what_is_no_export_stays_beside_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text("name: example\ndata: {source: digits}\n")
+    (tmp_path / "out/timm").mkdir(parents=True)
+    (tmp_path / "out/README.md").write_bytes(b"\xff my own")
+    exported(tmp_path / "out", trained_in_run(tmp_path, ""), "torch")
+    assert (tmp_path / "out/timm").exists()
 
 
 def test_predictions_are_the_models_on_evaluation_views(saved, tmp_path):

@@ -13,7 +13,7 @@ from test_training import CPU, loaded
 
 from pipeline.config.paths import teacher_folder
 from pipeline.models.weights import read_weights
-from stages import teacher, teacher_logits
+from stages import teacher, teacher_logits, train_student
 
 FOREIGN = "outdated"
 FILE = "teacher.weights=source.safetensors"
@@ -92,6 +92,23 @@ def test_a_teacher_published_before_its_origin_was_recorded_is_done(pretrained):
 def test_a_store_of_another_precision_is_of_another_configuration(pretrained):
     other = {"float32": "bfloat16", "bfloat16": "float32"}[pretrained.teacher_logits.precision]
     assert states(FILE, f"teacher_logits.precision={other}") == ["done", FOREIGN]
+
+
+def test_distilled_students_of_a_store_of_another_teacher_are_outdated(taught):
+    stages = "teacher-logits", "train-student@hard", "train-student@none"
+    for name in ("hard", "none"):
+        train_student.run(loaded(*BRIEF), CPU, name)
+    shutil.rmtree(teacher_folder(taught))
+    assert [told(*BRIEF)[stage].state for stage in stages] == ["done", "done", "done"]
+    assert [told(*BRIEF, "teacher.seed=7")[stage].state for stage in stages] == [FOREIGN, FOREIGN, "done"]
+
+
+def test_a_soft_student_of_another_kind_is_outdated_and_a_hard_one_is_not(taught):
+    stages = "train-student@hard", "train-student@soft"
+    for name in ("hard", "soft"):
+        train_student.run(loaded(*BRIEF), CPU, name)
+    assert [told(*BRIEF)[stage].state for stage in stages] == ["done", "done"]
+    assert [told(*BRIEF, "teacher_logits.kind=dense8")[stage].state for stage in stages] == ["done", FOREIGN]
 
 
 def test_a_teacher_reused_for_finetuning_is_the_published_one(pretrained):

@@ -16,7 +16,7 @@ from pipeline.config.schema import Recipe, Student
 from pipeline.models import pretrained
 from pipeline.models.adapt import resize_position_embedding
 from pipeline.models.build import NormalizedModel, build_student
-from pipeline.models.pretrained import load_student_weights
+from pipeline.models.pretrained import load_student_weights, replace_classifiers
 from pipeline.models.weights import DESCRIPTION, save_weights, weights_hash
 from pipeline.training.identity import configured_student
 from stages import train_student
@@ -66,6 +66,13 @@ def test_heads_of_as_many_other_classes_are_fresh_if_the_file_names_them(in_tmp,
     assert (new == []) == kept
     assert torch.equal(target.model.head.weight, (source.model.head.weight if kept else fresh["head.weight"]))
     assert torch.equal(target.model.cls_token, source.model.cls_token)
+
+
+def test_a_model_that_does_not_name_its_classifier_is_refused_for_other_classes():
+    model = torch.nn.Linear(2, 3)
+    assert replace_classifiers(model, model.state_dict())[1] == []
+    with pytest.raises(PipelineError, match="get_classifier"):
+        replace_classifiers(model, model.state_dict(), other_classes=True)
 
 
 def test_heads_of_other_classes_are_fresh_and_positions_are_resized(in_tmp):

@@ -109,6 +109,14 @@ def test_axes_may_change_different_entries_of_kwargs():
     assert [(kwargs["embed_dim"], kwargs["depth"]) for kwargs in found] == [(64, 2), (64, 6), (256, 2), (256, 6)]
 
 
+def test_stores_of_other_draws_may_have_another_precision():
+    kinds = {
+        "drawn": {"teacher_logits.kind": "sampled", "teacher_logits.sample_tau": 3.0, "teacher_logits.precision": "bfloat16"},
+        "dense": {"teacher_logits.kind": "dense", "teacher_logits.precision": "float32"},
+    }
+    assert len(cells(students=["hard"], axes={"kind": kinds})) == 2
+
+
 def test_two_precisions_have_stores_in_folders_of_their_own():
     levels = {name: {"teacher_logits.precision": name, "work": f"work-{name}"} for name in ("float32", "bfloat16")}
     assert {cell.config.work for cell in cells(students=["hard"], axes={"precision": levels})} == {"work-float32", "work-bfloat16"}
@@ -208,6 +216,13 @@ def test_a_fine_tuned_student_is_a_cell_whose_name_says_what_it_started_from():
         ({"axes": {"a": {"x": {"recipe.hflip": 0.1}}, "b": {"y": {"recipe.hflip": 0.2}}}}, "both a and b change recipe.hflip"),
         ({"axes": {"student.kwargs.depth": [2, 6], "b": {"y": {"student.kwargs": {"embed_dim": 64}}}}}, "depth and b change"),
         ({"students": ["hard"], "axes": {"teacher_logits.precision": ["float32", "bfloat16"]}}, "one value for each store"),
+        (
+            {
+                "students": ["token"], "finetune": "only", "set": {"finetune.weights": "w.safetensors"},
+                "axes": {"teacher_logits.precision": ["float32", "bfloat16"]},
+            },
+            "one value for each store",
+        ),
         (
             {"students": ["soft"], "set": {"teacher_logits.kind": "topk"}, "axes": {"teacher_logits.top_k": [2, 3]}},
             "teacher_logits.top_k",
@@ -527,8 +542,24 @@ def test_cells_of_earlier_images_are_not_done_once_images_have_changed(project, 
     write_study(axes={"recipe.hflip": [0.0, 0.5]}, seeds=[0])
     second = command.find("tiny.yaml", ()).cells[1]
     assert [each.partition(" ")[0] for each in run(second.name)] == ["prepare", "train-student"]
-    assert "1 of 2 cells done" in call("study", "tiny.yaml")
-    assert [each.partition(" ")[0] for each in run()] == ["prepare", "train-student"] and run() == []
+    said = call("study", "tiny.yaml")
+    assert "0 of 2 cells done" in said and "differ, although their settings do not" in said
+    assert [each.partition(" ")[0] for each in run()] == ["prepare", "prepare", "prepare", "train-student"] and run() == []
+    assert "2 of 2 cells done" in call("study", "tiny.yaml")
+
+
+def test_cells_of_images_that_came_back_are_done_again(project, in_tmp):
+    write_study(axes={"recipe.hflip": [0.0, 0.5]}, seeds=[0])
+    _, second = command.find("tiny.yaml", ()).cells
+    assert run()
+    image = next((in_tmp / "train/cat").iterdir())
+    image.rename(in_tmp / "kept")
+    write_study(axes={"recipe.hflip": [0.5]}, seeds=[0])
+    (second.folder / "metrics.json").unlink()
+    assert [each.partition(" ")[0] for each in run()] == ["prepare", "train-student"]
+    (in_tmp / "kept").rename(image)
+    write_study(axes={"recipe.hflip": [0.0, 0.5]}, seeds=[0])
+    assert run() and run() == [] and "2 of 2 cells done" in call("study", "tiny.yaml")
 
 
 def test_a_study_whose_images_have_changed_trains_every_cell_anew_in_one_run(project, in_tmp):

@@ -44,8 +44,8 @@ def export(
     """Write a trained model in formats that other software loads, with its class names and input settings.
 
     Each file is loaded again and its logits are compared with the model's, on 100 validation images. The folder
-    also receives a model card, README.md. Other formats in it are kept if they are of the same training, and
-    deleted otherwise.
+    also receives a model card, README.md. Other formats that were exported there before are kept if they are of
+    the same weights, and deleted otherwise.
 
     \b
     Example:
@@ -54,8 +54,8 @@ def export(
     from pipeline.config.params import load
     from pipeline.config.paths import outputs
     from pipeline.models.description import load_model
-    from pipeline.models.export import FORMATS, export, other_exports, remove_export, timm_obstacle
-    from pipeline.report.model_card import is_card_of, write_model_card
+    from pipeline.models.export import FORMATS, export, other_exports, timm_obstacle
+    from pipeline.report.model_card import write_model_card
 
     config = load(path, overrides)
     weights = weights or _weights(config, name)
@@ -67,14 +67,9 @@ def export(
         formats = tuple(name for name in FORMATS if name != "timm" or not obstacle)
         if obstacle:
             print(f"timm: left out: {obstacle}")
-    card, others = folder / "README.md", other_exports(folder, formats)
-    if not is_card_of(card, about):
-        for other in others:
-            remove_export(other)
-            print(f"{other}: deleted, as it was not exported from this training")
-        others = []
-        card.unlink(missing_ok=True)
     exports = export(model, description, pictures, folder, formats)
+    card = folder / "README.md"
+    others = keep_own_exports(card, weights, other_exports(folder, formats))
     write_model_card(card, weights, model, description, about, [*others, *(written.path for written in exports)])
     for written in exports:
         print(
@@ -124,6 +119,20 @@ def predict(
             print(f"{prediction.image}: " + ", ".join(f"{label} {share:.1%}" for label, share in pairs))
     if failed:
         raise PipelineError(f"{count_of(failed, 'image')} could not be read", do="see the messages above")
+
+
+def keep_own_exports(card: Path, weights: Path, others: list[Path]) -> list[Path]:
+    """Those of earlier exports that are of these weights; what an earlier card says is of other weights is deleted."""
+    from pipeline.models.export import remove_export
+    from pipeline.report.model_card import described_weights, weights_line
+
+    described = described_weights(card)
+    if described == weights_line(weights):
+        return others
+    for other in others if described else []:
+        remove_export(other)
+        print(f"{other}: deleted, as it was exported from other weights")
+    return []
 
 
 def _weights(config: Config, name: str | None) -> Path:

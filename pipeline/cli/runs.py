@@ -9,9 +9,9 @@ from pipeline.batches.plan import training_plan
 from pipeline.cli.matching import foreign_teachers
 from pipeline.cli.scan import list_stores, modification_times, read_index, read_json
 from pipeline.config.paths import FINGERPRINT, index_path, local_work
-from pipeline.config.schema import Config, Training
-from pipeline.config.store_spec import store_spec
-from pipeline.training.identity import configured_runs, is_run_of
+from pipeline.config.schema import PURPOSES, Config, Training
+from pipeline.config.store_spec import StoreSpec, store_spec
+from pipeline.training.identity import configured_runs, is_run_of, teacher_fingerprint, used_other_predictions
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,12 @@ class Experiment:
         self.states = [State(folder, described, modification_times(folder)) for folder, described in folders if described]
         self.known_runs, own = {state.folder.name for state in self.states}, [x.folder.name for x in self.states_of("teacher")]
         self.foreign_teachers = foreign_teachers(config, own, self.known_runs)
+        self.foreign_stores = self._foreign_stores()
 
     @property
     def images(self) -> tuple[str | None, ...]:
         """The fingerprints of both indices."""
         return tuple(index.get("fingerprint") for index in self.indices.values())
-
-    @property
-    def prepared(self) -> float:
-        """When an index was last written, in seconds since 1970; 0 before there is one."""
-        paths = [index_path(self.config, split) for split in self.indices]
-        return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
 
     def states_of(self, stage: str) -> list[State]:
         """The states with the configuration's settings that use the published store, or none."""
@@ -73,24 +68,43 @@ class Experiment:
             configured = configured | {"name": f"finetune {student} at {self.config.finetune.size}"}
         elif student:  # with --teacher online the settings are the same, the name is not
             configured = configured | {"name": f"student {student}"}
-        store, own = self._published_store(stage), self._recorded(configured)
+        store, own = self._manifest(stage).get("fingerprint"), self._recorded(stage, configured)
         return [state for state in own if store is None or state.described.get("store") in (None, store)]
 
     def published_runs(self, stage: str) -> list[str]:
         """The runs that a stage may have published: also another student's of the same settings, but from this store."""
         student = stage.partition("@")[2]
-        store, own = self._published_store(stage), self._recorded(self.runs[stage])
+        store, own = self._manifest(stage).get("fingerprint"), self._recorded(stage, self.runs[stage])
         if store and student and self.config.student_named(student).distillation != "none":
             own = [state for state in own if state.described.get("store") == store]  # none with --teacher online
         return [state.folder.name for state in own]
 
-    def _recorded(self, configured: dict[str, Any]) -> list[State]:
-        return [state for state in self.states if is_run_of(configured, state.described)]
+    def _recorded(self, stage: str, configured: dict[str, Any]) -> list[State]:
+        """The states of a configured run that learnt from the published predictions, if from any in a store."""
+        student = stage.partition("@")[2]
+        found = [state for state in self.states if is_run_of(configured, state.described)]
+        if not student:
+            return found
+        spec, hard = self._store_spec(stage), self.config.student_named(student).distillation == "hard"
+        predictions = ("argmax" if hard else spec.kind, spec.views, self._manifest(stage))
+        return [state for state in found if not used_other_predictions(state.described, *predictions)]
 
-    def _published_store(self, stage: str) -> str | None:
-        """The fingerprint of the store for a stage's students."""
-        spec = store_spec(self.config, "finetune" if stage.startswith("finetune@") else "train-student")
-        return read_json(spec.folder / "manifest.json").get("fingerprint")
+    def _store_spec(self, stage: str) -> StoreSpec:
+        return store_spec(self.config, "finetune" if stage.startswith("finetune@") else "train-student")
+
+    def _manifest(self, stage: str) -> dict[str, Any]:
+        """Of the published store for a stage's students."""
+        return read_json(self._store_spec(stage).folder / "manifest.json")
+
+    def _foreign_stores(self) -> set[str]:
+        """The purposes whose published store is of another teacher than the configured one."""
+        found = set(self.foreign_teachers)
+        for purpose in PURPOSES:
+            spec = store_spec(self.config, purpose)
+            recorded = read_json(spec.folder / "summary.json").get("teacher")
+            if recorded and not spec.fetch and not (spec.teacher_folder / "weights.safetensors").exists():
+                found |= {purpose} if recorded != teacher_fingerprint(self.config, self.index, purpose) else set()
+        return found
 
     def steps(self, settings: Training) -> tuple[int | None, float | None]:
         """The steps of a complete run, and the samples per step; None before there is an index."""

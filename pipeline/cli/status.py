@@ -48,7 +48,6 @@ from pipeline.config.paths import (
 from pipeline.config.schema import Config, Teacher, Training
 from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.shards.prepared import other_settings
-from pipeline.training.identity import teacher_fingerprint
 
 
 def run(config: Config, json: bool = False, watch: float | None = None) -> None:
@@ -98,13 +97,11 @@ def gather(experiment: Experiment) -> list[Facts]:
     if config.runs_teacher("train-student"):
         settings, other = _teacher_training(experiment), "train-student" in experiment.foreign_teachers
         facts.append(_training(experiment, "teacher", settings, folder, other))
-    other_store = False
     if config.needs_store("train-student"):
         facts.append(_store(experiment, "teacher-logits", store_spec(config, "train-student")))
-        other_store = facts[-1].foreign
     for name in config.students:
         settings, folder = config.student_named(name), student_folder(config, name)
-        other = other_store and settings.distillation != "none"
+        other = "train-student" in experiment.foreign_stores and settings.distillation != "none"
         facts.append(_training(experiment, f"train-student@{name}", settings, folder, other))
     if config.needs_teacher("finetune"):
         folder = teacher_folder(config, "finetune")
@@ -114,7 +111,8 @@ def gather(experiment: Experiment) -> list[Facts]:
         facts.append(_store(experiment, "teacher-logits-finetune", store_spec(config, "finetune")))
     if config.students or tuned.weights:
         for name in tuned.students:
-            facts.append(_training(experiment, f"finetune@{name}", tuned, finetune_folder(config, name)))
+            other = "finetune" in experiment.foreign_stores and config.student_named(name).distillation != "none"
+            facts.append(_training(experiment, f"finetune@{name}", tuned, finetune_folder(config, name), other))
     models = [fact for fact in facts if fact.stage.partition("@")[0] in ("teacher", "train-student", "finetune")]
     return [*facts, _evaluate(experiment, any(fact.foreign for fact in models))]
 
@@ -198,10 +196,7 @@ def _store(experiment: Experiment, stage: str, spec: StoreSpec) -> Facts:
     }
     known = {str(attributes.get("fingerprint")) for _, attributes in experiment.stores}
     same = (manifest.get("views"), manifest.get("kind")) == (spec.views, spec.kind)
-    other = not same or spec.purpose in experiment.foreign_teachers
-    if not spec.fetch and not (spec.teacher_folder / "weights.safetensors").exists():
-        recorded = summary.get("teacher")
-        other |= recorded not in (None, teacher_fingerprint(experiment.config, experiment.index, spec.purpose))
+    other = not same or spec.purpose in experiment.foreign_stores
     foreign = published and (other or is_foreign(fingerprint, own, known))
     units = max(own.values(), key=lambda units: units.modified, default=None)
     total = spec.blocks * len(samples) if samples else None

@@ -135,6 +135,9 @@ def run(matrix: Matrix, names: tuple[str, ...], dry_run: bool, execute: Execute)
         PipelineError: a command failed.
     """
     chosen, tried, ready = _chosen(matrix, names), set[str](), set[str]()
+    if not names and not dry_run:
+        for experiment in _differing(_experiments(matrix.cells).values()):
+            _run(setup_commands(experiment.config, matrix.study.finetune)[0], experiment.config, dry_run, execute)
     while missing := _missing(matrix, chosen, tried):  # a second time where `prepare` finds that the images have changed
         for cell in missing:
             if cell.config.name not in ready:
@@ -200,32 +203,28 @@ def done_runs(cells: Iterable[Cell]) -> dict[str, str]:
     None is done of a configuration that was prepared from other data, which a line says.
     """
     cells = list(cells)
-    configs = {cell.config.name: cell.config for cell in cells}
-    experiments = {name: Experiment(config) for name, config in configs.items()}
-    other = _prepared_otherwise(experiments)
-    found = {cell.name: _done_run(cell, experiments[cell.config.name]) for cell in cells if cell.config.name not in other}
-    for name, reason in [*other.items()][:1]:
+    experiments = _experiments(cells)
+    other = {name: "; ".join(other_settings(each.config)[:3]) for name, each in experiments.items()}
+    if differing := [each.config.name for each in _differing(experiments.values())]:
+        other |= dict.fromkeys(differing, f"the images of {' and '.join(differing[:3])} differ, although their settings do not")
+    for name, reason in [(name, reason) for name, reason in other.items() if reason][:1]:
         print(f"{name} was prepared from other data: {reason}")
+    found = {cell.name: _done_run(cell, experiments[cell.config.name]) for cell in cells if not other[cell.config.name]}
     return {name: run for name, run in found.items() if run}
 
 
-def _prepared_otherwise(experiments: dict[str, Experiment]) -> dict[str, str]:
-    """Why an experiment's indices are of other data than configured, or of other images than the last that was prepared
-    with the same settings of `data`."""
-    found: dict[str, str] = {}
+def _experiments(cells: Iterable[Cell]) -> dict[str, Experiment]:
+    return {name: Experiment(config) for name, config in {cell.config.name: cell.config for cell in cells}.items()}
+
+
+def _differing(experiments: Iterable[Experiment]) -> list[Experiment]:
+    """Those that were prepared with the same settings of `data` as another, but from other images, as these changed since."""
     prepared: dict[str, list[Experiment]] = {}
-    for name, experiment in experiments.items():
+    for experiment in experiments:
         data = experiment.config.data
-        if differences := other_settings(experiment.config):
-            found[name] = "; ".join(differences[:3])
-        elif experiment.index:
+        if experiment.index and not other_settings(experiment.config):
             prepared.setdefault(fingerprint(data_settings(data, data.source)), []).append(experiment)
-    for same in prepared.values():
-        newest = max(same, key=lambda experiment: experiment.prepared)
-        for experiment in same:
-            if experiment.images != newest.images:
-                found[experiment.config.name] = f"{newest.config.name} was prepared later, and the images are others now"
-    return found
+    return [each for same in prepared.values() if len({each.images for each in same}) > 1 for each in same]
 
 
 def _done_run(cell: Cell, experiment: Experiment) -> str | None:

@@ -15,7 +15,8 @@ from typing import Any
 from pipeline.common.errors import UsageError
 from pipeline.config.params import override_key, resolve
 from pipeline.config.paths import finetune_folder, student_folder
-from pipeline.config.schema import Config, Student, changed_fields, changed_student
+from pipeline.config.schema import PURPOSES, Config, Student, changed_fields, changed_student
+from pipeline.config.store_spec import store_spec
 from pipeline.config.study import SEED, STUDENT, Changes, Study, is_number
 from pipeline.config.validation import fingerprint, validate
 
@@ -151,11 +152,11 @@ def _configuration(
 def _check_stores(configs: list[Config], source: str) -> None:
     """Refuse two precisions, or two numbers of classes of kind topk, for one store: it has one of each."""
     found: dict[tuple[str, str], dict[Any, None]] = {}
-    for config in configs:
-        settings = config.teacher_logits
-        if config.needs_store("train-student") and not settings.fetch:
-            values = [getattr(config, section).model_dump(mode="json") for section in ("data", "recipe", "teacher")]
-            store = fingerprint([config.work, *values])
+    for config, purpose in itertools.product(configs, PURPOSES):
+        settings, spec = config.teacher_logits, store_spec(config, purpose)
+        if config.needs_store(purpose) and not spec.fetch:
+            values = [each.model_dump(mode="json") for each in (config.data, spec.recipe, config.teacher, config.teacher_finetune)]
+            store = fingerprint([config.work, *values, spec.sampling])
             found.setdefault((store, "precision"), {})[settings.precision] = None
             if settings.kind == "topk":
                 found.setdefault((store, "top_k"), {})[settings.top_k] = None

@@ -183,8 +183,14 @@ def replace_classifiers(model: nn.Module, state: State, other_classes: bool = Fa
 
     Returns:
         The state dict, and the names of the parameters that are the model's own.
+
+    Raises:
+        PipelineError: other classes, and the model does not say which is its classifier.
     """
     own, names = model.state_dict(), classifier_names(model)
+    if other_classes and not names:
+        raise PipelineError("weights of other classes than the index", expected="a model whose classifier can be replaced",
+                            found="none that the model's get_classifier names", do="give it that method, as timm's models have")  # fmt: skip
     new = [name for name in names if name not in state or state[name].shape != own[name].shape]
     if new or other_classes:  # both heads of a distilled model are trained together
         new = names

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.common.files import atomic_write, read_json_object
+from pipeline.common.files import atomic_write, file_sha256, read_json_object
 from pipeline.models.build import NormalizedModel, parameter_count
 from pipeline.models.description import ModelDescription
 
+WEIGHTS_LINE = "| SHA-256 of the weights | "
 USE = {
     "timm": """```python
 import timm, torch
@@ -39,21 +40,25 @@ def write_model_card(
     """
     results = read_json_object(weights.with_name("metrics.json"))
     with atomic_write(path) as temporary:
-        temporary.write_text(model_card(parameter_count(model.model), description, about, results, exports))
+        line = weights_line(weights)
+        temporary.write_text(model_card(parameter_count(model.model), description, about, line, results, exports))
 
 
-def is_card_of(path: Path, about: dict[str, Any]) -> bool:
-    """Whether a file is the card of the training that a weights file's metadata names."""
-    return "run" in about and path.is_file() and _training_run(about) in path.read_text().splitlines()
+def weights_line(weights: Path) -> str:
+    """The card's line that identifies the file of weights."""
+    return f"{WEIGHTS_LINE}`{file_sha256(weights)}` |"
 
 
-def _training_run(about: dict[str, Any]) -> str:
-    return f"| training run | `{about.get('run', 'unknown')}` |"
+def described_weights(card: Path) -> str | None:
+    """That line of a card; None if the file is no card, or there is none."""
+    lines = card.read_text(errors="replace").splitlines() if card.is_file() else []
+    return next((line for line in lines if line.startswith(WEIGHTS_LINE)), None)
 
 
 def model_card(
-    parameters: int, description: ModelDescription, about: dict[str, Any], results: dict[str, Any], exports: list[Path]
-) -> str:
+    parameters: int, description: ModelDescription, about: dict[str, Any], weights: str, results: dict[str, Any],
+    exports: list[Path],
+) -> str:  # fmt: skip
     """The card as Markdown."""
     accuracy = [
         f"| {label} | {results[key]:.2%} |"
@@ -73,7 +78,8 @@ def model_card(
         f"| parameters | {parameters:,} |",
         f"| input | RGB, {description.size} x {description.size} px, centre crop {description.crop:g} |",
         f"| mean, std | {description.mean}, {description.std} |",
-        _training_run(about), "",
+        f"| training run | `{about.get('run', 'unknown')}` |",
+        weights, "",
     ]  # fmt: skip
     if accuracy:
         lines += ["## Results on the validation set", "", "| | |", "| --- | --- |", *accuracy, ""]

@@ -227,7 +227,7 @@ def _records(table: Path) -> Iterator[dict[str, Any]]:
             if repeated := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1 and name]:
                 raise ValueError(f"column {repeated[0]!r} twice")
             for row in reader:
-                if None in row:  # csv puts there what has no column
+                if any(row.get(None) or ()):  # csv puts there what has no column; a separator at the end is harmless
                     more = "more values than columns; one that contains the separator must be in double quotes"
                     raise ValueError(f"line {reader.line_num}: {more}")
                 yield row

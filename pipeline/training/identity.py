@@ -67,7 +67,8 @@ def teacher_fingerprint(config: Config, index: str | None, purpose: str) -> str:
     Args:
         purpose: train-student or finetune.
     """
-    settings = [configured_teacher(config, index), config.teacher.weights, teacher_architecture(config.teacher)]
+    weights = [member.weights for member in config.teacher.members]
+    settings = [configured_teacher(config, index), weights, teacher_architecture(config.teacher)]
     return fingerprint([*settings, configured_teacher_finetune(config, index)] if purpose == "finetune" else settings)
 
 
