@@ -1,7 +1,7 @@
 """How far each kind of store is from the teacher's own float32 logits, on a trained teacher.
 
 KL(teacher || stored) and total variation at tau 1 and 3, mean over the views of the first groups of the training set,
-mixed as a student sees them; and what the precision of the teacher's forward changes. Run it in the folder of an
+mixed as a student sees them; and what the precision of the teacher's forward pass changes. Run it in the folder of an
 experiment that has its teacher.
 
     python bench/fidelity.py [--config params.yaml] [--groups 40] [--top-k 1,3,5]
@@ -14,7 +14,7 @@ from results import head, row
 
 from pipeline.batches.batch import Renderer, mixed
 from pipeline.batches.plan import Item
-from pipeline.config.params import load
+from pipeline.config.params import load_config
 from pipeline.config.paths import index_path
 from pipeline.config.schema import Config, TeacherLogits
 from pipeline.models.teacher import TeacherForward, load_teacher, resize_pictures, teacher_logits
@@ -70,7 +70,7 @@ def distances(logits: torch.Tensor, others: torch.Tensor, tau: float) -> tuple[f
 @click.option("--groups", default=40, show_default=True)
 @click.option("--top-k", default="1,3,5", show_default=True)
 def main(path: str, groups: int, top_k: str):
-    config = load(path, ())
+    config = load_config(path, ())
     by_precision, classes = teachers_logits(config, groups)
     logits = by_precision["float32"]
     print(conditions())

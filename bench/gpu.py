@@ -2,15 +2,15 @@
 
 \b
 * teacher: views/s of pipeline.store.labelling.UnitWorker, committing to a store, with groups that were rendered
-  before and with the real loader, against the bare forward of the same teacher on pictures on the device;
+  before and with the real loader, against the bare forward pass of the same teacher on pictures on the device;
 * bits: a unit's float16 logits, computed again, and with other numbers of workers;
 * repeats: steps of a student and of a teacher in training, done twice from the same weights, without and with
   `deterministic`: how many weights differ, and what a step takes;
 * loader: the step with the store, fed by the real loader, of the first case with the student `small`;
 * each of --cases, a student at a size: the step of pipeline.training.trainer.Trainer without distillation, with the
   store, and with the teacher in the loop, on batches in the host's pinned memory (copied as in training) and
-  on the device; and the teacher's forward alone. Bound: 1 + forward / step without distillation, batches on
-  the device; FLOP bound: 1 + T / (3 S), with T and S the multiply-adds of a forward.
+  on the device; and the teacher's forward pass alone. Bound: 1 + forward / step without distillation, batches on
+  the device; FLOP bound: 1 + T / (3 S), with T and S the multiply-adds of a forward pass.
 
 bf16; distilled students, hard. Drop-path, AdamW, the EMA of the weights and, with the store, the second head's
 loss are in a step. The teacher is channels_last, in the loop too; with --compile teacher and students are

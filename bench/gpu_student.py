@@ -114,9 +114,9 @@ def loader_part(lab: Lab, name: str, size: int) -> None:
     step = Stepping(trainer, on_device(batches, lab.device))
     timed(step, 2, lab.device)  # compiles
     once = timed(step, 3 * lab.workers, lab.device)  # and uses up what was rendered meanwhile
-    trainer.epoch_throughput.snapshot()
+    trainer.meters.epoch.snapshot()
     found = timed(step, max(4 * lab.workers, round(3 * lab.rounds * lab.seconds / once)), lab.device)
-    speed = trainer.epoch_throughput.snapshot()
+    speed = trainer.meters.epoch.snapshot()
     head(f"{settings.model}, {size} px, {lab.workers} workers", "measured")
     row("step with the store, ms", f"{1e3 * found:.4g}")
     row("views/s", f"{lab.views / found:,.0f}")

@@ -40,13 +40,13 @@ class Lab:
     teacher_logits: TeacherLogits
     """bfloat16, channels_last, compiled with --compile."""
     groups: int
-    """Per step, and per forward of the teacher."""
+    """Groups per step, and per forward pass of the teacher."""
     student_kwargs: dict[str, Any]
     compile: bool
     workers: int
     rounds: int
     seconds: float
-    """For a work in a round."""
+    """Time for a work in a round."""
 
     @property
     def pin(self) -> bool:
@@ -54,7 +54,7 @@ class Lab:
 
     @property
     def views(self) -> int:
-        """Per step."""
+        """Views per step."""
         return self.groups * self.recipe.group_size
 
     @property
@@ -72,7 +72,7 @@ class Lab:
         return make_material(self.root / name, self.index, recipe, groups, steps, self.renderers, self.pin)
 
     def forward(self, batches: list[Batch]) -> Callable[[], torch.Tensor]:
-        """The teacher's bare forward of these pictures, which are on the device, in UnitWorker's memory format."""
+        """The teacher's bare forward pass over these pictures, which are on the device, in UnitWorker's memory format."""
         pictures = torch.cat([mixed(batch.to(self.device)) for batch in batches])
         pictures = pictures.contiguous(memory_format=torch.channels_last)
         forward = TeacherForward(self.teacher, self.teacher_logits)

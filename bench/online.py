@@ -4,7 +4,7 @@ DeiT-Ti and DeiT-S (distilled, hard, 1,000 classes) with RegNetY-16GF at 224 px 
 is Trainer.train_step, fed with groups that were rendered before: drop-path, AdamW and the EMA of the weights are in
 it, rendering is not. The ways take turns in changing order; ratios are taken within a round, and so is the bound:
 1 + the teacher's forward / the step without distillation, each alone. The FLOP bound is 1 + T / (3 S), with T and S
-the multiply-adds of a forward. One more way is the step with the store and torch's own linear layers: what
+the multiply-adds of a forward pass. One more way is the step with the store and torch's own linear layers: what
 pipeline/models/linear.py gains.
 
 `read_predictions`: what reading and comparing take inside the steps with the store. The store caches one chunk and so
@@ -39,7 +39,7 @@ AT_LEAST = {"tiny": 3.8, "small": 2.0}  # times, online / stored
 
 
 def measure(material: Material, settings: Student, model: NormalizedModel, rounds: int) -> dict[str, list[float]]:
-    """Seconds by round of each way and of the teacher's forward, and of read_predictions in each step."""
+    """Seconds by round of each way and of the teacher's forward pass, and of read_predictions in each step."""
     teacher = TeacherForward(model, TeacherLogits(precision="float32", batch_groups=1))
     chosen = ways(material, settings, teacher)
     chosen["plain linear"] = settings, StoredTeacher(material.store, "argmax")

@@ -69,7 +69,7 @@ class Stepping:
     trainer: Trainer
     batches: Iterator[Batch]
     seconds: float = 0.0
-    """Spent by this process in all steps."""
+    """Time that this process spent in all steps."""
     waited: float = 0.0
     """Of these, waiting for the values of the previous step, which the device was still computing."""
     steps: int = 0
@@ -131,6 +131,6 @@ def in_turns(
 
 
 def flop_bound(teacher: NormalizedModel, student: NormalizedModel, size: int) -> tuple[float, int, int]:
-    """1 + T / (3 S), with T and S the multiply-adds of a forward, a step counting as three; and T and S."""
+    """1 + T / (3 S), with T and S the multiply-adds of a forward pass, a step counting as three; and T and S."""
     of_teacher, of_student = multiply_adds(teacher, size), multiply_adds(student, size)
     return 1 + of_teacher / (3 * of_student), of_teacher, of_student

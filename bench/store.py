@@ -89,7 +89,7 @@ def compare(layouts: Layouts, case: Case) -> None:
     """Every layout must give what was written, bit for bit; this brings all files into the page cache."""
     for name, layout in layouts.items():
         wrong = [at for at in np.ndindex(SHARDS, case.views) if not layout.intact(*at)]
-        assert not wrong, f"{name}: read other predictions than were written, at (shard, view) {wrong[:3]}"
+        assert not wrong, f"{name}: predictions read differ from those written, at (shard, view) {wrong[:3]}"
 
 
 def one_view(layouts: Layouts, case: Case, turn: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A training loop of one's own in plain PyTorch: own model, optimizer and schedule, the pipeline's batches.
+"""A custom training loop in plain PyTorch: its own model, optimizer and schedule, and the pipeline's batches.
 
     python examples/plain.py params.yaml hard
 

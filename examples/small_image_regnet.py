@@ -1,4 +1,4 @@
-"""A RegNetY for images of 32 pixels: a model of your own as teacher, `teacher.model: examples.small_image_regnet:build`.
+"""A RegNetY for images of 32 pixels: a custom model as teacher, `teacher.model: examples.small_image_regnet:build`.
 
 timm's RegNets halve the resolution five times, which leaves a 32-pixel image a single position. Here the strides of the
 stem and of the stages are arguments.

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.common.distributed import Rank
 from pipeline.common.errors import PipelineError
-from pipeline.common.files import atomic_write
+from pipeline.common.files import write_text
 from pipeline.common.wording import count_of
 from pipeline.config.paths import evaluation_folder, store_path, teacher_logits_folder
 from pipeline.config.schema import Config
@@ -26,7 +26,7 @@ from pipeline.report.further_sets import FurtherSets
 from pipeline.report.html import Report, write_report
 from pipeline.report.plots import Curve, plot_curves, plot_disagreement
 from pipeline.report.reliability import plot_reliability, plot_token_cosines
-from pipeline.report.settings import describe_origin, loading_code, objective, published_as, training_rows
+from pipeline.report.settings import describe_report, loading_code, objective, published_as, training_rows
 from pipeline.report.tables import (
     Result,
     SizeResult,
@@ -48,9 +48,9 @@ from pipeline.training.teachers import check_origin
 
 
 def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
-    """Write metrics, tables, pictures and report.html into outputs/<name>/evaluation/.
+    """Write metrics, tables, pictures and report.html into outputs/NAME/evaluation/.
 
-    metrics.json is the same after every run; what depends on the machine's load is in throughput.json. Further sets
+    metrics.json is the same after every run; what depends on the machine's load is in throughput.json. Additional sets
     (`evaluate.real_labels`, `evaluate.sets`) are checked first, and evaluated at each model's own size.
 
     Raises:
@@ -72,7 +72,7 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
     for entry in entries:
         evaluations[entry.name] = evaluator.evaluate(entry, evaluator.load(entry))
         sizes += evaluator.size_results(entry)
-    if Rank.init_process_group(device).rank:
+    if Rank.current(device).rank:
         return  # rank 0 writes
     require_same(identities, identify(config, entries, val), config)
     evaluator.further.warn_of_training_images(train)
@@ -91,26 +91,26 @@ def run(config: Config, device: torch.device, dry_run: bool = False) -> None:
         tokens=tokens,
         views=example_section(examples),
         training=training,
-        facts=describe_origin() | describe_experiment(config, train, val, store, summary, device),
+        facts=describe_report() | describe_experiment(config, train, val, store, summary, device),
         loading=loading_code(config, analysis.headline.best),
     )
     write_report(folder / "report.html", report)
-    write_text(folder, results, sizes, analysis)
+    write_table(folder, results, sizes, analysis)
     write_tables(folder, results, sizes, analysis, tokens, identities)  # last: metrics.json says that all else is there
 
 
 def identify(config: Config, entries: list[Entry], val: Index) -> dict[str, dict[str, str]]:
-    """What identifies each model's weights, the images and the crop, as the metrics of a training do, and further sets."""
+    """What identifies each model's weights, the images and the crop, as the metrics of a training do, and the additional sets."""
     shared = config.evaluate.sets_identity(config.data) | sets_fingerprint(config.evaluate)
     validation = {entry.name: {"validation": validation_fingerprint(val.fingerprint, entry.crop)} for entry in entries}
     return {entry.name: published_as(entry.folder) | validation[entry.name] | shared for entry in entries}
 
 
 def require_models(config: Config, entries: list[Entry], train: Index) -> None:
-    """Refuse models that were trained otherwise than configured: the report would show settings that they do not have.
+    """Refuse models that were not trained as configured: the report would show settings that they do not have.
 
     Raises:
-        PipelineError: a model was not trained yet; or it was trained otherwise, and the settings that differ.
+        PipelineError: a model is not trained yet, or was trained with other settings, which the message names.
     """
     require_weights(entries)
     for entry in entries:
@@ -125,7 +125,7 @@ def require_same(before: dict[str, Any], after: dict[str, Any], config: Config) 
     if changed := [name for name, identity in before.items() if after[name] != identity]:
         raise PipelineError(
             f"{config.name}: evaluate", expected="the same models from the beginning to the end",
-            found=f"published again meanwhile: {', '.join(changed)}", do="run: pipeline evaluate",
+            found=f"published again during the evaluation: {', '.join(changed)}", do="run: pipeline evaluate",
         )  # fmt: skip
 
 
@@ -150,12 +150,11 @@ def draw_pictures(
     draw_examples(folder / "views.png", examples)
 
 
-def write_text(folder: Path, results: list[Result], sizes: list[SizeResult], analysis: Analysis) -> None:
+def write_table(folder: Path, results: list[Result], sizes: list[SizeResult], analysis: Analysis) -> None:
     """Write table.txt, and print it."""
     tables = [format_table(results), *([format_sizes(sizes)] if sizes else []), "\n".join(analysis.headline.lines())]
     text = "\n\n".join([*tables, f"report: {folder / 'report.html'}"]) + "\n"
-    with atomic_write(folder / "table.txt") as temporary:
-        temporary.write_text(text)
+    write_text(folder / "table.txt", text)
     print(text)
 
 
@@ -185,15 +184,15 @@ def run_weights(
     crop, path = config.evaluate.crop, Path(weights)
     entry = Entry(path.name, student.model, path, "", size, crop, "float32", student=student)
     evaluation = evaluator.evaluate(entry, built.to(device).eval())
-    if Rank.init_process_group(device).rank == 0:
+    if Rank.current(device).rank == 0:
         print(format_table(evaluation.results))
 
 
 def check_description(config: Config, weights: str, described: dict[str, Any], val: Index) -> None:
-    """Refuse weights whose file says that they are for other classes, or for input that is normalized otherwise.
+    """Refuse weights whose file says that they are for other classes, or for input that is normalized differently.
 
     Args:
-        described: the file's description; {} for those of others.
+        described: the file's description; {} for a file from elsewhere.
     """
     if classes := described.get("classes"):
         check_same_classes(f"{weights}: weights", classes, val.classes, "use a data set of the same classes, in this order")
@@ -212,14 +211,14 @@ def print_entries(entries: list[Entry], val: Index, further: FurtherSets) -> Non
         missing = "" if entry.weights.exists() else " (missing)"
         print(f"  {entry.name}: {entry.model}, {entry.size} px, crop {entry.crop:g}: {entry.weights}{missing}")
     if lines := further.describe():
-        print("\n".join(["further sets", *lines]))
+        print("\n".join(["additional sets", *lines]))
 
 
 def open_store(config: Config, index: Index) -> tuple[Store, dict[str, Any]]:
     """The store that the students were trained from, and its manifest.
 
     Raises:
-        PipelineError: it was not computed, or is gone, or it is another teacher's than the published one.
+        PipelineError: it was not computed, is gone, or is of a teacher other than the published one.
     """
     manifest = read_manifest(teacher_logits_folder(config, "train-student") / "manifest.json")
     store = Store.open(store_path(config, manifest["fingerprint"]), index, config.recipe)

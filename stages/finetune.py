@@ -1,7 +1,7 @@
-"""Fine-tuning at a higher resolution, with both heads distilled from a second store.
+"""Fine-tune students at a higher resolution, distilling from a second store.
 
 DeiT's own code raises NotImplementedError for distilled models here; this follows section 4 of the
-paper: label and teacher, the teacher at the same resolution, position embeddings by plain bicubic.
+paper: labels and a teacher at the same resolution, position embeddings by plain bicubic interpolation.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from pipeline.common.errors import NotReady, UsageError
-from pipeline.config.paths import digests_folder, finetune_folder, student_folder
+from pipeline.config.paths import checksums_folder, finetune_folder, student_folder
 from pipeline.config.schema import Config
 from pipeline.models.adapt import load_resized_weights
 from pipeline.models.build import NormalizedModel, build_student
@@ -26,7 +26,7 @@ from pipeline.training.teachers import create_teacher
 
 
 def run(config: Config, device: torch.device, name: str, teacher: str = "stored", dry_run: bool = False) -> None:
-    """Write outputs/<name>/students/<student>-finetuned/weights.safetensors, with model.json, metrics.json and curve.csv.
+    """Write outputs/NAME/students/STUDENT-finetuned/weights.safetensors, with model.json, metrics.json and curve.csv.
 
     Args:
         name: the student, one of `finetune.from`.
@@ -77,7 +77,7 @@ def load_initial_weights(model: NormalizedModel, config: Config, name: str, clas
             kind, do = UsageError, "correct finetune.weights"
         raise kind(f"{source}: no student to start from", do=do)
     if external:
-        read = read_external_weights(source, digests_folder(config))
+        read = read_external_weights(source, checksums_folder(config))
         state, new = replace_classifiers(model.model, read, has_other_classes(source, classes))
         print(f"{source}: " + (f"{', '.join(new)} initialized from scratch" if new else "heads kept"))
     else:

@@ -4,21 +4,20 @@ The stage graph is the same for every configuration. So this stage writes what i
 when the needs change; a stage whose teacher or store is not needed writes a placeholder and returns at once.
 """
 
-import json
 
-from pipeline.common.files import atomic_write
+from pipeline.common.files import write_json
 from pipeline.config.paths import needed_path
 from pipeline.config.schema import PURPOSES, Config
 
 
 def run(config: Config) -> None:
-    """Write outputs/<name>/needed.json: whether train-student and finetune need a teacher and a store.
+    """Write outputs/NAME/needed.json: whether train-student and finetune need a teacher and a store.
 
     A published store that is fetched instead is named.
     """
     needed: dict[str, bool | dict[str, str]] = {}
     for purpose in PURPOSES:
-        published = config.published_store(purpose)
+        published = config.fetch_source(purpose)
         fetched = published and config.needs_store(purpose)
         needed[purpose] = {"fetch": published} if published and fetched else config.needs_teacher(purpose)
         without = "no student learns from a teacher"
@@ -26,5 +25,4 @@ def run(config: Config) -> None:
             without = "no student is fine-tuned"
         what = "a teacher and a store" if needed[purpose] else without
         print(f"{purpose}: " + (f"the store published at {published}" if fetched else what))
-    with atomic_write(needed_path(config)) as temporary:
-        temporary.write_text(json.dumps(needed, indent=1) + "\n")
+    write_json(needed_path(config), needed)

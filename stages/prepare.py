@@ -1,7 +1,7 @@
 """Write images to WebDataset shards and index them, or index existing shards.
 
-A split's shards are stored in `<work>/data/<fingerprint>/<split>/`, where the fingerprint covers the settings and the
-contents of all the split's images, so nothing is ever overwritten; `outputs/<name>/data/{train,val}/index.json` refers
+A split's shards are stored in `WORK/data/FINGERPRINT/SPLIT/`, where the fingerprint covers the settings and the
+contents of all the split's images, so nothing is ever overwritten; `outputs/NAME/data/{train,val}/index.json` refers
 to them.
 """
 
@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from pipeline.common.code import source_digest
-from pipeline.common.files import atomic_write, file_sha256
+from pipeline.common.files import file_sha256, write_if_changed
 from pipeline.common.signals import raise_on_sigterm
 from pipeline.config.paths import evaluation_sets_path, external_path, index_path
 from pipeline.config.schema import Config
@@ -28,7 +28,7 @@ def run(config: Config, dry_run: bool = False, quick: bool = False) -> None:
     Args:
         quick: files whose size and times have not changed since the last run count as unchanged; without it every
             image and every shard is read. Either way, only shards that have changed are decoded again, and none that an
-            interrupted run was done with.
+            interrupted run had completed.
 
     Raises:
         UsageError, PipelineError: see pipeline.shards.splits and pipeline.shards.build.
@@ -54,21 +54,14 @@ def run(config: Config, dry_run: bool = False, quick: bool = False) -> None:
     if not dry_run:
         record_settings(config, complete=True)
         record_external_files(config)
-        _write_if_changed(evaluation_sets_path(config), describe_sets(config.evaluate))
+        write_if_changed(evaluation_sets_path(config), json.dumps(describe_sets(config.evaluate), indent=1) + "\n")
 
 
 def record_external_files(config: Config) -> None:
-    """Write the digests of weights and of the source of models of one's own, as DVC depends on neither by itself."""
-    digests = {model: source_digest(model) for model in config.own_models()}
+    """Write the digests of weights and of custom models' source, as DVC does not track these by itself."""
+    digests = {model: source_digest(model) for model in config.custom_models()}
     for weights in config.weight_files():
         digests[weights] = None  # the stage that reads the file reports that it is missing
         with contextlib.suppress(OSError):
             digests[weights] = file_sha256(Path(weights))
-    _write_if_changed(external_path(config), digests)
-
-
-def _write_if_changed(path: Path, values: dict[str, str | None]) -> None:
-    text = json.dumps(values, indent=1) + "\n"
-    if not path.exists() or path.read_text(errors="replace") != text:
-        with atomic_write(path) as temporary:
-            temporary.write_text(text)
+    write_if_changed(external_path(config), json.dumps(digests, indent=1) + "\n")

@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.batches.plan import training_plan
 from pipeline.common.distributed import Rank
 from pipeline.common.errors import PipelineError
-from pipeline.config.paths import NOT_NEEDED, digests_folder, teacher_folder
+from pipeline.config.paths import NOT_NEEDED, checksums_folder, teacher_folder
 from pipeline.config.schema import Config, Recipe, Teacher, Training
 from pipeline.models.adapt import fixres_modules
 from pipeline.models.build import NormalizedModel, build_teacher, parameter_count
@@ -32,7 +32,7 @@ from pipeline.training.run import Run, describe_run, prepare_run, print_if_not_r
 
 
 def run(config: Config, device: torch.device, purpose: str = "train-student", dry_run: bool = False) -> None:
-    """Write outputs/<name>/teacher/ or teacher-finetune/: weights.safetensors, model.json, metrics.json and curve.csv.
+    """Write outputs/NAME/teacher/ or teacher-finetune/: weights.safetensors, model.json, metrics.json and curve.csv.
 
     Args:
         purpose: the stage that the teacher is for, train-student or finetune.
@@ -55,25 +55,25 @@ def run(config: Config, device: torch.device, purpose: str = "train-student", dr
     print(*lines, sep="\n")
     check_input_size(teacher, size, _size_advice(config, purpose))
     if not dry_run:
-        origin = describe_origin(config, purpose)  # the file may be replaced during training
+        about = describe_source(config, purpose)  # the file may be replaced during training
         others = further_teachers(config, train.classes) if purpose == "train-student" else []  # else part of it
         last_epoch = train_to_completion(training) if training else None
         teacher = join(config.teacher, [teacher, *others]) if others else teacher
-        evaluate_and_publish(config, purpose, teacher, val, device, origin, training, last_epoch)
+        evaluate_and_publish(config, purpose, teacher, val, device, about, training, last_epoch)
 
 
 def describe_members(section: Teacher) -> list[str]:
-    """A line about each further teacher of the ensemble."""
+    """A line about each additional teacher of the ensemble."""
     return [f"  averaged with {member.weights}" for member in section.ensemble]
 
 
 def further_teachers(config: Config, classes: list[str]) -> list[NormalizedModel]:
-    """The further teachers of the ensemble, checked to take pictures of their size.
+    """The additional teachers of the ensemble, checked to take pictures of their size.
 
     Raises:
         UsageError, PipelineError: as `load_members`, or one does not take them.
     """
-    models = load_members(config.teacher, classes, digests_folder(config))
+    models = load_members(config.teacher, classes, checksums_folder(config))
     for number, (member, model) in enumerate(zip(config.teacher.ensemble, models, strict=True)):
         key, size = f"teacher.ensemble[{number}]", member.size or config.teacher_size("train-student")
         check_input_size(model, size, f"set {key}.size to the size that it takes", f"{key} {member.weights}")
@@ -82,8 +82,8 @@ def further_teachers(config: Config, classes: list[str]) -> list[NormalizedModel
 
 def mark_unneeded(config: Config, purpose: str) -> None:
     """Write placeholders for weights, curve and metrics, as DVC expects them: no student learns from a teacher."""
-    save = lambda path: save_weights(path, nn.Module(), NOT_NEEDED)  # noqa: E731
-    publish(teacher_folder(config, purpose), save, NOT_NEEDED, NOT_NEEDED)
+    folder = teacher_folder(config, purpose)
+    publish(folder, lambda path: save_weights(path, nn.Module(), NOT_NEEDED), NOT_NEEDED, NOT_NEEDED)
     fetched = config.needs_store(purpose)
     why = "the predictions are fetched" if fetched else "no student learns from one"
     print(f"teacher for {purpose}: not needed, {why}")
@@ -105,7 +105,7 @@ def teacher_or_run(
         return _finetuning_run(config, train, val, device) if adapted else load_teacher(config, train.classes, device)
     if not section.weights:
         return _training_run(config, train, val, device, build_teacher(section, len(train.classes)), {})
-    teacher, fits = load_pretrained(section, train.classes, digests_folder(config))
+    teacher, fits = load_pretrained(section, train.classes, checksums_folder(config))
     if fits:
         return teacher
     print(describe_transfer(section, len(train.classes)))
@@ -146,7 +146,7 @@ def describe_transfer(section: Teacher, classes: int) -> str:
     """That the classifier of `teacher.weights` is replaced, and what is trained then, as text."""
     alone = f", the first {section.head_epochs} of the classifier alone" if section.head_epochs else ""
     return (
-        f"teacher: {section.weights} has another number of classes than the index's {classes:,}: its classifier is"
+        f"teacher: {section.weights} has a different number of classes from the index ({classes:,}): its classifier is"
         f" replaced, and it is trained for {section.epochs} epochs{alone}"
     )
 
@@ -175,14 +175,14 @@ def evaluate_and_publish(
     teacher: NormalizedModel,
     val: Index,
     device: torch.device,
-    origin: dict[str, Any],
+    about: dict[str, Any],
     training: Run | None = None,
     last_epoch: dict[str, Any] | None = None,
 ) -> None:
     """Evaluate the teacher; refuse it, or write weights, curve and metrics.
 
     Args:
-        origin: what metrics.json says in addition; see `describe_origin`.
+        about: what metrics.json says in addition; see `describe_source`.
         training: the run that trained it, with the metrics of its last epoch.
     """
     size, finetune_size = config.teacher_size(purpose), config.teacher_size("finetune")
@@ -193,13 +193,15 @@ def evaluate_and_publish(
     if reused and finetune_size != size:  # refuse before students are trained, not after
         check_input_size(teacher, finetune_size, _size_advice(config, "finetune"))
         accuracy_or_refusal(config, teacher, val, finetune_size, device)
-    if Rank.init_process_group(device).rank:
+    if Rank.current(device).rank:
         return  # rank 0 publishes
     print(f"teacher: top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f} on {len(val):,} images at {size} px")
     description = describe_model(teacher, val.classes, size, config.teacher.crop).as_json()
     trained = describe_training(training.identity) if training else None
-    save = lambda path: save_teacher(path, config.teacher, teacher, description, trained)  # noqa: E731
-    publish(teacher_folder(config, purpose), save, description, metrics | origin, training, last_epoch)
+    publish(
+        teacher_folder(config, purpose), lambda path: save_teacher(path, config.teacher, teacher, description, trained),
+        description, metrics | about, training, last_epoch,
+    )  # fmt: skip
 
 
 def evaluate_members(
@@ -210,21 +212,21 @@ def evaluate_members(
     pairs = zip(config.teacher.members, teacher.members, teacher.sizes, strict=True)
     for number, (section, member, own_size) in enumerate(pairs):
         metrics, name = _evaluate(config, Ensemble([member], [own_size]), val, size, device), section.title
-        if Rank.init_process_group(device).rank == 0:
+        if Rank.current(device).rank == 0:
             low = "; below teacher.min_top1" * (float(metrics["top1"]) < config.teacher.min_top1)
             print(f"teacher {number}, {name}: top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f}{low}")
         found[f"{number}: {name}"] = {key: metrics[key] for key in ("top1", "top5", "parameters")}
     return found
 
 
-def describe_origin(config: Config, purpose: str) -> dict[str, Any]:
+def describe_source(config: Config, purpose: str) -> dict[str, Any]:
     """The configured architecture and source of the weights, by which `pipeline status` recognizes the teacher.
 
     A teacher for fine-tuning comes from the one of train-student, whose metrics.json has its origin.
     """
     if purpose == "finetune":
         return {}
-    source = teacher_source(config.teacher, digests_folder(config))
+    source = teacher_source(config.teacher, checksums_folder(config))
     return {"architecture": teacher_architecture(config.teacher), "source": source}
 
 

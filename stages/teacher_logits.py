@@ -5,7 +5,6 @@ blocks. Several processes (torchrun, or `--part i/n`) share the units.
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ import torch
 
 from pipeline.batches.plan import Unit
 from pipeline.common.errors import NotReady
-from pipeline.common.files import atomic_write
+from pipeline.common.files import write_json
 from pipeline.common.lease import part_lease, part_lease_path
 from pipeline.common.versions import library_versions
 from pipeline.common.wording import count_of, size_of
@@ -49,7 +48,7 @@ def run(
 
     Raises:
         PipelineError: damaged shards, a full disk, or logits that are not finite.
-        UsageError: another process writes the same part, or divides the store into another number of parts.
+        UsageError: another process writes the same part, or divides the store into a different number of parts.
     """
     index, spec = open_index(config, "train"), store_spec(config, purpose)
     try:
@@ -88,20 +87,20 @@ def run(
 
 
 @dataclass(frozen=True)
-class Origin:
+class PredictionSource:
     """Where a store's predictions come from."""
 
     spec: StoreSpec
     identity: StoreIdentity
     versions: dict[str, str]
-    """Of the libraries that compute, or computed, them."""
+    """Versions of the libraries that compute, or computed, them."""
     compute: Callable[[StoreWriter, list[Unit]], None]
     """Commits units."""
     check: Callable[[Store], None] = lambda store: None
     """Checks the complete store."""
 
 
-def from_teacher(config: Config, spec: StoreSpec, index: Index, device: torch.device) -> Origin:
+def from_teacher(config: Config, spec: StoreSpec, index: Index, device: torch.device) -> PredictionSource:
     """The teacher is run.
 
     Raises:
@@ -116,15 +115,15 @@ def from_teacher(config: Config, spec: StoreSpec, index: Index, device: torch.de
         UnitWorker(config.teacher_logits, store, forward, device, store.add_kind).compute(units)
 
     identity = StoreIdentity(index.fingerprint, spec.recipe, described, spec.sampling)
-    return Origin(spec, identity, library_versions(), compute)
+    return PredictionSource(spec, identity, library_versions(), compute)
 
 
-def from_publication(spec: StoreSpec, index: Index) -> Origin:
+def from_publication(spec: StoreSpec, index: Index) -> PredictionSource:
     """The predictions are published at `spec.fetch`; no teacher is needed.
 
     Raises:
         PipelineError: it cannot be read.
-        UsageError: it belongs to other images or another recipe; see `check_belongs`.
+        UsageError: it belongs to different images or a different recipe; see `check_belongs`.
     """
     source = Source(str(spec.fetch))
     published = source.publication
@@ -133,7 +132,7 @@ def from_publication(spec: StoreSpec, index: Index) -> Origin:
     if spec.kind == "topk" and published.k != min(spec.k, len(index.classes)):
         print(f"teacher_logits.top_k {spec.k}: {count_of(published.k, 'class')} per view are published and used")
     spec = replace(spec, precision=published.precision, k=published.k)
-    return Origin(
+    return PredictionSource(
         spec, StoreIdentity(index.fingerprint, spec.recipe, published.teacher, spec.sampling), published.versions,
         compute=lambda store, units: UnitFetcher(source, store, spec.kind).compute(units),
         check=lambda store: check_as_published(store, source, spec),
@@ -168,8 +167,7 @@ def mark_unneeded(config: Config, purpose: str) -> None:
     """Write placeholders for DVC instead of manifest and summary: no configured student is distilled."""
     folder = teacher_logits_folder(config, purpose)
     write_manifest(folder / "manifest.json", NOT_NEEDED)
-    with atomic_write(folder / "summary.json") as temporary:
-        temporary.write_text(json.dumps(NOT_NEEDED) + "\n")
+    write_json(folder / "summary.json", NOT_NEEDED)
     print(f"teacher-logits for {purpose}: not needed, no student learns from one")
 
 

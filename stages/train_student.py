@@ -1,9 +1,9 @@
-"""A DeiT student, trained from the store and the shards; the teacher is never run."""
+"""Train students from the shards and, unless --teacher online, from stored predictions."""
 
 import torch
 
 from pipeline.common.errors import UsageError
-from pipeline.config.paths import digests_folder, student_folder
+from pipeline.config.paths import checksums_folder, student_folder
 from pipeline.config.schema import Config, Student
 from pipeline.models.build import NormalizedModel, build_student
 from pipeline.models.pretrained import load_student_weights
@@ -26,7 +26,7 @@ def run(
     store: str | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Write outputs/<name>/students/<student>/weights.safetensors, with model.json, metrics.json and curve.csv.
+    """Write outputs/NAME/students/STUDENT/weights.safetensors, with model.json, metrics.json and curve.csv.
 
     Args:
         name: what the run and its folder are called.
@@ -69,7 +69,7 @@ def load_start(
     config: Config, name: str, settings: Student, model: NormalizedModel, classes: list[str]
 ) -> dict[str, str]:
     """Load `student.weights` into the model; returns their part of the run's identity."""
-    new = load_student_weights(settings, model, classes, digests_folder(config))
+    new = load_student_weights(settings, model, classes, checksums_folder(config))
     print(
         f"student {name}: starts from {settings.weights}"
         + (f"; initialized from scratch: {', '.join(new)}" if new else "")

@@ -66,5 +66,5 @@ if __name__ == "__main__":
     for command in first:
         if code := main(command, standalone_mode=False):
             sys.exit(code)
-        Rank.init_process_group(torch.device("cpu")).barrier()  # the ranks of the next command find all files of this one
+        Rank.current(torch.device("cpu")).barrier()  # the ranks of the next command find all files of this one
     main(last)

@@ -123,11 +123,11 @@ def test_help_loads_no_torch():
 
 
 def test_params_yaml_is_the_digits_experiment():
-    from pipeline.config.params import dump, load
+    from pipeline.config.params import dump, load_config
 
     _, written = (ROOT / "params.yaml").read_text().split(" is changed: ")
     _, _, written = written.partition("\n")
-    assert written == dump(load(ROOT / "configs/digits.yaml"))
+    assert written == dump(load_config(ROOT / "configs/digits.yaml"))
 
 
 def test_every_command_teaches_with_an_example():

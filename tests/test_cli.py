@@ -318,7 +318,7 @@ def test_a_dry_run_says_whether_a_teachers_weights_are_used_as_they_are(project)
     common = ["--dry-run", "--device", "cpu", "--set", "teacher.model=test_resnet", "--set", "teacher.kwargs={}", "--set"]
     for classes in (7, 10):
         torch.save(timm.create_model("test_resnet", num_classes=classes).state_dict(), f"{classes}.pth")
-    replaced = "another number of classes than the index's 10: its classifier is replaced"
+    replaced = "a different number of classes from the index (10): its classifier is replaced"
     said = call("teacher", *common, "teacher.weights=7.pth", "--set", "teacher.head_epochs=2")
     assert replaced in said and "for 26 epochs, the first 2 of the classifier alone" in said and "work/state/" in said
     said = call("teacher", *common, "teacher.weights=10.pth")
@@ -350,7 +350,7 @@ def test_ctrl_c_ends_a_command_in_one_line(project, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("stages.prepare.run", interrupted)
-    assert call("prepare", code=130).strip() == "interrupted; the same command continues, or starts again"
+    assert call("prepare", code=130).strip() == "interrupted; run the same command again to resume"
 
 
 @pytest.mark.parametrize("group", [(), ("store",)])

@@ -63,7 +63,7 @@ def test_without_names_of_their_own_categories_are_named_by_their_ids(in_tmp, ca
         ({"images": [{"id": 10, "file_name": "a.png"}, {"id": 10, "file_name": "b.png"}]}, "two images with the same id"),
         ({"categories": [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]}, "two categories with the same id"),
         ({"categories": ["cat"]}, "an entry without"),
-        ({"categories": None}, "no JSON object with the lists images, annotations, categories"),
+        ({"categories": None}, "not a JSON object with the lists images, annotations, categories"),
     ],
 )
 def test_a_file_that_pairs_no_image_with_one_label_is_refused(in_tmp, changes, said):
@@ -78,4 +78,4 @@ def test_a_missing_image_is_named(in_tmp):
 
 def test_json_of_another_shape_is_refused(in_tmp):
     (in_tmp / "train.json").write_text("[1]")
-    assert "no JSON object with the lists" in refusal(table_config(in_tmp, "train.json", data__val_fraction=0.5))
+    assert "not a JSON object with the lists" in refusal(table_config(in_tmp, "train.json", data__val_fraction=0.5))

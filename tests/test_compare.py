@@ -11,17 +11,17 @@ from test_training import CPU, loaded
 from pipeline.cli import compare
 from pipeline.cli.main import main
 from pipeline.common.errors import UsageError
-from pipeline.config.params import dump, load
+from pipeline.config.params import dump, load_config
 from pipeline.config.schema import Config
-from pipeline.config.validation import fingerprint
+from pipeline.config.validation import fingerprint, flatten
 from pipeline.report.plots import Curve
-from pipeline.report.runs import TrainedRun, aligned, differing, differing_settings, flatten, remarks
+from pipeline.report.runs import TrainedRun, aligned, differing, differing_settings, remarks
 from pipeline.training.identity import configured_runs, is_run_of
 from pipeline.training.log import Log, read_log, write_curve
 from stages import train_student
 
 ROOT = Path(__file__).parent.parent
-DIGITS = load(ROOT / "configs/digits.yaml")
+DIGITS = load_config(ROOT / "configs/digits.yaml")
 ENVIRONMENT = {"device": "cpu", "ranks": 1, "torch": "2.15.0"}
 
 

@@ -18,7 +18,7 @@ from test_report import mini  # noqa: F401
 from pipeline.cli import status
 from pipeline.cli.find_store import find_store
 from pipeline.common.errors import PipelineError
-from pipeline.config.params import load
+from pipeline.config.params import load_config
 from pipeline.config.store_spec import store_spec
 from pipeline.models.weights import read_saved_weights, read_weights
 from pipeline.shards.images import Undecodable, decode
@@ -144,7 +144,7 @@ def readers(config, folder: Path) -> dict[str, Reader]:
     image = folder / "image.png"
     image.write_bytes(index.read(0, 0))
     return {
-        "params.yaml": (params, lambda path: load(path)),
+        "params.yaml": (params, lambda path: load_config(path)),
         "index": (train, lambda path: read_all(Index(path))),
         "table": (Path(index.table), lambda _: read_all(Index(train))),
         "shard, read": (shard, lambda _: read_all(Index(train))),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_store_commands import call
 
-from pipeline.cli.durations import Machine, Rates, stage_seconds
+from pipeline.cli.durations import Hardware, Rates, stage_seconds
 from pipeline.cli.estimate import Images, Student, generate_picture, table_by_kind, table_by_views
 from pipeline.common.wording import duration, size_of
 from pipeline.config.params import resolve
@@ -74,7 +74,7 @@ def test_a_published_store_takes_the_place_of_the_teacher_s_stages(taught, quick
 
 
 def test_a_store_of_a_view_per_epoch_pays_off_after_about_one_student():
-    rows = table_by_views(config_of(), IMAGES, RATES, Machine(2, False), store_spec(config_of(), "train-student"),
+    rows = table_by_views(config_of(), IMAGES, RATES, Hardware(2, False), store_spec(config_of(), "train-student"),
                           student(), 60).splitlines()  # fmt: skip
     views = {row.split()[0]: row for row in rows[2:-1]}
     assert [*views] == ["30", "60"] and "60 *" in views["60"]
@@ -83,13 +83,13 @@ def test_a_store_of_a_view_per_epoch_pays_off_after_about_one_student():
 
 
 def student() -> Student:
-    config, machine = config_of(), Machine(2, False)
+    config, machine = config_of(), Hardware(2, False)
     each = (machine.training(config, config.student_named("hard"), RATES, step, 200) for step in (0.13, 0.03))
     return Student(*each)
 
 
 def test_a_store_never_pays_where_rendering_is_slower_than_the_teacher():
-    config, machine, slow = config_of("student.workers=1"), Machine(2, True), replace(RATES, render=0.5)
+    config, machine, slow = config_of("student.workers=1"), Hardware(2, True), replace(RATES, render=0.5)
     online, offline = (machine.training(config, config.student_named("hard"), slow, step, 200) for step in (0.13, 0.03))
     assert Student(online, offline).pays_after(3600) is None
     assert Student(7200, 3600).pays_after(3600) == 1.0
@@ -106,7 +106,7 @@ def test_kinds_have_the_bytes_of_their_estimates():
 
 
 def test_a_teacher_that_is_used_as_it_is_is_only_evaluated():
-    machine = Machine(2, False)
+    machine = Hardware(2, False)
     used = replace(RATES, step={"hard": 0.03})
     seconds = stage_seconds(config_of(), used, 200, 20, machine)
     assert seconds["teacher"] == pytest.approx(10 + 20 * (0.1 + 0.006 + 0.002))

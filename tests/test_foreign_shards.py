@@ -10,7 +10,7 @@ from conftest import picture
 from test_prepare import index_of, reading_anything, refusal, samples, shards_config, write_shards
 
 from pipeline.common.errors import UsageError
-from pipeline.config.params import load
+from pipeline.config.params import load_config
 from pipeline.shards import splits
 from pipeline.shards.adjacent import read_class_names, read_sample_counts
 from pipeline.shards.patterns import expand
@@ -201,7 +201,7 @@ def test_shard_of_another_number_of_samples_is_warned_of(in_tmp, capsys):
     (in_tmp / "in" / "_info.json").write_text(info(train_0000=4, train_0001=9, train_0002=5, val_0000=3))
     prepare.run(shards_config(in_tmp))
     output = capsys.readouterr().out
-    assert "train: warning: _info.json has another number of samples for 1 of 3 shards: for train-0001.tar 9" in output
+    assert "train: warning: _info.json has a different number of samples for 1 of 3 shards: 9 for train-0001.tar, which has" in output
     assert "val: warning: _info" not in output
 
 
@@ -213,7 +213,7 @@ def test_file_of_another_form_counts_nothing(in_tmp, text):
 
 @pytest.mark.slow
 def test_the_configuration_of_the_public_imagenet_shards_reads_their_layout(in_tmp, capsys):
-    preset = load(ROOT / "configs/imagenet-wds.yaml").data
+    preset = load_config(ROOT / "configs/imagenet-wds.yaml").data
     names = {split: expand(f"data.{split}", getattr(preset, split)) for split in ("train", "val")}
     assert [len(each) for each in names.values()] == [1024, 64]
     assert names["val"][-1] == "hf://datasets/timm/imagenet-1k-wds/imagenet1k-validation-63.tar"
@@ -227,7 +227,7 @@ def test_the_configuration_of_the_public_imagenet_shards_reads_their_layout(in_t
         splits[split] = {"name": split, "num_samples": 6, "filenames": files, "shard_lengths": [3, 3]}
     (folder / "_info.json").write_text(json.dumps({"splits": splits}))
     local = {f"data.{split}": f"{folder}/{urls[0].rpartition('/')[2][:-5]}*.tar" for split, urls in names.items()}
-    config = load(ROOT / "configs/imagenet-wds.yaml", tuple(f"{key}={value}" for key, value in local.items()))
+    config = load_config(ROOT / "configs/imagenet-wds.yaml", tuple(f"{key}={value}" for key, value in local.items()))
     index = prepared(config)
     assert index.names == ["imagenet1k-train-0000.tar", "imagenet1k-train-0001.tar"] and index.classes == ["0", "1", "2"]
     assert "_info.json" not in capsys.readouterr().out  # it agrees

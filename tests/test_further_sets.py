@@ -222,7 +222,7 @@ def test_the_validation_images_as_a_folder_have_the_accuracy_of_validation(evalu
             if isinstance(found, dict):
                 assert found["again_top1"] == found["top1"]
     text, page = ((evaluation_folder(config) / name).read_text() for name in ("table.txt", "report.html"))
-    assert "again %" in text.splitlines()[0] and "again %" in page and "Top-1 on further sets: again" in page
+    assert "again %" in text.splitlines()[0] and "again %" in page and "Top-1 on additional sets: again" in page
     header = (evaluation_folder(config) / "accuracy.csv").read_text().splitlines()[0]
     assert header == "model,classifier,top1,top1_low,top1_high,top5,again_top1"
     assert not lacks_sets(metrics, config)

@@ -21,7 +21,7 @@ from pipeline.batches.transfer import DeviceToHostCopy, on_device
 from pipeline.cli.main import main
 from pipeline.cli.options import find_device
 from pipeline.common.signals import Interrupted
-from pipeline.config.params import dump, load
+from pipeline.config.params import dump, load_config
 from pipeline.config.paths import index_path, store_path, teacher_logits_folder
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import store_spec
@@ -102,7 +102,7 @@ def own(made, tmp_path, monkeypatch) -> Path:
 
 
 def loaded(*overrides: str) -> Config:
-    return load("params.yaml", overrides)
+    return load_config("params.yaml", overrides)
 
 
 def stored(config: Config) -> Store:

@@ -168,23 +168,32 @@ def test_a_student_of_another_store_than_the_published_one_is_not_evaluated(taug
         require_student(taught, training_index().fingerprint, "hard")
 
 
-@pytest.mark.parametrize("change", [{"units": {}}, {"kind": "dense", "units": {}}, {"views": 4, "units": {}}])
-def test_a_student_of_other_predictions_than_the_published_ones_is_not_evaluated(taught, change):
+def test_a_student_of_other_predictions_than_the_published_ones_is_not_evaluated(taught):
     config = loaded("teacher_logits.kind=argmax", "students=[hard]")
     teacher_logits.run(config, CPU)
     train_student.run(config, CPU, "hard")
     path = teacher_logits_folder(config, "train-student") / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    if len(change) > 1:  # of another kind or number of views, the units are others anyway
-        require_student(config, training_index().fingerprint, "hard")
-        return
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"units": {}}))
     with pytest.raises(NotReady, match="(?s)trained from the published predictions, as argmax.*train-student --student hard"):
         require_student(config, training_index().fingerprint, "hard")
 
 
-def test_a_student_of_another_kind_of_predictions_is_not_evaluated():
+@pytest.mark.parametrize(
+    ("kind", "manifest", "differ"),
+    [
+        ("topk", {}, True),
+        ("dense", {}, False),
+        ("dense", {"kind": "dense", "views": 8, "units": {}}, True),
+        ("dense", {"kind": "argmax", "views": 8, "units": {}}, False),  # the units of another kind are others anyway,
+        ("dense", {"kind": "dense", "views": 4, "units": {}}, False),  # and those of another number of views
+    ],
+)
+def test_predictions_are_compared_by_kind_and_by_the_units_of_a_manifest_of_the_same_kind_and_views(kind, manifest, differ):
     described = {"dependencies": {"teacher": {"store": "s", "kind": "dense", "units": "u"}}}
-    assert used_other_predictions(described, "topk", 8, {}) and not used_other_predictions(described, "dense", 8, {})
+    assert used_other_predictions(described, kind, 8, manifest) == differ
+
+
+def test_a_student_with_the_teacher_in_the_loop_used_no_other_predictions():
     assert not used_other_predictions({"dependencies": {"teacher": {"online": {}}}}, "topk", 8, {})
 
 
@@ -272,6 +281,30 @@ def test_a_new_teacher_is_not_evaluated_beside_the_students_of_the_former_one(ta
     teacher.run(loaded("teacher.seed=7"), CPU)
     with pytest.raises(UsageError, match=f"{store.path}: its teacher"):
         evaluate.open_store(loaded("teacher.seed=7"), training_index())
+
+
+@pytest.mark.parametrize("use", ["train-student", "evaluate"])
+def test_a_store_of_another_function_of_the_same_weights_is_refused(taught, use):
+    changed = loaded("teacher.mean=[0.5, 0.5, 0.5]")
+    weights = teacher_folder(taught) / "weights.safetensors"
+    before = read_weights(weights)
+    publish_teacher(changed, seed=None)
+    after = read_weights(weights)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(UsageError, match=r"(?s)its teacher.*mean: .*0\.485.*0\.5.*run: pipeline teacher-logits"):
+        if use == "evaluate":
+            evaluate.open_store(changed, training_index())
+        else:
+            create_teacher(changed, changed.student_named("hard"), "train-student", training_index(), CPU)
+
+
+def test_a_store_of_a_teacher_with_other_class_names_is_refused(taught):
+    path = teacher_folder(taught) / "weights.safetensors"
+    _, about = read_saved_weights(path)
+    model = load_teacher(taught, training_index().classes, CPU)
+    save_teacher(path, taught.teacher, model, about["description"] | {"classes": ["b", "a", "c"]})
+    with pytest.raises(PipelineError, match=r"(?s)classes.*run: pipeline teacher, then pipeline teacher-logits"):
+        create_teacher(taught, taught.student_named("hard"), "train-student", training_index(), CPU)
 
 
 def test_another_function_of_the_same_weights_is_fine_tuned_anew(taught, told):
@@ -458,7 +491,7 @@ def test_a_teacher_of_given_weights_names_no_run_but_its_weights(taught):
 def test_a_teacher_of_other_classes_is_refused_although_there_are_as_many(taught):
     names = Index(index_path(taught, "train")).classes
     load_teacher(taught, names, CPU)
-    with pytest.raises(PipelineError, match=r"(?s)other classes than the index.*class 1 being"):
+    with pytest.raises(PipelineError, match=r"(?s)classes differ from the index's.*class 1 being"):
         load_teacher(taught, [names[0], "another", *names[2:]], CPU)
 
 
@@ -472,7 +505,7 @@ def test_weights_published_for_other_classes_or_input_are_not_used_as_they_are(t
         assert load_pretrained(section, known, Path("checksums"))[1]
         load_members(section, known, Path("checksums"))
     for load in (load_pretrained, load_members):
-        with pytest.raises(PipelineError, match="(?s)weights of other classes than the index.*class 0 being.*class_map"):
+        with pytest.raises(PipelineError, match="(?s)weights whose classes differ from the index's.*class 0 being.*class_map"):
             load(section, swapped, Path("checksums"))
     with pytest.raises(PipelineError, match="(?s)another normalization.*std"):
         load_pretrained(section.model_copy(update={"std": (0.5, 0.5, 0.5)}), names, Path("checksums"))

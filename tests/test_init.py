@@ -12,28 +12,28 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from pipeline.cli.annotated import annotate
 from pipeline.cli.choices import Choice, choose, released_student
-from pipeline.cli.durations import Machine, Rates, bytes_written, stage_seconds
+from pipeline.cli.durations import Hardware, Rates, bytes_written, stage_seconds
 from pipeline.cli.find_data import find_data
 from pipeline.cli.init import configuration, gather, parse_overrides, scratch_warnings
 from pipeline.cli.main import main
 from pipeline.cli.photos import Photos, experiment_name, look, warnings
-from pipeline.cli.plan import Facts, make_plan
+from pipeline.cli.plan import InitFacts, make_plan
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.config.params import load, parse_yaml, resolve
+from pipeline.config.params import load_config, parse_yaml, resolve
 from pipeline.config.schema import Config, Data
-from pipeline.models import released
+from pipeline.models import hub
 from pipeline.models.build import build_student, build_teacher
 from pipeline.shards.listing import Listing
 
 ROOT = Path(__file__).parent.parent
-TYPICAL = Facts(images=2_000, classes=10, short_side=375, majority=0.1)
+TYPICAL = InitFacts(images=2_000, classes=10, short_side=375, majority=0.1)
 
 
-def facts(**changes) -> Facts:
-    return Facts(**{**vars(TYPICAL), **changes})
+def facts(**changes) -> InitFacts:
+    return InitFacts(**{**vars(TYPICAL), **changes})
 
 
-def config(found: Facts, *overrides: str) -> Config:
+def config(found: InitFacts, *overrides: str) -> Config:
     choices = choose(found, parse_overrides(overrides))
     return configuration({"data.train": Choice("train", ""), "data.val": Choice("val", "")} | choices, overrides)
 
@@ -282,7 +282,7 @@ def init(*arguments: str, code: int = 0) -> str:
 def test_it_writes_params_yaml_and_names_the_next_command(project):
     said = init("My photos")
     assert "11 training images" in said and "2 classes of 5 to 6" in said and "run: dvc repro" in said
-    written = load()
+    written = load_config()
     assert written.name == "My-photos"
     assert (written.data.train, written.data.val) == ("My photos/Train", "My photos/test")
     assert "pipeline init 'My photos'" in (project / "params.yaml").read_text()
@@ -303,8 +303,8 @@ def test_training_from_scratch_is_warned_of(project):
 def test_models_are_pretrained_where_weights_can_be_had(project, monkeypatch):
     monkeypatch.setattr("pipeline.cli.init.missing_weights", lambda tag, offline: "")
     assert "from scratch" not in init("My photos")
-    assert load().teacher.weights == "regnety_008_tv.tv2_in1k"
-    assert load().student.weights == "deit_tiny_patch16_224.fb_in1k"
+    assert load_config().teacher.weights == "regnety_008_tv.tv2_in1k"
+    assert load_config().student.weights == "deit_tiny_patch16_224.fb_in1k"
     call("prepare", "--set", "data.workers=1")
     call("teacher", "--dry-run", "--device", "cpu")
     call("train-student", "--dry-run", "--device", "cpu")
@@ -315,7 +315,7 @@ def test_weights_that_the_user_chose_are_warned_of_and_not_replaced_where_they_c
     said = init("My photos", "teacher.weights=regnety_016.tv2_in1k", "student.weights=null")
     assert "warning: teacher.weights regnety_016.tv2_in1k: not here; training stops without them" in said
     assert "not used" not in said
-    assert load().teacher.weights == "regnety_016.tv2_in1k" and load().student.weights is None
+    assert load_config().teacher.weights == "regnety_016.tv2_in1k" and load_config().student.weights is None
 
 
 @pytest.mark.parametrize(("size", "reason"), [(96, "a small crop shows too little"), (224, "a run this short")])
@@ -333,18 +333,18 @@ def test_weights_for_as_many_classes_as_imagenet_are_not_used(tmp_path, monkeypa
 
 def test_weights_are_looked_for_in_the_cache_and_then_at_the_hub(monkeypatch):
     asked, tag = [], "regnety_008_tv.tv2_in1k"
-    monkeypatch.setattr(released, "try_to_load_from_cache", lambda repository, name, revision: None)
-    monkeypatch.setattr(released, "get_hf_file_metadata", lambda url, timeout: asked.append(url))
-    assert "local cache" in released.missing_weights(tag, offline=True) and not asked
-    assert released.missing_weights(tag, offline=False) == "" and tag in asked[0]
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda repository, name, revision: None)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url, timeout: asked.append(url))
+    assert "local cache" in hub.missing_weights(tag, offline=True) and not asked
+    assert hub.missing_weights(tag, offline=False) == "" and tag in asked[0]
 
     def unreachable(url: str, timeout: float) -> None:
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(released, "get_hf_file_metadata", unreachable)
-    assert "ConnectionError" in released.missing_weights(tag, offline=False)
-    monkeypatch.setattr(released, "try_to_load_from_cache", lambda repository, name, revision: f"/cache/{name}")
-    assert released.missing_weights(tag, offline=True) == ""
+    monkeypatch.setattr(hub, "get_hf_file_metadata", unreachable)
+    assert "ConnectionError" in hub.missing_weights(tag, offline=False)
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda repository, name, revision: f"/cache/{name}")
+    assert hub.missing_weights(tag, offline=True) == ""
 
 
 @pytest.mark.parametrize(("tag", "files", "found"), [
@@ -361,24 +361,24 @@ def test_weights_are_at_the_hub_in_either_of_timms_files(monkeypatch, tag, files
         if url.rpartition("/")[2] not in files:
             raise EntryNotFoundError(url)
 
-    monkeypatch.setattr(released, "try_to_load_from_cache", lambda repository, name, revision: None)
-    monkeypatch.setattr(released, "get_hf_file_metadata", metadata)
-    assert released.missing_weights(tag) == found
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda repository, name, revision: None)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", metadata)
+    assert hub.missing_weights(tag) == found
 
 
 def test_a_name_that_no_repository_can_have_is_told_so():
-    assert released.missing_weights("hf-hub:some/body/model") == "'some/body/model' is no name of a repository"
+    assert hub.missing_weights("hf-hub:some/body/model") == "'some/body/model' is not a repository name"
 
 
 def test_an_override_takes_the_place_of_a_choice_and_is_marked(project):
     init("My photos", "recipe.size=48")
-    assert load().recipe.size == 48
+    assert load_config().recipe.size == 48
     assert "  # given on the command line\n  size: 48\n" in (project / "params.yaml").read_text()
 
 
 def test_a_part_of_a_choice_that_is_given_is_marked(project):
     init("My photos", "student.kwargs.depth=2", "recipe={size: 48}")
-    assert load().student.kwargs == {"patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 2}
+    assert load_config().student.kwargs == {"patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 2}
     written = (project / "params.yaml").read_text()
     assert "  # in part given on the command line\n  kwargs:" in written
     assert "  # given on the command line\n  size: 48\n" in written
@@ -397,7 +397,7 @@ def test_a_changed_params_yaml_is_kept_without_force(project):
     assert "--force" in init("My photos", code=2) and "--force" in call("configure", "cifar10", code=2)
     assert (project / "params.yaml").read_text() == before
     call("configure", "cifar10", "--force")
-    assert load().name == "cifar10"
+    assert load_config().name == "cifar10"
 
 
 def test_a_configuration_in_another_file_is_not_said_to_be_what_dvc_runs(project):
@@ -409,7 +409,7 @@ def test_what_configure_wrote_may_be_overwritten(project):
     call("configure", "digits", "student.lr=1e-3")
     call("configure", "digits", "student.lr=2e-3")
     init("My photos")
-    assert load().name == "My-photos"
+    assert load_config().name == "My-photos"
 
 
 def test_a_params_yaml_that_cannot_be_read_is_kept_without_force(project):
@@ -468,7 +468,7 @@ def test_without_a_folder_for_validation_a_part_of_each_class_is_used(project, w
     write_folders(project / "flat" / where, {"cat": 6, "dog": 10})
     said = init("flat")
     assert "13 training images" in said and "3 for validation: 20% of each class" in said
-    data = load().data
+    data = load_config().data
     assert (Path(data.train), data.val, data.val_fraction) == (Path("flat") / where, "", 0.2)
     call("prepare", "--set", "data.workers=1", "--dry-run")
 
@@ -479,11 +479,11 @@ def test_tables_are_found(project):
     (project / "flat/train.csv").write_text("\n".join(["path,label", *rows]))
     said = init("flat")
     assert "13 training images" in said and "2 classes" in said
-    data = load().data
+    data = load_config().data
     assert (data.source, data.train, data.val_fraction) == ("table", "flat/train.csv", 0.2)
     (project / "flat/list.csv").write_text("\n".join(["path,label,split", *(f"{row},{'test' if i % 4 else 'train'}" for i, row in enumerate(rows))]))
     init("flat/list.csv", "--force")
-    assert (load().name, load().data.train, load().data.val_fraction) == ("list", "flat/list.csv", 0.0)
+    assert (load_config().name, load_config().data.train, load_config().data.val_fraction) == ("list", "flat/list.csv", 0.0)
     call("prepare", "--dry-run")
 
 
@@ -494,10 +494,10 @@ def test_parquet_files_are_found(project):
         table = pa.table({"image": [picture(n) for n in range(count)], "label": [n % 2 for n in range(count)]})
         pq.write_table(table, project / f"hub/data/{split}-00000-of-00001.parquet")
     assert "8 training images" in init("hub")
-    data = load().data
+    data = load_config().data
     assert (data.source, data.train, data.val) == ("parquet", "hub/data/train-*.parquet", "hub/data/test-*.parquet")
     init("hub/data/train-00000-of-00001.parquet", "--force")
-    assert (load().data.source, load().data.val_fraction) == ("parquet", 0.2)
+    assert (load_config().data.source, load_config().data.val_fraction) == ("parquet", 0.2)
 
 
 def test_a_table_that_lacks_a_column_is_refused_with_its_columns(project):
@@ -589,7 +589,7 @@ def test_a_folder_name_becomes_a_valid_experiment_name(folder, name):
 
 
 def test_the_preset_for_photographs_holds_these_choices():
-    preset = load(ROOT / "configs/photos.yaml", ("data.train=train", "data.val=val"))
+    preset = load_config(ROOT / "configs/photos.yaml", ("data.train=train", "data.val=val"))
     assert preset == config(TYPICAL).model_copy(update={"name": "photos"})
 
 
@@ -618,7 +618,7 @@ RATES = Rates(
 
 def test_durations_add_up_work_per_view():
     chosen = config(TYPICAL)
-    seconds = stage_seconds(chosen, RATES, 2_000, 100, Machine(2, gpu=False))
+    seconds = stage_seconds(chosen, RATES, 2_000, 100, Hardware(2, gpu=False))
     assert seconds["teacher"] == pytest.approx(10 + 2_000 * 13 * (0.03 + 0.001 + 0.003 / 3))
     assert seconds["teacher-logits"] == pytest.approx(10 + 2_000 * 15 * (0.01 + 0.001 + 0.003 / 15))
     assert seconds["train-student token"] > seconds["train-student none"]
@@ -628,9 +628,9 @@ def test_workers_render_beside_the_model_and_take_cores_from_it():
     values = {"data": {"train": "a", "val": "b"}, "teacher": {"workers": 1, "epochs": 1}, "variants": {"none": {}, "token": {}},
               "students": ["none", "token"]}  # fmt: skip
     chosen = resolve(values, (), "test")
-    cpu = stage_seconds(chosen, RATES, 1_000, 100, Machine(2, gpu=False))
+    cpu = stage_seconds(chosen, RATES, 1_000, 100, Hardware(2, gpu=False))
     assert cpu["teacher"] == pytest.approx(10 + 1_000 * 0.06)
-    gpu = stage_seconds(chosen, RATES, 1_000, 100, Machine(2, gpu=True))
+    gpu = stage_seconds(chosen, RATES, 1_000, 100, Hardware(2, gpu=True))
     assert gpu["teacher"] == pytest.approx(10 + 1_000 * 0.03)
 
 

@@ -592,7 +592,7 @@ def test_reused_predictions_are_those_of_one_view_for_the_pictures_of_every_view
 
 def test_a_group_that_is_not_the_one_the_teacher_saw_is_refused_with_reused_predictions_too(small_set, store, monkeypatch):
     monkeypatch.setattr(pipeline.batches.batch, "render", changed_pixel)
-    with pytest.raises(PipelineError, match="another order, lambda, partner or pixel"):
+    with pytest.raises(PipelineError, match="a different order, lambda, partner or pixel"):
         read_predictions(store, renderer(small_set).render([Item(2, 1, 5)]), "argmax", reuse_view=0)
 
 
@@ -642,7 +642,7 @@ def test_group_that_is_not_the_one_the_teacher_saw_is_refused(name, changed, sma
         read_predictions(store, batch, "argmax")
     message = str(caught.value)
     assert "group 1 of shard 000002.tar, view 5" in message
-    assert "another order, lambda, partner or pixel" in message
+    assert "a different order, lambda, partner or pixel" in message
 
 
 def test_answers_of_another_unit_are_refused(small_set, store, monkeypatch):

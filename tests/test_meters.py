@@ -26,6 +26,19 @@ def test_a_snapshot_covers_the_time_since_the_last():
         assert values["views_per_decode"] == 3
 
 
+def test_counting_goes_on_from_a_checkpoint():
+    clock = Clock()
+    first, second = Throughput(clock), Throughput(clock)
+    first.add_batch(views=12, decodes=4, waited=0.5)
+    first.add_step(24)
+    clock.now += 4
+    state = first.state_dict()
+    clock.now += 100  # until the process is started again
+    second.load_state_dict(state)
+    clock.now += 2
+    assert second.snapshot() == {"samples_per_s": 4, "seconds": 6, "wait_s": 0.5, "views_per_decode": 3}
+
+
 def test_views_per_decode_is_left_out_where_nothing_was_decoded():
     assert "views_per_decode" not in Throughput(Clock()).snapshot()
 

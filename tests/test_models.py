@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import interpolate
 
@@ -18,6 +20,7 @@ from pipeline.models.adapt import (
     resize_position_embedding,
 )
 from pipeline.models.build import NormalizedModel, build, build_student, build_teacher, parameter_count
+from pipeline.models.evaluation import top_k_accuracy
 from pipeline.models.pretrained import replace_classifiers
 from pipeline.models.teacher import TeacherForward, resize_pictures, teacher_logits
 from pipeline.models.weights import load_weights, read_saved_weights, read_weights, save_weights, weights_hash
@@ -395,3 +398,18 @@ def test_weights_of_another_model_are_refused_with_a_few_names_and_their_number(
         load_weights(target, source.state_dict(), "other.pth")
     assert 'Unexpected key(s) in state_dict: "0.weight", "0.bias", "1.weight" and 15 more' in str(caught.value)
     assert 'Missing key(s) in state_dict: "weight", "bias".' in str(caught.value)
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(st.integers(0, 10_000), st.integers(2, 70))
+def test_of_equal_scores_the_first_is_the_highest_as_for_argmax(seed, classes):
+    random = np.random.default_rng(seed)
+    scores = torch.from_numpy(random.integers(0, 4, (40, classes)).astype(np.float32))
+    labels = torch.from_numpy(random.integers(0, classes, 40))
+    assert top_k_accuracy(scores, labels, 1) == pytest.approx((scores.argmax(1) == labels).double().mean().item())
+    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :3]
+    assert top_k_accuracy(scores, labels, 3) == pytest.approx((best == labels[:, None]).any(1).double().mean().item())
+
+
+def test_a_score_that_is_no_number_counts_as_wrong():
+    assert top_k_accuracy(torch.full((2, 3), torch.nan), torch.tensor([0, 2]), 3) == 0.0

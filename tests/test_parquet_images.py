@@ -143,7 +143,7 @@ def test_a_file_of_fewer_rows_than_listed_is_noticed(data, monkeypatch):
     write_parquet(data / "data/train-00000-of-00002.parquet", [0, 1])
     container = listings["train"].container
     assert container is not None
-    with pytest.raises(PipelineError, match="the files changed meanwhile"):
+    with pytest.raises(PipelineError, match="files that have changed since"):
         list(container.selected(set(listings["train"].names), "read"))
 
 

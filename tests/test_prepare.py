@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.config.params import dump, load
+from pipeline.config.params import dump, load_config
 from pipeline.config.paths import index_path
 from pipeline.shards import advice, build, contents, indexing, splits
 from pipeline.shards.index import Index
@@ -558,7 +558,7 @@ def test_photograph_is_left_as_it_is_where_the_mark_is_to_be_ignored(in_tmp):
 
 @pytest.mark.parametrize("config", ["imagenet-deit-tiny", "imagenet-deit-small", "imagenet-deit-base"])
 def test_published_numbers_ignore_the_mark(config):
-    assert not load(ROOT / f"configs/{config}.yaml").data.exif_orientation
+    assert not load_config(ROOT / f"configs/{config}.yaml").data.exif_orientation
 
 
 def test_files_that_are_left_out_are_counted_and_named(in_tmp, capsys):
@@ -619,7 +619,7 @@ def test_padding_is_reported_and_warned_about_with_the_size_to_choose(in_tmp, ca
     config = written(in_tmp, {"cat": 8, "dog": 8}, {"cat": 1, "dog": 1}, data__shard_samples=6)
     prepare.run(config, dry_run=True)
     said = capsys.readouterr().out
-    assert "groups of 4 samples: 33.33% of every forward" in said and "warning: data.shard_samples=8 would" in said
+    assert "groups of 4 samples: 33.33% of the slots in each forward pass are unused" in said and "warning: data.shard_samples=8 would" in said
 
 
 @pytest.mark.parametrize(
@@ -632,7 +632,7 @@ def test_padding_is_the_share_of_slots_without_a_sample(total, shards, group, sh
 
 @pytest.mark.parametrize(("config", "images"), [("cifar10", 50_000), ("imagenet-deit-base", 1_281_167)])
 def test_shards_of_a_configuration_waste_little(config, images):
-    loaded = load(ROOT / f"configs/{config}.yaml")
+    loaded = load_config(ROOT / f"configs/{config}.yaml")
     assert advice.padding(images, -(-images // loaded.data.shard_samples), loaded.recipe.group_size) < 0.005
 
 

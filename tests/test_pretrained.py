@@ -18,6 +18,7 @@ from pipeline.config.schema import Config
 from pipeline.models import pretrained
 from pipeline.models.build import build_student, build_teacher
 from pipeline.models.pretrained import classifier_modules, load_pretrained, replace_classifiers
+from pipeline.models.provenance import teacher_architecture
 from pipeline.models.weights import read_weights, save_weights
 from pipeline.shards.index import Index
 from pipeline.training.identity import configured_teacher
@@ -272,6 +273,17 @@ def test_a_timm_tag_that_is_used_as_it_is_needs_its_own_normalization(tagged):
     with pytest.raises(PipelineError, match=r"(?s)another normalization.*mean \[0\.5, 0\.5, 0\.5\]"):
         load_pretrained(other, [str(number) for number in range(1000)], Path("checksums"))
     assert not load_pretrained(other, ["a", "b"], Path("checksums"))[1]  # it is trained further, so it may adapt
+
+
+def test_weights_on_the_hub_are_those_of_the_configured_model(tagged):
+    teacher = tagged.model_copy(update={"model": "test_resnet", "weights": "hf-hub:somebody/model"})
+    names = {"hf-hub:somebody/model": "test_resnet"}
+    real = pretrained.timm.create_model
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(pretrained.timm, "create_model", lambda name, **kwargs: real(names.get(name, name), **kwargs))
+        model, fitting = load_pretrained(teacher, ["a", "b"], Path("checksums"))
+    assert not fitting and model.model.num_classes == 2
+    assert teacher_architecture(teacher)["model"] == "test_resnet"
 
 
 def test_a_student_whose_distillation_head_was_not_trained_is_no_teacher(tagged, monkeypatch):

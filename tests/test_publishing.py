@@ -103,7 +103,7 @@ def test_a_store_that_was_fetched_from_elsewhere_is_not_used(lab):
 
 def test_a_store_computed_here_is_not_taken_for_a_fetched_one(lab, monkeypatch):
     monkeypatch.chdir(lab.parent / "first")
-    with pytest.raises(NotReady, match="one computed here"):
+    with pytest.raises(NotReady, match="one computed locally"):
         train_student.run(loaded(f"teacher_logits.fetch={lab}"), CPU, "hard")
 
 
@@ -311,7 +311,7 @@ def test_predictions_of_another_origin_are_not_taken_for_the_published_ones(lab,
     other = {kind: {name: ["0" * 16 for _ in hashes] for name, hashes in units.items()}
              for kind, units in published.units.items()}  # fmt: skip
     manifest.write_bytes(to_json(published.model_copy(update={"units": other})))
-    assert "computed here, or are damaged" in call("store", "fetch", str(lab), code=1)
+    assert "computed locally, or are damaged" in call("store", "fetch", str(lab), code=1)
 
 
 def signed(content: dict) -> bytes:
@@ -377,7 +377,7 @@ def test_packs_of_another_block_are_refused_before_anything_is_committed(lab):
             place = next(p for p in content["packs"] if (p["array"], p["block"]) == (array, pack["block"]))
             place.update(name=other["name"], bytes=other["bytes"], sha256=other["sha256"])
     (lab / "manifest.json").write_bytes(signed(content))
-    assert "predictions of another unit" in call("store", "fetch", str(lab), code=1)
+    assert "predictions that are not those of this unit" in call("store", "fetch", str(lab), code=1)
     assert not list(Path("work/stores").rglob("argmax/c/*/*"))
 
 
@@ -400,7 +400,7 @@ def test_an_argmax_computed_here_is_not_replaced_where_another_kind_is_fetched(t
     store.write_unit(unit, {"argmax": (store.read_unit(unit) + 1) % 3, "dense": dense}, checks)
     store.remove_unit(unit, ("dense",))
     before = tree(the_store())
-    assert "computed here, or are damaged" in call("store", "fetch", str(tmp_path / "published"), code=1)
+    assert "computed locally, or are damaged" in call("store", "fetch", str(tmp_path / "published"), code=1)
     assert tree(the_store()) == before
 
 
@@ -508,7 +508,7 @@ def test_a_dry_run_of_publishing_tells_the_bytes_and_writes_nothing(taught, tmp_
     size = sum(path.stat().st_size for path in target.rglob("*.tar"))
     assert f"4 packs of predictions, {size_of(size)}\n" in said
     said = call("store", "publish", str(target), "--dry-run")
-    assert "0 packs of predictions, 0 B; 4 packs of an earlier call stay as they are" in said
+    assert "0 packs of predictions, 0 B; 4 packs from an earlier call are kept" in said
 
 
 @pytest.mark.parametrize("name", ["published.tar", "published"])

@@ -184,7 +184,7 @@ def test_ranks_wait_for_another_job_longer_than_an_exchange_may_last(taught, cap
     state = Path(re.search(r"state: (\S+)", capsys.readouterr().out)[1])
     with kernel_lock(state / RUN_LOCK):
         process = launch("train-student", "--student", "hard", EXCHANGE_SECONDS="5")
-        while "waits until it ends" not in process.stdout.readline():
+        while "waiting until it ends" not in process.stdout.readline():
             assert process.poll() is None
         time.sleep(8)
     said_by(process)
@@ -295,7 +295,7 @@ def test_ranks_on_gpus_tell_one_another_objects_by_way_of_the_cpu(monkeypatch):
     joined = []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: joined.append(backend))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    Rank.init_process_group(torch.device("cuda"))
+    Rank.current(torch.device("cuda"))
     assert joined == ["cpu:gloo,cuda:nccl"]
 
 

@@ -56,7 +56,7 @@ from pipeline.report.html import CLASSES, MATRIX_CLASSES, PAIRS, Report, write_r
 from pipeline.report.intervals import accuracy_interval
 from pipeline.report.pictures import Mistake, confident_mistakes, thumbnail
 from pipeline.report.plots import DARK, LIGHT, Curve, plot_curves, plot_disagreement
-from pipeline.report.settings import describe_origin, loading_code, training_rows
+from pipeline.report.settings import describe_report, loading_code, training_rows
 from pipeline.report.tables import Result, SizeResult, format_sizes, format_table
 from pipeline.shards.index import Index
 from pipeline.shards.indexing import index_shard, write_index, write_shard
@@ -588,10 +588,10 @@ def test_pretrained_teacher_has_training_settings_only_if_it_was_trained_further
 
 
 def test_report_says_when_it_was_written_and_by_which_commit(tmp_path, monkeypatch):
-    origin = describe_origin()["Report"]
+    origin = describe_report()["Report"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", origin["written"])
     monkeypatch.setenv("PATH", str(tmp_path))  # no git
-    assert list(describe_origin()["Report"]) == ["written"]
+    assert list(describe_report()["Report"]) == ["written"]
 
 
 def test_accuracy_at_the_size_of_training_is_that_of_the_table(evaluated):
@@ -674,7 +674,7 @@ def test_models_that_are_published_again_during_an_evaluation_are_not_taken_for_
     metrics, real, asked = evaluation_folder(config) / "metrics.json", evaluate.identify, []
     metrics.unlink(missing_ok=True)
     monkeypatch.setattr(evaluate, "identify", lambda *given: asked.append(None) or real(*given) | {"token": {"run": str(len(asked))}})
-    with pytest.raises(PipelineError, match="published again meanwhile: token"):
+    with pytest.raises(PipelineError, match="published again during the evaluation: token"):
         evaluate.run(config, device)
     assert not metrics.exists()
 
@@ -793,9 +793,9 @@ def test_weights_of_other_classes_than_those_of_validation_are_refused(mini, tmp
     entry, val = next(each for each in list_entries(config) if each.name == "token"), Index(index_path(config, "val"))
     moved = dataclasses.replace(entry, folder=tmp_path)
     save_weights(moved.weights, load_entry(config, entry, val.classes, device).model, {DESCRIPTION: {"classes": val.classes[::-1]}})
-    with pytest.raises(PipelineError, match="(?s)other classes than the index.*class 0 being"):
+    with pytest.raises(PipelineError, match="(?s)classes differ from the index's.*class 0 being"):
         load_entry(config, moved, val.classes, device)
-    with pytest.raises(PipelineError, match="(?s)other classes than the index.*class 0 being"):
+    with pytest.raises(PipelineError, match="(?s)classes differ from the index's.*class 0 being"):
         evaluate.run_weights(config, device, str(moved.weights), None, 16)
 
 

@@ -182,7 +182,7 @@ def test_index_after_a_change_is_that_of_an_indexing_from_scratch(in_tmp, monkey
 
 MARKED = """
 import sys, time
-from pipeline.config.params import load
+from pipeline.config.params import load_config
 from pipeline.shards import splits
 from stages import prepare
 index_shard = splits.index_shard
@@ -192,7 +192,7 @@ def marked(location, name, *arguments):
     time.sleep(0.05)
     return index_shard(location, name, *arguments)
 splits.index_shard = marked
-prepare.run(load("params.yaml"))
+prepare.run(load_config("params.yaml"))
 """
 
 

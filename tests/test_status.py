@@ -17,7 +17,7 @@ from test_training import CPU, Stop, loaded
 
 from pipeline.cli import scan, status
 from pipeline.cli.main import main
-from pipeline.cli.status_table import RECENT, Facts, best_top1, log_summary, row_of, short, table, write_rate
+from pipeline.cli.status_table import RECENT, StageFacts, best_top1, log_summary, row_of, short, table, write_rate
 from pipeline.common.lease import lease
 from pipeline.common.lock import kernel_lock
 from pipeline.config.params import dump
@@ -33,7 +33,7 @@ NOW = 1_000_000.0
 
 
 def row(now: float = NOW, **facts):
-    return row_of(Facts("finetune", "steps", **facts), now)
+    return row_of(StageFacts("finetune", "steps", **facts), now)
 
 
 # pure
@@ -114,16 +114,16 @@ def test_a_log_of_an_earlier_version_has_no_speed():
 def test_an_experiment_of_imagenets_size_fits_into_100_columns():
     late = {"begun": True, "modified": NOW - 55}
     facts = [
-        Facts("prepare", "shards", 1065, 1065, published=True, modified=0.0, note="50k images"),
-        Facts("teacher-logits-finetune", "units", 5119, 10240, **late, writers=8, rate=0.13, images_per_unit=37530),
-        Facts("train-student@hard", "steps", 123456, 375300, **late, rate=1.1, images_per_unit=1024, loss=3.456, top1=0.6543),
-        Facts("train-student@none", "steps", 0, 375300),
+        StageFacts("prepare", "shards", 1065, 1065, published=True, modified=0.0, note="50k images"),
+        StageFacts("teacher-logits-finetune", "units", 5119, 10240, **late, writers=8, rate=0.13, images_per_unit=37530),
+        StageFacts("train-student@hard", "steps", 123456, 375300, **late, rate=1.1, images_per_unit=1024, loss=3.456, top1=0.6543),
+        StageFacts("train-student@none", "steps", 0, 375300),
     ]
     assert max(len(line) for line in table([row_of(fact, NOW) for fact in facts]).splitlines()) <= 100
 
 
 def test_what_is_counted_agrees_with_its_number():
-    facts = [Facts("teacher-logits", "units", done, total, modified=0.0) for done, total in ((1, 1), (2, 2), (1, 5))]
+    facts = [StageFacts("teacher-logits", "units", done, total, modified=0.0) for done, total in ((1, 1), (2, 2), (1, 5))]
     printed = table([row_of(fact, NOW) for fact in facts])
     assert "1 unit " in printed and "2 units" in printed and "1/5 units" in printed
 

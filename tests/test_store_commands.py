@@ -77,7 +77,7 @@ def test_another_teacher_s_predictions_are_found(taught, monkeypatch):
     right = TeacherForward.logits
     monkeypatch.setattr(TeacherForward, "logits", lambda *arguments: -right(*arguments))
     said = call("store", "verify", "--teacher", "1", "--device", "cpu", code=1)
-    assert "another teacher?" in said
+    assert "a different teacher?" in said
 
 
 def verify(config: Config) -> None:
@@ -167,7 +167,7 @@ def test_a_plain_run_beside_a_part_is_refused_and_both_leave_its_files(taught):
     partial = the_store() / "argmax" / "c" / "0" / "1.0123abc.partial"
     partial.write_bytes(b"half")
     with lease(part_lease_path(str(the_store()), 0, 4), "a test"):
-        with pytest.raises(UsageError, match="part-0-of-4.lock: another division"):
+        with pytest.raises(UsageError, match="part-0-of-4.lock: a job that divides the store into a number of parts other than"):
             teacher_logits.run(loaded(), CPU)
         assert partial.exists()
     teacher_logits.run(loaded(), CPU)
@@ -551,6 +551,17 @@ def test_prune_keeps_the_data_of_what_it_keeps(taught):
     data = tree(Path("work/data"))
     call("prune", "--yes")
     assert tree(Path("work/data")) == data and the_store().exists()
+
+
+def test_prune_keeps_the_validation_images_of_a_running_training(taught):
+    train_student.run(taught, CPU, "none")
+    for split in ("train", "val"):  # the images have changed since
+        index_path(loaded(), split).write_text(json.dumps({"fingerprint": "3" * 32}))
+    (state,) = (path for path in Path("work/state").iterdir() if "student none" in (path / "run.json").read_text())
+    with kernel_lock(state / RUN_LOCK):
+        age(Path("work"))
+        call("prune", "--yes")
+    assert {path.parent.name for path in Path("work/data").glob("*/*/index.json")} == {"train", "val"}
 
 
 def test_a_prune_that_was_killed_is_finished_by_the_next(taught):

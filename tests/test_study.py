@@ -20,7 +20,7 @@ from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config import cells as cells_module
 from pipeline.config import schema
 from pipeline.config.cells import Cell, expand
-from pipeline.config.params import dump, load, parse_yaml, resolve
+from pipeline.config.params import dump, load_config, parse_yaml, resolve
 from pipeline.config.paths import evaluated_models, evaluation_folder
 from pipeline.config.schema import Config, Data, Evaluate, Student
 from pipeline.config.study import Figure, Study, load_study
@@ -33,7 +33,7 @@ from pipeline.training.identity import configured_runs
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
-BASE = load(ROOT / "configs/digits.yaml")
+BASE = load_config(ROOT / "configs/digits.yaml")
 
 
 def cells(base: Config = BASE, **study) -> list[Cell]:
@@ -78,7 +78,7 @@ def test_how_further_images_are_decoded_is_part_of_their_evaluation():
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_shipped_students_replay_no_view_unless_the_study_is_about_it(path):
     study = load_study(path)
-    config = load(ROOT / f"configs/{study.base}.yaml")
+    config = load_config(ROOT / f"configs/{study.base}.yaml")
     for cell in expand(study, path.stem, config, path.stem):
         config, student = cell.config, cell.config.student_named(cell.variant)
         settings, views = (config.finetune, config.finetune.views) if cell.finetuned else (student, config.teacher_logits.views)
@@ -256,7 +256,7 @@ def test_a_mistake_in_a_study_is_named(study, message):
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_shipped_study_is_valid_and_its_first_line_says_what_it_is(path):
     study = load_study(path)
-    base = load(ROOT / "configs" / f"{study.base}.yaml")
+    base = load_config(ROOT / "configs" / f"{study.base}.yaml")
     found = expand(study, path.stem, base, path.stem)
     assert len({cell.name for cell in found}) == len(found)
     assert path.read_text().startswith("# ") and path.read_text().partition("\n")[0].endswith(".")
@@ -264,17 +264,17 @@ def test_every_shipped_study_is_valid_and_its_first_line_says_what_it_is(path):
 
 def test_the_views_of_the_shipped_study_share_one_store():
     study = load_study(ROOT / "configs/studies/cifar10-views.yaml")
-    found = expand(study, "views", load(ROOT / f"configs/{study.base}.yaml"), "views")
+    found = expand(study, "views", load_config(ROOT / f"configs/{study.base}.yaml"), "views")
     assert len({json.dumps(cell.config.recipe.model_dump(mode="json")) for cell in found}) == 1
     assert {cell.config.teacher_logits.views for cell in found} == {1, 3, 10, 30}
 
 
 def test_the_shipped_ablations_are_those_of_table_8():
     study = load_study(ROOT / "configs/studies/imagenet-table8.yaml")
-    found = {cell.levels["ablation"]: cell for cell in expand(study, "t", load(ROOT / "configs/imagenet-deit-base.yaml"), "t")}
+    found = {cell.levels["ablation"]: cell for cell in expand(study, "t", load_config(ROOT / "configs/imagenet-deit-base.yaml"), "t")}
     assert found.keys() - {"default"} == {path.stem for path in (ROOT / "configs/table8").glob("*.yaml")}
     for name in found.keys() - {"default"}:
-        ablation, cell = load(ROOT / f"configs/table8/{name}.yaml"), found[name]
+        ablation, cell = load_config(ROOT / f"configs/table8/{name}.yaml"), found[name]
         ours, theirs = cell.config.student_named(cell.variant), ablation.student_named("none")
         assert ours == theirs.model_copy(update={"compile": True}) and cell.config.recipe == ablation.recipe
         mine = cell.config.finetune.model_copy(update={"students": ["none"], "compile": False})
@@ -617,7 +617,7 @@ def test_commands_and_dry_runs_name_every_cell_and_run_none(project):
     assert sum("train-student" in line for line in printed.splitlines()) == 4
     assert call("study", "tiny.yaml", "run", "--dry-run").count("train-student") == 4
     assert not Path("work/state").exists()
-    assert load(printed.split()[-1]) == command.find("tiny.yaml", ()).cells[-1].config
+    assert load_config(printed.split()[-1]) == command.find("tiny.yaml", ()).cells[-1].config
 
 
 TAUGHT = {

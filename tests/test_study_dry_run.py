@@ -12,7 +12,7 @@ from test_study import ROOT, STUDIES
 
 from pipeline.cli import study
 from pipeline.cli.main import main
-from pipeline.config.params import record
+from pipeline.config.params import record_config
 
 
 @pytest.mark.slow
@@ -26,7 +26,7 @@ def test_every_command_of_a_shipped_study_passes_its_dry_run(name, in_tmp, monke
     matrix = study.find(name, ("data.train=train", *([] if name == "imagenet-table7" else ["data.val=val"])))
     commands = {}
     for cell in matrix.cells:
-        record(cell.config)
+        record_config(cell.config)
         for command in [*study.setup_commands(cell.config, matrix.study.finetune), study.cell_command(cell)]:
             commands.setdefault((cell.config.name, command[0], "finetune" in command), command)  # it checks all students
         for weights in cell.config.weight_files():  # before there is an index they are only read

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.params import load
+from pipeline.config.params import load_config
 from pipeline.config.policies import ORIGINAL
 from pipeline.config.schema import Config, Finetune, Recipe, Student
 from pipeline.views.draw import draw_mix, draw_view
@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent.parent / "configs" / "table8"
 
 
 def recipe(name: str) -> Recipe:
-    return load(str(FOLDER / f"{name}.yaml"), ()).recipe
+    return load_config(str(FOLDER / f"{name}.yaml"), ()).recipe
 
 
 def views(name: str) -> list:
@@ -47,7 +47,7 @@ def test_an_ablation_changes_the_papers_deit_b_in_nothing_but_what_it_names(path
     )  # fmt: skip
     found = set()
     for section in ("recipe", "student", "finetune", "teacher_logits", "evaluate"):
-        ours, theirs = (getattr(config, section).model_dump() for config in (load(str(path), ()), paper))
+        ours, theirs = (getattr(config, section).model_dump() for config in (load_config(str(path), ()), paper))
         found |= {f"{section}.{key}" for key in theirs if ours[key] != theirs[key]}
     assert found == CHANGED[path.stem]
 

@@ -126,7 +126,7 @@ def test_a_tracker_that_fails_is_warned_of_once_and_stops_nothing(taught, calls,
     config = loaded(*BRIEF, *WANDB, TENSORBOARD)
     train_student.run(config, CPU, "hard")
     said = capsys.readouterr().err
-    assert said.count("warning: logging.wandb failed and is not used any more: ConnectionError: no network") == 1
+    assert said.count("warning: logging.wandb failed and has been disabled: ConnectionError: no network") == 1
     assert "step/loss" in events(config)
 
 

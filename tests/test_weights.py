@@ -222,4 +222,4 @@ def test_a_flipped_bit_in_a_tensor_of_a_pth_file_is_told(tmp_path):
 
 def test_a_file_that_is_no_file_of_weights_is_named_as_such(tmp_path):
     (tmp_path / "params.yaml").write_text("name: digits\n")
-    assert "no file that torch.save writes" in refusal(read_weights, tmp_path / "params.yaml")
+    assert "not a file written by torch.save" in refusal(read_weights, tmp_path / "params.yaml")

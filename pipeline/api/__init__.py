@@ -1,4 +1,4 @@
-"""The public Python interface: the pipeline's batches for a training loop of one's own.
+"""The public Python interface: the pipeline's batches for a custom training loop.
 
 What is public is imported from `pipeline` itself, see docs/python.md.
 """

@@ -1,4 +1,4 @@
-"""Batches for another training loop: the views that the teacher saw, mixed, with what it predicted for them."""
+"""Batches for a custom training loop: the views that the teacher saw, mixed, with what it predicted for them."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from pipeline.batches.plan import Plan, training_plan
 from pipeline.batches.transfer import on_device
 from pipeline.common.cores import allow_open_files, resolve_workers
 from pipeline.common.errors import UsageError
-from pipeline.config.params import load
+from pipeline.config.params import load_config
 from pipeline.config.schema import PURPOSES, Config, Recipe, Student, Training
 from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.config.types import Triple
@@ -44,7 +44,7 @@ class StudentBatch(NamedTuple):
     step_samples: int
     """Samples in the step over all ranks and accumulation steps: the divisor of a loss that is summed over samples."""
     drawn: torch.Tensor | None = None
-    """Classes drawn from the teacher's softmax, int64 (N, k), for `sampled_loss`; None unless the store is of them."""
+    """Classes drawn from the teacher's softmax, int64 (N, k), for `sampled_loss`; None unless the store holds them."""
 
     def without_padding(self) -> "StudentBatch":
         """The batch without its unused slots, for a loss that averages over the batch; N then differs between steps."""
@@ -169,7 +169,7 @@ def open_batches(
     Raises:
         PipelineError: the data set is not prepared, the store is missing or incomplete, or the arguments do not fit.
     """
-    config = config if isinstance(config, Config) else load(config)
+    config = config if isinstance(config, Config) else load_config(config)
     settings, distilled, recipe = _settings(config, student, purpose)
     slices = _slices(settings, recipe, rank, world_size, accumulation)
     if dtype not in (torch.float32, torch.uint8):

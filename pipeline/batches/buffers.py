@@ -45,7 +45,7 @@ class BufferPool:
     Fresh shared memory takes a tenth to a quarter of a worker's time, because the kernel clears and maps every page.
     Reused memory takes none, but must not change while anything refers to it. So each buffer is in one of three
     states, which only the training process changes: free; acquired by a task that is sent to a worker; or in use,
-    from the arrival of the task's result until nothing in this process refers to its memory any more: no tensor,
+    from the arrival of the task's result until nothing in this process refers to its memory any longer: no tensor,
     view, storage or NumPy array. A buffer whose worker failed stays acquired. When no buffer is free, the worker
     allocates memory of its own.
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from pipeline.cli.plan import Facts, Given, Plan, make_plan, steps_per_epoch
+from pipeline.cli.plan import Given, InitFacts, InitPlan, make_plan, steps_per_epoch
 from pipeline.common.wording import count_of, size_of
 from pipeline.config.schema import Config
 from pipeline.shards.advice import padding
@@ -15,13 +15,13 @@ from pipeline.shards.advice import padding
 SHARD = 1280
 """Most samples per shard, the default of data.shard_samples."""
 MEGAPIXELS = 0.5
-"""Mean from which reading images is work for processes of its own on a CPU too."""
+"""Mean size from which images are read in separate processes on a CPU too."""
 PRECISIONS = {
     "bfloat16": "a GPU that computes in bfloat16",
     "float16": "a GPU that computes in float16 but not in bfloat16",
     "float32": "no faster format on this machine",
 }
-"""Why each is chosen."""
+"""Why each precision is chosen."""
 DENSE_BYTES = 2e9
 """Largest store of all logits; a larger one holds the argmax only."""
 
@@ -38,7 +38,7 @@ Choices = dict[str, Choice]
 """By key, section.key."""
 
 
-def choose(facts: Facts, given: Given = MappingProxyType({})) -> Choices:
+def choose(facts: InitFacts, given: Given = MappingProxyType({})) -> Choices:
     """Every choice, in the order of the file.
 
     Args:
@@ -72,7 +72,7 @@ def _student_size(gpu: bool) -> str:
     return "small" if gpu else "tiny"
 
 
-def _data(facts: Facts, group: int) -> Choices:
+def _data(facts: InitFacts, group: int) -> Choices:
     least = -(-facts.images // SHARD)
     shards = min(range(least, 2 * least + 1), key=lambda count: padding(facts.images, count, group))
     samples = -(-facts.images // shards)
@@ -80,12 +80,12 @@ def _data(facts: Facts, group: int) -> Choices:
     return {
         "data.shard_samples": Choice(samples, f"{count_of(shards, 'shard')}; {unused:.1%} of the slots of their groups stay unused"),
         "data.max_bad": Choice(
-            max(1, facts.images // 100), "a few broken files are left out, and named in index.json, rather than an error"
+            max(1, facts.images // 100), "a few broken files are left out and listed in index.json instead of causing an error"
         ),
     }
 
 
-def _recipe(facts: Facts, plan: Plan) -> Choices:
+def _recipe(facts: InitFacts, plan: InitPlan) -> Choices:
     fills = f"half of the images have a shorter side of at least {facts.short_side} px"
     scratch = "training from scratch on few images gains little from more pixels"
     pretrained = "the student's weights are for 224 px, and its position embeddings are resized"
@@ -116,7 +116,7 @@ def _light_augmentation() -> Choices:
     }
 
 
-def _learning(section: str, facts: Facts, plan: Plan, rate: float, why: str) -> Choices:
+def _learning(section: str, facts: InitFacts, plan: InitPlan, rate: float, why: str) -> Choices:
     """Keys that every training needs; `rate` is the learning rate in use."""
     epochs, batch = plan.epochs[section], plan.batches[section]
     steps = steps_per_epoch(facts.images, batch)
@@ -126,7 +126,7 @@ def _learning(section: str, facts: Facts, plan: Plan, rate: float, why: str) -> 
             min(5, max(int(epochs >= 5), epochs // 10)), "about a tenth of the epochs, 5 at most; none below 5 epochs"
         ),
         f"{section}.warmup_lr": Choice(
-            round(rate / 10, 6), "DeiT's schedule starts with an epoch or more at this rate, too many here for DeiT's 1e-6"
+            round(rate / 10, 6), "DeiT's schedule spends an epoch or more at this rate first, which would be too long at DeiT's 1e-6"
         ),
         f"{section}.batch_size": Choice(batch, f"about {steps:,} steps per epoch"),
         f"{section}.lr": Choice(round(rate * 512 / batch, 6), f"{rate:g} at this batch size: lr is for a batch of 512"),
@@ -137,13 +137,13 @@ def _learning(section: str, facts: Facts, plan: Plan, rate: float, why: str) -> 
     }
 
 
-def _workers(section: str, facts: Facts) -> Choices:
+def _workers(section: str, facts: InitFacts) -> Choices:
     if facts.gpu or facts.megapixels > MEGAPIXELS:
         return {}
-    return {f"{section}.workers": Choice(0, "small images are rendered quickly: all cores are for the model")}
+    return {f"{section}.workers": Choice(0, "small images are rendered quickly: all cores are left to the model")}
 
 
-def _teacher(facts: Facts, plan: Plan) -> Choices:
+def _teacher(facts: InitFacts, plan: InitPlan) -> Choices:
     if plan.pretrained["teacher"]:
         return _pretrained_teacher(facts, plan)
     size = plan.size
@@ -159,41 +159,41 @@ def _teacher(facts: Facts, plan: Plan) -> Choices:
     }
 
 
-def _pretrained_teacher(facts: Facts, plan: Plan) -> Choices:
+def _pretrained_teacher(facts: InitFacts, plan: InitPlan) -> Choices:
     tag = released_teacher(facts.gpu)
     cost = "DeiT's own teacher" if facts.gpu else "small enough to be fine-tuned on a CPU"
     return {
         "teacher.model": Choice(tag.partition(".")[0], f"a convolutional network, {cost}"),
         "teacher.weights": Choice(tag, "pretrained on ImageNet; its classifier is replaced by one for your classes"),
         **_learning("teacher", facts, plan, 3e-4, "fine-tuning needs few epochs"),
-        "teacher.head_epochs": Choice(1, "the new classifier alone first, so that it does not spoil what is pretrained"),
+        "teacher.head_epochs": Choice(1, "the new classifier alone first, so that it does not disturb the pretrained layers"),
         "teacher.drop_path": Choice(0.0, "a short training"),
         "teacher.min_top1": _gate(facts, 0.4),
     }
 
 
-def _why(facts: Facts) -> str:
+def _why(facts: InitFacts) -> str:
     return "from scratch" if facts.gpu else "from scratch, kept short for a CPU: more epochs usually help"
 
 
-def _gate(facts: Facts, share: float) -> Choice:
+def _gate(facts: InitFacts, share: float) -> Choice:
     """A share of the way from a constant guess to 1."""
     gate = round(facts.majority + share * (1 - facts.majority), 2)
     guess = f"always predicting the most frequent class gives {facts.majority:.2f}"
     return Choice(gate, f"{guess}; a teacher below this has hardly learnt anything")
 
 
-def _few_images_gate(facts: Facts) -> Choice:
+def _few_images_gate(facts: InitFacts) -> Choice:
     """Twice the accuracy of a constant guess, but at most a tenth of the way from it to 1."""
     gate = round(min(2 * facts.majority, facts.majority + 0.1 * (1 - facts.majority)), 2)
     return Choice(
         gate,
-        f"only clearly above {facts.majority:.2f}, which always predicting the most frequent class gives: with"
+        f"just clearly above {facts.majority:.2f}, which always predicting the most frequent class gives: with"
         f" {facts.images / facts.classes:.0f} images per class a teacher from scratch cannot be expected to reach more",
     )
 
 
-def _store(facts: Facts, plan: Plan) -> Choices:
+def _store(facts: InitFacts, plan: InitPlan) -> Choices:
     views = plan.views
     size = 2.0 * facts.images * views * facts.classes
     dense = size <= DENSE_BYTES
@@ -213,7 +213,7 @@ def _store(facts: Facts, plan: Plan) -> Choices:
     }
 
 
-def _student(facts: Facts, plan: Plan) -> Choices:
+def _student(facts: InitFacts, plan: InitPlan) -> Choices:
     model = f"deit_{_student_size(facts.gpu and plan.pretrained['student'])}_distilled_patch16_224"
     plain = model.replace("_distilled", "")
     variants = {
@@ -237,7 +237,7 @@ def _student(facts: Facts, plan: Plan) -> Choices:
     }
 
 
-def _student_weights(facts: Facts) -> Choices:
+def _student_weights(facts: InitFacts) -> Choices:
     reason = (
         "pretrained on ImageNet without distillation; with and without a distillation token, students start from the same"
         " weights, so that distillation alone differs"
@@ -245,7 +245,7 @@ def _student_weights(facts: Facts) -> Choices:
     return {"student.weights": Choice(released_student(facts.gpu), reason)}
 
 
-def _student_shape(facts: Facts, plan: Plan) -> Choices:
+def _student_shape(facts: InitFacts, plan: InitPlan) -> Choices:
     shape: dict[str, Any] = {"patch_size": plan.patch}
     reason = f"{plan.size // plan.patch} x {plan.size // plan.patch} patches of {plan.patch} pixels a side"
     if not facts.gpu:
@@ -254,7 +254,7 @@ def _student_shape(facts: Facts, plan: Plan) -> Choices:
     return {"student.kwargs": Choice(shape, reason)}
 
 
-def _evaluation(facts: Facts, plan: Plan) -> Choices:
+def _evaluation(facts: InitFacts, plan: InitPlan) -> Choices:
     default = Config().finetune.batch_size
     batch = {} if default % plan.group == 0 else {
         "finetune.batch_size": Choice(plan.batches["student"], "not used; it must be a multiple of recipe.group_size")

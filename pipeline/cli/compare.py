@@ -9,21 +9,23 @@ from typing import Any
 from pipeline.cli.matching import is_evaluation_of
 from pipeline.cli.scan import read_json, read_log_tail
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.config.params import load
+from pipeline.config.params import load_config
 from pipeline.config.paths import FINGERPRINT, local_work
 from pipeline.config.schema import Config, Student
+from pipeline.config.validation import flatten
 from pipeline.report.plots import Curve
-from pipeline.report.runs import TrainedRun, aligned, comparison_json, flatten, format_comparison, numbers, plot_runs
+from pipeline.report.runs import TrainedRun, aligned, comparison_json, format_comparison, numbers, plot_runs
 from pipeline.report.settings import objective
+from pipeline.training.identity import VALIDATION_INDEX
 from pipeline.training.log import read_curve, read_log
 from pipeline.views.draw import recipe_fingerprint
 
 OBJECTIVE = ("distillation", "alpha", "tau", "soft_reduction")
 """The settings of a student that say what its loss measures."""
-NO_SETTINGS = ("name", "steps", "environment")
-"""Keys of run.json that are no settings."""
+NO_SETTINGS = ("name", "steps", "environment", VALIDATION_INDEX)
+"""Keys of run.json that are not settings."""
 LOG_ONLY = ("kind", "step", "time", "speed")
-"""Keys of an epoch in a log that are no metrics."""
+"""Keys of an epoch in a log that are not metrics."""
 
 
 def run(names: tuple[str, ...], picture: Path, json: bool) -> None:
@@ -56,7 +58,7 @@ def find(name: str) -> Path:
     """
     experiment, _, model = name.rpartition("/")
     if not experiment and Path("params.yaml").exists():
-        experiment = load("params.yaml").name
+        experiment = load_config("params.yaml").name
     short = [Path("outputs", experiment, "students", model), Path("outputs", experiment, model)]
     for place in [Path(name), *short * bool(experiment and model)]:
         if (place / "metrics.json").exists() or (place / "run.json").exists():
@@ -90,10 +92,10 @@ def list_states(project: Path) -> Iterator[Path]:
 
 
 def known_configs(project: Path) -> Iterator[Config]:
-    """The configurations of a project's experiments, without those that are not valid any more."""
+    """The configurations of a project's experiments, without those that are no longer valid."""
     for path in sorted((project / "outputs").glob("*/params.yaml")):
         with contextlib.suppress(UsageError):
-            yield load(path)
+            yield load_config(path)
 
 
 def known_recipes(project: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -105,7 +107,7 @@ def known_recipes(project: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def short_names(folders: list[Path]) -> list[str]:
-    """What to call the runs: EXPERIMENT/MODEL, or MODEL within one experiment; of a state folder as trackers do."""
+    """Names for the runs: EXPERIMENT/MODEL, or MODEL within one experiment; for a state folder, that used by trackers."""
     found = []
     for folder in folders:
         described = read_json(folder / "run.json")
@@ -143,12 +145,12 @@ def read_run(folder: Path, name: str, recipes: dict[str, dict[str, Any]]) -> Tra
     described = read_json(state / "run.json") if state else {}
     settings = settings_of(described, recipes) if run else _origin(published)
     environment, curve = flatten(described.get("environment", {})), Curve(_objective(described), epochs)
-    note = _note(state, described) if run else "not trained here"
+    note = _note(state, described) if run else "not trained by the pipeline"
     return TrainedRun(name, run, numbers(metrics), settings, environment, metrics.get("validation"), curve, note)
 
 
 def _note(state: Path | None, described: dict[str, Any]) -> str:
-    """What is missing of a training; empty if nothing is."""
+    """What a training lacks; empty if nothing."""
     if state is None or not described:
         return "its state folder is gone, so its settings are unknown"
     if (state / "final.safetensors").exists():
@@ -167,7 +169,7 @@ def settings_of(described: dict[str, Any], recipes: dict[str, dict[str, Any]]) -
 
 
 def _origin(published: dict[str, Any]) -> dict[str, Any]:
-    """What a teacher that was not trained here consists of, from its metrics.json."""
+    """What a teacher that the pipeline did not train consists of, from its metrics.json."""
     return flatten(
         {key: value for key, value in published.items() if key in ("source", "architecture", "weights", "size")}
     )

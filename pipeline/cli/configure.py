@@ -6,7 +6,7 @@ from tabulate import tabulate
 
 from pipeline.cli.params_file import refuse_changed, what_next, write_params
 from pipeline.common.errors import UsageError
-from pipeline.config.params import dump, load
+from pipeline.config.params import dump, load_config
 
 CONFIGS = Path("configs")
 STUDIES = CONFIGS / "studies"
@@ -22,7 +22,7 @@ def run(name: str, overrides: tuple[str, ...], output: Path, force: bool = False
     if not path.exists():
         known = ", ".join(sorted(experiments()))
         raise UsageError(f"configuration {name!r}", expected=f"one of {known}", found=f"no {path}", do="correct the name")
-    config = load(path, overrides)
+    config = load_config(path, overrides)
     if not force:
         refuse_changed(output, config, experiments().values())
     write_params(output, ["pipeline", "configure", name, *overrides], dump(config))
@@ -30,7 +30,7 @@ def run(name: str, overrides: tuple[str, ...], output: Path, force: bool = False
 
 
 def experiments() -> dict[str, Path]:
-    """The experiments in configs/ by name; a study is none."""
+    """The experiments in configs/ by name; studies are not among them."""
     files = [path for path in CONFIGS.rglob("*.yaml") if STUDIES not in path.parents]
     return dict(sorted((str(path.relative_to(CONFIGS).with_suffix("")), path) for path in files))
 

@@ -22,19 +22,19 @@ from pipeline.cli.machine import (
 from pipeline.cli.scan import read_json
 from pipeline.common.cores import OPEN_FILES, OPEN_FILES_PER_WORKER, resolve_workers
 from pipeline.common.errors import PipelineError
-from pipeline.common.wording import size_of
-from pipeline.config.params import load
+from pipeline.common.wording import count_of, size_of
+from pipeline.config.params import load_config
 from pipeline.config.paths import index_path, local_work, student_folder, teacher_folder
 from pipeline.config.schema import PURPOSES, Config
 from pipeline.config.store_spec import store_spec
-from pipeline.models.released import missing_weights
+from pipeline.models.hub import missing_weights
 from pipeline.shards.cache import GB, is_remote
 from pipeline.shards.index import Index
 from pipeline.shards.sources import list_splits
 from pipeline.store.estimate import equal_shards, estimate
 
 SLOW_DISK = 50e6
-"""Bytes per second of reading below which a warning is given: about 500 photographs of 100 kB."""
+"""Reading speed, in bytes per second, below which a warning is given: about 500 photographs of 100 kB."""
 
 
 def run(path: str, overrides: tuple[str, ...]) -> None:
@@ -45,7 +45,7 @@ def run(path: str, overrides: tuple[str, ...]) -> None:
     """
     found = [*check_versions(), *check_gpus(), *check_decoders(), check_cores(), check_dvc(Path())]
     try:
-        config = load(path, overrides)
+        config = load_config(path, overrides)
     except PipelineError as error:
         found.append(Finding(Level.FAIL, "configuration", " ".join(str(error).split())))
     else:
@@ -63,7 +63,7 @@ def run(path: str, overrides: tuple[str, ...]) -> None:
             f"{len(failing)} of these will fail: {', '.join(failing)}", do="see the lines marked `fail`"
         )
     warned = sum(each.level is Level.WARN for each in found)
-    print("nothing here will fail" + f"; warnings: {warned}" * bool(warned))
+    print("no problem found that will make the experiment fail" + f"; {count_of(warned, 'warning')}" * bool(warned))
 
 
 def check_experiment(config: Config) -> Iterator[Finding]:

@@ -11,12 +11,12 @@ import torch
 
 from pipeline.config.paths import index_path
 from pipeline.config.schema import Config, Finetune, Student, Teacher, Training
-from pipeline.config.types import is_own_model
+from pipeline.config.types import is_custom_model
+from pipeline.models.activation_checkpointing import checkpoint_activations
 from pipeline.models.build import build_student, build_teacher
 from pipeline.models.class_map import check_range, class_numbers
 from pipeline.models.ensemble import other_classes
 from pipeline.models.pretrained import fit_student_weights, fit_weights
-from pipeline.models.recomputation import checkpoint_activations
 from pipeline.models.teacher import check_input_size
 from pipeline.models.weights import check_timm_tag, read_weights
 from pipeline.shards.index import Index
@@ -53,7 +53,7 @@ def check(config: Config, command: str) -> None:
 
 
 def check_teacher(config: Config, classes: Sequence[str] | None) -> None:
-    """Check every teacher of the ensemble, and that further ones have the classes of the index."""
+    """Check every teacher of the ensemble, and that additional ones have the classes of the index."""
     first, *others = config.teacher.members
     size = config.teacher_size("train-student")
     if not check_one_teacher(first, classes, size):
@@ -76,10 +76,10 @@ def check_one_teacher(section: Teacher, classes: Sequence[str] | None, size: int
         if section.class_map is not None and classes:
             check_range(class_numbers(section.class_map, classes), has)
         fits = section.class_map is not None or not classes or has == len(classes)
-        section = section.model_copy(update={"model": tag})
+    section = section.model_copy(update={"model": section.architecture})
     with only_shapes(section.model):
         teacher = build_teacher(section, len(classes or range(1000)))
-    if is_own_model(section.model):
+    if is_custom_model(section.model):
         check_input_size(teacher, size, "correct the model, or choose another size", section.model)
     if section.checkpoint_activations and not weights:
         checkpoint_activations(teacher, [teacher])
@@ -89,8 +89,8 @@ def check_one_teacher(section: Teacher, classes: Sequence[str] | None, size: int
 
 
 def only_shapes(model: str) -> contextlib.AbstractContextManager[Any]:
-    """Inside, tensors have no contents; but a model of one's own is built as it is, as its code may need them."""
-    return contextlib.nullcontext() if is_own_model(model) else torch.device("meta")
+    """Within the block, tensors have no contents; but a custom model is built in full, as its code may need them."""
+    return contextlib.nullcontext() if is_custom_model(model) else torch.device("meta")
 
 
 def unlabelled_images(config: Config) -> int:

@@ -38,13 +38,13 @@ class Rates:
     """Seconds per image."""
 
     decode: float
-    """On one core."""
+    """Reading and decoding an image, on one core."""
     render: float
-    """On one core, per view of a decoded image."""
+    """Rendering a view of a decoded image, on one core."""
     forward: dict[str, float]
-    """By model (teacher, or a student's name), on the device."""
+    """The forward pass by model (teacher, or a student's name), on the device."""
     step: dict[str, float]
-    """The same for forward, backward and update."""
+    """The same for a training step: forward pass, backward pass and update."""
     parameters: dict[str, int]
 
 
@@ -140,7 +140,7 @@ def _measure_views(config: Config, files: Sequence[Path | BytesIO], seconds: flo
 
 
 @dataclass(frozen=True)
-class Machine:
+class Hardware:
     """What the durations of stages depend on besides rates."""
 
     cores: int
@@ -168,7 +168,7 @@ class Machine:
         return START + images * views * self.per_view(rates.forward["teacher"], view, config.teacher_logits.workers)
 
 
-def stage_seconds(config: Config, rates: Rates, images: int, val_images: int, machine: Machine) -> dict[str, float]:
+def stage_seconds(config: Config, rates: Rates, images: int, val_images: int, machine: Hardware) -> dict[str, float]:
     """Seconds per stage that `dvc repro` runs; fine-tuning is not included."""
     evaluation, result = config.evaluate, {"prepare": START + (images + val_images) * 2 * rates.decode / machine.cores}
     forwards = {

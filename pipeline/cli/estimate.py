@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from pipeline.cli import durations
 from pipeline.cli.dry_run import check_one_teacher
-from pipeline.cli.durations import Machine, Rates
+from pipeline.cli.durations import Hardware, Rates
 from pipeline.common.cores import available_cores, limit_threads, resolve_workers
 from pipeline.common.errors import NotReady, UsageError
 from pipeline.common.wording import count_of, duration, size_of
@@ -37,12 +37,12 @@ class Images:
     """The training images, as far as an estimate depends on them."""
 
     samples: list[int]
-    """Per shard."""
+    """Number of samples in each shard."""
     classes: int
     val: int
     """Number of validation images."""
     bytes: int | None
-    """Of the shards; None if unknown."""
+    """Size of the shards; None if unknown."""
     files: list[BytesIO]
     """Some of them, encoded."""
     source: str
@@ -53,7 +53,7 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Student:
+class StudentTimes:
     """Seconds for one student, with the teacher in the loop and with the store."""
 
     online: float
@@ -84,7 +84,7 @@ def run(config: Config, device: torch.device, images: int | None, classes: int) 
     found = indexed_images(config) if images is None else assumed_images(config, images, classes)
     trained = config.needs_teacher("train-student") and not _used_as_it_is(config, found.classes)
     rates = durations.measure(config, found.files, found.classes, device, trained)
-    print(describe(config, found, rates, Machine(available_cores(), device.type == "cuda"), device))
+    print(describe(config, found, rates, Hardware(available_cores(), device.type == "cuda"), device))
 
 
 def indexed_images(config: Config) -> Images:
@@ -129,7 +129,7 @@ def _used_as_it_is(config: Config, classes: int) -> bool:
     return bool(first.weights) and check_one_teacher(first, names, config.teacher_size("train-student"))
 
 
-def describe(config: Config, images: Images, rates: Rates, machine: Machine, device: torch.device) -> str:
+def describe(config: Config, images: Images, rates: Rates, machine: Hardware, device: torch.device) -> str:
     """The estimate as text."""
     seconds = durations.stage_seconds(config, rates, images.count, images.val, machine)
     sizes = durations.bytes_written(config, rates, images.count, images.classes, images.bytes or 0)
@@ -140,7 +140,7 @@ def describe(config: Config, images: Images, rates: Rates, machine: Machine, dev
         durations.describe(seconds, known, device),
     ]
     left_out = ["the shards"] * (images.bytes is None) + ["fine-tuning"] * bool(config.finetune.students)
-    if config.needs_store("train-student") and config.published_store("train-student"):
+    if config.needs_store("train-student") and config.fetch_source("train-student"):
         left_out.append("fetching the published store")
     if left_out:
         text.append(f"  not included: {', '.join(left_out)}")
@@ -156,7 +156,7 @@ def describe(config: Config, images: Images, rates: Rates, machine: Machine, dev
             "",
             f"student {names[0]}, {section.epochs} epochs: {duration(offline)} with the store, {duration(online)} with the"
             " teacher in the loop",
-            table_by_views(config, images, rates, machine, spec, Student(online, offline), section.epochs),
+            table_by_views(config, images, rates, machine, spec, StudentTimes(online, offline), section.epochs),
             "with fewer views than epochs, views are used again",
             "",
             f"the store by kind, {spec.views} views per image:",
@@ -166,7 +166,7 @@ def describe(config: Config, images: Images, rates: Rates, machine: Machine, dev
 
 
 def table_by_views(
-    config: Config, images: Images, rates: Rates, machine: Machine, spec: StoreSpec, student: Student, epochs: int
+    config: Config, images: Images, rates: Rates, machine: Hardware, spec: StoreSpec, student: StudentTimes, epochs: int
 ) -> str:
     """Bytes and time of the store for several numbers of views, and after how many students it pays."""
     rows, block = [], spec.recipe.block

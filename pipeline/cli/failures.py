@@ -1,7 +1,6 @@
 """The last failure of each stage, kept next to its outputs for `pipeline status` until the stage succeeds."""
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from pipeline.cli.scan import read_json
 from pipeline.common.errors import NotReady, PipelineError
-from pipeline.common.files import atomic_write
+from pipeline.common.files import write_json
 from pipeline.common.signals import Interrupted
 from pipeline.config.paths import outputs
 from pipeline.config.schema import Config
@@ -37,9 +36,8 @@ def recorded(config: Config, stage: str) -> Iterator[None]:
     except Exception as error:
         if stage.partition("@")[2] not in ("", *config.variants):
             raise  # there is no such student
-        with contextlib.suppress(PipelineError), atomic_write(path) as temporary:
-            failure = {"time": time.time(), "what": _one_line(error)[:500], "settings": fingerprint(config)}
-            temporary.write_text(json.dumps(failure) + "\n")
+        with contextlib.suppress(PipelineError):
+            write_json(path, {"time": time.time(), "what": _one_line(error)[:500], "settings": fingerprint(config)})
         raise
     path.unlink(missing_ok=True)
 

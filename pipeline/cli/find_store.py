@@ -17,7 +17,7 @@ def find_store(config: Config, spec: StoreSpec, named: str | None = None) -> Sto
 
     Raises:
         PipelineError: there is none, or it is damaged.
-        UsageError: there are several, or its classes were drawn otherwise than configured.
+        UsageError: there are several, or its classes were not drawn as configured.
     """
     index, published = open_index(config, "train"), spec.folder / "manifest.json"
     if named:
@@ -32,10 +32,10 @@ def find_store(config: Config, spec: StoreSpec, named: str | None = None) -> Sto
 
 
 def find_configured_store(config: Config, spec: StoreSpec, named: str | None = None) -> Store:
-    """The same for what leaves the project: unless it is named by hand, its teacher is the configured one.
+    """The same for exporting and publishing: unless it is named by hand, its teacher must be the configured one.
 
     Raises:
-        PipelineError, UsageError: as `find_store`; or the teacher or its precision is another.
+        PipelineError, UsageError: as `find_store`; or the teacher or its precision differs.
     """
     from pipeline.training.teachers import check_origin
 

@@ -12,11 +12,11 @@ from pipeline.cli.choices import Choice, Choices, choose, released_student, rele
 from pipeline.cli.configure import experiments
 from pipeline.cli.machine import Level, check_cores, fastest_precision
 from pipeline.cli.params_file import dropped_options, refuse_changed, what_next, write_params
-from pipeline.cli.plan import FEW_PER_CLASS, Facts, Given, Plan, make_plan
+from pipeline.cli.plan import FEW_PER_CLASS, Given, InitFacts, InitPlan, make_plan
 from pipeline.common.cores import available_cores
 from pipeline.config.params import override, resolve
 from pipeline.config.schema import Config
-from pipeline.models.released import missing_weights
+from pipeline.models.hub import missing_weights
 
 IMAGENET_CLASSES = 1_000
 FEW = 100_000
@@ -59,17 +59,17 @@ def run(
     print(f"{output}: {config.name}, with a reason for each choice; {what_next(output)}")
 
 
-def gather(found: photos.Photos, device: torch.device, offline: bool, given: Given = MappingProxyType({})) -> Facts:
+def gather(found: photos.Photos, device: torch.device, offline: bool, given: Given = MappingProxyType({})) -> InitFacts:
     """The facts that choices depend on; says so where there are no pretrained weights, unless the user chose them."""
     gpu, classes = device.type == "cuda", len(found.train.classes)
     released = {"teacher": released_teacher(gpu), "student": released_student(gpu)}
     missing = {section: missing_weights(tag, offline) for section, tag in released.items() if f"{section}.weights" not in given}
     if classes == IMAGENET_CLASSES and "teacher" in missing:
-        missing["teacher"] = "your set has as many classes as ImageNet, for which they would be used as they are"
+        missing["teacher"] = "your data set has as many classes as ImageNet, so they would be used unchanged"
     for section, reason in missing.items():
         if reason:
             print(f"pretrained weights {released[section]} are not used: {reason}")
-    return Facts(
+    return InitFacts(
         images=len(found.train.names),
         classes=classes,
         short_side=found.short_side,
@@ -82,7 +82,7 @@ def gather(found: photos.Photos, device: torch.device, offline: bool, given: Giv
     )
 
 
-def scratch_warnings(facts: Facts, plan: Plan) -> list[str]:
+def scratch_warnings(facts: InitFacts, plan: InitPlan) -> list[str]:
     """What to expect of models that are trained from scratch on these images."""
     scratch = [name for name in ("teacher", "student") if not plan.pretrained[name]]
     if not scratch or facts.images >= FEW:
@@ -103,7 +103,7 @@ def scratch_warnings(facts: Facts, plan: Plan) -> list[str]:
 
 
 def missing_given_weights(config: Config, given: Given, offline: bool) -> list[str]:
-    """Pretrained weights that the user chose and that cannot be had now."""
+    """Pretrained weights that the user chose and that are not available now."""
     tags = {name: getattr(config, name).timm_tag for name in ("teacher", "student") if f"{name}.weights" in given}
     missing = {f"{name}.weights {tag}": missing_weights(tag, offline) for name, tag in tags.items() if tag}
     return [f"{what}: {reason}; training stops without them" for what, reason in missing.items() if reason]
@@ -125,7 +125,7 @@ def parse_overrides(overrides: tuple[str, ...]) -> Given:
 def _named(root: Path, found: photos.Photos) -> Choices:
     data, val = found.data, f"{len(found.val.names):,} images"
     choices = {
-        "name": Choice(photos.experiment_name(root), "the folder's name; results go to outputs/<name>/"),
+        "name": Choice(photos.experiment_name(root), "the folder's name; results go to outputs/NAME/"),
         "data.train": Choice(data.train, f"{len(found.train.names):,} images"),
     }
     if data.source != "folder":
@@ -141,7 +141,7 @@ def configuration(choices: Choices, overrides: tuple[str, ...]) -> Config:
     """The defaults with the choices and then the overrides.
 
     Raises:
-        UsageError: an override is no valid key or value.
+        UsageError: an override is not a valid key or value.
     """
     values: dict = {}
     for key, choice in choices.items():
@@ -164,7 +164,7 @@ def _print_estimate(config: Config, found: photos.Photos, device: torch.device) 
     images, classes = len(found.train.names), len(found.train.classes)
     rates = durations.measure(config, found.sample(24), classes, device)
     gpu = device.type == "cuda"
-    seconds = durations.stage_seconds(config, rates, images, len(found.val.names), durations.Machine(available_cores(), gpu))
+    seconds = durations.stage_seconds(config, rates, images, len(found.val.names), durations.Hardware(available_cores(), gpu))
     sizes = durations.bytes_written(config, rates, images, classes, found.bytes)
     print(durations.describe(seconds, sizes, device))
     if not gpu and (cores := check_cores()).level is Level.WARN:

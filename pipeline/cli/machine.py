@@ -116,7 +116,7 @@ def check_decoders() -> Iterator[Finding]:
 
 
 def example_jpeg() -> bytes:
-    """A JPEG with subsampled colour and a width that is no multiple of the block size."""
+    """A JPEG with subsampled colour and a width that is not a multiple of the block size."""
     rows, columns = np.mgrid[:75, :93]
     pixels = np.stack([rows * 3, columns * 2, (rows * columns) % 256], axis=2).astype(np.uint8)
     buffer = io.BytesIO()
@@ -197,8 +197,7 @@ def measure_disk(folder: Path, size: int = DISK_BYTES, seconds: float = DISK_SEC
                 file.flush()
                 os.fsync(file.fileno())
             writing = time.perf_counter() - start
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         with open(path, "rb", buffering=0) as file:
             start, total = time.perf_counter(), 0
             while (data := file.read(PIECE)) and time.perf_counter() - start < seconds:

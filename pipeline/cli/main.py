@@ -32,7 +32,7 @@ def main() -> None:
       prepare         pack images into WebDataset shards and index them
       teacher         train the teacher, or load it from weights
       teacher-logits  store its predictions for every augmented view
-      train-student   train DeiT students from the shards and the store
+      train-student   train students from the shards and the stored predictions
       finetune        continue at a higher resolution, from a second store
       evaluate        report the accuracy of all models, in report.html
 
@@ -146,10 +146,10 @@ def teacher_logits(config: Config, device: torch.device, dry_run: bool, purpose:
 @stage_options()
 def train_student(config: Config, device: torch.device, dry_run: bool, name: str | None, distillation: str | None,
                   alpha: float | None, tau: float | None, teacher: str, store: str | None) -> None:  # fmt: skip
-    """Train DeiT students from the shards and the store, without running the teacher.
+    """Train students from the shards and, unless --teacher online, from stored predictions.
 
     If the process is killed at any point, the same command resumes from the last checkpoint and ends with
-    the same weights.
+    the same weights (bit for bit on a CPU).
 
     \b
     Examples:
@@ -204,7 +204,7 @@ def finetune(config: Config, device: torch.device, dry_run: bool, name: str | No
 
 
 @main.command()
-@click.option("--weights", metavar="FILE", help="Evaluate only these weights, DeiT's released ones for example, and only print their accuracy.")
+@click.option("--weights", metavar="FILE", help="Only print the accuracy of these weights, for example DeiT's released ones.")
 @click.option("--model", metavar="NAME", help="The timm model of --weights; default: the one of `student`.")
 @click.option("--size", type=click.IntRange(8, 4096), help="Image size for --weights, in pixels; default: recipe.size.")
 @stage_options()
@@ -255,9 +255,9 @@ def views(key: str | None, seed: int, first: int, count: int, members: int, ops:
       pipeline views --key n01440764_10026 --set recipe.auto_augment=original
     """
     from pipeline.cli import views
-    from pipeline.config.params import load
+    from pipeline.config.params import load_config
 
-    config = load(path, overrides)
+    config = load_config(path, overrides)
     views.run(config, split, key, seed, range(first, first + count), members, ops, zoom, output)
 
 
@@ -282,9 +282,9 @@ def status(path: str, overrides: tuple[str, ...], watch: float | None, as_json: 
       pipeline status --json | jq '.[] | select(.state != "done")'
     """
     from pipeline.cli import status
-    from pipeline.config.params import load
+    from pipeline.config.params import load_config
 
-    status.run(load(path, overrides), as_json, watch)
+    status.run(load_config(path, overrides), as_json, watch)
 
 
 main.add_command(init)

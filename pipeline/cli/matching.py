@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli.scan import read_json
-from pipeline.config.paths import digests_folder, teacher_folder
+from pipeline.config.paths import checksums_folder, teacher_folder
 from pipeline.config.schema import PURPOSES, Config
 from pipeline.config.store_spec import StoreSpec, store_spec
-from pipeline.models.provenance import is_other_source, teacher_architecture
+from pipeline.models.provenance import architecture_differences, is_other_source, teacher_architecture
 
 
 def is_foreign(published: object, own: Collection[str], known: Collection[str]) -> bool:
@@ -25,7 +25,7 @@ def is_foreign(published: object, own: Collection[str], known: Collection[str]) 
 
 
 def foreign_teachers(config: Config, own: Collection[str] = (), known: Collection[str] = ()) -> set[str]:
-    """The purposes whose published teacher, according to its metrics.json, is another than the configured one.
+    """The purposes whose published teacher, according to its metrics.json, is not the configured one.
 
     Args:
         own, known: trainings of the teacher below `work`, as for `is_foreign`.
@@ -37,7 +37,7 @@ def foreign_teachers(config: Config, own: Collection[str] = (), known: Collectio
 def _foreign_teachers(config: Config, own: Collection[str], known: Collection[str]) -> set[str]:
     published = {purpose: read_json(teacher_folder(config, purpose) / "metrics.json") for purpose in PURPOSES}
     first, second = published.values()
-    if _differ({"architecture": teacher_architecture(config.teacher)}, first) or is_other_source(config.teacher, digests_folder(config), first):
+    if _differ({"architecture": teacher_architecture(config.teacher)}, first) or is_other_source(config.teacher, checksums_folder(config), first):
         return {*PURPOSES}
     if is_foreign(first.get("run"), own, known):
         return {*PURPOSES}
@@ -56,8 +56,7 @@ def is_own_store(config: Config, spec: StoreSpec, attributes: dict[str, Any]) ->
     if not isinstance(teacher, dict) or attributes.get("precision") != spec.precision:
         return False
     weights = read_json(spec.teacher_folder / "metrics.json").get("weights")
-    expected = {"class_map": None, "ensemble": None, "code": None, **teacher_architecture(config.teacher), "size": spec.teacher_size}
-    configured = all(teacher.get(key) == value for key, value in expected.items())
+    configured = teacher.get("size") == spec.teacher_size and not architecture_differences(config.teacher, teacher)
     return configured and weights in (None, teacher.get("weights"))
 
 
@@ -89,7 +88,7 @@ def have_changed(evaluated: dict[str, Any], models: dict[str, Path]) -> bool:
 
 
 def lacks_sets(evaluated: dict[str, Any], config: Config) -> bool:
-    """Whether an evaluation was of other further sets than the configured ones, or of these names from elsewhere.
+    """Whether an evaluation's additional sets differ from the configured ones, in name or in location.
 
     Args:
         evaluated: the evaluation's metrics.json.
@@ -103,7 +102,7 @@ def lacks_sets(evaluated: dict[str, Any], config: Config) -> bool:
 
 
 def sets_have_changed(evaluated: dict[str, Any], config: Config) -> bool:
-    """Whether files of the further sets were replaced, added or removed since an evaluation. Lists their folders."""
+    """Whether files of the additional sets were replaced, added or removed since an evaluation. Lists their folders."""
     from pipeline.shards.evaluation_sets import sets_fingerprint  # it loads OpenCV, which `pipeline status` must not
 
     contents = sets_fingerprint(config.evaluate)

@@ -35,7 +35,7 @@ STUDENT = click.option(
     " Repeat it for several; all by default.",
 )  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
-              help="Receives the files; outputs/<name>/export/<student> by default.")  # fmt: skip
+              help="Receives the files; outputs/NAME/export/STUDENT by default.")  # fmt: skip
 @config_options
 def export(
     path: str, overrides: tuple[str, ...], name: str | None, weights: Path | None, formats: tuple[str, ...],
@@ -44,22 +44,22 @@ def export(
     """Write a trained model in formats that other software loads, with its class names and input settings.
 
     Each file is loaded again and its logits are compared with the model's, on 100 validation images. The folder
-    also receives a model card, README.md. Other formats that were exported there before are kept if they are of
-    the same weights, and deleted otherwise.
+    also receives a model card, README.md. Earlier exports in other formats are kept if they are of the same
+    weights, and deleted otherwise.
 
     \b
     Example:
       pipeline export --student token --format timm --format onnx
     """
-    from pipeline.config.params import load
+    from pipeline.config.params import load_config
     from pipeline.config.paths import outputs
     from pipeline.models.description import load_model
     from pipeline.models.export import FORMATS, export, other_exports, timm_obstacle
     from pipeline.report.model_card import write_model_card
 
-    config = load(path, overrides)
+    config = load_config(path, overrides)
     weights = weights or _weights(config, name)
-    model, description, about = load_model(weights, config.own_models)
+    model, description, about = load_model(weights, config.custom_models)
     folder = output or outputs(config) / "export" / weights.parent.name
     pictures, source = _comparison_pictures(config, description)
     if not formats:
@@ -100,12 +100,12 @@ def predict(
 
     from pipeline.common.errors import PipelineError
     from pipeline.common.wording import count_of
-    from pipeline.config.params import load
+    from pipeline.config.params import load_config
     from pipeline.models.description import load_model
     from pipeline.models.predict import image_files, predict_files
 
-    weights = weights or _weights(load(path, overrides), name)
-    model, description, _ = load_model(weights, lambda: load(path, overrides).own_models())
+    weights = weights or _weights(load_config(path, overrides), name)
+    model, description, _ = load_model(weights, lambda: load_config(path, overrides).custom_models())
     failed = 0
     for prediction in predict_files(model, description, image_files(list(images)), top):
         if isinstance(prediction, PipelineError):
@@ -122,7 +122,7 @@ def predict(
 
 
 def keep_own_exports(card: Path, weights: Path, others: list[Path]) -> list[Path]:
-    """Those of earlier exports that are of these weights; what an earlier card says is of other weights is deleted."""
+    """The earlier exports that are of these weights; those that an earlier card attributes to others are deleted."""
     from pipeline.models.export import remove_export
     from pipeline.report.model_card import described_weights, weights_line
 
@@ -156,7 +156,7 @@ def _weights(config: Config, name: str | None) -> Path:
 
 
 def _best_student(models: dict[str, Path]) -> str:
-    """The trained student with the highest top-1 on the validation set, the first one of equals; says which it is.
+    """The trained student with the highest top-1 on the validation set, the first of several equal ones; says which it is.
 
     Raises:
         NotReady: no student has been trained yet.

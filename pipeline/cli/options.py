@@ -70,12 +70,12 @@ def stage_options(with_device: bool = True, with_dry_run: bool = True) -> Callab
             path: str, overrides: tuple[str, ...], dry_run: bool = False, device: str = "auto", **options: Any
         ) -> Any:
             from pipeline.cli.failures import recorded
-            from pipeline.config.params import load, record
+            from pipeline.config.params import load_config, record_config
 
-            config = load(path, overrides)
+            config = load_config(path, overrides)
             stage = None if dry_run else stage_name(body.__name__, options)
             if not dry_run:
-                record(config)
+                record_config(config)
             if with_dry_run:
                 options["dry_run"] = dry_run
             with recorded(config, stage) if stage else contextlib.nullcontext():

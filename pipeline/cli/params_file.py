@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.common.files import atomic_write
-from pipeline.config.params import load
+from pipeline.common.files import write_text
+from pipeline.config.params import load_config
 from pipeline.config.schema import Config
 from pipeline.config.validation import fingerprint
 
@@ -22,8 +22,7 @@ def write_params(path: Path, words: list[str], text: str) -> None:
         words: of the command.
     """
     header = f"{WRITTEN_BY}{shlex.join(words)}\n{KEYS}{CHECKSUM}{fingerprint(text)}\n"
-    with atomic_write(path) as temporary:
-        temporary.write_text(header + text)
+    write_text(path, header + text)
 
 
 def what_next(path: Path) -> str:
@@ -44,8 +43,8 @@ def refuse_changed(path: Path, config: Config, experiments: Iterable[Path]) -> N
     if not path.exists() or _is_as_written(path):
         return
     try:
-        now = load(path)
-        known = now == config or any(now == load(file) for file in experiments)
+        now = load_config(path)
+        known = now == config or any(now == load_config(file) for file in experiments)
     except PipelineError:
         known = False
     if not known:

@@ -21,7 +21,7 @@ from pipeline.shards.sources import UNLABELLED_FOLDER, list_splits
 SAMPLE = 200
 """Files whose headers are read."""
 ENOUGH, FRACTION = 4_000, 0.1
-"""The part of so many images that is used for validation if there is nothing else for it."""
+"""From ENOUGH images on, use FRACTION of each class for validation."""
 
 ImageFile = Path | io.BytesIO
 

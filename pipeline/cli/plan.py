@@ -14,7 +14,7 @@ SCRATCH_STEPS, FINE_TUNING_STEPS = 400, 250
 FEW_PER_CLASS = 50
 """Images per class below which training from scratch learns hardly anything."""
 LARGEST_PATCH = 16
-"""In pixels; also the patch size of the pretrained students."""
+"""Largest patch size in pixels; also that of the pretrained students."""
 DECODE = 3
 """Cost of a decode relative to a rendering, for photographs."""
 SEEN = {
@@ -30,7 +30,7 @@ SEEN_PRETRAINED = {
 
 
 @dataclass(frozen=True)
-class Facts:
+class InitFacts:
     """What the choices depend on."""
 
     images: int
@@ -41,14 +41,14 @@ class Facts:
     majority: float
     """Share of the validation images that are of the largest class: the accuracy of a constant guess."""
     megapixels: float = 0.2
-    """Mean."""
+    """Mean size of the images."""
     gpu: bool = False
     precision: str = "float32"
     """The fastest one on the device."""
     pretrained: bool = False
-    """Whether the teacher's pretrained weights can be had."""
+    """Whether the teacher's pretrained weights are available."""
     pretrained_student: bool = False
-    """Whether the student's can."""
+    """Whether the student's are."""
 
     @property
     def few(self) -> bool:
@@ -57,13 +57,13 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Plan:
+class InitPlan:
     """Numbers that fit one another. `batches`, `epochs` and `pretrained` have the keys teacher and student."""
 
     pretrained: dict[str, bool]
     size: int
     patch: int
-    """In pixels, of the student."""
+    """The student's patch size in pixels."""
     batches: dict[str, int]
     group: int
     epochs: dict[str, int]
@@ -71,7 +71,7 @@ class Plan:
     block: int
 
 
-def make_plan(facts: Facts, given: Given) -> Plan:
+def make_plan(facts: InitFacts, given: Given) -> InitPlan:
     """Choose the numbers that are not given so that they fit those that are.
 
     Raises:
@@ -92,7 +92,7 @@ def make_plan(facts: Facts, given: Given) -> Plan:
         epochs["student"] = views
     group = _number(given, "recipe.group_size") or group_size(min(batches.values()), max(batches.values()))
     patch = patch_size(facts, given, size, pretrained["student"])
-    return Plan(pretrained, size, patch, batches, group, epochs, views, block)
+    return InitPlan(pretrained, size, patch, batches, group, epochs, views, block)
 
 
 def _number(given: Given, key: str) -> int | None:
@@ -105,7 +105,7 @@ def _pretrained(available: bool, given: Given, section: str) -> bool:
     return given[f"{section}.weights"] is not None if f"{section}.weights" in given else available
 
 
-def image_size(facts: Facts, pretrained: bool) -> int:
+def image_size(facts: InitFacts, pretrained: bool) -> int:
     """Pixels: the largest of a few sizes that the images fill; larger ones with weights that were trained at 224."""
     sizes = (32, 64, 96, 128) if facts.gpu else (32, 64, 96)
     if pretrained:
@@ -113,7 +113,7 @@ def image_size(facts: Facts, pretrained: bool) -> int:
     return max([size for size in sizes if size <= facts.short_side], default=sizes[0])
 
 
-def patch_size(facts: Facts, given: Given, size: int, pretrained: bool) -> int:
+def patch_size(facts: InitFacts, given: Given, size: int, pretrained: bool) -> int:
     """Pixels: the divisor of the image size that is closest to the wanted size, and at least half of it.
 
     Wanted are 16 x 16 patches on a GPU; on a CPU patches of 8 pixels, or of 16 for images of 96 pixels and more. None is
@@ -143,7 +143,7 @@ def patch_size(facts: Facts, given: Given, size: int, pretrained: bool) -> int:
     )
 
 
-def batch_sizes(facts: Facts, given: Given) -> dict[str, int]:
+def batch_sizes(facts: InitFacts, given: Given) -> dict[str, int]:
     """Batch sizes of teacher and student: small ones for few images, so that an epoch has several steps."""
     few = 16 if facts.images < 200 else 32 if facts.images < 500 else None
     batch = few or (64 if not facts.gpu else 256 if facts.images >= 5_000 else 128)
@@ -162,8 +162,8 @@ def group_size(*batches: int) -> int:
     return max([group for group in fitting if 2 * group <= min(batches)] or fitting or [2])
 
 
-def _epochs(facts: Facts, section: str, pretrained: bool, batch: int) -> int:
-    """Epochs in which about so many images are seen in all, and enough steps are made."""
+def _epochs(facts: InitFacts, section: str, pretrained: bool, batch: int) -> int:
+    """Epochs needed to see about the configured number of images and to take enough steps."""
     images, least, most = (SEEN_PRETRAINED if pretrained else SEEN)[section]["gpu" if facts.gpu else "cpu"]
     steps = FINE_TUNING_STEPS if pretrained else SCRATCH_STEPS
     return max(min(max(round(images / facts.images), least), most), -(-steps // steps_per_epoch(facts.images, batch)))
@@ -178,7 +178,7 @@ def views_and_block(epochs: int, given: Given) -> tuple[int, int]:
     """At least one view per epoch, in blocks: a multiple of the repeats, and cheap to decode and to render.
 
     Raises:
-        UsageError: the number of views that is given is no multiple of any block.
+        UsageError: the number of views that is given is not a multiple of any block.
     """
     repeats = _number(given, "recipe.repeats") or 3
     block, views = _number(given, "recipe.block"), _number(given, "teacher_logits.views")

@@ -1,8 +1,7 @@
-"""`pipeline prune`: lists, or deletes, stores, state folders and data sets that nothing refers to any more.
+"""`pipeline prune`: lists, or deletes, stores, state folders and data sets that nothing refers to any longer.
 
-Kept is what a configuration can use, what a file under outputs/ names by its fingerprint (a manifest its store,
-metrics their run, params.yaml the settings of the last command), what a process is or may be working on, and the data
-of all these. Kept too is what cannot be attributed to anything, and what is stored elsewhere and only linked to.
+It keeps what a configuration can use, what a file under outputs/ names by its fingerprint, what a process may be working
+on, the data of all these, what cannot be attributed to anything, and what is stored elsewhere and only linked to.
 """
 
 import contextlib
@@ -24,11 +23,11 @@ from pipeline.common.files import is_local, modification_time
 from pipeline.common.lease import part_lease, part_leases, possibly_held
 from pipeline.common.lock import is_held, kernel_lock
 from pipeline.common.wording import count_of, size_of
-from pipeline.config.params import load
+from pipeline.config.params import load_config
 from pipeline.config.paths import DATA_LOCK, FINGERPRINT, RUN_LOCK, index_path, local_work, shard_cache_folder
 from pipeline.config.schema import PURPOSES, Config
 from pipeline.config.store_spec import store_spec
-from pipeline.training.identity import configured_runs, is_run_of
+from pipeline.training.identity import VALIDATION_INDEX, configured_runs, is_run_of
 
 DAY = 86400.0  # seconds: `prepare` may still be writing data that changed within them
 TEXTS = {".json", ".jsonl", ".yaml", ".csv", ".txt", ".html"}
@@ -48,7 +47,7 @@ class Found:
     size: int
     """Bytes."""
     modified: float
-    """In seconds since 1970."""
+    """When it was last modified, in seconds since 1970."""
     indices: set[str] = field(default_factory=set)
     """Fingerprints of the data sets that it uses, or is."""
     store: str | None = None
@@ -63,7 +62,7 @@ class References:
     """The runs, stores and data sets that configurations and outputs refer to."""
 
     def __init__(self, files: list[Path]):
-        self.configs = [load(str(path), ()) for path in files]
+        self.configs = [load_config(str(path), ()) for path in files]
         self.prepared = [(config, _fingerprint(index_path(config, "train"))) for config in self.configs]
         self.indices = {_fingerprint(path) for path in Path("outputs").glob("*/data/train/index.json")}
         texts = [_text(path) for path in [*files, *_texts()]]
@@ -153,7 +152,7 @@ def run(config_files: list[Path], work: str, delete: bool) -> None:
         _sweep(work)
     summary = ", ".join(count_of(counts[kind], kind) for kind in ("store", "state folder", "data set"))
     print(
-        f"{summary} that nothing refers to, of {count_of(len(references.configs), 'configuration')} and outputs/: {size_of(total)}"
+        f"{summary} not referred to by {count_of(len(references.configs), 'configuration')} or outputs/: {size_of(total)}"
         + ("" if delete or not total else "; delete them with --yes")
     )
     for folder in sorted({shard_cache_folder(config) for config in references.configs}):
@@ -198,11 +197,12 @@ def _states(work: str, references: References) -> Iterator[Found]:
         described = read_json(folder / "run.json")
         valid = isinstance(described.get("index"), str) and isinstance(described.get("recipe"), str)
         what, store = f"{described.get('name')}, {described.get('steps')} steps" if valid else "a run", described.get("store")
+        kept = _trainer_of(folder) if valid else "its run.json is missing or damaged"
+        indices = {described["index"]} | ({str(described.get(VALIDATION_INDEX))} if kept else set()) if valid else set()
         yield Found(
             "state folder", str(folder), what, _bytes(folder), newest(folder) or 0.0,
-            indices={described["index"]} if valid else set(), store=store if isinstance(store, str) else None,
-            needed=folder.name in references.fingerprints or (valid and references.include_run(described)),
-            kept=_trainer_of(folder) if valid else "its run.json is missing or damaged",
+            indices=indices, store=store if isinstance(store, str) else None,
+            needed=folder.name in references.fingerprints or (valid and references.include_run(described)), kept=kept,
         )  # fmt: skip
 
 

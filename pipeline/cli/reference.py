@@ -34,7 +34,7 @@ def reference() -> str:
     for name, section in sections.items():
         if name == trained[0]:
             users = ", ".join(f"`{user}`" for user in trained)
-            note = f"These keys are in each of {users}, whose own defaults and further keys are below."
+            note = f"These keys are in each of {users}, whose own defaults and additional keys are below."
             parts.append(_part("Training", Training, note))
         note = "Also the keys of [Training](#training), with these changes and additions:" * (name in trained)
         parts.append(_part(f"`{name}`", section, note, inherited=Training if name in trained else None))

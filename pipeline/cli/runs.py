@@ -10,12 +10,12 @@ from pipeline.cli.matching import foreign_teachers
 from pipeline.cli.scan import list_stores, modification_times, read_index, read_json
 from pipeline.config.paths import FINGERPRINT, index_path, local_work
 from pipeline.config.schema import PURPOSES, Config, Training
-from pipeline.config.store_spec import StoreSpec, store_spec
+from pipeline.config.store_spec import COMPUTED_WITH, StoreSpec, store_spec
 from pipeline.training.identity import configured_runs, is_run_of, teacher_fingerprint, used_other_predictions
 
 
 @dataclass(frozen=True)
-class State:
+class StateFolder:
     """The state folder of a run."""
 
     folder: Path
@@ -51,7 +51,7 @@ class Experiment:
         # a folder without run.json may belong to any configuration
         found = [path for path in (local_work(config.work) / "state").glob("*") if FINGERPRINT.fullmatch(path.name)]
         folders = [(folder, read_json(folder / "run.json")) for folder in found]
-        self.states = [State(folder, described, modification_times(folder)) for folder, described in folders if described]
+        self.states = [StateFolder(folder, described, modification_times(folder)) for folder, described in folders if described]
         self.known_runs, own = {state.folder.name for state in self.states}, [x.folder.name for x in self.states_of("teacher")]
         self.foreign_teachers = foreign_teachers(config, own, self.known_runs)
         self.foreign_stores = self._foreign_stores()
@@ -61,47 +61,47 @@ class Experiment:
         """The fingerprints of both indices."""
         return tuple(index.get("fingerprint") for index in self.indices.values())
 
-    def states_of(self, stage: str) -> list[State]:
+    def states_of(self, stage: str) -> list[StateFolder]:
         """The states with the configuration's settings that use the published store, or none."""
         configured, (kind, _, student) = self.runs[stage], stage.partition("@")
         if kind == "finetune":
             configured = configured | {"name": f"finetune {student} at {self.config.finetune.size}"}
         elif student:  # with --teacher online the settings are the same, the name is not
             configured = configured | {"name": f"student {student}"}
-        store, own = self._manifest(stage).get("fingerprint"), self._recorded(stage, configured)
+        store, own = self.manifest(stage).get("fingerprint"), self._recorded(stage, configured)
         return [state for state in own if store is None or state.described.get("store") in (None, store)]
 
     def published_runs(self, stage: str) -> list[str]:
         """The runs that a stage may have published: also another student's of the same settings, but from this store."""
         student = stage.partition("@")[2]
-        store, own = self._manifest(stage).get("fingerprint"), self._recorded(stage, self.runs[stage])
+        store, own = self.manifest(stage).get("fingerprint"), self._recorded(stage, self.runs[stage])
         if store and student and self.config.student_named(student).distillation != "none":
             own = [state for state in own if state.described.get("store") == store]  # none with --teacher online
         return [state.folder.name for state in own]
 
-    def _recorded(self, stage: str, configured: dict[str, Any]) -> list[State]:
+    def _recorded(self, stage: str, configured: dict[str, Any]) -> list[StateFolder]:
         """The states of a configured run that learnt from the published predictions, if from any in a store."""
         student = stage.partition("@")[2]
         found = [state for state in self.states if is_run_of(configured, state.described)]
         if not student:
             return found
-        spec, hard = self._store_spec(stage), self.config.student_named(student).distillation == "hard"
-        predictions = ("argmax" if hard else spec.kind, spec.views, self._manifest(stage))
+        spec = self._store_spec(stage)
+        predictions = (spec.kind_for(self.config.student_named(student).distillation), spec.views, self.manifest(stage))
         return [state for state in found if not used_other_predictions(state.described, *predictions)]
 
     def _store_spec(self, stage: str) -> StoreSpec:
         return store_spec(self.config, "finetune" if stage.startswith("finetune@") else "train-student")
 
-    def _manifest(self, stage: str) -> dict[str, Any]:
-        """Of the published store for a stage's students."""
+    def manifest(self, stage: str) -> dict[str, Any]:
+        """The manifest of the published store for a stage's students; {} without one."""
         return read_json(self._store_spec(stage).folder / "manifest.json")
 
     def _foreign_stores(self) -> set[str]:
-        """The purposes whose published store is of another teacher than the configured one."""
+        """The purposes whose published store is of a teacher other than the configured one."""
         found = set(self.foreign_teachers)
         for purpose in PURPOSES:
             spec = store_spec(self.config, purpose)
-            recorded = read_json(spec.folder / "summary.json").get("teacher")
+            recorded = read_json(spec.folder / "summary.json").get(COMPUTED_WITH)
             if recorded and not spec.fetch and not (spec.teacher_folder / "weights.safetensors").exists():
                 found |= {purpose} if recorded != teacher_fingerprint(self.config, self.index, purpose) else set()
         return found

@@ -24,7 +24,7 @@ from pipeline.training.log import parse_line
 from pipeline.views.draw import recipe_fingerprint
 
 LOG_TAIL = 2**18  # bytes read from the end of a log: about a thousand lines
-JSON_LIMIT = 2**28  # bytes; no JSON file of ours is larger
+JSON_LIMIT = 2**28  # bytes; no JSON file of the pipeline is larger
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def init(folder: Path, overrides: tuple[str, ...], device: str, output: Path, **
 
     Images and classes are counted, and sizes read from a sample; then image size, models, epochs, batch size
     and kind of store are chosen for them and for this machine. The teacher is fine-tuned from pretrained
-    weights if they can be had (local cache or download); otherwise it is trained from scratch.
+    weights if they are available (cached or downloadable); otherwise it is trained from scratch.
 
     \b
     Examples:
@@ -106,6 +106,6 @@ def estimate(path: str, overrides: tuple[str, ...], device: str, images: int | N
       pipeline estimate --images 1281167
     """
     from pipeline.cli import estimate
-    from pipeline.config.params import load
+    from pipeline.config.params import load_config
 
-    estimate.run(load(path, overrides), find_device(device), images, classes)
+    estimate.run(load_config(path, overrides), find_device(device), images, classes)

@@ -29,7 +29,17 @@ from pipeline.cli.scan import (
     read_log_tail,
     written_units,
 )
-from pipeline.cli.status_table import Facts, Row, best_top1, headline_top1, log_summary, row_of, short, show, write_rate
+from pipeline.cli.status_table import (
+    Row,
+    StageFacts,
+    best_top1,
+    headline_top1,
+    log_summary,
+    row_of,
+    short,
+    show,
+    write_rate,
+)
 from pipeline.common.errors import is_io_error, unreadable
 from pipeline.common.lock import is_held
 from pipeline.config.paths import (
@@ -77,7 +87,7 @@ def survey(config: Config, now: float) -> list[Row]:
         raise unreadable(getattr(error, "filename", None) or config.work, error) from error
 
 
-def _with_failure(facts: Facts, config: Config) -> Facts:
+def _with_failure(facts: StageFacts, config: Config) -> StageFacts:
     """Add the error of the stage's last command with these settings, unless something was written after it.
 
     A command for all students says nothing of those that are done.
@@ -89,7 +99,7 @@ def _with_failure(facts: Facts, config: Config) -> Facts:
     return replace(facts, failure=errors[last]) if last > max(facts.modified or 0.0, 1.0) - 1.0 else facts
 
 
-def gather(experiment: Experiment) -> list[Facts]:
+def gather(experiment: Experiment) -> list[StageFacts]:
     """The facts of every stage that is needed, in the order of `dvc repro`."""
     config = experiment.config
     tuned, adapted, folder = config.finetune, config.teacher_finetune, teacher_folder(config)
@@ -117,7 +127,7 @@ def gather(experiment: Experiment) -> list[Facts]:
     return [*facts, _evaluate(experiment, any(fact.foreign for fact in models))]
 
 
-def _prepare(experiment: Experiment) -> Facts:
+def _prepare(experiment: Experiment) -> StageFacts:
     """The shards; how many there will be is known only from a listing of the images, which would take too long here."""
     config, indices = experiment.config, experiment.indices
     if all(indices.values()):
@@ -125,8 +135,8 @@ def _prepare(experiment: Experiment) -> Facts:
         images = " + ".join(short(index["samples"]) for index in indices.values())
         modified = latest(newest(index_path(config, split).parent) for split in indices)
         other = bool(other_settings(config))
-        return Facts("prepare", "shards", count, count, published=True, foreign=other, modified=modified, note=f"{images} images")
-    # before its index is there, nothing says whose a folder is: per split, take the last modified of nobody else
+        return StageFacts("prepare", "shards", count, count, published=True, foreign=other, modified=modified, note=f"{images} images")
+    # until it has an index, nothing says whose a folder is: per split, take the last modified one that is nobody else's
     data, times = local_work(config.work) / "data", []
     others = [path for path in Path("outputs").glob("*/data/*/index.json") if path.parents[2].name != config.name]
     theirs = {Path(str(read_json(path).get("location"))).parent.name for path in others}
@@ -134,7 +144,7 @@ def _prepare(experiment: Experiment) -> Facts:
         folders = [modification_times(path) for path in data.glob(f"*/{split}") if path.parent.name not in theirs]
         tars = [[when for name, when in files.items() if name.endswith(".tar")] for files in folders]
         times += max(tars, key=lambda found: max(found, default=0.0), default=[])
-    return Facts(
+    return StageFacts(
         "prepare", "shards", len(times), begun=bool(times), modified=latest(times), rate=write_rate(times),
         images_per_unit=config.data.shard_samples, writers=is_held(data / DATA_LOCK),
     )  # fmt: skip
@@ -148,7 +158,7 @@ def _teacher_training(experiment: Experiment) -> Teacher | None:
 
 def _training(
     experiment: Experiment, stage: str, settings: Training | None, folder: Path, other: bool = False
-) -> Facts:
+) -> StageFacts:
     """A run that publishes into `folder`; without settings, the weights come from elsewhere.
 
     Args:
@@ -157,7 +167,7 @@ def _training(
     metrics = read_json(folder / "metrics.json") if (folder / "weights.safetensors").exists() else {}
     own = experiment.states_of(stage) if settings else []
     published, own_runs = metrics.get("run"), experiment.published_runs(stage) if settings else []
-    # trained here, or weights from elsewhere
+    # trained by the pipeline, or weights from elsewhere
     foreign = bool(metrics) and (other or isinstance(published, str) != bool(settings))
     foreign |= is_foreign(published, own_runs, experiment.known_runs)
     total, images = experiment.steps(settings) if settings else (None, None)
@@ -168,7 +178,7 @@ def _training(
     kept = state.checkpoint if state else 0
     if state.complete if state else metrics and not foreign:
         kept = total or 0
-    return Facts(
+    return StageFacts(
         stage, "steps", max(log.get("done", 0), kept), total, kept,
         begun=state is not None,
         published=bool(metrics),
@@ -182,7 +192,7 @@ def _training(
     )  # fmt: skip
 
 
-def _store(experiment: Experiment, stage: str, spec: StoreSpec) -> Facts:
+def _store(experiment: Experiment, stage: str, spec: StoreSpec) -> StageFacts:
     """A store, and its published manifest."""
     samples = [samples for samples in experiment.samples if samples]
     manifest, summary = (read_json(spec.folder / f"{name}.json") for name in ("manifest", "summary"))
@@ -203,8 +213,8 @@ def _store(experiment: Experiment, stage: str, spec: StoreSpec) -> Facts:
     note = f"{units.writers} writers" if units and units.writers > 1 else ""
     agreement = number(summary.get("agreement_with_labels"))
     if published and not foreign and agreement is not None:
-        note = f"{100 * agreement:.1f} % as labelled"
-    return Facts(
+        note = f"labels agree: {100 * agreement:.1f} %"
+    return StageFacts(
         stage, "units", len(units.times) if units else (total or 0) * (published and not foreign), total,
         begun=units is not None,
         published=published,
@@ -217,7 +227,7 @@ def _store(experiment: Experiment, stage: str, spec: StoreSpec) -> Facts:
     )  # fmt: skip
 
 
-def _evaluate(experiment: Experiment, other_models: bool) -> Facts:
+def _evaluate(experiment: Experiment, other_models: bool) -> StageFacts:
     """All models at once, written at the end; the top-1 accuracy is the best student's.
 
     Args:
@@ -230,7 +240,7 @@ def _evaluate(experiment: Experiment, other_models: bool) -> Facts:
     other = other_models or metrics.keys() & known != models.keys() or have_changed(metrics, models) or lacks_sets(metrics, config)
     foreign = bool(metrics) and other
     untrained = [name for name, where in models.items() if not (where / "weights.safetensors").exists()]
-    return Facts(
+    return StageFacts(
         "evaluate", "models", len(models) if metrics and not foreign else 0, len(models),
         published=bool(metrics),
         foreign=foreign,

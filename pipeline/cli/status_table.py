@@ -14,7 +14,7 @@ FAILED = "failed"
 
 
 @dataclass(frozen=True)
-class Facts:
+class StageFacts:
     """What a stage's files say; times in seconds since 1970."""
 
     stage: str
@@ -64,7 +64,7 @@ class Row:
     note: str
 
 
-def state_of(facts: Facts, now: float) -> str:
+def state_of(facts: StageFacts, now: float) -> str:
     """Unfinished work takes precedence over earlier published results."""
     state = OUTDATED if facts.foreign else DONE if facts.published else NOT_BEGUN
     complete = facts.total is not None and facts.done >= facts.total
@@ -74,7 +74,7 @@ def state_of(facts: Facts, now: float) -> str:
     return FAILED if facts.failure and state != RUNNING else state
 
 
-def row_of(facts: Facts, now: float) -> Row:
+def row_of(facts: StageFacts, now: float) -> Row:
     state, done, total, note = state_of(facts, now), facts.done, facts.total, facts.note
     if state in (STOPPED, FAILED) and facts.kept is not None:
         done = facts.kept

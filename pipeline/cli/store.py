@@ -40,13 +40,13 @@ def estimate(
     Example:
       pipeline store estimate --images 1281167 --views-per-second 5000
     """
-    from pipeline.config.params import load
+    from pipeline.config.params import load_config
     from pipeline.config.paths import index_path
     from pipeline.config.store_spec import store_spec
     from pipeline.shards.index import Index
     from pipeline.store import estimate as costs
 
-    config = load(path, overrides)
+    config = load_config(path, overrides)
     spec = store_spec(config, purpose)
     if images is None:
         index = Index(index_path(config, "train"))
@@ -75,11 +75,11 @@ def info(path: str, overrides: tuple[str, ...], purpose: str, named: str | None,
       pipeline store info --views agreement
     """
     from pipeline.cli.find_store import find_store
-    from pipeline.config.params import load
+    from pipeline.config.params import load_config
     from pipeline.config.store_spec import store_spec
     from pipeline.store.maintenance import describe_store
 
-    config = load(path, overrides)
+    config = load_config(path, overrides)
     spec = store_spec(config, purpose)
     found = find_store(config, spec, named)
     click.echo(describe_store(found, spec))
@@ -107,11 +107,11 @@ def verify(path: str, overrides: tuple[str, ...], purpose: str, named: str | Non
       pipeline store verify --teacher 3
     """
     from pipeline.cli.find_store import find_store
-    from pipeline.config.params import load
+    from pipeline.config.params import load_config
     from pipeline.config.store_spec import store_spec
     from pipeline.store import maintenance
 
-    config = load(path, overrides)
+    config = load_config(path, overrides)
     spec = store_spec(config, purpose)
     published = None if named else spec.folder / "manifest.json"
     maintenance.verify(config, spec, find_store(config, spec, named), published, recompute, find_device(device))
@@ -129,11 +129,11 @@ def repair(path: str, overrides: tuple[str, ...], purpose: str, named: str | Non
       pipeline store repair && pipeline teacher-logits
     """
     from pipeline.cli.find_store import find_store
-    from pipeline.config.params import load
+    from pipeline.config.params import load_config
     from pipeline.config.store_spec import store_spec
     from pipeline.store import maintenance
 
-    config = load(path, overrides)
+    config = load_config(path, overrides)
     spec = store_spec(config, purpose)
     maintenance.repair(find_store(config, spec, named), spec)
 
@@ -152,11 +152,11 @@ def export(path: str, overrides: tuple[str, ...], purpose: str, named: str | Non
       pipeline store export --parquet predictions.parquet
     """
     from pipeline.cli.find_store import find_configured_store
-    from pipeline.config.params import load
+    from pipeline.config.params import load_config
     from pipeline.config.store_spec import store_spec
     from pipeline.store.parquet import export_parquet
 
-    config = load(path, overrides)
+    config = load_config(path, overrides)
     spec = store_spec(config, purpose)
     rows = export_parquet(find_configured_store(config, spec, named), spec, file)
     click.echo(f"{file}: {rows:,} rows, {size_of(file.stat().st_size)}")
@@ -173,7 +173,7 @@ def publish(path: str, overrides: tuple[str, ...], purpose: str, named: str | No
 
     TARGET is a folder, a URL that fsspec knows (s3://..., hf://datasets/...), or a file named .tar. It gets
     the predictions, their checksums, a list of the samples, and a card in Markdown. Publishing more views
-    later adds files; a killed call continues where it was.
+    later adds files; a call that was killed resumes where it stopped.
 
     \b
     Examples:
@@ -181,11 +181,11 @@ def publish(path: str, overrides: tuple[str, ...], purpose: str, named: str | No
       pipeline store publish store.tar --dry-run
     """
     from pipeline.cli.find_store import find_configured_store
-    from pipeline.config.params import load
+    from pipeline.config.params import load_config
     from pipeline.config.store_spec import store_spec
     from pipeline.store.publishing import publish_store, read_teacher_metrics
 
-    config = load(path, overrides)
+    config = load_config(path, overrides)
     spec = store_spec(config, purpose)
     found = find_configured_store(config, spec, named)
     metrics = read_teacher_metrics(spec.teacher_folder, found.attributes["teacher"])
@@ -202,8 +202,9 @@ def publish(path: str, overrides: tuple[str, ...], purpose: str, named: str | No
 def fetch(path: str, overrides: tuple[str, ...], purpose: str, source: str) -> None:
     """Fetch the store published at SOURCE for the prepared images, in place of running a teacher.
 
-    Refused, naming the first difference, if it was made from other images or with another recipe. A killed
-    call continues where it was. With teacher_logits.fetch in params.yaml, `dvc repro` does the same.
+    It is refused, naming the first difference, if it was made from different images or with a different
+    recipe. A call that was killed resumes where it stopped. With teacher_logits.fetch in params.yaml,
+    `dvc repro` does the same.
 
     \b
     Example:
@@ -211,13 +212,13 @@ def fetch(path: str, overrides: tuple[str, ...], purpose: str, source: str) -> N
     """
     import torch
 
-    from pipeline.config.params import load
+    from pipeline.config.params import load_config
     from stages import teacher_logits
 
     section = "finetune" if purpose == "finetune" else "teacher_logits"
-    config = load(path, (*overrides, f"{section}.fetch={source}"))
+    config = load_config(path, (*overrides, f"{section}.fetch={source}"))
     teacher_logits.run(config, torch.device("cpu"), purpose)
-    if getattr(load(path, overrides), section).fetch != source:
+    if getattr(load_config(path, overrides), section).fetch != source:
         print(f"set {section}.fetch: {source} in {path}, so that `pipeline evaluate` and `dvc repro` need no teacher either")
 
 
@@ -225,12 +226,12 @@ def fetch(path: str, overrides: tuple[str, ...], purpose: str, source: str) -> N
 @click.option("--yes", is_flag=True, help="Delete them instead of only listing them.")
 @click.option("--work", default="work", show_default=True, help="The folder with stores, state folders and data sets.")
 def prune(yes: bool, work: str) -> None:
-    """Find stores, state folders and data sets below WORK that nothing refers to any more.
+    """Find stores, state folders and data sets below WORK that nothing refers to any longer.
 
-    Kept is everything that a configuration can use (params.yaml, configs/, and outputs/*/params.yaml, which
+    It keeps everything that a configuration can use (params.yaml, configs/, and outputs/*/params.yaml, which
     records the last command's settings, overrides included), everything that a file under outputs/ names, and
     everything that a process is using, here or possibly on another machine. What cannot be attributed is kept
-    too. Caution: other folders that share WORK are not known here, so what only they need is listed, too.
+    too. Caution: other projects that share WORK are not considered, so what only they need is listed, too.
 
     \b
     Example:

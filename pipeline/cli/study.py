@@ -18,15 +18,14 @@ from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.signals import raise_on_sigterm
 from pipeline.common.wording import count_of
 from pipeline.config.cells import Cell, expand
-from pipeline.config.params import load, record
-from pipeline.config.paths import evaluated_models, evaluation_folder, used_params
+from pipeline.config.params import load_config, record_config
+from pipeline.config.paths import evaluated_models, evaluation_folder, recorded_params
 from pipeline.config.schema import PURPOSES, Config
-from pipeline.config.store_spec import store_spec
 from pipeline.config.study import Study, load_study
 from pipeline.config.validation import fingerprint
 from pipeline.models.provenance import START, finetune_start, student_start
 from pipeline.shards.prepared import data_settings, other_settings
-from pipeline.training.identity import is_run_of, used_other_predictions, validation_fingerprint
+from pipeline.training.identity import validation_fingerprint
 
 Execute = Callable[[list[str]], int]
 """Runs a command of `pipeline`, given without that word; returns its exit code."""
@@ -62,7 +61,7 @@ def find(name: str, overrides: tuple[str, ...]) -> Matrix:
     base = study.base if study.base.endswith((".yaml", ".yml")) else CONFIGS / f"{study.base}.yaml"
     if not Path(base).exists():
         raise UsageError(f"{path}: base", expected="a configuration in configs/, or a YAML file", found=f"no {base}")
-    return Matrix(path.stem, study, expand(study, path.stem, load(base, overrides), str(path)), name)
+    return Matrix(path.stem, study, expand(study, path.stem, load_config(base, overrides), str(path)), name)
 
 
 def studies() -> dict[str, Path]:
@@ -86,7 +85,7 @@ def list_studies() -> None:
 
 def setup_commands(config: Config, finetune: bool | str) -> list[list[str]]:
     """What the students of a configuration need: shards, teachers and stores."""
-    options = ["--config", str(used_params(config))]
+    options = ["--config", str(recorded_params(config))]
     commands = [["prepare", "--quick", *options]]
     for purpose in PURPOSES[: 1 + bool(finetune)]:
         chosen = ["--for", purpose] * (purpose == "finetune")
@@ -100,13 +99,13 @@ def setup_commands(config: Config, finetune: bool | str) -> list[list[str]]:
 def cell_command(cell: Cell) -> list[str]:
     """What trains a cell's student."""
     stage, _, student = cell.stage.partition("@")
-    return [stage, "--student", student, "--config", str(used_params(cell.config))]
+    return [stage, "--student", student, "--config", str(recorded_params(cell.config))]
 
 
 def print_commands(matrix: Matrix) -> None:
     """Print every command, after writing the configurations that they name."""
     for config in matrix.configs:
-        record(config)
+        record_config(config)
     print("# shards, teachers and stores: one after the other")
     setup = [command for config in matrix.configs for command in setup_commands(config, matrix.study.finetune)]
     _print(setup)
@@ -115,7 +114,7 @@ def print_commands(matrix: Matrix) -> None:
         _print(cell_command(cell) for cell in matrix.cells if cell.finetuned == tuned)
     if matrix.study.evaluate:
         print("# evaluation: when the students are trained")
-        _print(["evaluate", "--config", str(used_params(config))] for config in matrix.configs)
+        _print(["evaluate", "--config", str(recorded_params(config))] for config in matrix.configs)
 
 
 def _print(commands: Iterable[list[str]]) -> None:
@@ -148,7 +147,7 @@ def run(matrix: Matrix, names: tuple[str, ...], dry_run: bool, execute: Execute)
             tried.add(cell.name)
     for config in matrix.configs if matrix.study.evaluate and not names else []:
         if not _is_evaluated(config):
-            _run(["evaluate", "--config", str(used_params(config))], config, dry_run, execute)
+            _run(["evaluate", "--config", str(recorded_params(config))], config, dry_run, execute)
 
 
 def _missing(matrix: Matrix, chosen: list[Cell], tried: set[str]) -> list[Cell]:
@@ -174,7 +173,7 @@ def _run(command: list[str], config: Config, dry_run: bool, execute: Execute) ->
     print(f"> {text}", flush=True)
     if dry_run:
         return
-    record(config)
+    record_config(config)
     if code := execute(command):
         raise PipelineError(
             f"study: {text}", expected="exit code 0", found=f"exit code {code}",
@@ -200,7 +199,7 @@ def run_subprocess(command: list[str]) -> int:
 def done_runs(cells: Iterable[Cell]) -> dict[str, str]:
     """The fingerprints of the runs of the cells that are done, by the cell's name.
 
-    None is done of a configuration that was prepared from other data, which a line says.
+    No cell counts as done if its configuration was prepared from other data; a line is then printed.
     """
     cells = list(cells)
     experiments = _experiments(cells)
@@ -218,7 +217,7 @@ def _experiments(cells: Iterable[Cell]) -> dict[str, Experiment]:
 
 
 def _differing(experiments: Iterable[Experiment]) -> list[Experiment]:
-    """Those that were prepared with the same settings of `data` as another, but from other images, as these changed since."""
+    """Those that were prepared with the same settings of `data` as another, but from images that have changed since."""
     prepared: dict[str, list[Experiment]] = {}
     for experiment in experiments:
         data = experiment.config.data
@@ -240,17 +239,12 @@ def _done_run(cell: Cell, experiment: Experiment) -> str | None:
     start = finetune_start(config, cell.variant) if cell.finetuned else student_start(config, student)
     if None not in (start, metrics.get(START)) and start != metrics[START]:
         return None
-    purpose = "finetune" if cell.finetuned else "train-student"
-    spec, distilled = store_spec(config, purpose), student.distillation != "none"
-    if distilled and purpose in experiment.foreign_teachers:
+    purpose, distilled = "finetune" if cell.finetuned else "train-student", student.distillation != "none"
+    if distilled and (purpose in experiment.foreign_stores or "fingerprint" not in experiment.manifest(cell.stage)):
         return None
-    manifest, kind = read_json(spec.folder / "manifest.json"), "argmax" if student.distillation == "hard" else spec.kind
-    store = manifest.get("fingerprint", "none") if distilled else None
-    own = [state for state in experiment.states if is_run_of(experiment.runs[cell.stage], state.described)]
-    own = [state for state in own if not used_other_predictions(state.described, kind, spec.views, manifest)]
-    complete = {state.folder.name for state in own if state.complete and state.described.get("store") == store}
-    weights = (cell.folder / "weights.safetensors").exists()
-    return metrics["run"] if weights and metrics.get("run") in complete else None
+    complete = {state.folder.name for state in experiment.states if state.complete}
+    run = metrics.get("run") if (cell.folder / "weights.safetensors").exists() else None
+    return run if run in complete.intersection(experiment.published_runs(cell.stage)) else None
 
 
 def _is_evaluated(config: Config) -> bool:

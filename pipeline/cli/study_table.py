@@ -15,7 +15,7 @@ from pipeline.common.errors import UsageError
 from pipeline.common.wording import count_of
 from pipeline.config.cells import Cell, levels_before_finetuning
 from pipeline.config.paths import evaluation_folder, teacher_folder
-from pipeline.config.study import FINETUNED
+from pipeline.config.study import FINETUNED_COLUMN
 from pipeline.report.differences import difference_table, differences
 from pipeline.report.study import Value, read_cells, summarize, table_rows, write_cells, write_tables
 from pipeline.report.study_figure import draw_figure
@@ -48,7 +48,7 @@ def collect(matrix: Matrix, done: dict[str, str]) -> Iterator[Value]:
         levels = dict(cell.levels)
         if matrix.study.finetune is True:
             shown = levels if cell.finetuned else levels_before_finetuning(matrix.study, levels)
-            levels = shown and {**shown, FINETUNED: "yes" if cell.finetuned else "no"}
+            levels = shown and {**shown, FINETUNED_COLUMN: "yes" if cell.finetuned else "no"}
         if levels and (run := done.get(cell.name)):
             for metric in matrix.study.metrics:
                 if (value := number(read_metric(cell, metric, run))) is not None:

@@ -1,4 +1,4 @@
 """What every package may use: errors, files, locks, signals, ranks and random streams.
 
-Must not know configurations, images or models.
+Must not know about configurations, images or models.
 """

@@ -1,4 +1,4 @@
-"""Functions of one's own, named by dotted path (`mypackage.models:build`): found, imported, and the file's digest.
+"""The user's functions, named by dotted path (`mypackage.models:build`): found, imported, and the file's digest.
 
 The current folder is searched first, as `python -m` does.
 """

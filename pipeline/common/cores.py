@@ -11,8 +11,7 @@ OPEN_FILES, OPEN_FILES_PER_WORKER = 32, 16
 
 def available_cores() -> int:
     """Cores available to this process: an equal share if torchrun started several on this machine."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
 def resolve_workers(chosen: int | None, gpu: bool) -> int:

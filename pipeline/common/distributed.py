@@ -22,7 +22,7 @@ class Rank:
     world_size: int = 1
 
     @classmethod
-    def init_process_group(cls, device: torch.device) -> "Rank":
+    def current(cls, device: torch.device) -> "Rank":
         """Join the process group that torchrun's environment describes, if there is one.
 
         Tensors on GPUs go through nccl, tensors on CPUs and Python objects through gloo.

@@ -38,6 +38,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Write UTF-8 text, atomically; a file that has it already keeps its time."""
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == text.encode():
+            return
+    write_text(path, text)
+
+
+def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
+    """Write a JSON value, indented, atomically."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=sort_keys) + "\n")
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; {} if there is none."""
     try:

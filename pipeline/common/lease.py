@@ -5,7 +5,7 @@ machine a kernel lock decides (pipeline.common.lock), which ends with its proces
 store at a URL, is known by its lease alone and counts as dead LEASE_SECONDS after the last renewal. Until then a
 newcomer waits, so that a job that was preempted on one machine resumes on another.
 
-filelock.SoftFileLease is no replacement: it needs a local path, and `work: s3://...` has leases at URLs.
+filelock.SoftFileLease is not a replacement: it needs a local path, and `work: s3://...` has leases at URLs.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from pipeline.common.signals import raise_on_sigterm
 
 LEASE_SECONDS = 300.0  # without renewal, until a holder counts as dead
 RENEWALS_PER_LEASE = 5
-POLL_SECONDS = 1.0  # between two reads of another's lease, and before one's own counts where there is no kernel lock
+POLL_SECONDS = 1.0  # between two reads of another process's lease, and before a new lease counts where there is no kernel lock
 
 
 @dataclass(frozen=True)
@@ -216,17 +216,18 @@ def part_lease_path(store: str, number: int, parts: int) -> str:
 def part_lease(store: str, number: int, parts: int, purpose: str, break_lock: bool = False) -> Iterator[None]:
     """Hold the lease of part number/parts of a store for the duration of the block.
 
-    A division into another number of parts would overlap with this one, so its writers must not be running.
+    A division into a different number of parts would overlap with this one, so its writers must not be running.
 
     Raises:
-        UsageError: another process holds this part, or one of another division; names its host, process and age.
+        UsageError: another process holds this part, or a part of a different division; names its host, process and age.
         PipelineError: the file cannot be written.
     """
     with lease(part_lease_path(store, number, parts), purpose, break_lock):
         filesystem, _ = fsspec.core.url_to_fs(store)
         for place, active in part_leases(store).items():
             if active and not place.endswith(f"-of-{parts}.lock"):
-                other, division = _LeaseFile(place, filesystem, place), f"another division than into {parts} parts"
+                other = _LeaseFile(place, filesystem, place)
+                division = f"a job that divides the store into a number of parts other than {parts}"
                 holder = other.read()
                 if is_held(_kernel_lock_path(place)):
                     raise other.refusal(division, holder)

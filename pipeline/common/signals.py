@@ -78,8 +78,8 @@ def ignore_job_signals() -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    if parent is None or not hasattr(signal, "sigwaitinfo"):
-        return  # macOS does not report the sender of a signal
+    if parent is None:
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before other threads start: they inherit the mask
     threading.Thread(target=_exit_on_sigterm_from, args=(parent.pid,), daemon=True).start()
 

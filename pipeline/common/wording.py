@@ -15,7 +15,7 @@ def three_digits(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that suits: 12 s, 5 min, 3.2 h, 4.1 d, 11,574 d."""
+    """A duration in a suitable unit: 12 s, 5 min, 3.2 h, 4.1 d, 11,574 d."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     if seconds < 99.5 * 60:

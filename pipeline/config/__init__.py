@@ -1,4 +1,4 @@
 """The typed configuration: every key, its validation, and what follows from it: paths, the stores needed, fingerprints.
 
-Must not know torch, images or the contents of any file but configurations.
+Must not know about torch, images or the contents of any file other than configurations.
 """

@@ -18,11 +18,11 @@ from pipeline.config.paths import finetune_folder, student_folder
 from pipeline.config.schema import PURPOSES, Config, Student, changed_fields, changed_student
 from pipeline.config.store_spec import store_spec
 from pipeline.config.study import SEED, STUDENT, Changes, Study, is_number
-from pipeline.config.validation import fingerprint, validate
+from pipeline.config.validation import fingerprint, flatten, validate
 
 OWN_STUDENT_KEY = f"{STUDENT}."
 DIGITS = 6
-"""Of a configuration's fingerprint, in its name."""
+"""Number of digits of its fingerprint in a configuration's name."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,18 @@ class Cell:
     """One student of one configuration."""
 
     config: Config = field(repr=False)
-    """Complete: with the students of its other cells."""
+    """The complete configuration, with the students of its other cells."""
     variant: str
-    """The student's name there."""
+    """The student's name in the configuration."""
     levels: dict[str, str]
-    """By axis, `student` first."""
+    """The level of each axis, `student` first."""
     seed: int
     finetuned: bool = False
     """Whether it is the student after fine-tuning."""
 
     @property
     def name(self) -> str:
-        """Its folder's name below outputs/, without `students/`."""
+        """The name of its folder below outputs/, without `students/`."""
         return f"{self.config.name}/{self.folder.name}"
 
     @property
@@ -54,6 +54,19 @@ class Cell:
         return f"{'finetune' if self.finetuned else 'train-student'}@{self.variant}"
 
 
+@dataclass(frozen=True)
+class _Member:
+    """What one cell has of its own in a configuration that several share."""
+
+    settings: dict[str, Any]
+    """The configuration's."""
+    student_changes: dict[str, Any]
+    """To the variant's settings, with the seed."""
+    levels: dict[str, str]
+    """By axis."""
+    seed: int
+
+
 def expand(study: Study, name: str, base: Config, source: str) -> list[Cell]:
     """The cells of a study called `name`, in the order in which they are run: all of one seed, then those of the next.
 
@@ -63,23 +76,23 @@ def expand(study: Study, name: str, base: Config, source: str) -> list[Cell]:
     """
     settings = _changed(base.model_dump(mode="json", by_alias=True), study.set)
     _check_set(study, settings["variants"], study.students or base.students, source)
-    shared: dict[str, list[tuple[dict, dict, dict[str, str], int]]] = {}
+    shared: dict[str, list[_Member]] = {}
     for levels, changes in _points(study, study.students or base.students):
         own = {key.removeprefix(OWN_STUDENT_KEY): value for key, value in changes.items() if key.startswith(OWN_STUDENT_KEY)}
         others = {key: value for key, value in changes.items() if not key.startswith(OWN_STUDENT_KEY)}
         values = _changed(settings, others)
         title = _title(study, levels, student=False)
         for seed in study.seeds:
-            # students that all start from the same weights differ by nothing else
+            # students that all start from the same weights differ only in this
             seeded = _changed(values, {"finetune.seed": seed}) if study.finetune == "only" else values
             key = "-".join(filter(None, [name, title, f"{SEED}{seed}" * (study.finetune == "only")]))
-            shared.setdefault(key, []).append((seeded, own | {SEED: seed}, levels, seed))
-            if shared[key][0][0] != seeded:
+            shared.setdefault(key, []).append(_Member(seeded, own | {SEED: seed}, levels, seed))
+            if shared[key][0].settings != seeded:
                 raise UsageError(f"{source}: {key}", expected="levels whose names differ in letters, digits or ._-",
                                  found="two that do not", do="rename one")  # fmt: skip
     cells = [cell for key, members in shared.items() for cell in _configuration(study, key, members, source)]
     if not cells:
-        raise UsageError(source, expected="at least one cell", found="skip leaves out all", do="correct skip")
+        raise UsageError(source, expected="at least one cell", found="skip leaves out every cell", do="correct skip")
     _check_stores([cell.config for cell in cells], source)
     return sorted(cells, key=lambda cell: study.seeds.index(cell.seed))
 
@@ -87,23 +100,14 @@ def expand(study: Study, name: str, base: Config, source: str) -> list[Cell]:
 def _check_set(study: Study, variants: dict[str, dict], students: list[str], source: str) -> None:
     """Refuse a change of `student` in every cell that a student's own settings override."""
     for key, value in study.set.items():
-        wanted = _leaves(override_key({}, key.removeprefix(OWN_STUDENT_KEY), value))
+        wanted = flatten(override_key({}, key.removeprefix(OWN_STUDENT_KEY), value))
         for name in students if key.startswith(OWN_STUDENT_KEY) else ():
-            own = _leaves(variants.get(name, {}))
+            own = flatten(variants.get(name, {}))
             for leaf in [leaf for leaf in wanted if own.get(leaf, wanted[leaf]) != wanted[leaf]]:
                 raise UsageError(
                     f"{source}: set: {key}", expected=f"a key that the base's variant {name} does not set",
                     found=f"{leaf}: {own[leaf]} there", do=f"set variants.{name}.{leaf}, or make {key} an axis",
                 )  # fmt: skip
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted key."""
-    found = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        found |= _leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return found
 
 
 def _points(study: Study, students: list[str]) -> Iterator[tuple[dict[str, str], Changes]]:
@@ -117,24 +121,22 @@ def _points(study: Study, students: list[str]) -> Iterator[tuple[dict[str, str],
             yield levels, changes
 
 
-def _configuration(
-    study: Study, title: str, members: list[tuple[dict, dict, dict[str, str], int]], source: str
-) -> list[Cell]:
+def _configuration(study: Study, title: str, members: list[_Member], source: str) -> list[Cell]:
     """The cells of one configuration: its variants are their students."""
-    values, variants, cells = members[0][0], {}, []
-    for _, own, levels, seed in members:
-        student = levels[STUDENT]
+    values, variants, cells = members[0].settings, {}, []
+    for member in members:
+        student = member.levels[STUDENT]
         if student not in values["variants"]:
             known = ", ".join(values["variants"])
             raise UsageError(f"{source}: student {student}", expected=f"one of the base's variants: {known}", found="none of them")
-        changed = _changed(values["variants"][student], own)
+        changed = _changed(values["variants"][student], member.student_changes)
         # what a fine-tuned student started from is in no file that names its run
         digest = _student_digest(values["student"], changed, source, title)[:DIGITS] if study.finetune else ""
-        variant = "-".join(filter(None, [student, _title(study, levels, student=True), f"{SEED}{seed}", digest]))
+        variant = "-".join(filter(None, [student, _title(study, member.levels, student=True), f"{SEED}{member.seed}", digest]))
         if variant in variants:
             raise UsageError(f"{source}: {title}", expected="cells of different names", found=f"{variant} twice", do="rename a level")
         variants[variant] = changed
-        cells.append((variant, levels, seed))
+        cells.append((variant, member))
     last = {"students": [] if study.finetune == "only" else [*variants], "variants": variants}
     values = {**values, **last, "finetune": {**values["finetune"], "from": [*variants] if study.finetune else []}}
     config = resolve(values, (), f"{source}: {title}")
@@ -143,8 +145,8 @@ def _configuration(
     name = f"{title}-{_digest(config)[:DIGITS]}"
     config = resolve({**values, "name": name}, (), f"{source}: {title}")
     return [
-        Cell(config, variant, levels, seed, tuned)
-        for variant, levels, seed in cells
+        Cell(config, variant, member.levels, member.seed, tuned)
+        for variant, member in cells
         for tuned in {False: (False,), True: (False, True), "only": (True,)}[study.finetune]
     ]
 
@@ -184,20 +186,20 @@ def levels_before_finetuning(study: Study, levels: dict[str, str]) -> dict[str, 
 
 
 def _digest(config: Config) -> str:
-    """Fingerprint of all that may change a result and that neither a run's own settings nor its data's index say.
+    """Fingerprint of every setting that can change a result but is in neither the run's settings nor the index.
 
-    Defaults are left out, so that a further key does not rename the configurations of earlier studies.
+    Defaults are left out, so that a new key does not rename the configurations of earlier studies.
     """
     sections = ("recipe", "teacher", "teacher_finetune", "teacher_logits", "student", "finetune")
     values = {name: changed_fields(getattr(config, name)) for name in sections}
     values["finetune"].pop("from", None)
     if fetched := {name: section.fetch for name in ("teacher_logits", "finetune") if (section := getattr(config, name)).fetch}:
-        values["fetch"] = fetched  # of a store that is fetched, no settings here name the teacher
+        values["fetch"] = fetched  # for a fetched store, no setting here names the teacher
     return fingerprint(values)
 
 
 def _student_digest(base: Any, changed: dict, source: str, title: str) -> str:
-    """The same of one student's settings."""
+    """Fingerprint of one student's settings."""
     student = validate(Student, base, f"{source}: {title}", "student")
     return fingerprint(changed_fields(changed_student(student, changed, f"{source}: {title}: student")))
 

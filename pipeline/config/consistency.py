@@ -66,8 +66,8 @@ def _names(config: "Config") -> Iterator[str]:
     for name in config.variants:
         if name in ("truth", "teacher") or name.endswith("finetuned") or not re.fullmatch(NAME, name):
             yield (
-                f"variants.{name}: a name of letters, digits and ._- that does not begin with . or -, does not end in"
-                " `finetuned`, and is neither truth nor teacher"
+                f"variants.{name}: the name must consist of letters, digits and ._-, must not begin with . or - or end in"
+                " `finetuned`, and must be neither truth nor teacher"
             )
 
 
@@ -100,7 +100,7 @@ def _shards(config: "Config") -> Iterator[str]:
     for split in ("train", "val"):
         text = getattr(config.data, split)
         if not _balanced(text):
-            yield f"data.{split}: balanced braces, as in train-{{0000..1023}}.tar, not {text!r}"
+            yield f"data.{split} must have balanced braces, as in train-{{0000..1023}}.tar: found {text!r}"
 
 
 def _unlabelled(config: "Config") -> Iterator[str]:
@@ -182,7 +182,7 @@ def _teacher_sizes(config: "Config") -> Iterator[str]:
         )
     if config.teacher.size and not config.teacher.weights:
         yield (
-            "teacher.size must be null without teacher.weights: the teacher is trained here at recipe.size; found"
+            "teacher.size must be null without teacher.weights: the pipeline trains the teacher at recipe.size; found"
             f" {config.teacher.size}"
         )
 
@@ -212,6 +212,6 @@ def _finetuned_students(config: "Config") -> Iterator[str]:
         yield f"finetune.from must be different names: {config.finetune.students}"
     for name in config.finetune.students:
         if config.students and not config.finetune.weights and name not in config.students:
-            yield f"finetune.from must be of students {config.students}: found {name!r}"
+            yield f"finetune.from must name students from {config.students}: found {name!r}"
         else:
             config.student_named(name)

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from pipeline.common.errors import UsageError
-from pipeline.common.files import atomic_write
-from pipeline.config.paths import used_params
+from pipeline.common.files import write_if_changed
+from pipeline.config.paths import recorded_params
 from pipeline.config.schema import Config
 from pipeline.config.validation import short_repr, validate
 
@@ -58,7 +58,7 @@ def parse_yaml(text: str, source: str) -> Any:
     """Parse YAML into plain values.
 
     Raises:
-        UsageError: no YAML, with line and column where they are known; too long, too deep or too many values.
+        UsageError: not valid YAML, with line and column where they are known; too long, too deep or too many values.
     """
     if len(text) > MAX_CHARACTERS:
         raise _unreadable(source, f"more than {MAX_CHARACTERS:,} characters", f"{MAX_CHARACTERS:,} characters at most")
@@ -112,7 +112,7 @@ def override(values: dict, text: str) -> dict:
     """`values` with one `section.key=value` override; all other keys stay, in kwargs and variants too.
 
     Raises:
-        UsageError: not of that form, or the value is no YAML.
+        UsageError: not of that form, or the value is not valid YAML.
     """
     name, equals, written = text.partition("=")
     keys = name.split(".")
@@ -162,11 +162,11 @@ def read_text(path: str | Path) -> str:
         ) from None
 
 
-def load(path: str | Path = "params.yaml", overrides: tuple[str, ...] = ()) -> Config:
+def load_config(path: str | Path = "params.yaml", overrides: tuple[str, ...] = ()) -> Config:
     """Load a configuration file and apply `section.key=value` overrides.
 
     Raises:
-        UsageError: missing file, no YAML, unknown key, wrong type, conflicting settings.
+        UsageError: missing file, invalid YAML, unknown key, wrong type, conflicting settings.
     """
     return resolve(parse_yaml(read_text(path), str(path)), overrides, str(path))
 
@@ -200,9 +200,6 @@ def dump_key(key: str, value: Any) -> str:
     return yaml.dump({key: value}, Dumper=_Dumper, sort_keys=False, default_flow_style=style, width=88)
 
 
-def record(config: Config) -> None:
+def record_config(config: Config) -> None:
     """Save the configuration with its outputs, so that `pipeline prune` knows it when params.yaml has changed."""
-    path, text = used_params(config), dump(config)
-    if not path.exists() or path.read_bytes() != text.encode():
-        with atomic_write(path) as temporary:
-            temporary.write_text(text)
+    write_if_changed(recorded_params(config), dump(config))

@@ -1,6 +1,6 @@
 """Paths of all files, as pure functions of the configuration.
 
-DVC's outputs are stored in `outputs/<name>/`. What can be resumed is stored in `<work>/`, in folders named by the
+DVC's outputs are stored in `outputs/NAME/`. What can be resumed is stored in `WORK/`, in folders named by the
 fingerprint of everything that they depend on.
 """
 
@@ -24,23 +24,23 @@ def outputs(config: Config) -> Path:
     return Path("outputs") / config.name
 
 
-def used_params(config: Config) -> Path:
+def recorded_params(config: Config) -> Path:
     """The configuration of the experiment's last command, overrides included."""
     return outputs(config) / "params.yaml"
 
 
 def needed_path(config: Config) -> Path:
-    """States which teachers and stores are needed."""
+    """The file that states which teachers and stores are needed."""
     return outputs(config) / "needed.json"
 
 
 def external_path(config: Config) -> Path:
-    """Digests of files that DVC does not know but its stages depend on: weights, the source of models of one's own."""
+    """Digests of files that DVC does not track but its stages depend on: weights, and the source of custom models."""
     return outputs(config) / "external.json"
 
 
 def evaluation_sets_path(config: Config) -> Path:
-    """Digests of the further evaluation sets, which DVC does not know but `evaluate` depends on."""
+    """Digests of the additional evaluation sets, which DVC does not track but `evaluate` depends on."""
     return outputs(config) / "evaluation-sets.json"
 
 
@@ -49,7 +49,7 @@ def index_path(config: Config, split: str) -> Path:
 
 
 def data_settings_path(config: Config) -> Path:
-    """The settings of the data that the indices are of."""
+    """The settings that the published indices were made with."""
     return outputs(config) / "data" / "settings.json"
 
 
@@ -102,7 +102,7 @@ def shard_cache_folder(config: Config) -> Path:
     return Path(config.data.cache) if config.data.cache else local_work(config.work) / "cache"
 
 
-def digests_folder(config: Config) -> Path:
+def checksums_folder(config: Config) -> Path:
     """Digests of external weight files, recorded when each was first read."""
     return local_work(config.work) / "weights"
 

@@ -13,7 +13,7 @@ from pipeline.common.errors import UsageError
 from pipeline.config.consistency import conflicting_settings
 from pipeline.config.sections import Data, Evaluate, Logging, Recipe, TeacherLogits
 from pipeline.config.training_sections import Finetune, Student, Teacher, TeacherFinetune, Training
-from pipeline.config.types import NAME, Work, is_own_model
+from pipeline.config.types import NAME, Work, is_custom_model
 from pipeline.config.validation import Section, validate
 
 __all__ = [
@@ -29,7 +29,7 @@ class Config(Section):
     """A complete experiment, as stored in params.yaml."""
 
     name: Annotated[str, Field(pattern=NAME)] = "imagenet-deit-tiny"
-    """Outputs are written to outputs/<name>/."""
+    """Outputs are written to outputs/NAME/."""
     work: Work = "work"
     """Folder for shards, stores and training state, each in a subfolder named by its fingerprint. If it is a URL, only
     stores are kept there; everything else is in the local folder `work`."""
@@ -57,7 +57,7 @@ class Config(Section):
         """`student` with the overrides of `variants[name]`.
 
         Raises:
-            UsageError: no such variant, or an override that is no valid key or value of `student`.
+            UsageError: no such variant, or an override that is not a valid key or value of `student`.
         """
         if name not in self.variants:
             raise UsageError(
@@ -79,21 +79,21 @@ class Config(Section):
         return any(self.student_named(name).distillation != "none" for name in names)
 
     def needs_teacher(self, purpose: str) -> bool:
-        """Whether a store is needed for train-student or finetune that is not fetched."""
-        return self.needs_store(purpose) and not self.published_store(purpose)
+        """Whether train-student or finetune needs a store that is not fetched."""
+        return self.needs_store(purpose) and not self.fetch_source(purpose)
 
     def runs_teacher(self, purpose: str) -> bool:
         """Whether the teacher for train-student or finetune is needed; that for finetune starts from the other."""
         return self.needs_teacher("finetune") or (purpose == "train-student" and self.needs_teacher(purpose))
 
-    def published_store(self, purpose: str) -> str | None:
+    def fetch_source(self, purpose: str) -> str | None:
         """Path or URL of the store to fetch for train-student or finetune; None: the teacher is run."""
         return self.finetune.fetch if purpose == "finetune" else self.teacher_logits.fetch
 
-    def own_models(self) -> list[str]:
-        """The models of one's own that teachers and students name, sorted."""
+    def custom_models(self) -> list[str]:
+        """The custom models that teachers and students name, sorted."""
         students = [self.student, *map(self.student_named, self.variants)]
-        return sorted({each.model for each in [*self.teacher.members, *students] if is_own_model(each.model)})
+        return sorted({each.model for each in [*self.teacher.members, *students] if is_custom_model(each.model)})
 
     def weight_files(self) -> list[str]:
         """The local files of weights that teachers and students start from, sorted."""
@@ -122,7 +122,7 @@ class Config(Section):
         return self.recipe.model_copy(update={"size": self.finetune.size})
 
     def teacher_finetune_recipe(self) -> Recipe:
-        """The recipe for adapting the teacher to that size: close to the centre crop of its evaluation."""
+        """The recipe for adapting the teacher to the fine-tuning size: close to the centre crop of its evaluation."""
         area = self.teacher_finetune.area
         plain = {"scale": (area, area), "ratio": (1.0, 1.0), "auto_augment": None, "color_jitter": 0.0}
         off = {"erase_prob": 0.0, "mix_prob": 0.0, "repeats": 1}
@@ -136,7 +136,7 @@ def changed_student(student: Student, own: dict[str, Any], section: str) -> Stud
         section: the name of `own`, for messages.
 
     Raises:
-        UsageError: no valid key or value of a student.
+        UsageError: a key or value is not valid for a student.
     """
     values = student.model_dump()
     if isinstance(own.get("kwargs"), dict):
@@ -144,8 +144,8 @@ def changed_student(student: Student, own: dict[str, Any], section: str) -> Stud
     return validate(Student, values | own, section=section)
 
 
-# How a run is carried out: no part of a fingerprint. These change rounding at most, but accumulation also what dropout and
-# drop-path draw (where it changes batch norm, run_identity adds it). Of what is fetched, the store's fingerprint counts.
+# How a run is carried out: not part of any fingerprint. These change rounding at most, but accumulation also what dropout and
+# drop-path draw (where it changes batch norm, run_identity adds it). A fetched store counts by its own fingerprint.
 EXECUTION_ONLY = {
     "workers", "accumulation", "checkpoint_minutes", "checkpoint_steps", "stop_above", "log_steps", "eval_epochs",
     "compile", "channels_last", "checkpoint_activations", "deterministic", "fetch",
@@ -158,7 +158,7 @@ def result_fields(section: Section) -> dict[str, Any]:
 
 
 def changed_fields(section: Section) -> dict[str, Any]:
-    """The same, of keys whose value is not the default: they stay the same when another version adds keys."""
+    """`result_fields` without the keys at their defaults: it stays the same when a later version adds keys."""
     return section.model_dump(mode="json", by_alias=True, exclude=EXECUTION_ONLY, exclude_defaults=True)
 
 

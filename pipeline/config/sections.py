@@ -66,7 +66,7 @@ class Data(Section):
     max_pixels: Annotated[int, Field(ge=1, le=2**30)] = 50_000_000
     """Larger images are refused before they are decoded; decoding takes 10 (JPEG, PNG) to 22 (WebP) bytes per pixel."""
     exif_orientation: bool = True
-    """Apply the EXIF orientation (not with shards, but in evaluate.sets); rotated images are stored as PNG. Turn it off to
+    """Apply the EXIF orientation (with shards, only in evaluate.sets); rotated images are stored as PNG. Turn it off to
     reproduce published results: torchvision and timm ignore the tag."""
     max_per_class: Positive | None = None
     """Use only the first N images of each class (not with digits and shards), for quick trials."""
@@ -76,7 +76,7 @@ class Data(Section):
     """Folder for local copies of shards at URLs, best on a local disk; null: `cache` in the work folder."""
     cache_gb: Annotated[float, Field(ge=0, le=1e6)] = 10.0
     """Limit of the total size of these copies in GB (1e9 bytes); the least recently used are deleted first. At least
-    2 x student.open_shards shards, or all, should fit. 0: no copies, every image read is a request."""
+    2 x student.open_shards shards, or all, should fit. 0: no copies, each image is a request."""
 
     @field_validator("dataset", "val", "label_key", "class_names", mode="before")
     @classmethod
@@ -181,7 +181,7 @@ class Logging(Section):
     tensorboard: bool = False
     """Write event files to outputs/NAME/tensorboard; needs the package tensorboard."""
     wandb: Annotated[str, Field(min_length=1)] | None = None
-    """Project at Weights & Biases, or of another `module`; null: none."""
+    """Name of the project at Weights & Biases, or at the tracker that `module` names; null disables it."""
     module: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")] = "wandb"
     """Module that `wandb` logs with: wandb, or one with the same functions init, log and finish, such as trackio."""
 
@@ -202,8 +202,8 @@ class Evaluate(Section):
     """ImageNet-ReaL's labels of the validation images (Beyer et al. 2020), for `real_top1`: real.json, or timm for the copy
     in timm. The samples' keys have to contain ImageNet's file names (ILSVRC2012_val_00000293)."""
     sets: dict[SetName, LocalFolder] = {}
-    """Further evaluation sets, for `NAME_top1`: folders by name, for example {v2: imagenetv2-matched-frequency-format-val}.
-    Each has a folder of images per class of the index, with its name; or, of ImageNet, with its number (0 to 999)."""
+    """Additional evaluation sets, for `NAME_top1`: folders by name, for example {v2: imagenetv2-matched-frequency-format-val}.
+    Each has one folder of images per class of the index, named after the class or, for ImageNet, by its number (0 to 999)."""
     workers: Workers = None
     """Loading processes; null: chosen for the machine."""
     throughput_seconds: NonNegative = 5.0
@@ -215,6 +215,6 @@ class Evaluate(Section):
         return [*["real"] * (self.real_labels is not None), *self.sets]
 
     def sets_identity(self, data: Data) -> dict[str, str]:
-        """What metrics.json says of where they are and how they are decoded, by its key there; empty without any."""
+        """The entry of metrics.json that says where these sets are and how they are decoded; empty without any."""
         decoding = [data.max_pixels, data.exif_orientation] if self.sets else []
         return {"sets": fingerprint([self.real_labels, self.sets, *decoding])} if self.further_sets else {}

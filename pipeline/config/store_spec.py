@@ -10,6 +10,10 @@ from pipeline.config.schema import Config, Recipe, TeacherLogits
 SAMPLING_VERSION = 1  # bump on any change of a class that kind sampled draws
 
 
+COMPUTED_WITH = "teacher"
+"""Key of a store's summary.json: the `teacher_fingerprint` of the configuration that it was computed with; null if fetched."""
+
+
 @dataclass(frozen=True)
 class StoreSpec:
     """One store of teacher predictions, as a configuration specifies it."""
@@ -24,7 +28,7 @@ class StoreSpec:
     k: int
     """Classes per view, for topk and sampled."""
     precision: str
-    """float32, bfloat16 or float16, of the teacher's forward pass."""
+    """Precision of the teacher's forward pass: float32, bfloat16 or float16."""
     teacher_size: int
     """Height and width of the teacher's input, in pixels."""
     teacher_folder: Path
@@ -38,12 +42,16 @@ class StoreSpec:
 
     @property
     def command(self) -> str:
-        """The command that makes it."""
+        """The command that computes or fetches it."""
         return "pipeline teacher-logits" + " --for finetune" * (self.purpose == "finetune")
 
     @property
     def blocks(self) -> int:
         return self.views // self.recipe.block
+
+    def kind_for(self, distillation: str) -> str:
+        """The kind of predictions that a student reads: hard distillation takes the argmax, which stores of every kind have."""
+        return "argmax" if distillation == "hard" else self.kind
 
 
 def store_spec(config: Config, purpose: str) -> StoreSpec:
@@ -59,7 +67,7 @@ def store_spec(config: Config, purpose: str) -> StoreSpec:
         teacher_size=config.teacher_size(purpose),
         teacher_folder=teacher_folder(config, purpose),
         folder=teacher_logits_folder(config, purpose),
-        fetch=config.published_store(purpose),
+        fetch=config.fetch_source(purpose),
         sampling=sampling_identity(config.teacher_logits),
     )
 
@@ -67,7 +75,7 @@ def store_spec(config: Config, purpose: str) -> StoreSpec:
 def sampling_identity(settings: TeacherLogits) -> dict[str, Any] | None:
     """What the classes drawn by kind sampled depend on besides logits and recipe, as JSON values; None for other kinds.
 
-    Part of the identity of stores and runs: stores of other draws are other stores.
+    Part of the identity of stores and runs: stores with different draws are different stores.
     """
     if settings.kind != "sampled":
         return None

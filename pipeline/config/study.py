@@ -16,9 +16,9 @@ Changes = dict[str, Any]
 """Values by `section.key`."""
 STUDENT, SEED = "student", "seed"
 """The axes that every study has."""
-FINETUNED = "fine-tuned"
+FINETUNED_COLUMN = "fine-tuned"
 """The column, yes or no, of studies that fine-tune."""
-RESERVED = {STUDENT, SEED, FINETUNED, "cell", "run", "metric", "value", "mean", "standard_deviation", "seeds"}
+RESERVED = {STUDENT, SEED, FINETUNED_COLUMN, "cell", "run", "metric", "value", "mean", "standard_deviation", "seeds"}
 """Columns of a study's files, which no axis may be called."""
 
 
@@ -29,7 +29,7 @@ class Figure(Section):
     x: str
     """An axis with numbers as levels, or another of `metrics`, such as throughput.images_per_second."""
     along: str | None = None
-    """With a metric as x: the axis whose levels are the points of a line, next to which they are written."""
+    """With a metric as x: the axis whose levels are the points of a line; each point is labelled with its level."""
     log: bool = False
     """Whether the horizontal axis is logarithmic."""
 
@@ -38,9 +38,9 @@ class Study(Section):
     """A matrix of experiments, as stored in configs/studies/NAME.yaml."""
 
     base: str
-    """The configuration that everything else is changed in: a name in configs/, or a file."""
+    """The base configuration: a name in configs/, or a file."""
     set: Changes = {}
-    """Changes of it in every cell, as `section.key: value`."""
+    """Changes to it in every cell, as `section.key: value`."""
     students: Annotated[list[str], Field(min_length=1)] | None = None
     """Names from the base's `variants`; null: its `students`."""
     axes: dict[str, dict[str, Changes]] = {}
@@ -50,15 +50,15 @@ class Study(Section):
     skip: list[dict[str, list[str]]] = []
     """Combinations to leave out: levels of some axes, `student` included."""
     finetune: bool | Literal["only"] = False
-    """Whether every student is fine-tuned too; only: from `finetune.weights`, and no student is trained before."""
+    """Whether every student is fine-tuned too; only: from `finetune.weights`, without training students first."""
     evaluate: bool = False
     """Whether `pipeline evaluate` runs for every configuration, for metrics from its files."""
     metrics: Annotated[list[str], Field(min_length=1)] = ["top1"]
     """Columns of the table: top1 (of both heads' mean, if there are two), a key of the student's metrics.json, or
     teacher.KEY, evaluation.KEY, throughput.KEY or details.KEY (of the evaluation) from these files. The first is in the figure."""
     reference: list[dict[str, str]] = []
-    """Levels of some axes, `student` included: every row is compared with the one that has these and its own other levels,
-    by the first metric. With several, a table each."""
+    """Levels of some axes, `student` included: every row is compared, by the first metric, with the row that has these
+    levels and otherwise its own. Several: one table for each."""
     figure: Figure | None = None
     """The figure; null: a dot for every row of the table."""
 
@@ -79,7 +79,7 @@ class Study(Section):
             elif not isinstance(levels, dict | list):
                 raise ValueError(f"axes.{name} must be a list of values, or named levels: found {levels!r}")
             if name in read:
-                raise ValueError(f"axes of different names, not two called {name}: name one yourself, with a mapping of levels")
+                raise ValueError(f"axes with different names, not two called {name}: name one yourself, with a mapping of levels")
             read[name] = levels
         return read
 
@@ -106,7 +106,7 @@ class Study(Section):
         for axis, levels in self.axes.items():
             if axis in RESERVED or not re.fullmatch(NAME, axis):
                 reserved = ", ".join(sorted(RESERVED))
-                raise ValueError(f"an axis named with letters, digits and ._-, and none of {reserved}: found {axis}")
+                raise ValueError(f"an axis name of letters, digits and ._-, other than {reserved}: found {axis}")
             if not levels:
                 raise ValueError(f"at least one level of axes.{axis}")
         self._check_changes()
@@ -115,7 +115,7 @@ class Study(Section):
         for key, axis, level in [*named, *referred]:
             known = self.students or [level] if axis == STUDENT else [*self.axes.get(axis, ())]
             if level not in known:
-                raise ValueError(f"{key}: levels of an axis, of {', '.join(known) or 'no such axis'}, not {axis} {level}")
+                raise ValueError(f"{key}: levels of an axis ({', '.join(known) or 'no such axis'}), not {axis} {level}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be different: {self.seeds}")
         if len(set(self.metrics)) != len(self.metrics):
@@ -134,12 +134,12 @@ class Study(Section):
                     raise ValueError(f"axes that change different keys: both {one} and {other} change {both}; make them one axis,"
                                      " or name single entries, as student.kwargs.depth")  # fmt: skip
         if seeded := [where for where, found in {"set": {*self.set}, **keys}.items() if f"{STUDENT}.{SEED}" in found]:
-            raise ValueError(f"the seeds of students in seeds, not {STUDENT}.{SEED} in {seeded[0]}")
+            raise ValueError(f"the students' seeds in `seeds`, not as {STUDENT}.{SEED} in {seeded[0]}")
 
     def _check_figure(self, figure: Figure) -> None:
         by_metric = figure.x in self.metrics[1:]
         if not by_metric and not all(map(is_number, self.axes.get(figure.x, ["no such axis"]))):
-            raise ValueError(f"figure.x must be an axis with numbers as levels, or a metric but the first: found {figure.x}")
+            raise ValueError(f"figure.x must be an axis with numbers as levels, or a metric other than the first: found {figure.x}")
         if figure.along is not None and not (by_metric and figure.along in (STUDENT, *self.axes)):
             raise ValueError(f"figure.along must be an axis, and figure.x a metric: found {figure.along}")
         if figure.log and any(float(level) <= 0 for level in self.axes.get(figure.x, ())):

@@ -23,7 +23,7 @@ from pipeline.config.types import (
     Seed,
     Triple,
     Workers,
-    check_own_model,
+    check_custom_model,
 )
 from pipeline.config.validation import Section
 
@@ -48,13 +48,13 @@ class Training(Section):
     warmup_epochs: CountOrZero = 5
     """Epochs in which the learning rate rises linearly."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """sgd is with Nesterov momentum, as in timm."""
+    """sgd uses Nesterov momentum, as in timm."""
     momentum: Fraction = 0.9
     """SGD only."""
     weight_decay: NonNegative = 0.05
     """Not applied to biases, norms, position embeddings and the class token."""
     smoothing: FractionBelowOne = 0.1
-    """Label smoothing of true labels; never of the teacher's."""
+    """Label smoothing of the true labels, never of the teacher's predictions."""
     dropout: FractionBelowOne = 0.0
     """Dropout rate: after position embeddings, attention and MLP in ViT students, before the classifier in others."""
     drop_path: FractionBelowOne = 0.1
@@ -69,7 +69,7 @@ class Training(Section):
     compile: bool = False
     """Use torch.compile."""
     checkpoint_activations: bool = False
-    """Keep only some activations for the backward pass and compute the others again: less memory, more time, the same
+    """Keep only some activations for the backward pass and recompute the others: less memory, more time, the same
     result. Not with `compile`, nor for models with batch norm."""
     channels_last: bool = False
     """Use the channels_last memory format."""
@@ -97,32 +97,32 @@ class Training(Section):
 
 
 class TeacherMember(Section):
-    """A further teacher of an ensemble, used as it is."""
+    """An additional teacher of an ensemble, used as it is."""
 
     model: Model = "regnety_160"
     """As `teacher.model`; a timm tag in `weights` names its model itself."""
     kwargs: Arguments = {}
     """Passed to timm.create_model."""
     weights: File
-    """A timm tag, or a local file, of as many classes as the index unless there is a class_map. To fine-tune a member,
-    make it the teacher of another experiment, and name the weights.safetensors that this publishes."""
+    """A timm tag, or a local file, with as many classes as the index unless there is a class_map. To fine-tune a member,
+    make it the teacher of another experiment, and name the weights.safetensors that this experiment publishes."""
     class_map: ClassMap | None = None
     """As `teacher.class_map`."""
     mean: Triple = IMAGENET_MEAN
-    """Normalization of its input."""
+    """Mean by which its input is normalized."""
     std: Triple = IMAGENET_STD
-    """Standard deviation of the same."""
+    """Standard deviation by which its input is normalized."""
     size: Pixels | None = None
-    """Its input size; the images that the first teacher is given are resized to it on the device. null: their size."""
+    """Its input size, to which the first teacher's input is resized on the device. null: the same size."""
 
     @model_validator(mode="after")
-    def _own_model(self):
-        check_own_model(self.model, self.kwargs, _timm_tag(self.weights))
+    def _custom_model(self):
+        check_custom_model(self.model, self.kwargs, _timm_tag(self.weights))
         return self
 
 
 class Teacher(Training):
-    """The teacher: pretrained weights, or a model trained here."""
+    """The teacher: pretrained weights, or a model trained by the pipeline."""
 
     model: Model = "regnety_160"
     """Any timm classifier, or a function of your own, mypackage.models:build, that is called with num_classes and kwargs.
@@ -130,33 +130,34 @@ class Teacher(Training):
     kwargs: Arguments = {}
     """Passed to timm.create_model, or to the function."""
     weights: File | None = None
-    """A timm tag such as regnety_160.deit_in1k, or a local .safetensors / .pth file. With as many classes as the
-    index they are used as they are; otherwise the classifier is replaced, and the teacher is trained for `epochs`."""
+    """A timm tag such as regnety_160.deit_in1k, which names the model, too; or weights of `model`: a local .safetensors
+    or .pth file, or hf-hub:OWNER/NAME. With as many classes as the index they are used as they are; otherwise the
+    classifier is replaced, and the teacher is trained for `epochs`."""
     head_epochs: CountOrZero = 0
-    """How many of the `epochs`, at the start, train only a replaced classifier; all other layers are frozen, in eval mode.
+    """How many of the `epochs`, at the start, train only a replaced classifier, with all other layers frozen in eval mode.
     If equal to `epochs`, only the classifier is trained."""
     class_map: ClassMap | None = None
-    """For an index of some of the classes of `weights`: their numbers there, as a list in the index's order, or by class
-    name; or a label set of timm's such as imagenet-1k, if the classes are named n01440764 and so on. All other classes
+    """For an index with a subset of the classes of `weights`: their numbers in `weights`, as a list in the index's order or
+    by class name; or one of timm's label sets, such as imagenet-1k, if the classes are named n01440764 etc. All other classes
     are removed from the classifier, so argmax and softmax are over the index's. null: the same classes, or new ones."""
     mean: Triple = IMAGENET_MEAN
-    """Normalization of its input."""
+    """Mean by which its input is normalized."""
     std: Triple = IMAGENET_STD
-    """Standard deviation of the same."""
+    """Standard deviation by which its input is normalized."""
     crop: PositiveFraction = 0.875
     """Centre crop for its evaluation."""
     size: Pixels | None = None
     """Input size of a pretrained model that accepts no other, such as a ViT: images are resized to it on the device,
-    and it is trained at this size, if at all. null: the size of the images."""
+    and it is trained at this size, if at all. null: recipe.size."""
     min_top1: Fraction = 0.5
-    """A teacher with a lower top-1 accuracy on val is refused: a wrong teacher must not label a million images."""
+    """A teacher with a lower top-1 accuracy on val is refused: a poor teacher must not label a million images."""
     ensemble: list[TeacherMember] = []
-    """Further teachers. The predicted probabilities are the mean of all teachers' (the logits are its logarithm), also
+    """Additional teachers. The predicted probabilities are the mean over all teachers (the logits are its logarithm), also
     for `min_top1`. Their order counts as part of the teacher."""
 
     @model_validator(mode="after")
-    def _own_model(self):
-        check_own_model(self.model, self.kwargs, _timm_tag(self.weights))
+    def _custom_model(self):
+        check_custom_model(self.model, self.kwargs, _timm_tag(self.weights))
         return self
 
     @property
@@ -172,8 +173,13 @@ class Teacher(Training):
 
     @property
     def timm_tag(self) -> str | None:
-        """`weights` if they are not a local file: a timm tag, which names the model too."""
+        """`weights` if they are not a local file: a tag of timm or, with hf-hub:, a repository on the Hugging Face Hub."""
         return _timm_tag(self.weights)
+
+    @property
+    def architecture(self) -> str:
+        """What is built: a tag of timm names its model; for any other weights it is `model`."""
+        return self.timm_tag if self.timm_tag and ":" not in self.timm_tag else self.model
 
 
 class TeacherFinetune(Training):
@@ -201,13 +207,13 @@ class Student(Training):
 
     model: Model = "deit_tiny_distilled_patch16_224"
     """Any timm classifier, such as a deit_*, ResNet, ConvNeXt, Swin, TinyViT or MobileNet. The deit_*_distilled ones have
-    a distillation token and head; others are distilled through their class head. Or a function of your own, mypackage.models:build, that is called with
-    num_classes and kwargs."""
+    a distillation token and head; others are distilled through their class head. Or a function of your own,
+    mypackage.models:build, that is called with num_classes and kwargs."""
     kwargs: Arguments = {}
     """Passed to timm.create_model, or to the function: patch_size, embed_dim, depth, num_heads, ..."""
     weights: File | None = None
     """Weights to start from: a timm tag such as deit_tiny_patch16_224.fb_in1k, or a local .safetensors / .pth file. Heads
-    of another number of classes are initialized from scratch, and position embeddings are resized. null: initial ones."""
+    with a different number of classes are initialized from scratch, and position embeddings are resized. null: no weights."""
     distillation: Literal["none", "soft", "hard"] = "hard"
     """What the student learns from: labels only (none), also the teacher's probabilities (soft) or its argmax (hard)."""
     alpha: Fraction = 0.5
@@ -217,13 +223,13 @@ class Student(Training):
     soft_reduction: Literal["numel", "batchmean"] = "numel"
     """numel divides by batch x classes as DeiT's code does, batchmean by the batch."""
     reuse_view: CountOrZero | None = None
-    """null: each view has its own predictions. N: those of view N of the image are used for all its views, as if the
-    teacher had seen each image once. The student does not see what the teacher saw: only to measure what that costs.
-    Needs recipe.mix_prob 0."""
+    """null: each view has its own predictions. N: the predictions for view N of an image are used for all its views, as if
+    the teacher had seen each image once. The student then does not see what the teacher saw: use it only to measure what
+    that costs. Needs recipe.mix_prob 0."""
 
     @model_validator(mode="after")
-    def _own_model(self):
-        check_own_model(self.model, self.kwargs, _timm_tag(self.weights))
+    def _custom_model(self):
+        check_custom_model(self.model, self.kwargs, _timm_tag(self.weights))
         return self
 
     @model_validator(mode="after")
@@ -244,7 +250,7 @@ class Student(Training):
 
 
 class Finetune(Training):
-    """Fine-tuning of students at a higher resolution; label and teacher train both heads."""
+    """Fine-tuning of students at a higher resolution, with labels and teacher as in training."""
 
     epochs: Count = 30
     batch_size: Positive = 512
@@ -256,7 +262,7 @@ class Finetune(Training):
     """The students to fine-tune, one name or a list, each from `students`. Empty: none."""
     weights: File | None = None
     """A .safetensors or .pth file to start from instead, for example for transfer to another data set; `from` then
-    only selects the settings. Heads with another number of classes are initialized from scratch."""
+    only selects the settings. Heads with a different number of classes are initialized from scratch."""
     size: Pixels = 384
     """Height and width of the views in pixels."""
     views: Count = 30

@@ -13,20 +13,20 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$"
 """Names of experiments and students: they must work as a folder name and never look like a command-line option."""
-OWN_MODEL = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
-"""A function of one's own that builds a model: module, colon, name."""
+CUSTOM_MODEL = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+"""A function that builds a custom model: module, colon, name."""
 FORBIDDEN_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
-def check_own_model(model: str, kwargs: dict[str, Any], tag: str | None) -> None:
-    """Check what applies to models of one's own only.
+def check_custom_model(model: str, kwargs: dict[str, Any], tag: str | None) -> None:
+    """Check what applies to custom models only.
 
     Raises:
-        ValueError: weights that timm has for a model of its own, or an argument that is passed anyway.
+        ValueError: timm's weights for a custom model, or an argument that is passed anyway.
     """
-    if is_own_model(model) and tag:
-        raise InvalidValue("weights in a local file with a model of your own", tag)
-    if is_own_model(model) and "num_classes" in kwargs:
+    if is_custom_model(model) and tag:
+        raise InvalidValue("weights in a local file with a custom model", tag)
+    if is_custom_model(model) and "num_classes" in kwargs:
         raise InvalidValue("kwargs without num_classes, which is passed anyway", kwargs)
 
 
@@ -83,8 +83,8 @@ def _check_work(value: str) -> str:
     return value
 
 
-def is_own_model(model: str) -> bool:
-    """Whether it is the dotted path of a function of one's own, not the name of a timm model."""
+def is_custom_model(model: str) -> bool:
+    """Whether it is the dotted path of a function that builds a custom model, not the name of a timm model."""
     return ":" in model
 
 
@@ -97,7 +97,7 @@ def _check_local_folder(value: str) -> str:
 
 def _check_model(value: str) -> str:
     # hf-hub:NAME would be downloaded each time
-    if (":" in value or "/" in value) and not re.fullmatch(OWN_MODEL, value):
+    if (":" in value or "/" in value) and not re.fullmatch(CUSTOM_MODEL, value):
         raise InvalidValue("the name of a model built into timm, or a function of your own, mypackage.models:build", value)
     return value
 
@@ -121,12 +121,12 @@ CountOrZero = Annotated[int, Field(ge=0, le=100_000)]
 Pixels = Annotated[int, Field(ge=8, le=4096)]
 """Height and width of a square image."""
 SetName = Annotated[str, AfterValidator(_check_set_name)]
-"""The name of a further evaluation set, which prefixes its metrics."""
+"""The name of an additional evaluation set, which prefixes its metrics."""
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Workers = Annotated[int, Field(ge=0, le=1024)] | None
 """Loader workers per process; null: chosen for the machine, see pipeline.common.cores."""
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt")
-"""Of files of weights; any other value of `teacher.weights` is a timm tag."""
+"""Suffixes of weights files; any other value of `teacher.weights` is a timm tag."""
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 Range = Annotated[tuple[float, float], Field(strict=False)]
 Arguments = Annotated[dict[str, Any], AfterValidator(_check_arguments)]

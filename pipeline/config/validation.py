@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -39,6 +40,14 @@ def differences(was: Any, now: Any, key: str = "") -> list[str]:
         keys = sorted(was.keys() | now.keys())
         return [line for k in keys for line in differences(was.get(k), now.get(k), f"{key}.{k}" if key else k)]
     return [] if was == now else [f"{key}: {json.dumps(was)}, {json.dumps(now)}"]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with their keys joined by dots; an empty one is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return flat
 
 
 def validate(kind: type[Section], values: Any, source: str = "", section: str = "") -> Any:

@@ -1,4 +1,4 @@
 """Teachers and students built with timm: their weights, adaptation to other resolutions, and evaluation.
 
-Must not know stores or training.
+Must not know about stores or training.
 """

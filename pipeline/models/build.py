@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.common.code import import_function
 from pipeline.common.errors import UsageError
 from pipeline.config.schema import Recipe, Student, Teacher
-from pipeline.config.types import Triple, is_own_model
+from pipeline.config.types import Triple, is_custom_model
 from pipeline.models.linear import convert_linear
 
 INNER_DROPOUT = {"pos_drop_rate", "proj_drop_rate"}
@@ -63,8 +63,8 @@ class NormalizedModel(nn.Module):
         return self.model.head(tokens[:, 0]), self.model.head_dist(tokens[:, 1])
 
 
-class OwnModel(NormalizedModel):
-    """A model of one's own, from pictures to logits; it is distilled through its output as the class head.
+class CustomModel(NormalizedModel):
+    """A custom model, from pictures to logits; it is distilled through its output, as through a class head.
 
     Under autocast the entire model computes in the lower precision, its classifier included.
     """
@@ -77,20 +77,20 @@ class OwnModel(NormalizedModel):
         """Logits (N, classes) of float pictures (N, 3, P, P) in 0..255, twice: there is one head.
 
         Raises:
-            UsageError: the output has another shape.
+            UsageError: the output has a different shape.
         """
         logits = self.model((pictures - self.mean) / self.std)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or logits.shape[1] != self.classes:
             found = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
             raise UsageError(
                 f"the output of model {self.name!r}", expected=f"logits: a tensor of shape (images, {self.classes})",
-                found=found, do="return the logits of all classes, num_classes, alone",
+                found=found, do="return only the logits, num_classes of them per image",
             )  # fmt: skip
         return logits, logits
 
 
-def build_own(model: str, kwargs: dict[str, Any], classes: int, mean: Triple, std: Triple) -> OwnModel:
-    """Build a model of one's own: FUNCTION(num_classes=classes, **kwargs), for a dotted path MODULE:FUNCTION.
+def build_custom(model: str, kwargs: dict[str, Any], classes: int, mean: Triple, std: Triple) -> CustomModel:
+    """Build a custom model: FUNCTION(num_classes=classes, **kwargs), for a dotted path MODULE:FUNCTION.
 
     Raises:
         UsageError: there is no such function, or it does not return a module for these arguments.
@@ -107,7 +107,7 @@ def build_own(model: str, kwargs: dict[str, Any], classes: int, mean: Triple, st
             f"model {model!r}", expected=f"a torch.nn.Module from {model}(num_classes={classes}, **{kwargs})",
             found=found, do="correct the function or kwargs",
         )  # fmt: skip
-    return OwnModel(built, mean, std, model, kwargs, classes)
+    return CustomModel(built, mean, std, model, kwargs, classes)
 
 
 def build(
@@ -122,8 +122,8 @@ def build(
     Raises:
         UsageError: timm knows no such model, or it does not take these kwargs.
     """
-    if is_own_model(section.model):
-        return _build_own_section(section, classes, mean, std)
+    if is_custom_model(section.model):
+        return _build_custom_section(section, classes, mean, std)
     settings: dict[str, Any] = {"drop_rate": section.dropout}
     if size is not None:
         # dropout as in timm 0.3.2, which DeiT pins: after position embeddings, attention and MLP, not before the heads
@@ -137,17 +137,17 @@ def build(
     return NormalizedModel(model, mean, std, joint, section.model, own | section.kwargs)
 
 
-def _build_own_section(section: Teacher | Student, classes: int, mean: Triple, std: Triple) -> OwnModel:
-    """Build the model of one's own that a section names, with initial weights drawn from its seed by torch."""
+def _build_custom_section(section: Teacher | Student, classes: int, mean: Triple, std: Triple) -> CustomModel:
+    """Build the custom model that a section names, with initial weights drawn from its seed by torch."""
     for key in ("dropout", "drop_path"):
         if value := getattr(section, key):
             raise UsageError(
-                f"model {section.model!r}", expected=f"{key}: 0 with a model of your own, to which it is not passed",
+                f"model {section.model!r}", expected=f"{key}: 0 with a custom model, to which it is not passed",
                 found=f"{value:g}", do=f"set {key} to 0, and pass what the function takes in kwargs",
             )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(section.seed)
-        return build_own(section.model, section.kwargs, classes, mean, std)
+        return build_custom(section.model, section.kwargs, classes, mean, std)
 
 
 def _create(section: Teacher | Student, classes: int, settings: dict[str, Any]) -> nn.Module:
@@ -178,7 +178,7 @@ def _omit(section: Teacher | Student, argument: str, settings: dict[str, Any]) -
     elif value and argument != "img_size":
         key = {"drop_path_rate": "drop_path", "drop_rate": "dropout"}[argument]
         raise UsageError(
-            f"model {section.model!r}", expected=f"{key}: 0, as the model has none", found=value, do=f"set {key} to 0"
+            f"model {section.model!r}", expected=f"{key}: 0, as the model does not support it", found=value, do=f"set {key} to 0"
         )
 
 

@@ -1,4 +1,4 @@
-"""A teacher of more classes than the index: its classifier restricted to those of the index."""
+"""A teacher with more classes than the index: its classifier restricted to those of the index."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from timm.data import ImageNetInfo  # pyright: ignore[reportPrivateImportUsage]
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.validation import short_repr
 
-State = dict[str, torch.Tensor]
+StateDict = dict[str, torch.Tensor]
 ClassMap = str | list[int] | dict[str, int]
 
 
@@ -49,7 +49,7 @@ def class_numbers(class_map: ClassMap, classes: Sequence[str]) -> list[int]:
 def check_same_classes(what: str, published: Sequence[str], classes: Sequence[str], do: str) -> None:
     """Check that weights were published with the classes of the index, in its order.
 
-    Where either has no names but numbers, as existing shards may have, only the number of classes is compared.
+    Where either has numbers instead of names, as existing shards may have, only the number of classes is compared.
 
     Raises:
         PipelineError: they were not; `what` and `do` are for its message.
@@ -60,7 +60,7 @@ def check_same_classes(what: str, published: Sequence[str], classes: Sequence[st
     number = next((i for i, pair in enumerate(zip(published, classes, strict=False)) if pair[0] != pair[1]), None)
     at = "" if number is None else f", class {number} being {{}}"
     raise PipelineError(
-        f"{what} of other classes than the index",
+        f"{what} whose classes differ from the index's",
         expected=f"{len(classes):,} classes" + at.format(repr(classes[number or 0])),
         found=f"{len(published):,} classes" + at.format(repr(published[number or 0])),
         do=do,
@@ -68,7 +68,7 @@ def check_same_classes(what: str, published: Sequence[str], classes: Sequence[st
 
 
 def are_other_classes(published: Sequence[str], classes: Sequence[str]) -> bool:
-    """Whether weights are of other classes than the index, or of these in another order; see `check_same_classes`."""
+    """Whether the weights' classes, or their order, differ from the index's; see `check_same_classes`."""
     published, classes = list(published), list(classes)
     unnamed = [str(number) for number in range(len(classes))]
     return len(published) != len(classes) or (published != classes and unnamed not in (published, classes))
@@ -89,7 +89,7 @@ def _label_set(name: str) -> dict[str, int]:
 
 
 def check_range(numbers: Sequence[int], teacher_classes: int) -> None:
-    """Check that the teacher has classes of these numbers.
+    """Check that the teacher has classes with these numbers.
 
     Raises:
         UsageError: it has fewer.
@@ -103,7 +103,7 @@ def check_range(numbers: Sequence[int], teacher_classes: int) -> None:
         )
 
 
-def select_classes(state: State, names: Sequence[str], numbers: Sequence[int], source: str) -> State:
+def select_classes(state: StateDict, names: Sequence[str], numbers: Sequence[int], source: str) -> StateDict:
     """A state dict whose classifier has only the classes of these numbers, in this order.
 
     Selecting rows of the classifier's weight and bias selects its logits, so argmax and softmax are over these classes.

@@ -15,8 +15,8 @@ import torch
 
 from pipeline.common.code import source_digest, source_file
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.config.types import OWN_MODEL, Triple, is_own_model
-from pipeline.models.build import NormalizedModel, OwnModel, build_own
+from pipeline.config.types import CUSTOM_MODEL, Triple, is_custom_model
+from pipeline.models.build import CustomModel, NormalizedModel, build_custom
 from pipeline.models.ensemble import Ensemble
 from pipeline.models.weights import DESCRIPTION, load_weights, read_saved_weights
 
@@ -26,15 +26,15 @@ class ModelDescription:
     """Everything that is needed to build a model, load its weights and prepare its input."""
 
     model: str
-    """A timm model; or one of one's own, module:function; or a name for several `members`."""
+    """A timm model; or a custom model, module:function; or a name for several `members`."""
     kwargs: dict[str, Any]
     """Arguments of `timm.create_model` or the function, the input size among them where the model takes one."""
     classes: list[str]
-    """Names, in the order of the logits."""
+    """Class names, in the order of the logits."""
     size: int
     """Height and width of the input in pixels."""
     mean: Triple
-    """Of the normalization, for inputs in [0, 1]."""
+    """Mean by which inputs in [0, 1] are normalized."""
     std: Triple
     crop: float
     """Fraction of the resized image's short side that the evaluation's centre crop keeps."""
@@ -42,9 +42,9 @@ class ModelDescription:
     """`mean`: the prediction is the mean of both heads' logits where there are two. `class`: the class head alone, as
     the distillation head was not trained."""
     code: str | None = None
-    """SHA-256 of the source file of a model of one's own."""
+    """SHA-256 of the source file of a custom model."""
     members: list[dict[str, Any]] | None = None
-    """Of an ensemble: model, kwargs, mean, std, size and code of each, by the same rules; size null: that of the
+    """For an ensemble: model, kwargs, mean, std, size and code of each, by the same rules; size null: that of the
     ensemble's input."""
 
     def as_json(self) -> dict[str, Any]:
@@ -52,10 +52,10 @@ class ModelDescription:
         fields = json.loads(json.dumps(asdict(self)))
         return {key: value for key, value in fields.items() if value is not None}
 
-    def own_models(self) -> list[str]:
-        """The models of one's own that it names."""
+    def custom_models(self) -> list[str]:
+        """The custom models that it names."""
         named = [self.model, *(str(member["model"]) for member in self.members or [])]
-        return [name for name in named if re.fullmatch(OWN_MODEL, name)]
+        return [name for name in named if re.fullmatch(CUSTOM_MODEL, name)]
 
     @classmethod
     def from_json(cls, values: Any, source: str) -> Self:
@@ -83,7 +83,7 @@ class ModelDescription:
 
         Raises:
             UsageError: the installed timm does not have the model, or refuses its arguments; no such function.
-            PipelineError: the source of a model of one's own has changed.
+            PipelineError: the source of a custom model has changed.
         """
         if not self.members:
             joint = self.heads == "mean"
@@ -99,13 +99,13 @@ def _build(
     name: str, kwargs: dict[str, Any], classes: int, mean: Triple, std: Triple, code: str | None, joint: bool
 ) -> NormalizedModel:
     """A model with fresh weights; see ModelDescription."""
-    if is_own_model(name):
+    if is_custom_model(name):
         if source_digest(name) != code:
             raise PipelineError(
                 f"model {name!r}", expected=f"the source that it was trained with, SHA-256 {code}",
                 found=f"{source_file(name)}: {source_digest(name)}", do="restore that file, or train the model again",
             )  # fmt: skip
-        return build_own(name, kwargs, classes, mean, std)
+        return build_custom(name, kwargs, classes, mean, std)
     try:
         model = timm.create_model(name, num_classes=classes, **kwargs)
     except Exception as error:  # each of timm's models has its own way to refuse arguments
@@ -134,23 +134,23 @@ def describe_model(
     if isinstance(model, Ensemble):
         pairs = zip(model.members, model.sizes, strict=True)
         members = [_describe_member(member, own_size) for member, own_size in pairs]
-    code = source_digest(model.name) if isinstance(model, OwnModel) else None
+    code = source_digest(model.name) if isinstance(model, CustomModel) else None
     return ModelDescription(model.name, model.kwargs, classes, size, *model.mean_std, crop, heads, code, members)
 
 
 def _describe_member(model: NormalizedModel, size: int | None) -> dict[str, Any]:
     mean, std = model.mean_std
-    code = source_digest(model.name) if isinstance(model, OwnModel) else None
+    code = source_digest(model.name) if isinstance(model, CustomModel) else None
     return {"model": model.name, "kwargs": model.kwargs, "mean": mean, "std": std, "size": size, "code": code}
 
 
 def load_model(
-    path: Path, own_models: Callable[[], Collection[str]] = tuple
+    path: Path, custom_models: Callable[[], Collection[str]] = tuple
 ) -> tuple[NormalizedModel, ModelDescription, dict[str, Any]]:
     """A trained model from a weights file of this project alone.
 
     Args:
-        own_models: the models of one's own that may be imported. A file from elsewhere may name any function, so it is
+        custom_models: the custom models that may be imported. A file from elsewhere may name any function, so it is
             not enough that the file names one.
 
     Returns:
@@ -158,7 +158,7 @@ def load_model(
 
     Raises:
         PipelineError: the file is missing or damaged, or has no description.
-        UsageError: it needs a function that is not among `own_models`.
+        UsageError: it needs a function that is not among `custom_models`.
     """
     if not path.exists():
         raise UsageError(
@@ -166,8 +166,8 @@ def load_model(
         )
     state, about = read_saved_weights(path)
     description = ModelDescription.from_json(about.get(DESCRIPTION), str(path))
-    if named := description.own_models():
-        _check_allowed(path, named, own_models())
+    if named := description.custom_models():
+        _check_allowed(path, named, custom_models())
     model = description.build()
     load_weights(model.model, state, str(path))
     return model, description, about

@@ -52,22 +52,22 @@ def resize_pictures(pictures: torch.Tensor, size: int | None) -> torch.Tensor:
 
 
 def build_ensemble(section: Teacher, classes: int) -> NormalizedModel:
-    """Build the teacher with all its members, their weights untrained; without further ones, the teacher itself."""
+    """Build the teacher with all its members, their weights untrained; without other members, the teacher itself."""
     return join(section, [build_teacher(member, classes) for member in section.members])
 
 
 def join(section: Teacher, members: Sequence[NormalizedModel]) -> NormalizedModel:
-    """The teacher made of these models; one is the teacher itself."""
+    """The teacher made of these models; a single model is the teacher itself."""
     if len(members) == 1:
         return members[0]
     return Ensemble(members, [None, *(member.size for member in section.ensemble)], section.title)
 
 
 def load_members(section: Teacher, classes: Sequence[str], checksums: Path) -> list[NormalizedModel]:
-    """The further teachers of the ensemble, with their weights.
+    """The additional teachers of the ensemble, with their weights.
 
     Raises:
-        UsageError: weights of another number of classes than the index.
+        UsageError: weights with a different number of classes from the index.
         PipelineError: as `load_pretrained`.
     """
     models = []
@@ -80,11 +80,11 @@ def load_members(section: Teacher, classes: Sequence[str], checksums: Path) -> l
 
 
 def other_classes(number: int, weights: str, classes: int) -> UsageError:
-    """The error for the weights of a further teacher whose classifier does not fit the index."""
+    """The error for the weights of an additional teacher whose classifier does not fit the index."""
     return UsageError(
         f"teacher.ensemble[{number}].weights {weights}",
         expected=f"a classifier for the {classes:,} classes of the index",
-        found="another number of classes",
+        found="a different number of classes",
         do="set its class_map; or fine-tune it first, as the teacher of another experiment, and name the"
-        " weights.safetensors that this publishes",
+        " weights.safetensors that this experiment publishes",
     )

@@ -30,7 +30,7 @@ def predict(
 
     Under torchrun each rank computes its share, and all ranks get all logits.
     """
-    rank, training = Rank.init_process_group(device), model.training
+    rank, training = Rank.current(device), model.training
     model.to(device).eval()
     parts = [[torch.zeros(0, len(images.classes))] * 2]  # a rank may have no share of a small set
     share = rank.local_range(len(images))
@@ -46,7 +46,7 @@ def predict(
 
 
 def classifiers(heads: tuple[torch.Tensor, torch.Tensor], distilled: bool) -> dict[str, torch.Tensor]:
-    """Scores (N, classes) of every classifier that a model's heads make up.
+    """Scores (N, classes) of every classifier that a model's heads form.
 
     They are the `class` and the `distillation` head; `mean` of logits (DeiT's code) and `softmax` sum (DeiT's paper,
     section 4). A model with one head has `class` only.
@@ -63,9 +63,11 @@ def classifiers(heads: tuple[torch.Tensor, torch.Tensor], distilled: bool) -> di
 
 
 def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int) -> float:
-    """Share in 0..1 of samples whose label is among the k highest scores."""
-    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
-    return (best == labels[:, None]).any(1).double().mean().item()
+    """Share in 0..1 of samples whose label is among the k highest scores; of equal scores, the first is the highest, as for
+    argmax. (torch.topk chooses any, and in bfloat16 equal scores are frequent.)"""
+    own, numbers = scores.gather(1, labels[:, None]), torch.arange(scores.shape[1])
+    better = (scores > own) | scores.isnan() | ((scores == own) & (numbers < labels[:, None]))
+    return ((better.sum(1) < k) & ~own[:, 0].isnan()).double().mean().item()
 
 
 def disagreement(predictions: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:

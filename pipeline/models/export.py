@@ -18,7 +18,7 @@ import timm
 import torch
 
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.config.types import is_own_model
+from pipeline.config.types import is_custom_model
 from pipeline.models.build import NormalizedModel
 from pipeline.models.description import Classifier, ModelDescription
 
@@ -54,7 +54,7 @@ def export(
 
     Raises:
         UsageError: a library for a format is not installed.
-        PipelineError: an export gives other logits; nothing of it is left.
+        PipelineError: an export gives different logits; its files are removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".partial-*"):  # by an export that was killed
@@ -83,6 +83,7 @@ def other_exports(folder: Path, formats: tuple[str, ...]) -> list[Path]:
 
 
 def remove_export(path: Path) -> None:
+    """Delete an exported model: a file, or the folder of a format that has several."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -91,7 +92,7 @@ def remove_export(path: Path) -> None:
 
 @contextlib.contextmanager
 def _legacy_precision_flags() -> Iterator[None]:
-    """Inside, convolutions on a GPU have torch's default precision: its exporter reads the old flag, which torch
+    """Within the block, convolutions on a GPU have torch's default precision: its exporter reads the old flag, which torch
     refuses to return after `pipeline.common.arithmetic` has set the new one."""
     convolutions: Any = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
     before, convolutions.fp32_precision = convolutions.fp32_precision, "tf32"
@@ -116,7 +117,7 @@ def _compare(path: Path, found: torch.Tensor, expected: torch.Tensor) -> Export:
 def _write_timm(classifier: Classifier, description: ModelDescription, images: torch.Tensor, folder: Path) -> Path:
     """A folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
     if found := timm_obstacle(classifier.model, description):
-        raise UsageError("export to timm", expected="a model of which timm makes the same predictions", found=found,
+        raise UsageError("export to timm", expected="a model with which timm makes the same predictions", found=found,
                          do="choose --format onnx or torch")  # fmt: skip
     target = folder / FILES["timm"]
     target.mkdir()
@@ -127,8 +128,8 @@ def _write_timm(classifier: Classifier, description: ModelDescription, images: t
 
 
 def timm_obstacle(model: NormalizedModel, description: ModelDescription) -> str:
-    """Why timm cannot build a model, or would predict otherwise; empty if there is nothing."""
-    if description.members or is_own_model(description.model):
+    """Why timm cannot reproduce a model's predictions; empty if it can."""
+    if description.members or is_custom_model(description.model):
         return "an ensemble" if description.members else f"{description.model}, which is not in timm"
     if description.heads == "class" and hasattr(model.model, "head_dist"):
         return "a distillation head that was not trained, which timm would average in"

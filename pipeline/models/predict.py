@@ -16,7 +16,7 @@ from pipeline.shards.images import MAX_PIXELS, Undecodable, open_image, to_rgb
 from pipeline.views.render import center_view
 
 BATCH = 64
-"""Images per forward."""
+"""Images per forward pass."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def read_image(path: Path) -> np.ndarray:
     """An image file as uint8 (height, width, 3), turned upright as EXIF says.
 
     Raises:
-        UsageError: the file is missing, or is no image of a supported format.
+        UsageError: the file is missing, or is not an image of a supported format.
     """
     try:
         data = path.read_bytes()
@@ -61,7 +61,7 @@ def preprocess(images: list[np.ndarray], description: ModelDescription) -> torch
 def predict_files(
     model: NormalizedModel, description: ModelDescription, paths: list[Path], top: int = 5
 ) -> Iterator[Prediction | PipelineError]:
-    """Predictions for image files, in order; for a file that is missing or no image, an error that says so."""
+    """Predictions for image files, in order; for a file that is missing or not an image, an error that says so."""
     top = min(top, len(description.classes))
     for first in range(0, len(paths), BATCH):
         batch, images = [], []

@@ -11,13 +11,13 @@ from pipeline.common.errors import PipelineError
 from pipeline.config.schema import Student, Teacher
 from pipeline.models.adapt import convert_distillation_token, load_resized_weights
 from pipeline.models.build import NormalizedModel, build_teacher
-from pipeline.models.class_map import State, are_other_classes, check_same_classes, class_numbers, select_classes
-from pipeline.models.released import missing_weights
+from pipeline.models.class_map import StateDict, are_other_classes, check_same_classes, class_numbers, select_classes
+from pipeline.models.hub import missing_weights
 from pipeline.models.weights import check_timm_tag, load_weights, read_description, read_external_weights
 
 
 def classifier_modules(model: Any) -> list[nn.Module]:
-    """The classifiers of a timm model: one, or that of each head. None is known of a model of one's own."""
+    """The classifiers of a timm model: one, or that of each head. Empty for a model without `get_classifier`."""
     if not hasattr(model, "get_classifier"):
         return []
     found = model.get_classifier()
@@ -63,20 +63,23 @@ def load_pretrained(section: Teacher, classes: Sequence[str], checksums: Path) -
         PipelineError: no network, weights of another model, or weights that were published for other classes or input.
     """
     state = read_source(section, checksums, **section.kwargs)
-    if section.timm_tag:
-        section = section.model_copy(update={"model": section.timm_tag})
+    section = section.model_copy(update={"model": section.architecture})
     teacher = build_teacher(section, len(classes))
     return teacher, fit_weights(section, teacher.model, state, classes)
 
 
-def fit_weights(section: Teacher, model: nn.Module, state: State, classes: Sequence[str]) -> bool:
+def fit_weights(section: Teacher, model: nn.Module, state: StateDict, classes: Sequence[str]) -> bool:
     """Load `teacher.weights` into a model for the classes of the index; see `load_pretrained`."""
     source = str(section.weights)
     if section.class_map is not None:
         state = select_classes(state, output_names(model), class_numbers(section.class_map, classes), source)
     state, new = replace_classifiers(model, state)
     if not new:
-        described = _expected_input(model) if section.timm_tag else read_description(Path(source))
+        described = {}  # nothing is known of weights on the hub
+        if section.architecture == section.timm_tag:
+            described = _expected_input(model)
+        elif section.timm_tag is None:
+            described = read_description(Path(source))
         _check_published(section, source, described, classes)
     load_weights(model, state, source)
     return not new
@@ -110,7 +113,7 @@ def _check_published(section: Teacher, source: str, described: dict[str, Any], c
                 f"{source}: weights of a model with another normalization",
                 expected=f"{key} {own}, as configured for the teacher",
                 found=f"{key} {described[key]}",
-                do=f"set the teacher's {key} to the latter",
+                do=f"set the teacher's {key} to the value found",
             )
 
 
@@ -118,7 +121,7 @@ def load_student_weights(section: Student, model: NormalizedModel, classes: Sequ
     """Load `student.weights` into the student; see `fit_student_weights`.
 
     Args:
-        classes: class names of the index. Heads of a file that names others are replaced, also if there are as many.
+        classes: class names of the index. Heads are replaced if the file names different ones, even if equally many.
 
     Raises:
         UsageError: no such tag.
@@ -129,23 +132,23 @@ def load_student_weights(section: Student, model: NormalizedModel, classes: Sequ
 
 
 def has_other_classes(weights: Path, classes: Sequence[str]) -> bool:
-    """Whether a file of weights names other classes than these; most files name none."""
+    """Whether a weights file names classes that differ from these; most files name none."""
     named = read_description(weights).get("classes")
     return isinstance(named, list) and are_other_classes(named, classes)
 
 
-def fit_student_weights(section: Student, model: NormalizedModel, state: State, other_classes: bool = False) -> list[str]:
+def fit_student_weights(section: Student, model: NormalizedModel, state: StateDict, other_classes: bool = False) -> list[str]:
     """Load a state dict into the student, with or without the distillation token, of any classes and resolution.
 
     Returns:
-        The names of the parameters that keep their initial values: heads of another number of classes, or of other ones.
+        The names of the parameters that keep their initial values: heads with a different number of classes, or with different classes.
     """
     state, new = replace_classifiers(model.model, convert_distillation_token(model.model, state), other_classes)
     load_resized_weights(model, state, str(section.weights))
     return new
 
 
-def read_source(section: Teacher | Student, checksums: Path, **kwargs: Any) -> State:
+def read_source(section: Teacher | Student, checksums: Path, **kwargs: Any) -> StateDict:
     """The state dict of a section's `weights`: a local file, or a timm tag, which timm downloads.
 
     Args:
@@ -155,7 +158,7 @@ def read_source(section: Teacher | Student, checksums: Path, **kwargs: Any) -> S
     key, tag = f"{type(section).__name__.lower()}.weights", section.timm_tag
     if tag is None:
         return read_external_weights(Path(section.weights), checksums)
-    if ":" not in tag:  # another hub's are known when they are downloaded
+    if ":" not in tag:  # those of another hub are known only after a download
         check_timm_tag(tag, key)
     if missing := missing_weights(tag):
         raise _no_download(key, tag, missing)
@@ -175,11 +178,11 @@ def _no_download(key: str, tag: str, found: str) -> PipelineError:
     )
 
 
-def replace_classifiers(model: nn.Module, state: State, other_classes: bool = False) -> tuple[State, list[str]]:
-    """A state dict for the model's classes: a classifier of another number, or none, is replaced by the model's own.
+def replace_classifiers(model: nn.Module, state: StateDict, other_classes: bool = False) -> tuple[StateDict, list[str]]:
+    """A state dict for the model's classes: a missing classifier, or one of a different size, is replaced by the model's own.
 
     Args:
-        other_classes: replace it also if the number is the same.
+        other_classes: replace it even if the size is the same.
 
     Returns:
         The state dict, and the names of the parameters that are the model's own.
@@ -189,8 +192,8 @@ def replace_classifiers(model: nn.Module, state: State, other_classes: bool = Fa
     """
     own, names = model.state_dict(), classifier_names(model)
     if other_classes and not names:
-        raise PipelineError("weights of other classes than the index", expected="a model whose classifier can be replaced",
-                            found="none that the model's get_classifier names", do="give it that method, as timm's models have")  # fmt: skip
+        raise PipelineError("weights whose classes differ from the index's", found="a model without it", do="add that method",
+                            expected="a model with get_classifier(), whose classifier can be replaced")  # fmt: skip
     new = [name for name in names if name not in state or state[name].shape != own[name].shape]
     if new or other_classes:  # both heads of a distilled model are trained together
         new = names

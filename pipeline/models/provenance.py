@@ -1,4 +1,4 @@
-"""Where a teacher comes from and what a student starts from, by the configuration. No module imported here needs torch."""
+"""Where a teacher comes from and what a student starts from, as configured. No module imported here needs torch."""
 
 import contextlib
 import json
@@ -8,10 +8,10 @@ from typing import Any
 
 from pipeline.common.code import source_digest
 from pipeline.common.files import file_sha256, read_json_object
-from pipeline.config.paths import digests_folder, student_folder
+from pipeline.config.paths import checksums_folder, student_folder
 from pipeline.config.schema import Config, Student, Teacher
-from pipeline.config.types import is_own_model
-from pipeline.config.validation import fingerprint
+from pipeline.config.types import is_custom_model
+from pipeline.config.validation import differences, fingerprint
 
 START = "started_from"
 """Key of a student's metrics.json: what `student_start` or `finetune_start` was when it was trained."""
@@ -19,7 +19,7 @@ START = "started_from"
 
 def teacher_architecture(section: Teacher) -> dict[str, Any]:
     """Model, arguments and normalization, as JSON values: the same weights may fit other arguments."""
-    model = section.timm_tag or section.model
+    model = section.architecture
     described = {"model": model, "kwargs": section.kwargs, "mean": section.mean, "std": section.std, **code_of(model)}
     if section.class_map is not None:
         described["class_map"] = section.class_map
@@ -30,9 +30,15 @@ def teacher_architecture(section: Teacher) -> dict[str, Any]:
     return json.loads(json.dumps(described))
 
 
+def architecture_differences(section: Teacher, recorded: Mapping[str, Any]) -> list[str]:
+    """A line `key: recorded, configured` for each part of `teacher_architecture` in which a recorded teacher differs."""
+    configured = {"class_map": None, "ensemble": None, "code": None, **teacher_architecture(section)}
+    return differences({key: recorded.get(key) for key in configured}, configured)
+
+
 def code_of(model: str) -> dict[str, str | None]:
-    """The digest of the source of a model of one's own, for identities; nothing for timm's models."""
-    return {"code": source_digest(model)} if is_own_model(model) else {}
+    """The digest of the source of a custom model, for identities; nothing for timm's models."""
+    return {"code": source_digest(model)} if is_custom_model(model) else {}
 
 
 def teacher_source(section: Teacher, checksums: Path) -> str | list[str | None] | None:
@@ -49,7 +55,7 @@ def teacher_source(section: Teacher, checksums: Path) -> str | list[str | None] 
 
 
 def is_other_source(section: Teacher, checksums: Path, published: Mapping[str, Any]) -> bool:
-    """Whether a teacher was published from other weights than the configured ones; False while their file cannot be read.
+    """Whether a teacher was published from weights other than those configured; False while their file cannot be read.
 
     Args:
         checksums: see `weights_source`.
@@ -79,7 +85,7 @@ def weights_source(section: Teacher, checksums: Path) -> str | None:
 def file_source(path: Path, checksums: Path) -> str:
     """What identifies a file of weights: `sha256:` and its digest; arguments and errors as for `weights_source`."""
     recorded, stat = None, path.stat()
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # a damaged record is no record
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # a damaged record counts as none
         record = json.loads(checksum_record(path, checksums).read_bytes())
         if (record["size"], record["time_ns"]) == (stat.st_size, stat.st_mtime_ns):
             recorded = record["sha256"]
@@ -105,4 +111,4 @@ def finetune_start(config: Config, name: str) -> str | None:
 
 def _file(config: Config, weights: str | None) -> str | None:
     with contextlib.suppress(OSError):
-        return file_source(Path(weights), digests_folder(config)) if weights else None
+        return file_source(Path(weights), checksums_folder(config)) if weights else None

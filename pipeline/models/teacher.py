@@ -13,7 +13,7 @@ from pipeline.common.errors import NotReady, PipelineError, UsageError
 from pipeline.config.paths import NOT_NEEDED, teacher_folder
 from pipeline.config.schema import Config, Teacher, TeacherLogits
 from pipeline.config.validation import differences
-from pipeline.models.build import NormalizedModel, OwnModel, build_teacher
+from pipeline.models.build import CustomModel, NormalizedModel, build_teacher
 from pipeline.models.class_map import check_same_classes
 from pipeline.models.compiling import compile_model
 from pipeline.models.ensemble import Ensemble, join, resize_pictures
@@ -27,7 +27,7 @@ from pipeline.models.weights import (
     weights_hash,
 )
 
-PREDICTIONS_VERSION = 1  # bump when the same weights predict something else for a view; identities have it from 2 on
+PREDICTIONS_VERSION = 1  # bump when the same weights give other predictions for a view; identities have it from 2 on
 
 
 class TeacherForward:
@@ -86,7 +86,7 @@ def save_teacher(
     """Save weights and architecture; `path` is written directly, so pass a temporary one.
 
     Args:
-        trained: how, see `pipeline.training.origin`; None: it was not trained here.
+        trained: how, see `pipeline.training.origin`; None: the pipeline did not train it.
     """
     about = {DESCRIPTION: description or {}} | ({TRAINED: trained} if trained else {})
     save_weights(path, teacher.model, teacher_architecture(section) | about)
@@ -124,9 +124,7 @@ def load_teacher(
         )
     if described:
         check_same_classes(f"{path}: a teacher", described["classes"], classes, f"run: {command}")
-    members = [
-        member.model_copy(update={"drop_path": 0.0, "model": member.timm_tag or member.model}) for member in section.members
-    ]
+    members = [member.model_copy(update={"drop_path": 0.0, "model": member.architecture}) for member in section.members]
     teacher = join(section, [build_teacher(member, len(classes)) for member in members])
     load_weights(teacher.model, state, str(path))
     return teacher.to(device).eval()
@@ -143,7 +141,7 @@ def check_input_size(model: NormalizedModel, size: int, do: str, name: str = "th
     embedding, side = getattr(model.model, "patch_embed", None), 1
     if isinstance(embedding, PatchEmbed) and not embedding.dynamic_img_pad:
         side = int(embedding.patch_size[0])
-    usual = getattr(model.model, "pretrained_cfg", {}).get("input_size", ())  # SigLIP's is no multiple either
+    usual = getattr(model.model, "pretrained_cfg", {}).get("input_size", ())  # SigLIP's is not a multiple either
     if size % side and size not in usual:
         raise UsageError(
             f"{name} with pictures of {size} px", expected=f"a multiple of its patch size, {side}",
@@ -156,8 +154,8 @@ def check_input_size(model: NormalizedModel, size: int, do: str, name: str = "th
     except PipelineError:
         raise
     except Exception as error:
-        # those of timm's and torch's layers; a model of one's own may raise any
-        if not isinstance(error, AssertionError | RuntimeError | ValueError) and not isinstance(model, OwnModel):
+        # those of timm's and torch's layers; a custom model may raise anything
+        if not isinstance(error, AssertionError | RuntimeError | ValueError) and not isinstance(model, CustomModel):
             raise
         raise UsageError(
             f"{name} with pictures of {size} px",

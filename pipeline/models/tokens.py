@@ -72,7 +72,7 @@ class TokenCosines:
             return []
         # a rank may have had no image
         own = [torch.cat([torch.zeros(0, device=device), *parts]).cpu() for parts in self._parts.values()]
-        rows = Rank.init_process_group(device).all_gather(torch.stack(own, 1), count, device).double()
+        rows = Rank.current(device).all_gather(torch.stack(own, 1), count, device).double()
         parameters = float(cosine_similarity(*(token.float() for token in self._parameters), dim=0))
         deviations, means = torch.std_mean(rows, 0, correction=0)
         found = zip(self._layers, means.tolist(), deviations.tolist(), strict=True)

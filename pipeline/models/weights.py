@@ -1,6 +1,6 @@
 """Reading and writing weights: safetensors files with a checksum, and files from elsewhere.
 
-Files written here carry a checksum of tensors and metadata, which is compared on every read.
+Files that the pipeline wrote carry a checksum of tensors and metadata, which is compared on every read.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from pipeline.common.errors import PipelineError, UsageError
-from pipeline.common.files import atomic_write, file_sha256
+from pipeline.common.files import file_sha256, write_json
 from pipeline.config.validation import fingerprint
 from pipeline.models.provenance import checksum_record
 
@@ -30,7 +30,7 @@ DIGEST = "digest"
 DESCRIPTION = "description"
 """The key of a model's description among the metadata, see pipeline.models.description."""
 TRAINED = "trained"
-"""That of how a model was trained, see pipeline.training.origin."""
+"""The key of how a model was trained, see pipeline.training.origin."""
 
 
 def state_dict_hash(state: Mapping[str, torch.Tensor]) -> str:
@@ -85,7 +85,7 @@ def read_saved_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, A
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """What weights that were published here say about themselves, see `pipeline.models.description`; otherwise empty."""
+    """What weights that the pipeline published say about themselves, see `pipeline.models.description`; else empty."""
     described = read_metadata(path).get(DESCRIPTION) if path.suffix == ".safetensors" else None
     return described if isinstance(described, dict) else {}
 
@@ -104,7 +104,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def read_external_weights(path: Path, checksums: Path) -> dict[str, torch.Tensor]:
     """Read weights from elsewhere, as `read_weights`; their SHA-256 is recorded at first use and compared afterwards.
 
-    A file with another size or modification time has been replaced and is recorded again.
+    A file whose size or modification time differs has been replaced and is recorded again.
 
     Args:
         checksums: folder with a small JSON file per weight file.
@@ -116,7 +116,7 @@ def read_external_weights(path: Path, checksums: Path) -> dict[str, torch.Tensor
     stat, sha256 = path.stat(), file_sha256(path)
     found = {"path": str(path.resolve()), "size": stat.st_size, "time_ns": stat.st_mtime_ns, "sha256": sha256}
     record = checksum_record(path, checksums)
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a damaged record is no record
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a damaged record counts as none
         was = json.loads(record.read_bytes())
         if (was["size"], was["time_ns"]) == (stat.st_size, stat.st_mtime_ns) and was["sha256"] != sha256:
             raise PipelineError(
@@ -125,8 +125,7 @@ def read_external_weights(path: Path, checksums: Path) -> dict[str, torch.Tensor
                 found=f"{sha256}, though size and time are the same",
                 do="download it again",
             )
-    with atomic_write(record) as temporary:
-        temporary.write_text(json.dumps(found) + "\n")
+    write_json(record, found)
     return state
 
 
@@ -168,7 +167,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     else:
         with path.open("rb") as file:
             if file.read(1) != b"\x80":  # the first byte of a pickle
-                raise ValueError("no file that torch.save writes")
+                raise ValueError("not a file written by torch.save")
     with torch.serialization.safe_globals([argparse.Namespace]):  # DeiT's checkpoints hold their arguments
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     for key in ("model", "state_dict"):
@@ -190,7 +189,7 @@ def _check_integrity(
         raise PipelineError(
             f"{path}: the weights have no checksum",
             expected="a file written by this version of the pipeline",
-            found="none: it is damaged, another file, or an earlier version's",
+            found="none: it is damaged, a different file, or written by an earlier version",
             do="delete it, then run the command that writes it",
         )
     if checksum is not None and checksum != _checksum(state, metadata):
@@ -207,7 +206,7 @@ def _check_integrity(
             f"{path}: damaged weights",
             expected=f"a SHA-256 that begins with {named[1]}, as in the file's name",
             found=file_sha256(path),
-            do="download it again; or rename it, if it is another file",
+            do="download it again; or rename it, if it is a different file",
         )
 
 

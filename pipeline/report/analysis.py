@@ -26,19 +26,19 @@ from pipeline.shards.index import Index
 class Analysis:
     headline: Headline
     intervals: dict[tuple[str, str], Estimate]
-    """Of top-1, by model and classifier."""
+    """Confidence intervals of top-1, by model and classifier."""
     classes: list[ClassResult]
-    """Worst first, by the best student's accuracy."""
+    """Worst class first, by the best student's accuracy."""
     confusions: list[Confusion]
-    """Of the best student."""
+    """The best student's."""
     mistakes: list[Mistake]
-    """Of the best student."""
+    """The best student's."""
     disagreement: dict[str, dict[str, float]]
     """The paper's Table 4."""
     left_out: list[str]
     """Classifiers that are not in that table."""
     calibration: dict[str, Calibration]
-    """Of every model's joint classifier."""
+    """By model, for its joint classifier."""
     reliability: dict[str, Calibration]
     """Those that are drawn: of a student without distillation, the best student and the teacher."""
     details: dict[str, dict[str, Any]]
@@ -72,7 +72,7 @@ def analyze(config: Config, entries: list[Entry], predictions: AllPredictions, v
 
 def drawn_models(entries: list[Entry], headline: Headline) -> list[str]:
     """A student without distillation (the best student's counterpart, or else the first one), the best student, and
-    the teacher; those that there are."""
+    the teacher; those that exist."""
     counterparts = [name for each in headline.comparisons if each.about for name in (each.first, each.second)]
     plain = [entry.name for entry in entries if entry.student and not entry.distilled]
     first = [name for name in counterparts if name in plain] or plain

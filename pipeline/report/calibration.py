@@ -20,8 +20,8 @@ class Calibration:
     accuracy: np.ndarray
     """float64 (B,): the share of them that is classified correctly; NaN in an empty bin."""
     chance: float
-    """The ECE to expect of a perfectly calibrated classifier of these confidences on so many images; above 0, since
-    the accuracies of few images scatter."""
+    """The ECE to expect of a perfectly calibrated classifier with these confidences on this number of images; above 0,
+    since accuracies over few images scatter."""
 
     @property
     def ece(self) -> float:

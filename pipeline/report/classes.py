@@ -24,7 +24,7 @@ class Confusion:
     prediction: str
     images: int
     share: float
-    """Of the images with that label, in 0..1."""
+    """Share of the images with that label, in 0..1."""
 
 
 def class_results(

@@ -28,7 +28,7 @@ AllPredictions = Mapping[str, Mapping[str, Predictions]]
 
 
 def joint_classifier(classifiers: Mapping[str, Predictions]) -> str:
-    """The classifier that stands for a model: the mean of both heads, or else its only one; timm's forward too."""
+    """The classifier that stands for a model: the mean of both heads, or else its only one, as in timm's forward pass."""
     return "mean" if "mean" in classifiers else "class"
 
 

@@ -12,12 +12,12 @@ from pipeline.report.grid import Cell, Section, shorten
 from pipeline.shards.index import Index
 from pipeline.views.draw import Mix, ViewParams, draw_groups, draw_mix, draw_view
 from pipeline.views.ops import apply_op
-from pipeline.views.render import center_view, render
+from pipeline.views.render import center_view, fill_colour, render
 
 COLUMNS = 4
 MAGNITUDES = (2.5, 5.0, 7.5, 10.0)
 MIN_SIDE = 1.6
-"""Inches; narrower captions would have many lines."""
+"""Smallest side of a cell in inches; narrower captions would have many lines."""
 
 
 def describe_view(params: ViewParams) -> str:
@@ -122,8 +122,7 @@ def op_section(index: Index, recipe: Recipe, shard: int, position: int) -> Secti
     with alternating signs."""
     key = index.rows(shard)["key"][position].decode()
     picture = center_view(index.image(shard, position), recipe.size, 1.0).transpose(1, 2, 0).copy()
-    red, green, blue = (round(255 * value) for value in recipe.mean)
-    fill = (red, green, blue)
+    fill = fill_colour(recipe.mean)
     cells = [Cell(picture, "original")]
     for name in INCREASING_OPS:
         arguments = [op_argument(name, magnitude, turn % 2 == 1) for turn, magnitude in enumerate(MAGNITUDES)]

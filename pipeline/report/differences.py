@@ -27,7 +27,7 @@ class Difference:
 
     @property
     def half_width(self) -> float:
-        """Of the 95 % confidence interval of the mean, from Student's t; NaN of a single seed."""
+        """Half the width of the mean's 95 % confidence interval, from Student's t; NaN for a single seed."""
         count = len(self.values)
         if count < 2:
             return nan

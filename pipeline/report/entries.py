@@ -10,7 +10,7 @@ from pipeline.common.code import source_digest
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.paths import FINETUNED, TEACHER, evaluated_models
 from pipeline.config.schema import Config, Student, Training
-from pipeline.config.types import is_own_model
+from pipeline.config.types import is_custom_model
 from pipeline.models.adapt import load_resized_weights
 from pipeline.models.build import NormalizedModel, build_student
 from pipeline.models.class_map import check_same_classes
@@ -98,8 +98,8 @@ def load_model(
     """Load an entry's model in eval mode on the device, at `size` pixels instead of its own if given.
 
     Raises:
-        PipelineError: no weights, damaged ones, or weights of another run than the metrics next to them, of other
-            classes, or of another source of a model of one's own.
+        PipelineError: the weights are missing or damaged, or those of a different run from the metrics next to them, of
+            other classes, or of a custom model whose source has changed.
     """
     if entry.student is None:
         return load_teacher(config, classes, device)
@@ -119,7 +119,7 @@ def load_model(
 
 
 def _check_description(entry: Entry, described: dict[str, Any], classes: list[str]) -> None:
-    """Check that an entry's weights are of these classes and, if its model is one's own, of its source as it is now.
+    """Check that an entry's weights are of these classes and, if its model is a custom one, of its current source.
 
     Raises:
         PipelineError: they are not.
@@ -127,10 +127,10 @@ def _check_description(entry: Entry, described: dict[str, Any], classes: list[st
     do = f"run: pipeline {entry.command} (or dvc repro)"
     if "classes" in described:
         check_same_classes(f"{entry.weights}: weights", described["classes"], classes, do)
-    code = source_digest(entry.model) if is_own_model(entry.model) else None
+    code = source_digest(entry.model) if is_custom_model(entry.model) else None
     if code != described.get("code"):
         raise PipelineError(
-            f"{entry.weights}: weights of a model of another source",
+            f"{entry.weights}: weights of a model whose source has changed",
             expected=f"{entry.model} as it is now, SHA-256 {code}",
             found=f"SHA-256 {described.get('code')}",
             do=f"restore its source, or {do}",

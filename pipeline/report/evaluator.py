@@ -67,7 +67,7 @@ class Evaluator:
             scores = self._scores(entry, model, size)
         tokens = cosines.gather(len(self.val), self.device)
         macs, speed = multiply_adds(model, size), 0.0
-        if Rank.init_process_group(self.device).rank == 0:
+        if Rank.current(self.device).rank == 0:
             speed = throughput(model, size, settings.batch_size, settings.throughput_seconds, entry.precision)
         cost, detail = (parameter_count(model.model), macs, speed), f"{entry.model}, {size} px"
         others = self._further_top1(entry, model, scores)
@@ -103,7 +103,7 @@ class Evaluator:
     def _further_top1(
         self, entry: Entry, model: NormalizedModel, scores: dict[str, torch.Tensor]
     ) -> dict[str, dict[str, float]]:
-        """Top-1 on the further sets, by classifier; `scores` are those of the validation images."""
+        """Top-1 on the additional sets, by classifier; `scores` are those of the validation images."""
         real = self.further.real
         found = {name: {"real": real.top1(each)} if real else {} for name, each in scores.items()}
         for key, other in self.further.folders.items():

@@ -44,10 +44,10 @@ def describe_experiment(
 
 def _describe_teacher(config: Config, store: Store) -> Terms:
     """The teacher of the students' store: the configured one, or that of a published store."""
-    if published := config.published_store("train-student"):
+    if published := config.fetch_source("train-student"):
         return {"model": str(store.attributes["teacher"].get("model")), "predictions": f"published at {published}"}
     here = not config.teacher.weights or trained_run(teacher_folder(config))
-    trained = f"here, epochs: {config.teacher.epochs}" if here else "elsewhere"
+    trained = f"by the pipeline, epochs: {config.teacher.epochs}" if here else "elsewhere"
     return {"model": config.teacher.title, "trained": trained}
 
 

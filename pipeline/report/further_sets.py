@@ -1,4 +1,4 @@
-"""Further evaluation sets: ImageNet-ReaL's labels of the validation images, and other images in class folders.
+"""Additional evaluation sets: ImageNet-ReaL's labels of the validation images, and other images in class folders.
 
 Class numbers are those of ImageNet-1k, in the order of WordNet's names (n01440764 is 0), which the index may number
 otherwise: they are translated by name.
@@ -25,7 +25,7 @@ BUNDLED = "timm"
 """The value of `evaluate.real_labels` for timm's copy."""
 ILSVRC_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})(?!\d)")
 LEAST_AGREEMENT = 0.5
-"""ImageNet's own labels are among ReaL's for 90 % of the images; of a permuted order hardly any would be."""
+"""ImageNet's own labels are among ReaL's for 90 % of the images; in a permuted order hardly any would be."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RealLabels:
     rows: np.ndarray
     """Rows of the validation images that have any, int64 (N,)."""
     labels: list[frozenset[int]]
-    """Of each of these."""
+    """The labels of each of these."""
     agreement: float
     """Share in 0..1 of these images whose own label is among them."""
 
@@ -51,7 +51,7 @@ class FolderSet:
 
     images: ImageFolder
     labels: torch.Tensor
-    """In the index's order, int64 (images,)."""
+    """Each image's label in the index, int64 (images,)."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def open_real_labels(path: str, val: Index) -> RealLabels:
         path: real.json, a list with the list of labels of each image in the order of the ILSVRC numbers; or `timm`.
 
     Raises:
-        UsageError: no such file, or of another form.
+        UsageError: there is no such file, or it has another form.
         PipelineError: a sample's key has no ILSVRC number, or the labels are not of these images and classes.
     """
     lists, classes = read_real_labels(path), len(val.classes)
@@ -182,7 +182,7 @@ def open_real_labels(path: str, val: Index) -> RealLabels:
 
 def _other_labels(path: str, expected: str, found: str) -> PipelineError:
     return PipelineError(
-        f"evaluate.real_labels {path}: labels of other images or classes than those of validation", expected=expected,
+        f"evaluate.real_labels {path}: not the labels of the validation images and their classes", expected=expected,
         found=found, do="use real.json with ImageNet-1k's validation set and its 1,000 classes, or set it to null",
     )  # fmt: skip
 
@@ -191,7 +191,7 @@ def read_real_labels(path: str) -> list[list[int]]:
     """A list of labels per image, as in real.json.
 
     Raises:
-        UsageError: it cannot be read, or is of another form.
+        UsageError: it cannot be read, or has another form.
     """
     file: Any = resources.files("timm.data") / "_info/imagenet_real_labels.json" if path == BUNDLED else Path(path)
     try:

@@ -37,7 +37,7 @@ class Section:
 
 
 def draw_grid(path: Path, sections: list[Section], side: float, dpi: int = 100) -> None:
-    """Draw sections below each other; every picture fills a square of `side` inches. Captions are wrapped
+    """Draw sections one below the other; every picture fills a square of `side` inches. Captions are wrapped
     to it, and titles to the sheet."""
     pictures, texts = [], []  # with their places, in inches from the top left corner
     width = max(left for section in sections for row in section.rows for left in _lefts(row, side)) + side + GAP

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline.common.files import atomic_write
+from pipeline.common.files import write_text
 from pipeline.models.tokens import LayerCosine
 from pipeline.report.analysis import Analysis
 from pipeline.report.classes import ClassResult, Confusion
@@ -21,7 +21,7 @@ from pipeline.report.settings import TrainingRow
 from pipeline.report.tables import Result, by_model, result_columns
 
 MATRIX_CLASSES = 20
-"""Up to so many classes, the confusion matrix is shown; beyond, the most confused pairs."""
+"""Up to this number of classes, the confusion matrix is shown; beyond, the most confused pairs."""
 CLASSES, PAIRS = 100, 30
 """Rows of the tables of classes and of confused pairs; the files next to the report have all of them."""
 
@@ -35,7 +35,7 @@ class Report:
     analysis: Analysis
     curves: dict[str, Curve]
     tokens: dict[str, list[LayerCosine]]
-    """Of the models with two tokens."""
+    """By model, for the models with two tokens."""
     views: Section
     training: list[TrainingRow]
     facts: dict[str, dict[str, str]]
@@ -72,8 +72,7 @@ def write_report(path: Path, report: Report) -> None:
         views=[[thumbnail(cell.picture, cell.caption) for cell in row] for row in report.views.rows],
         describe_interval=describe_interval,
     )
-    with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _themed(plot: Callable, shown: Any) -> dict[str, str]:

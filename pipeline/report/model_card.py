@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.common.files import atomic_write, file_sha256, read_json_object
+from pipeline.common.files import file_sha256, read_json_object, write_text
 from pipeline.models.build import NormalizedModel, parameter_count
 from pipeline.models.description import ModelDescription
 
@@ -39,9 +39,8 @@ def write_model_card(
         exports: the exported files that the card explains.
     """
     results = read_json_object(weights.with_name("metrics.json"))
-    with atomic_write(path) as temporary:
-        line = weights_line(weights)
-        temporary.write_text(model_card(parameter_count(model.model), description, about, line, results, exports))
+    text = model_card(parameter_count(model.model), description, about, weights_line(weights), results, exports)
+    write_text(path, text)
 
 
 def weights_line(weights: Path) -> str:
@@ -50,7 +49,7 @@ def weights_line(weights: Path) -> str:
 
 
 def described_weights(card: Path) -> str | None:
-    """That line of a card; None if the file is no card, or there is none."""
+    """The line of a card that identifies the weights; None if the file is not a card, or does not exist."""
     lines = card.read_text(errors="replace").splitlines() if card.is_file() else []
     return next((line for line in lines if line.startswith(WEIGHTS_LINE)), None)
 
@@ -69,7 +68,7 @@ def model_card(
         if isinstance(results.get(key), float)
     ]  # fmt: skip
     names = ", ".join(description.classes[:20]) + (", ..." if len(description.classes) > 20 else "")
-    kind = "ensemble" if description.members else "own model" if description.code else "timm"
+    kind = "ensemble" if description.members else "custom model" if description.code else "timm"
     lines = [
         f"# {description.model}", "",
         f"An image classifier for {len(description.classes):,} classes: {names}.", "",

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from pipeline.config.paths import TEACHER
 from pipeline.config.schema import Config, result_fields
-from pipeline.config.types import is_own_model
+from pipeline.config.types import is_custom_model
 from pipeline.models.build import build_student
 from pipeline.report.comparison import AllPredictions, compared_settings, joint_classifier
 from pipeline.report.entries import Entry
@@ -22,14 +22,14 @@ Disagreement = dict[str, dict[str, float]]
 
 
 def student_details(config: Config, entries: list[Entry], predictions: AllPredictions) -> dict[str, dict[str, Any]]:
-    """By student, its shape if it is a ViT, and how often its classifiers disagree with others."""
+    """For each student, its shape if it is a ViT, and how often its classifiers disagree with others."""
     found = disagreements(entries, predictions)
     return {each.name: vit_shape(config, each) | {"disagreement": found[each.name]} for each in entries if each.student}
 
 
 def vit_shape(config: Config, entry: Entry) -> dict[str, int]:
-    """Width, heads and depth of a student, by timm's names; empty if it is no ViT."""
-    if entry.student is None or is_own_model(entry.student.model):
+    """Width, heads and depth of a student, by timm's names; empty if it is not a ViT."""
+    if entry.student is None or is_custom_model(entry.student.model):
         return {}
     with torch.device("meta"):
         model = build_student(entry.student, config.recipe, 2, entry.size).model

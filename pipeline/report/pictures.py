@@ -15,7 +15,7 @@ MISTAKES = 24
 THUMBNAIL = 192
 """Longest side of a thumbnail in pixels."""
 LOSSLESS = 64
-"""Up to this side, thumbnails are PNG files: every pixel of theirs can be seen."""
+"""Up to this side, thumbnails are PNG files: each of their pixels can be seen."""
 
 
 @dataclass(frozen=True)

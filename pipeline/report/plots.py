@@ -18,7 +18,7 @@ LINE_STYLES = ("-", "--", ":", "-.")
 DASHES = (0, (2, 1.5))
 COLUMNS = 2
 LEGEND_CHARACTERS = 130
-"""In a row of the legend of curves, with about six for each line's sample."""
+"""Characters in a row of the curves' legend, counting about six for each line's sample."""
 
 
 @dataclass(frozen=True)

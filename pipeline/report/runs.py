@@ -12,13 +12,14 @@ from tabulate import tabulate
 
 from pipeline.config.paths import FINGERPRINT
 from pipeline.config.schema import Training
+from pipeline.config.validation import flatten
 from pipeline.report.plots import Curve, plot_curves
 from pipeline.report.study import heading, is_share
 
 NOT_RESULTS = ("epoch", "images_per_second")
-"""Metrics that are no result of a training, by the last part of their key."""
+"""Metrics that do not result from training, by the last part of their key."""
 DEPENDENCIES = "dependencies."
-"""Begins the keys of weights and store that a run depends on."""
+"""Prefix of the keys of weights and store that a run depends on."""
 MAX_VALUE = 40
 """Characters of a setting in the table."""
 
@@ -29,7 +30,7 @@ class TrainedRun:
 
     name: str
     run: str | None
-    """Its fingerprint; None: the model was not trained here."""
+    """Its fingerprint; None: the pipeline did not train the model."""
     metrics: dict[str, float]
     settings: dict[str, Any]
     """What its weights depend on; empty if its state folder is gone."""
@@ -40,14 +41,6 @@ class TrainedRun:
     curve: Curve = field(repr=False)
     note: str = ""
     """What is missing, if anything is."""
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with their keys joined by dots; an empty one is a value."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-    return flat
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
@@ -96,7 +89,7 @@ def differing_settings(runs: Sequence[TrainedRun]) -> dict[str, list[Any]]:
 
 
 def results(run: TrainedRun) -> dict[str, float]:
-    """The metrics that training determines; accuracies on other images are no other result."""
+    """The metrics that training determines; accuracies on other images do not count as a different result."""
     return {key: value for key, value in run.metrics.items() if key.rpartition(".")[2] not in NOT_RESULTS}
 
 

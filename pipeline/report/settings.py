@@ -10,10 +10,11 @@ import torch
 from pipeline.common.files import read_json_object
 from pipeline.config.paths import TEACHER, index_path, state_folder
 from pipeline.config.schema import Config, Student
-from pipeline.config.types import is_own_model
+from pipeline.config.types import is_custom_model
 from pipeline.models.build import build_student
 from pipeline.report.entries import Entry
 from pipeline.training.log import read_log
+from pipeline.training.optim import peak_lr
 
 LOADING = """\
 import json
@@ -61,7 +62,7 @@ def training_rows(config: Config, entries: list[Entry]) -> list[TrainingRow]:
                     objective(entry.student),
                     f"{settings.epochs:,}",
                     f"{settings.batch_size:,}",
-                    f"{settings.lr * settings.batch_size / 512:.3g}",
+                    f"{peak_lr(settings):.3g}",
                     f"{settings.weight_decay:g}",
                     settings.optimizer,
                     _training_time(config, entry),
@@ -80,7 +81,7 @@ def objective(student: Student | None) -> str:
 
 
 def trained_run(folder: Path) -> str | None:
-    """The fingerprint of the run that trained the model in a folder; None if it was not trained here."""
+    """The fingerprint of the run that trained the model in a folder; None if the pipeline did not train it."""
     return published_as(folder).get("run")
 
 
@@ -109,7 +110,7 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def describe_origin() -> dict[str, dict[str, str]]:
+def describe_report() -> dict[str, dict[str, str]]:
     """A section of the report: when and by which code it was written."""
     origin = {"written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
     commit = _git("rev-parse", "HEAD")
@@ -129,13 +130,13 @@ def _git(*arguments: str) -> str:
 
 
 def loading_code(config: Config, entry: Entry) -> str:
-    """Python code that loads a student with timm alone, or a function of one's own, and classifies a picture.
+    """Python code that loads a student with timm alone, or with a custom model's function, and classifies a picture.
 
     The classifier is the joint one of a student with two heads, unless only the class head was trained.
     """
     assert entry.student
     logits = "model.eval()(picture)"
-    if is_own_model(entry.model):
+    if is_custom_model(entry.model):
         module, _, name = entry.model.partition(":")
         imports, function, arguments = f"from {module} import {name}", f"{name}(", entry.student.kwargs
     else:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from pipeline.common.errors import UsageError
-from pipeline.common.files import atomic_write, write_csv
+from pipeline.common.files import write_csv, write_text
 from pipeline.common.wording import count_of
 
 Table = tuple[list[str], list[list[str]]]
@@ -52,7 +52,7 @@ class Summary:
 
     @property
     def deviation(self) -> float:
-        """The sample standard deviation; NaN of a single seed."""
+        """The sample standard deviation; NaN for a single seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
     def show(self) -> str:
@@ -132,7 +132,7 @@ def read_cells(path: Path) -> list[Value]:
     """Read cells.csv.
 
     Raises:
-        UsageError: it cannot be read, or is none.
+        UsageError: it cannot be read, or is not a cells.csv.
     """
     try:
         rows = list(csv.DictReader(io.StringIO(path.read_text(), newline="")))
@@ -162,5 +162,4 @@ def write_tables(path: Path, markdown: Path, summaries: Sequence[Summary], table
     ]
     write_csv(path, [*axes, "metric", "mean", "standard_deviation", "seeds"], rows)
     texts = [tabulate(lines, headings, tablefmt="github", disable_numparse=True) for headings, lines in tables]
-    with atomic_write(markdown) as temporary:
-        temporary.write_text("\n\n".join(texts) + "\n")
+    write_text(markdown, "\n\n".join(texts) + "\n")

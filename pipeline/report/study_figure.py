@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, ScalarFormatter
 
-from pipeline.config.study import FINETUNED, is_number
+from pipeline.config.study import FINETUNED_COLUMN, is_number
 from pipeline.config.study import Figure as Settings
 from pipeline.report.grid import save_figure
 from pipeline.report.plots import DPI, LIGHT, LINE_STYLES, MARKERS
@@ -26,7 +26,7 @@ class Point:
     y: float
     y_deviation: float
     text: str = ""
-    """Next to it."""
+    """Label drawn next to the point."""
 
 
 def draw_figure(path: Path, summaries: Sequence[Summary], metric: str, settings: Settings | None) -> None:
@@ -83,7 +83,7 @@ def draw_against_metric(path: Path, summaries: Sequence[Summary], others: Sequen
 
 
 def draw_dots(path: Path, summaries: Sequence[Summary]) -> None:
-    """Plot one metric: a dot with its standard deviation for each combination of levels, below each other."""
+    """Plot one metric: a dot with its standard deviation for each combination of levels, one below the other."""
     labels = [_label(varying_axes(summaries), each) for each in summaries]
     figure = Figure((6.4, 1.0 + 0.3 * len(labels)), dpi=DPI, layout="constrained", facecolor=LIGHT.page)
     axes = figure.subplots()
@@ -125,7 +125,7 @@ def _figure(axes: Axes) -> Figure:
 def _label(names: Sequence[str], each: Summary) -> str:
     """Levels as they stand in a legend: numbers, yes and no with their axis."""
     levels = [(axis, level) for axis in names if (level := each.levels.get(axis))]
-    named = [f"{axis} {level}" if is_number(level) or axis == FINETUNED else level for axis, level in levels]
+    named = [f"{axis} {level}" if is_number(level) or axis == FINETUNED_COLUMN else level for axis, level in levels]
     return _plain(", ".join(named))
 
 

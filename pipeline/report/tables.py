@@ -1,6 +1,5 @@
 """Tables of results: rows, columns, plain text, JSON and CSV files."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
@@ -9,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from pipeline.common.files import atomic_write, write_csv
+from pipeline.common.files import write_csv, write_json
 from pipeline.common.wording import three_digits
 from pipeline.models.tokens import LayerCosine
 from pipeline.report.analysis import Analysis
@@ -35,12 +34,12 @@ class Result:
     throughput: float
     """Images per second."""
     others: dict[str, float] = field(default_factory=dict, hash=False)
-    """Top-1 on further sets, by name; the same sets in every row of a table."""
+    """Top-1 on additional sets, by name; the same sets in every row of a table."""
 
 
 @dataclass(frozen=True)
 class SizeResult:
-    """A row of sizes.csv: one classifier of a model at another size than it was trained at, or at the same."""
+    """A row of sizes.csv: one classifier of a model, evaluated at `size`."""
 
     model: str
     trained: int
@@ -80,7 +79,7 @@ COLUMNS = (
 
 
 def result_columns(results: Sequence[Result]) -> list[Column]:
-    """COLUMNS, with the accuracies on further sets after those on the validation set."""
+    """COLUMNS, with the accuracies on additional sets after those on the validation set."""
     further = [
         Column(f"{name} %", lambda row, name=name: 100 * row.others[name], "{:.2f}".format, of_model=False)
         for name in (results[0].others if results else ())
@@ -146,8 +145,8 @@ def write_tables(
             about["token_cosine"] = round(tokens[row.model][-1].mean, 6)
         metrics.setdefault(row.model, about)[row.classifier] = {"top1": row.top1, "top5": row.top5, **_others(row)}
     speeds = {row.model: {"images_per_second": round(row.throughput, 1)} for row in results}
-    _write_json(folder / "throughput.json", speeds)
-    _write_json(folder / "details.json", analysis.details)
+    write_json(folder / "throughput.json", speeds)
+    write_json(folder / "details.json", analysis.details)
     rows = [
         asdict(row) | {"top1_low": interval.low, "top1_high": interval.high} | _others(row)
         for row in results
@@ -163,11 +162,11 @@ def write_tables(
         for second, share in row.items()
     )
     write_csv(folder / "disagreement.csv", ["first", "second", "share"], pairs)
-    _write_json(folder / "metrics.json", metrics)  # last: the others are then of the same evaluation
+    write_json(folder / "metrics.json", metrics)  # last: the others are then of the same evaluation
 
 
 def _others(row: Result) -> dict[str, float]:
-    """The accuracies on further sets as files name them: real_top1, v2_top1."""
+    """The accuracies on additional sets as files name them: real_top1, v2_top1."""
     return {f"{name}_top1": value for name, value in row.others.items()}
 
 
@@ -200,8 +199,3 @@ def write_evidence(folder: Path, calibration: dict[str, Calibration], tokens: di
     write_csv(folder / "calibration.csv", columns, rows)
     layers = ({"model": name, **asdict(layer)} for name, each in tokens.items() for layer in each)
     write_csv(folder / "token_cosine.csv", ["model", "layer", "mean", "deviation"], layers)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1) + "\n")

@@ -38,7 +38,7 @@ def read_class_names(path: str) -> list[str]:
             raise
         raise UsageError(
             f"data.class_names: {path}",
-            expected="a different class name per line; or JSON: a list of names, or an object of names and their numbers",
+            expected="one class name per line, all different; or JSON: a list of names, or an object of names and their numbers",
             found=str(error)[:500] if isinstance(error, ValueError) else reason(error),
             do="correct the file or data.class_names",
         ) from error
@@ -56,20 +56,20 @@ def _ordered(content: Any) -> list[str]:
         elif all(key.isdecimal() and len(key) < 10 for key in content):
             pairs = [(int(number), name) for number, name in content.items()]
         else:
-            raise ValueError("an object of something else than names and numbers")
+            raise ValueError("an object that does not map names to numbers, or numbers to names")
         pairs.sort(key=lambda pair: pair[0])
         if [number for number, _ in pairs] != list(range(len(pairs))):
-            raise ValueError(f"numbers other than 0 to {len(pairs) - 1}, each once")
+            raise ValueError(f"numbers that are not 0 to {len(pairs) - 1}, each once")
         content = [name for _, name in pairs]
     if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-        raise ValueError("a list of something else than names")
+        raise ValueError("not a list of names")
     return content
 
 
 def read_sample_counts(location: str) -> dict[str, int]:
     """The number of samples of each shard that the folder's `_info.json` names; empty if there is no such file.
 
-    Files of another content, and servers that refuse, count as none: nothing depends on these numbers but a warning.
+    A file with other content, or a server that refuses, counts as no file: only a warning depends on these numbers.
     """
     try:
         with fsspec.open(f"{location}/{COUNTS}", "rb") as file:

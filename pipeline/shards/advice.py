@@ -12,9 +12,9 @@ PADDING, SORTED = 0.01, 0.2  # thresholds of the warnings
 
 
 def report_padding(total: int, shards: int, group: int) -> None:
-    """Print the share of unused slots in every forward, and a better shard size if it is high and there is one."""
+    """Print the share of unused slots in each forward pass, and a better shard size if it is high and there is one."""
     wasted = padding(total, shards, group)
-    print(f"train: groups of {group} samples: {wasted:.2%} of every forward are unused slots")
+    print(f"train: groups of {group} samples: {wasted:.2%} of the slots in each forward pass are unused")
     best = min(range(max(1, shards // 2), 2 * shards + 1), key=lambda n: (padding(total, n, group), abs(n - shards)))
     if wasted > PADDING and padding(total, best, group) < wasted / 2:
         size = -(-total // best)
@@ -31,7 +31,7 @@ def padding(total: int, shards: int, group: int) -> float:
 def report_order(index: Index, group: int) -> None:
     """Print the share of unused slots of existing shards; warn if it is high, or if they seem sorted by class."""
     wasted = 1 - len(index) / (group * int((-(-index.samples // group)).sum()))
-    print(f"train: groups of {group} samples: {wasted:.2%} of every forward are unused slots")
+    print(f"train: groups of {group} samples: {wasted:.2%} of the slots in each forward pass are unused")
     if wasted > PADDING:
         print(f"train: warning: shards of a multiple of {group} samples, or slightly fewer, would waste nothing")
     if (excess := sortedness(index)) > SORTED:
@@ -49,8 +49,8 @@ def report_counts(split: str, index: Index) -> None:
     if wrong := [name for name in index.names if counts.get(name, found[name]) != found[name]]:
         name = wrong[0]
         print(
-            f"{split}: warning: {COUNTS} has another number of samples for {len(wrong)} of {len(found)} shards: for"
-            f" {name} {counts[name]:,}, which has {found[name]:,}"
+            f"{split}: warning: {COUNTS} has a different number of samples for {len(wrong)} of {len(found)} shards:"
+            f" {counts[name]:,} for {name}, which has {found[name]:,}"
         )
 
 

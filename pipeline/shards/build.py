@@ -33,7 +33,7 @@ REQUESTS = 8  # files that are checked at a time
 def build(config: Config, shards: ShardSet, classes: list[str], quick: bool) -> Index:
     """Write the missing shards of a split and index them.
 
-    Shards that match an existing index by their SHA-256, or that an indexing was done with before it was killed, are not
+    Shards that match an existing index by their SHA-256, or that an interrupted indexing had completed, are not
     decoded again.
 
     Args:
@@ -79,7 +79,7 @@ def _existing_index(shards: ShardSet, path: Path) -> Index | None:
 
 
 def _signatures(shards: ShardSet) -> dict[str, Any]:
-    """The signatures of the shards that exist; shards that are not written here must all exist."""
+    """The signatures of the shards that exist; shards that the pipeline does not write must all exist."""
 
     def one(name: str) -> tuple[str, Any]:
         return name, shard_signature(shards.location, name)
@@ -98,10 +98,11 @@ def _unchanged(shards: ShardSet, index: Index, signatures: dict[str, Any], known
 def _matching(
     shards: ShardSet, entries: list[tuple[str, int, str, Any]], signatures: dict[str, Any], title: str
 ) -> set[str]:
-    """The shards that are what an earlier indexing read.
+    """The shards that are unchanged since an earlier indexing read them.
 
     Args:
-        entries: name, bytes, SHA-256 and trusted signature of each; the last None if only its contents may tell.
+        entries: name, bytes, SHA-256 and trusted signature of each; the signature is None if only the contents can tell
+            whether the shard changed.
         signatures: the current ones.
     """
 
@@ -187,7 +188,7 @@ def _indexed_before(index: Index, number: int) -> ShardIndex:
 
 
 def _finished_before(shards: ShardSet, names: list[str]) -> dict[str, Finished]:
-    """The shards that an unfinished indexing was done with, by name."""
+    """The shards that an unfinished indexing had completed, by name."""
     folder, settings = _finished_folder(shards), shards.indexing_settings
     found = {name: load_finished(folder, settings, name) for name in names}
     return {name: finished for name, finished in found.items() if finished}

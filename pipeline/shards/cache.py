@@ -3,7 +3,7 @@
 A request per image is slow and, at a cloud's prices, expensive; a shard takes one. A copy is named by the shard's
 SHA-256 and appears by rename, after its bytes have been compared with that: what has its name is complete. The copies
 that were used least recently are deleted first. Whatever the cache cannot do (a full disk, a shard beyond the limit, a
-failed download) is left to the caller, who reads ranges of the shard at its URL.
+failed download) is left to the caller, which reads ranges of the shard from its URL.
 """
 
 import math
@@ -25,8 +25,8 @@ from pipeline.config.validation import fingerprint
 
 GB = 10**9
 COPY, PARTIAL = re.compile(r"[0-9a-f]{32}\.tar"), re.compile(r"[0-9a-f]{32}\.(\d+)\.partial")
-"""File names: the hash of a shard's SHA-256 and size; a partial file's has the bytes of the complete one."""
-STALE_SECONDS = 60.0  # without a byte of progress: then a partial file may be a killed process's
+"""File names: the hash of a shard's SHA-256 and size; in a partial file's also the size of the complete one."""
+STALE_SECONDS = 60.0  # without progress, after which a partial file may be a killed process's
 TOUCH_SECONDS = 1.0  # the resolution of a copy's time of last use
 POLL_SECONDS = 0.05
 RETRY_SECONDS = 600.0  # after a failed download
@@ -59,7 +59,7 @@ class ShardCache:
             crc32c: the checksum of the range.
 
         Returns:
-            the bytes; None if they must be read at the URL.
+            the bytes; None if they must be read from the URL.
         """
         path = self.folder / f"{fingerprint([shard['sha256'], shard['bytes']])}.tar"
         if shard["bytes"] > self.limit or time.monotonic() < self._failed.get(path, -math.inf) + RETRY_SECONDS:
@@ -79,7 +79,7 @@ class ShardCache:
                 raise
             cause = " ".join(reason(error).split())
             kind = f"{type(error).__name__} {getattr(error, 'errno', None)}"
-            _warn(kind, f"{location}/{shard['name']}: no local copy, images are read at the URL: {cause}")
+            _warn(kind, f"{location}/{shard['name']}: no local copy, images are read from the URL: {cause}")
             self._failed[path] = time.monotonic()
         return None
 
@@ -104,7 +104,7 @@ class ShardCache:
         """Download a shard under the lock of its partial file; returns whether there was room.
 
         Raises:
-            OSError: a full disk, no response, or another shard than the indexed one.
+            OSError: a full disk, no response, or the shard is not the one that was indexed.
         """
         complete = False
         try:
@@ -152,7 +152,7 @@ class ShardCache:
             total -= freed
         free = os.statvfs(self.folder)
         if free.f_bavail * free.f_frsize < size:
-            raise OSError(f"{self.folder}: {free.f_bavail * free.f_frsize / GB:.2f} GB free on the disk, too few for it")
+            raise OSError(f"{self.folder}: {free.f_bavail * free.f_frsize / GB:.2f} GB free on the disk, too little for it")
         return total <= self.limit
 
 
@@ -162,7 +162,7 @@ def _read_copy(path: Path, expected: int, offset: int, size: int) -> bytes:
     Opened for each read: a deleted file takes up space for as long as it is open.
 
     Raises:
-        FileNotFoundError: there is no copy. One of another size, as after a power failure, counts as none.
+        FileNotFoundError: there is no copy. One of a different size, as after a power failure, counts as none.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

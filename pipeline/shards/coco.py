@@ -19,7 +19,7 @@ def coco_rows(path: Path) -> list[dict[str, Any]]:
     """
     content = json.loads(path.read_bytes())
     if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in LISTS):
-        raise ValueError(f"no JSON object with the lists {', '.join(LISTS)}")
+        raise ValueError(f"not a JSON object with the lists {', '.join(LISTS)}")
     try:
         return _rows(*(content[name] for name in LISTS))
     except (AttributeError, KeyError, TypeError) as error:

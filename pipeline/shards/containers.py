@@ -40,7 +40,7 @@ class Container(ABC):
         """Yield the images with these names, and show progress.
 
         Raises:
-            PipelineError: one of them is not there any more.
+            PipelineError: one of them no longer exists.
         """
         remaining = set(names)
         with progress(self.count, f"{title} {self.root}", "image") as bar:
@@ -53,7 +53,7 @@ class Container(ABC):
             raise PipelineError(
                 f"{self.root}: image {min(remaining)}",
                 expected="the images that there were when prepare started",
-                found="the files changed meanwhile",
+                found="files that have changed since",
                 do="run: pipeline prepare",
             )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import PipelineError, reason
-from pipeline.common.files import StatSignature, atomic_write, is_conclusive
+from pipeline.common.files import StatSignature, is_conclusive, write_if_changed
 from pipeline.common.progress import progress
 
 CHUNK = 64  # files per task of a thread
@@ -105,9 +105,5 @@ def load_cache(path: Path) -> Any:
 def save_cache(path: Path, value: Any) -> None:
     """Write a JSON value for `load_cache` if it changed; a full or read-only disk only costs time later."""
     body = json.dumps(value)
-    text = f"{digest(body.encode())}\n{body}"
-    with suppress(OSError, ValueError):
-        if path.read_text() == text:
-            return
-    with suppress(PipelineError), atomic_write(path) as temporary:
-        temporary.write_text(text)
+    with suppress(PipelineError):
+        write_if_changed(path, f"{digest(body.encode())}\n{body}")

@@ -75,7 +75,7 @@ def _kind(name: str) -> tuple[Any, Any]:
     raise UsageError(
         f"data.dataset: {name!r}",
         expected="a data set of torchvision that needs no argument but its folder, for example CIFAR10 or Flowers102",
-        found="one that needs others" if kind else "no such data set",
+        found="one that needs other arguments" if kind else "no such data set",
         do="correct the name, or prepare class folders or a table",
     )
 
@@ -207,7 +207,7 @@ def _folder(dataset: Any, root: Path) -> Path:
 
 
 def _folder_signature(folder: Path) -> StatSignature:
-    """Of all files of a folder: total size and latest times."""
+    """The signature of all files of a folder: total size and latest times."""
     found = [stat_signature(path.stat()) for path in folder.rglob("*") if path.is_file()]
     return sum(at[0] for at in found), max((at[1] for at in found), default=0), max((at[2] for at in found), default=0)
 
@@ -228,7 +228,7 @@ class TorchvisionImages(Container):
                     f"{self.dataset_name}: item {position}",
                     expected=f"an image of class {expected}",
                     found=f"{type(image).__name__} of class {label}",
-                    do="report this: torchvision lists its labels in another order than its images",
+                    do="report this: torchvision lists its labels in a different order from its images",
                 )
             yield _name(position), _png(image)
 

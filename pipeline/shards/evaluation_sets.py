@@ -1,4 +1,4 @@
-"""What the files of the further evaluation sets contain, for whoever has to notice that they changed."""
+"""Digests of the files of the additional evaluation sets, by which changes are noticed."""
 
 import contextlib
 from pathlib import Path
@@ -30,5 +30,5 @@ def describe_sets(settings: Evaluate) -> dict[str, str | None]:
 
 
 def sets_fingerprint(settings: Evaluate) -> dict[str, str]:
-    """What metrics.json says of the contents, by its key there; empty without further sets."""
+    """The entry of metrics.json that identifies the sets' contents; empty without additional sets."""
     return {CONTENTS: fingerprint(describe_sets(settings))} if settings.further_sets else {}

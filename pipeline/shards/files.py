@@ -19,7 +19,7 @@ class ShardFiles:
     Args:
         location: folder or URL of the shards.
         shards: their entries in the index: name, bytes, sha256.
-        cache: for copies of shards at a URL; None: ranges are read at the URL.
+        cache: for copies of shards at a URL; None: ranges are read from the URL.
     """
 
     def __init__(self, location: str, shards: list[dict[str, Any]], cache: ShardCache | None = None):
@@ -39,7 +39,7 @@ class ShardFiles:
         """Read the images of rows of the index. Only what comes from a copy has been compared with its checksum.
 
         Raises:
-            OSError: the shard is missing or of another size. Servers' clients may raise something else, see
+            OSError: the shard is missing or of a different size. Servers' clients may raise something else, see
                 `is_io_error`.
         """
         if "://" not in self.location:

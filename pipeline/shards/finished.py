@@ -16,7 +16,7 @@ from pipeline.config.validation import fingerprint
 from pipeline.shards.contents import load_cache, save_cache
 from pipeline.shards.index_file import ShardIndex, row_type
 
-INDEXING_VERSION = 2  # bump when indexing the same shard yields other rows, or refuses other images
+INDEXING_VERSION = 2  # bump when indexing the same shard yields different rows, or refuses different images
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class ImageFolder:
         self.folder_numbers = np.array(listing.labels, np.int64)
         """Position in `folders` of each image, int64 (images,)."""
         self.signatures = listing.signatures
-        """Of each image's file."""
+        """Signature of each image's file."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -69,7 +69,7 @@ class ImageFolder:
         """Read and decode an image, uint8 (height, width, 3).
 
         Raises:
-            PipelineError: the file cannot be read, or is no image. None is ever left out.
+            PipelineError: the file cannot be read, or is not an image. No image is ever left out.
         """
         path, data = self.root / self.names[position], self._read(position)
         try:

@@ -46,7 +46,7 @@ class Index:
     def __init__(self, path: str | Path, cache: ShardCache | None = None):
         """
         Args:
-            cache: for copies of shards at a URL; None: every sample is read at the URL.
+            cache: for copies of shards at a URL; None: every sample is read from the URL.
 
         Raises:
             NotReady: `path` is missing.
@@ -120,7 +120,7 @@ class Index:
                 raise PipelineError(
                     f"{self.table}: the rows of {self.names[shard]}",
                     expected="the checksum in index.json",
-                    found="another: the table was damaged or replaced",
+                    found="a different checksum: the table was damaged or replaced",
                     do="run: pipeline prepare",
                 )
             if found := self._invalid_row(shard, rows):

@@ -35,7 +35,7 @@ class ShardIndex:
 
 
 def invalid_value(content: dict[str, Any]) -> str:
-    """A value that no index written here has, even if its checksum matches; empty if there is none."""
+    """A value that no index has, even if its checksum matches; empty if there is none."""
     shards = content["shards"]
     numbers = {"bytes": 2**63, "samples": 2**31, "rows_crc32c": 2**32}
 
@@ -71,8 +71,8 @@ def samples_fingerprint(content: dict[str, Any]) -> str:
     """The fingerprint of an index.json: of the samples (key, label, image bytes), their order in named shards, and the
     number of classes.
 
-    It is the same for the same images however they came: the names of the classes, where shards are stored, and how
-    their tars are laid out are not part of it.
+    It is the same for the same images whatever their source: class names, the place of the shards and the layout of
+    their tars are not part of it.
     """
     shards = [[shard["name"], shard["samples"], shard["content"]] for shard in content["shards"]]
     named = {"keys": content["keys"]} if "keys" in content else {}

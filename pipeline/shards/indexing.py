@@ -1,4 +1,4 @@
-"""Write shards, and index shards whoever wrote them.
+"""Write shards, and index shards, whoever wrote them.
 
 Refused: a missing or damaged shard, and a sample that is not one image and one class number. Nothing is ever
 substituted or skipped silently: images that do not decode are listed in the index with the reason.
@@ -20,7 +20,7 @@ import numpy as np
 from webdataset.writer import TarWriter
 
 from pipeline.common.errors import PipelineError, is_io_error, reason
-from pipeline.common.files import atomic_write, is_conclusive, stat_signature
+from pipeline.common.files import atomic_write, is_conclusive, stat_signature, write_if_changed
 from pipeline.config.validation import fingerprint
 from pipeline.shards.images import FORMATS, MAX_PIXELS
 from pipeline.shards.index import Index
@@ -170,7 +170,7 @@ def write_index(
     content["fingerprint"] = samples_fingerprint(content)
     content["max_pixels"] = max_pixels
     content["digest"] = fingerprint(content)
-    _write_json(path, content, location, path.with_suffix(".npy"))
+    _write_index(path, content, location, path.with_suffix(".npy"))
     return duplicate
 
 
@@ -192,18 +192,13 @@ def _check_rows(location: str, rows: np.ndarray, classes: int) -> None:
 def publish_index(index: Index, path: Path) -> None:
     """Write the same index at another path, referring to the same table; no write if it is already there."""
     content = json.loads(Path(index.path).read_text())
-    _write_json(path, content, index.location, index.table)
+    _write_index(path, content, index.location, index.table)
 
 
-def _write_json(path: Path, content: dict[str, Any], location: str, table: str | Path) -> None:
+def _write_index(path: Path, content: dict[str, Any], location: str, table: str | Path) -> None:
     # the digest does not cover paths
     extra = {"location": _reference(location, path), "table": _reference(table, path)}
-    text = json.dumps(content | extra, indent=1) + "\n"
-    with contextlib.suppress(OSError, ValueError):
-        if path.read_text() == text:
-            return
-    with atomic_write(path) as temporary:
-        temporary.write_text(text)
+    write_if_changed(path, json.dumps(content | extra, indent=1) + "\n")
 
 
 def _reference(target: str | Path, index: Path) -> str:

@@ -13,7 +13,7 @@ from pipeline.shards.containers import Container
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation", "dev", "test", "testing")
-"""How data sets call their splits; the first that there is counts."""
+"""Names that data sets give their splits; the first one found counts."""
 NUMBER = "(0|[1-9][0-9]{0,17})"
 
 
@@ -26,13 +26,13 @@ class Listing:
     """Path below `root`, the name in the container, or the sample's number (digits)."""
     labels: list[int]
     signatures: list[StatSignature]
-    """Of each image's file; empty for digits."""
+    """Signature of each image's file; empty for digits."""
     ignored: list[str]
     """Other files, which are not taken for images, and links to folders."""
     root: Path = Path()
-    """The folder that names are below."""
+    """The folder that `names` are relative to."""
     left_out: tuple[str, ...] = ()
-    """What else is there and is not used, for messages."""
+    """What else was found and is not used, for messages."""
     container: Container | None = None
     """What holds the images if they are not files of their own; signatures are then those of the files that hold them."""
 
@@ -114,7 +114,7 @@ def label_numbers(where: str, labels: list[str], numbers: dict[str, int]) -> lis
     """The class number of each label.
 
     Raises:
-        PipelineError: a label is of no class.
+        PipelineError: a label belongs to no class.
     """
     if unknown := sorted(set(labels) - numbers.keys()):
         raise PipelineError(

@@ -1,10 +1,9 @@
-"""Whether the published indices are of the configured data: `prepare` records its settings beside them."""
+"""Whether the published indices were made from the configured data: `prepare` records its settings beside them."""
 
-import json
 from typing import Any
 
 from pipeline.common.errors import NotReady
-from pipeline.common.files import atomic_write, read_json_object
+from pipeline.common.files import read_json_object, write_json
 from pipeline.config.paths import data_settings_path, index_path
 from pipeline.config.schema import Config, Data
 from pipeline.config.validation import differences
@@ -26,8 +25,7 @@ def record_settings(config: Config, complete: bool) -> None:
     """Record the settings of the indices, when they are complete."""
     settings, path = data_settings(config.data, config.data.source) if complete else INCOMPLETE, data_settings_path(config)
     if read_json_object(path) != settings:
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1) + "\n")
+        write_json(path, settings)
 
 
 def other_settings(config: Config) -> list[str]:
@@ -44,7 +42,7 @@ def other_settings(config: Config) -> list[str]:
 
 
 def require_prepared(config: Config, split: str) -> None:
-    """Refuse indices of other data than the configured ones.
+    """Refuse indices that were made with other settings of `data`.
 
     Raises:
         NotReady: names the settings that differ.

@@ -13,7 +13,7 @@ def open_index(config: Config, split: str) -> Index:
     """The index of `train` or `val`, with the configured cache for shards at a URL.
 
     Raises:
-        NotReady, PipelineError: see `Index`; the index is of other data than the configured ones.
+        NotReady, PipelineError: see `Index`; the index was made with other settings of `data`.
     """
     require_prepared(config, split)
     limit = int(config.data.cache_gb * GB)

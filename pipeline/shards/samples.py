@@ -66,7 +66,7 @@ class Image:
 
 
 Fields = dict[str, Image | int | None]
-"""A sample by extension: its image, its class (None if that is no number), None for anything else."""
+"""A sample by extension: its image, its class (None if that is not a number), None for anything else."""
 
 
 def read_samples(

@@ -50,7 +50,7 @@ def list_splits(data: Data) -> dict[str, Listing]:
 
 
 def without_labels(listing: Listing) -> Listing:
-    """A listing of class folders, of which the one named `unlabelled` is no class: its images have no label.
+    """A listing of class folders, of which the one named `unlabelled` is not a class: its images have no label.
 
     Raises:
         UsageError: there is no such folder.
@@ -129,7 +129,7 @@ def load_sample(data: Data, root: Path, name: str | Extent, expected: str) -> tu
         raise PipelineError(
             f"{path}: the image",
             expected="the bytes that it had when prepare started",
-            found="others: it changed meanwhile, or it was replaced keeping its times",
+            found="different bytes: it has changed since, or was replaced by a file with the same times",
             do="run: pipeline prepare",
         )
     stored = stored_form(encoded, data.max_pixels, data.exif_orientation)

@@ -46,7 +46,7 @@ class ShardSet(ABC):
     data: Data
     split: str
     root: Path
-    """Folder of the index in the work folder; of the shards too if they are written here."""
+    """Folder of the index in the work folder; of the shards too if the pipeline writes them."""
     location: str
     """Folder or URL of the shards."""
     names: list[str]
@@ -59,7 +59,7 @@ class ShardSet(ABC):
 
     @property
     def indexing_settings(self) -> str:
-        """Identifies everything but a shard's bytes that indexing it depends on."""
+        """Identifies everything that indexing a shard depends on besides its bytes."""
         return indexing_settings(self.data.max_pixels, dataclasses.astuple(self.labels))
 
     @property
@@ -69,7 +69,7 @@ class ShardSet(ABC):
 
     @abstractmethod
     def tasks(self, wanted: dict[str, bool]) -> AbstractContextManager[list[Task]]:
-        """What makes and indexes the wanted shards, by name, inside the block; true: overwrite one that exists."""
+        """The tasks that make and index the wanted shards, by name, inside the block; true: overwrite one that exists."""
 
     def source_file(self, key: str) -> str:
         """The image that a sample was made from; empty if only its shard is known."""
@@ -83,7 +83,7 @@ class ShardSet(ABC):
 
 @dataclass(frozen=True)
 class WrittenShards(ShardSet):
-    """Shards that are written here, from a folder of images or the digits."""
+    """Shards that the pipeline writes, from a folder of images or the digits."""
 
     listing: Listing
     digests: list[str]

@@ -219,7 +219,7 @@ def _records(table: Path) -> Iterator[dict[str, Any]]:
             for line in filter(str.strip, file):
                 record = json.loads(line)
                 if not isinstance(record, dict):
-                    raise ValueError(f"a line that is no JSON object: {line[:80]!r}")
+                    raise ValueError(f"a line that is not a JSON object: {line[:80]!r}")
                 yield record
         else:
             delimiter = "\t" if kind == "tsv" else ","

@@ -1,4 +1,4 @@
 """The zarr store of teacher predictions: encoding, layout, reading, writing, labelling, maintenance, estimates.
 
-Must not know training or students' checkpoints.
+Must not know about training or students' checkpoints.
 """

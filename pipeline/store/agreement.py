@@ -16,7 +16,7 @@ from pipeline.store.reader import Store
 from pipeline.views.draw import draw_mix, group_count
 
 WITH_LOGITS = ("topk", "dense", "dense8")
-"""Kinds from which the teacher's confidence follows."""
+"""Kinds from which the teacher's confidence can be computed."""
 ROWS = 4096
 """Rows whose logits are decoded at once."""
 

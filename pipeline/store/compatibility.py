@@ -1,6 +1,7 @@
 """Whether a published store belongs to the local images and the configured recipe; if not, what differs."""
 
 import json
+from functools import partial
 
 import numpy as np
 
@@ -15,17 +16,17 @@ from pipeline.views.draw import recipe_fingerprint
 
 
 def check_belongs(source: Source, index: Index, spec: StoreSpec) -> None:
-    """Refuse a publication of another recipe, of other images, or without the configured views or kind.
+    """Refuse a publication with a different recipe or different images, or without the configured views or kind.
 
     Raises:
         UsageError: names what differs: a setting of the recipe, a shard, or the first sample.
     """
     published = source.publication
-    refuse = _Refusal(source.where)
+    refuse = partial(_refusal, source.where)
     settings = spec.recipe.model_dump(mode="json")
     if published.recipe != recipe_fingerprint(spec.recipe):
         found = differences(published.recipe_settings, settings, "recipe")
-        raise refuse("its recipe", "; ".join(found[:5]) or "another version of the views", "the same here (each setting: published, here)",
+        raise refuse("its recipe", "; ".join(found[:5]) or "a different version of the views", "the same (each setting: published, here)",
                      "configure the recipe that the store was made with, or compute your own store")  # fmt: skip
     shards = [(shard.name, shard.samples) for shard in published.shards]
     described = len(published.classes) == len(index.classes) and shards == [*zip(index.names, index.samples, strict=True)]
@@ -43,12 +44,8 @@ def check_belongs(source: Source, index: Index, spec: StoreSpec) -> None:
         raise refuse("its views", f"{published.views} per image", f"{spec.views}, as configured", f"lower {key}")
 
 
-class _Refusal:
-    def __init__(self, where: str):
-        self.where = where
-
-    def __call__(self, what: str, found: str, expected: str, do: str) -> UsageError:
-        return UsageError(f"{self.where}: {what}", expected=expected, found=found, do=do)
+def _refusal(where: str, what: str, found: str, expected: str, do: str) -> UsageError:
+    return UsageError(f"{where}: {what}", expected=expected, found=found, do=do)
 
 
 def index_difference(source: Source, index: Index) -> str:
@@ -67,7 +64,7 @@ def index_difference(source: Source, index: Index) -> str:
             counts = [f"{count:,} samples" if count is not None else "missing" for count in (were.get(name), here.get(name))]
             return f"shard {name}: published {counts[0]}, here {counts[1]}"
     if list(were) != list(here):
-        return "the same shards in another order"
+        return "the same shards in a different order"
     file = next(file for file in published.files if file.name == SAMPLES)
     try:
         table = parse_array(source.read(file))
@@ -86,7 +83,7 @@ def index_difference(source: Source, index: Index) -> str:
         raise
     except Exception as error:  # a damaged header makes numpy raise almost anything
         return f"other samples ({SAMPLES}: {error})"
-    return "the same samples, but another version of the index"
+    return "the same samples, but a different version of the index"
 
 
 def _sample(row: np.void) -> str:

@@ -2,7 +2,7 @@
 
 The kinds, and what a row of a kind's own array holds (its payload):
 
-* `argmax`: nothing further; enough for hard distillation;
+* `argmax`: nothing more; enough for hard distillation;
 * `topk`: 2k + 2 uint16: k classes, the bits of their float16 logits, and of the float32 log-sum-exp of the others;
 * `dense8`: classes + 8 uint8: each logit in 256 steps between the row's minimum and maximum, and these two as float32;
 * `dense`: a float16 logit per class;

@@ -101,7 +101,7 @@ def describe_estimate(spec: StoreSpec, size: Estimate, classes: int, rate: float
 def describe_break_even(config: Config, spec: StoreSpec, classes: int) -> str:
     """After how many students the store has paid for itself, and how much faster a step is with it.
 
-    By multiply-adds: a step of a student costs three of its forwards, and online one forward of the teacher in addition.
+    In multiply-adds: a student's step costs three of its forward passes and, online, one of the teacher's in addition.
     """
     epochs, student = config.student.epochs, config.student
     if spec.purpose == "finetune":
@@ -111,8 +111,8 @@ def describe_break_even(config: Config, spec: StoreSpec, classes: int) -> str:
     teacher = multiply_adds(build_ensemble(config.teacher, classes), spec.teacher_size)
     own = multiply_adds(build_student(student, config.recipe, classes, spec.recipe.size), spec.recipe.size)
     return (
-        f"  pays   after {spec.views / epochs:.2f} students of {epochs} epochs: the store takes {spec.views} forwards of\n"
-        f"         the teacher per image, each student with the teacher in the loop {epochs}\n"
+        f"  pays   after {spec.views / epochs:.2f} students of {epochs} epochs: the store takes {spec.views} forward passes\n"
+        f"         of the teacher per image, each student with the teacher in the loop {epochs}\n"
         f"  then   a step is {1 + teacher / (3 * own):.2f} times as fast as with the teacher in the loop, by"
         f" multiply-adds\n         ({teacher / 1e9:.3g} G the teacher, 3 x {own / 1e9:.3g} G {student.model})"
     )

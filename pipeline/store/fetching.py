@@ -65,7 +65,7 @@ class UnitFetcher:
         for kind, values in buffers.items():
             check[:, store.checksum_slot(kind)] = [checksum(view) for view in values]
         if hash_check(store, check, self.kind) != self.source.publication.units[self.kind][name][unit.block]:
-            return "predictions of another unit or store than manifest.json says"
+            return "predictions that are not those of this unit in manifest.json"
         named, k = {"argmax", "topk", "sampled"} & buffers.keys(), self.source.publication.k
         classes = [buffers[kind][..., :k] if kind != "argmax" else buffers[kind] for kind in named]
         if any((numbers >= store.classes).any() for numbers in classes):
@@ -85,7 +85,7 @@ class UnitFetcher:
 
     def _damaged(self, name: str, found: str) -> Damaged:
         return Damaged(
-            f"{self.source.where}: {name}", expected="a pack as published", found=found, do="ask the publisher to repeat it"
+            f"{self.source.where}: {name}", expected="a pack as published", found=found, do="ask the publisher to publish it again"
         )
 
 
@@ -93,7 +93,7 @@ def check_as_published(store: Store, source: Source, spec: StoreSpec) -> None:
     """Compare the hashes of a complete store's units with the published ones.
 
     Raises:
-        PipelineError: the store has other predictions, computed here for example.
+        PipelineError: the store has different predictions, computed locally for example.
     """
     published = source.publication.units[spec.kind]
     for shard, hashes in build_manifest(store, spec.views, spec.kind)["units"].items():
@@ -104,6 +104,6 @@ def check_as_published(store: Store, source: Source, spec: StoreSpec) -> None:
 def _others(store: Store, source: Source, shard: str) -> PipelineError:
     return PipelineError(
         f"{store.path}: the predictions for shard {shard}",
-        expected=f"those published at {source.where}", found="others: they were computed here, or are damaged",
+        expected=f"those published at {source.where}", found="different ones: they were computed locally, or are damaged",
         do="move the store away and fetch again; or remove teacher_logits.fetch (finetune.fetch) to keep your own",
     )  # fmt: skip

@@ -123,18 +123,18 @@ def chunked(batches: Iterable[Batch], count: int) -> Iterator[list[Batch]]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Differences between a unit as stored and as computed again."""
+    """Differences between a unit as stored and as recomputed."""
 
     predictions: int
     """Predictions compared."""
     flips: int
-    """Predictions with another argmax."""
+    """Predictions with a different argmax."""
     checks: int
-    """Groups with other pictures or mixing."""
+    """Groups with different pictures or mixing."""
     largest: float | None
     """Largest difference of two logits; None if the store holds none."""
     draws: int | None = None
-    """Views of which other classes were drawn; None for kinds other than sampled."""
+    """Views for which different classes were drawn; None for kinds other than sampled."""
 
     def __str__(self) -> str:
         logits = "" if self.largest is None else f", logits by at most {self.largest:.3g}"

@@ -143,7 +143,7 @@ class StoreLayout:
         return differences(attributes.get(key), value, key)
 
     def arrays(self) -> list[str]:
-        """The arrays that exist: `argmax`, `check` and further kinds."""
+        """The arrays that exist: `argmax`, `check` and those of kinds."""
         names = ("check", *self.kinds)
         try:
             return sorted(name for name in names if self._filesystem.exists(f"{self._root}/{name}/zarr.json"))
@@ -154,7 +154,7 @@ class StoreLayout:
         """Check that an array has the layout that the reader assumes, which finds chunks by place and length.
 
         Raises:
-            PipelineError: it has another, or its metadata is damaged.
+            PipelineError: it has a different layout, or its metadata is damaged.
         """
         metadata = self.array_metadata(name)
         try:
@@ -236,7 +236,7 @@ ATTRIBUTE_TYPES = {
 
 
 def _check_types(attributes: dict[str, Any]) -> None:
-    """Raises ValueError where a store's attributes have other types than those written."""
+    """Raises ValueError where a store's attributes have types other than those written."""
     for key, kind in ATTRIBUTE_TYPES.items():
         if type(attributes.get(key)) is not kind:
             raise ValueError(f"{key}: {str(attributes.get(key))[:100]}")

@@ -111,10 +111,10 @@ def _damaged_store(store: Store, spec: StoreSpec) -> list[str]:
 
 
 def _incomplete_beyond(store: Store, spec: StoreSpec) -> str:
-    """What is missing of further views, which another configuration may be computing; empty if nothing is."""
+    """What is missing beyond the configured views, which another configuration may be computing; empty if nothing is."""
     room = store.array_metadata(spec.kind)["shape"][0]
     missing = len(store.missing(room, spec.kind))
-    return f"{store.path}: room for {room} views, more than configured, of which {count_of(missing, 'unit')} missing" if missing else ""
+    return f"{store.path}: room for {room} views, more than configured: {count_of(missing, 'unit')} missing" if missing else ""
 
 
 def _written(store: Store, spec: StoreSpec) -> list[Unit]:
@@ -129,7 +129,7 @@ def _other_manifest(store: Store, path: Path) -> list[str]:
         same = build_manifest(store, published["views"], published["kind"]) == published
     except (PipelineError, KeyError, TypeError) as error:
         return [f"{path}: {error}"]
-    return [] if same else [f"{path}: it does not match {store.path}: damaged, or the store was computed again"]
+    return [] if same else [f"{path}: it does not match {store.path}: damaged, or the store was recomputed"]
 
 
 def _other_predictions(config: Config, spec: StoreSpec, store: Store, count: int, device: torch.device) -> list[str]:
@@ -141,12 +141,12 @@ def _other_predictions(config: Config, spec: StoreSpec, store: Store, count: int
     chosen = np.random.default_rng().choice(len(units), min(count, len(units)), replace=False)
     for unit, difference in recompute(config, spec, store, [units[number] for number in chosen], device):
         name = _name(store, unit)
-        print(f"{name}: computed again on {device.type}: {difference}")
+        print(f"{name}: recomputed on {device.type}: {difference}")
         if difference.checks:
-            problems.append(f"{name}: {difference.checks} groups have other pictures than the teacher saw")
+            problems.append(f"{name}: {difference.checks} groups differ from the pictures that the teacher saw")
         if difference.flips > 0.01 * difference.predictions:
             problems.append(
-                f"{name}: {difference.flips} of {difference.predictions} predictions differ: another teacher?"
+                f"{name}: {difference.flips} of {difference.predictions} predictions differ: a different teacher?"
             )
     return problems
 
@@ -169,7 +169,7 @@ def repair(store: Store, spec: StoreSpec) -> None:
     """Remove damaged units, so that teacher-logits computes them again; print what is missing.
 
     Raises:
-        UsageError: teacher-logits is running: it may have computed again what was found damaged.
+        UsageError: teacher-logits is running: it may have recomputed what was found damaged.
     """
     writer = StoreWriter.open(store.path, store.index, spec.recipe)
     with part_lease(store.path, 0, 1, "store repair"):

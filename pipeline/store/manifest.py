@@ -12,11 +12,11 @@ import numpy as np
 
 from pipeline.batches.plan import Unit
 from pipeline.common.errors import Damaged, NotReady, PipelineError, unreadable
-from pipeline.common.files import atomic_write, read_json_object
+from pipeline.common.files import read_json_object, write_json
 from pipeline.common.progress import progress
 from pipeline.common.wording import count_of, size_of
 from pipeline.config.paths import FINGERPRINT, NOT_NEEDED
-from pipeline.config.store_spec import StoreSpec
+from pipeline.config.store_spec import COMPUTED_WITH, StoreSpec
 from pipeline.config.validation import fingerprint
 from pipeline.store.encoding import KINDS
 from pipeline.store.layout import FORMAT, MAKE_STORE
@@ -28,7 +28,7 @@ def damaged_units(store: Store, units: list[Unit], kind: str) -> list[tuple[Unit
     """Read all of the units; returns those that are missing or damaged, each with what was found.
 
     Raises:
-        Unreadable: a disk or server did not answer, or memory ran out, which is no damage.
+        Unreadable: a disk or server did not answer, or memory ran out, which is not damage.
     """
     found = []
     with progress(len(units), "reading the store", "unit", enabled=bool(units)) as bar:
@@ -110,8 +110,7 @@ def kind_bytes(store: Store, views: int, kind: str) -> int:
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Write a manifest; equal manifests have equal bytes."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(manifest, sort_keys=True, indent=1) + "\n")
+    write_json(path, manifest, sort_keys=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -148,10 +147,7 @@ def _is_count(value: Any) -> bool:
 
 
 FETCHED = "fetched"
-"""Key of summary.json: where the store was fetched from; null if it was computed here."""
-
-TEACHER = "teacher"
-"""Another: the `teacher_fingerprint` of the configuration that the store was computed with; null if it was fetched."""
+"""Key of summary.json: where the store was fetched from; null if it was computed locally."""
 
 MANIFEST: dict[str, Callable[[Any], bool]] = {
     "format": lambda value: True,  # the store has its own, which is compared
@@ -165,8 +161,7 @@ MANIFEST: dict[str, Callable[[Any], bool]] = {
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
     """Write figures about a complete store, for people, with a checksum."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(summary | {"digest": fingerprint(summary)}, indent=1) + "\n")
+    write_json(path, summary | {"digest": fingerprint(summary)})
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -211,7 +206,7 @@ def publish(spec: StoreSpec, store: Store, teacher: str | None, verified: Collec
     size, agreement = kind_bytes(store, spec.views, spec.kind), _agreement(store, spec.views)
     summary = {
         "rows": rows, "views": spec.views, "kind": spec.kind, "bytes": size, "agreement_with_labels": agreement,
-        FETCHED: spec.fetch, TEACHER: teacher,
+        FETCHED: spec.fetch, COMPUTED_WITH: teacher,
     }  # fmt: skip
     write_summary(spec.folder / "summary.json", summary)
     agrees = "" if agreement is None else f"the teacher agrees with the label on {agreement:.1%} of the (mixed) views; "
@@ -222,16 +217,16 @@ def publish(spec: StoreSpec, store: Store, teacher: str | None, verified: Collec
 
 
 def require_fetched(spec: StoreSpec) -> None:
-    """Refuse the store that outputs/ names if the configuration says that it is fetched, and it is not from there.
+    """Refuse the store that outputs/ names if it was not fetched from where the configuration says.
 
     Raises:
-        NotReady: it is from elsewhere, or was computed here.
+        NotReady: it is from elsewhere, or was computed locally.
     """
     source = read_json_object(spec.folder / "summary.json").get(FETCHED, spec.fetch)  # earlier versions did not say
     if spec.fetch and source != spec.fetch:
         raise NotReady(
             f"{spec.folder / 'manifest.json'}: the store of another configuration", expected=f"one fetched from {spec.fetch}",
-            found=f"one fetched from {source}" if source else "one computed here", do=f"run: {spec.command}",
+            found=f"one fetched from {source}" if source else "one computed locally", do=f"run: {spec.command}",
         )  # fmt: skip
 
 

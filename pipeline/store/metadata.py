@@ -34,7 +34,7 @@ def read_metadata(filesystem: Any, folder: str) -> dict[str, Any]:
     """Read and parse the zarr.json of a group or array.
 
     Raises:
-        ValueError: twice, it did not match its checksum.
+        ValueError: it did not match its checksum in two reads.
         Exception: whatever the file system raises where it cannot be read.
     """
     for _ in range(2):

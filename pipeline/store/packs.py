@@ -1,7 +1,7 @@
 """Packs: files that each hold the predictions of one block for some shards, as published stores are divided.
 
 A pack is an uncompressed tar of `.npy` arrays, so numpy alone can read it. Its bytes depend only on what it holds. More
-views make further packs and leave the existing ones as they are.
+views add packs and leave the existing ones unchanged.
 
 Members, for each shard: `<number>/check.npy`, group checks, uint64 (block, groups), and `<number>/argmax.npy`, uint16
 (block, samples); or, in the packs of a kind's payload, `<number>/<kind>.npy`, (block, samples, width).
@@ -114,7 +114,7 @@ def parse_pack(data: bytes, shapes: dict[int, dict[str, tuple[int, ...]]]) -> di
         shapes: the shape of each array of each shard, as `pack_shapes` returns them.
 
     Raises:
-        ValueError: it is no pack, or one of other shards or shapes.
+        ValueError: it is not a pack, or has other shards or shapes.
     """
     found: dict[int, dict[str, np.ndarray]] = {}
     try:

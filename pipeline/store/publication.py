@@ -71,7 +71,7 @@ class Publication(Entry):
 
     format: int
     fingerprint: str
-    """The store's; see pipeline.store.reader.StoreIdentity."""
+    """The store's fingerprint; see pipeline.store.reader.StoreIdentity."""
     index: str
     recipe: str
     recipe_settings: dict[str, Any]
@@ -88,7 +88,7 @@ class Publication(Entry):
     units: dict[str, dict[str, list[str]]]
     """For argmax and the kind: the hashes of each shard's units, as the store's own manifest has them."""
     versions: dict[str, str]
-    """Of the libraries that wrote the store."""
+    """Versions of the libraries that wrote the store."""
     sampling: dict[str, Any] | None = None
     """See pipeline.config.store_spec.sampling_identity."""
     files: list[File]
@@ -109,7 +109,7 @@ def to_json(publication: Publication) -> bytes:
     """The manifest's bytes: JSON with a checksum of itself. Keys keep their order, so that a store's metadata do too."""
     content = publication.model_dump(mode="json")
     if publication.sampling is None:
-        del content["sampling"]  # as before there was such a key
+        del content["sampling"]  # as before this key existed
     return (json.dumps(content | {"digest": fingerprint(content)}, indent=1) + "\n").encode()
 
 
@@ -197,7 +197,7 @@ class Source:
         """Read a file and compare its hash.
 
         Raises:
-            Damaged: it is missing, or other bytes than were published.
+            Damaged: it is missing, or its bytes are not those that were published.
             Unreadable: a disk or server did not answer.
         """
         try:
@@ -221,7 +221,7 @@ class Source:
     def _damaged(self, name: str, found: str) -> Damaged:
         return Damaged(
             f"{self.where}: {name}", expected="the bytes that were published", found=found,
-            do="fetch again; if it stays so, ask the publisher to publish again",
+            do="fetch again; if this does not help, ask the publisher to publish it again",
         )  # fmt: skip
 
 

@@ -138,7 +138,7 @@ def _check_same(
         first = {kind: {name: hashes[:blocks] for name, hashes in named.items()} for kind, named in units.items()}
         were = {kind: {name: hashes[:blocks] for name, hashes in named.items()} for kind, named in existing.units.items()}
         if first != were:
-            found = "other predictions: the store was computed again since"
+            found = "other predictions: the store was recomputed since"
     if found:
         raise UsageError(
             f"{where}: another store is published here",
@@ -184,7 +184,7 @@ def _describe_plan(store: Store, spec: StoreSpec, existing: Publication | None, 
         pack_bytes(pack_shapes(store, _filled(store, shards), array, _width(store, array))) for _, shards, array in new
     )
     samples = len(array_bytes(form.sample_table(store.index)))
-    kept = f"; {count_of(len(keys) - len(new), 'pack')} of an earlier call stay as they are" * (len(new) < len(keys))
+    kept = f"; {count_of(len(keys) - len(new), 'pack')} from an earlier call are kept" * (len(new) < len(keys))
     return (
         f"{where}: {len(store.index):,} images x {spec.views} views as {spec.kind}\n"
         f"  would be written: {count_of(len(new), 'pack')} of predictions, {size_of(size)}{kept}\n"
@@ -224,10 +224,11 @@ def _width(store: Store, kind: str) -> int:
 
 
 def read_teacher_metrics(folder: Path, teacher: dict[str, Any]) -> dict[str, Any]:
-    """What a published teacher's metrics.json says of its accuracy; empty if it is another teacher's or missing."""
+    """What a published teacher's metrics.json says about its accuracy; empty if it is missing or another teacher's."""
     try:
         metrics = json.loads((folder / "metrics.json").read_text())
-        same = metrics.get("weights") == teacher.get("weights")
-    except (OSError, ValueError, AttributeError):
+        described = {**metrics.get("architecture", {}), "weights": metrics.get("weights"), "size": metrics.get("size")}
+        same = all(teacher.get(key) == value for key, value in described.items())
+    except (OSError, ValueError, AttributeError, TypeError):
         return {}
     return {key: metrics[key] for key in ("top1", "top5", "images", "size") if same and key in metrics}

@@ -85,7 +85,7 @@ class Store(StoreLayout):
 
         Raises:
             PipelineError: no store at `path`.
-            UsageError: it has another format, index or recipe.
+            UsageError: it has a different format, index or recipe.
         """
         if not store_exists(path):
             raise PipelineError(
@@ -105,6 +105,8 @@ class Store(StoreLayout):
 
         Raises:
             Damaged: the unit is missing or damaged.
+            UsageError: the store does not hold this kind.
+            Unreadable: a disk or server did not answer, or memory ran out.
         """
         block, place = divmod(view, self.recipe.block)
         argmax, check = self._cached("argmax", shard, block * self.recipe.block, self._read_argmax)
@@ -176,7 +178,7 @@ class Store(StoreLayout):
     def _compare(self, name: str, shard: int, first: int, values: np.ndarray, check: np.ndarray) -> None:
         for place, number in enumerate(check[:, self.checksum_slot(name)]):
             if checksum(values[place]) != number:
-                raise self._damage(name, shard, first + place, "another checksum than the one recorded")
+                raise self._damage(name, shard, first + place, "a checksum that differs from the recorded one")
 
     def _read_chunk(self, name: str, shard: int, view: int) -> np.ndarray:
         """Read the chunk of an unsharded array that holds a view of a shard."""
@@ -202,7 +204,7 @@ class Store(StoreLayout):
     def _read(self, name: str, shard: int, view: int, start: int, end: int | None, size: int) -> memoryview:
         """Read `size` bytes of a unit's file and compare the CRC-32C after them.
 
-        A missing or damaged unit is computed again, so the bytes are read twice before they are called that.
+        A missing or damaged unit is recomputed, so the bytes are read twice before they are called that.
         """
         path, found = self._chunk_path(name, shard, view // self.recipe.block), ""
         for _ in range(2):

@@ -85,7 +85,7 @@ def check_sampling(store: StoreLayout, spec: StoreSpec) -> None:
     """Check that a store's drawn classes are those of a configuration, if it has kind sampled.
 
     Raises:
-        UsageError: the store holds others, or logits.
+        UsageError: the store holds other draws, or logits.
     """
     found = store.attributes.get("sampling")
     if spec.sampling is not None and found != spec.sampling:
@@ -93,6 +93,6 @@ def check_sampling(store: StoreLayout, spec: StoreSpec) -> None:
             f"{store.path}: the drawn classes",
             expected=f"those of the configuration: {json.dumps(spec.sampling)}",
             found=json.dumps(found) if found else "a store of other kinds",
-            do="run teacher-logits again, which fills a store of its own; or set teacher_logits.samples and"
+            do="run teacher-logits again, which fills a separate store; or set teacher_logits.samples and"
             " teacher_logits.sample_tau back",
         )

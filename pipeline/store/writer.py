@@ -45,7 +45,7 @@ class StoreWriter(Store):
             versions: of the libraries that compute the predictions; None: those installed.
 
         Raises:
-            UsageError: the store at `path` has another identity, precision or k.
+            UsageError: the store at `path` has a different identity, precision or k.
             PipelineError: it is damaged or cannot be written.
         """
         capacity, classes = int(index.samples.max()), len(index.classes)
@@ -161,7 +161,7 @@ class StoreWriter(Store):
     def add_kind(self, unit: Unit, buffers: dict[str, np.ndarray], checks: np.ndarray) -> None:
         """Commit the predictions for a unit as `write_unit`, but keep an argmax that is there already, for another kind.
 
-        Runs and manifests are named after it, and a teacher on another machine may round otherwise.
+        Runs and manifests depend on it, and a teacher on another machine may round differently.
 
         Raises:
             PipelineError: as `write_unit`, or the pictures are not those that the argmax is for.
@@ -173,7 +173,7 @@ class StoreWriter(Store):
                 raise PipelineError(
                     f"{self.path}: block {unit.block} of shard {self.index.names[unit.shard]}",
                     expected="the pictures that its predictions are for",
-                    found="others: rendered differently on this machine",
+                    found="other pictures: rendered differently on this machine",
                     do=f"use the versions that it was computed with ({versions}), or remove the store",
                 )
             buffers = {**buffers, "argmax": argmax}

@@ -1,7 +1,7 @@
 """Atomic save and load of a run's state: weights, optimizer, position.
 
 A checkpoint is a digest followed by a torch archive; the last two are kept. It contains the identity
-of its run; another run's checkpoint is refused with what differs.
+of its run; a checkpoint of another run is refused, listing the differences.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ def load(folder: Path, identity: dict[str, Any], device: torch.device, file: Che
         raise PipelineError(
             f"{path}: damaged checkpoint",
             expected="the digest that it begins with",
-            found=f"{len(data)} bytes with another",
+            found=f"{len(data)} bytes with a different digest",
             do="delete it: the run then resumes from the one before it",
         )
     state = torch.load(io.BytesIO(data[32:]), map_location=device, weights_only=True)

@@ -1,7 +1,6 @@
 """A run to its end: trained once, kept in its state folder, validated as configured now, and published."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 
 from pipeline.common.distributed import Rank, world_size
 from pipeline.common.errors import PipelineError
-from pipeline.common.files import atomic_write, remove_partial_files
+from pipeline.common.files import atomic_write, remove_partial_files, write_json
 from pipeline.common.lock import kernel_lock
 from pipeline.common.versions import library_versions
 from pipeline.config.paths import RUN_LOCK
@@ -19,6 +18,7 @@ from pipeline.config.validation import fingerprint
 from pipeline.models.description import describe_model
 from pipeline.models.provenance import START
 from pipeline.models.weights import DESCRIPTION, TRAINED, load_weights, read_saved_weights, save_weights
+from pipeline.training.identity import VALIDATION_INDEX
 from pipeline.training.log import write_curve
 from pipeline.training.monitoring import validate
 from pipeline.training.origin import describe_training
@@ -39,9 +39,9 @@ def train_to_completion(run: Run) -> dict[str, Any]:
         differ from the validation set during training.
 
     Raises:
-        PipelineError: as `train`; the final weights are damaged; a rank has another run than rank 0.
+        PipelineError: as `train`; the final weights are damaged; a rank's run differs from rank 0's.
     """
-    final, rank = run.folder / "final.safetensors", Rank.init_process_group(run.device)
+    final, rank = run.folder / "final.safetensors", Rank.current(run.device)
     check_same_run(run, rank)
     # rank 0 decides: on a network file system the others may see the file later, and would train alone
     with contextlib.nullcontext() if rank.broadcast_object(final.exists()) else exclusive(run, rank):
@@ -63,7 +63,7 @@ def check_same_run(run: Run, rank: Rank) -> None:
         raise PipelineError(
             f"{run.name}: rank {rank.rank} of {rank.world_size}",
             expected=f"rank 0's run, {first}",
-            found=f"another, {own}: settings, index, store or teacher differ here",
+            found=f"a different run, {own}: settings, index, store or teacher differ on this rank",
             do="give all ranks the same files; if a network file system showed new ones late, start again",
         )
 
@@ -78,7 +78,7 @@ def exclusive(run: Run, rank: Rank) -> Iterator[None]:
         waiting = False
         while not rank.broadcast_object(rank.rank != 0 or _locked(run, stack)):
             if rank.rank == 0 and not waiting:
-                print(f"{run.name}: another process trains this run ({run.folder}); waits until it ends", flush=True)
+                print(f"{run.name}: another process trains this run ({run.folder}); waiting until it ends", flush=True)
             waiting = True
             time.sleep(POLL_SECONDS)
         yield
@@ -95,8 +95,7 @@ def _locked(run: Run, stack: contextlib.ExitStack) -> bool:
 def _train(run: Run, rank: Rank) -> dict[str, Any]:
     if rank.rank == 0:
         remove_partial_files(run.folder)
-        with atomic_write(run.folder / "run.json") as temporary:
-            temporary.write_text(json.dumps(run_record(run), indent=1) + "\n")
+        write_json(run.folder / "run.json", run_record(run))
     metrics = train(run)
     if rank.rank == 0:
         about = {"run": fingerprint(run.identity), "ranks": world_size(), "metrics": metrics}
@@ -109,7 +108,8 @@ def run_record(run: Run) -> dict[str, Any]:
     """The contents of run.json: what `is_run_of` compares and, for people, the rest of the identity and the environment."""
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type
     environment = {"device": device, "ranks": world_size(), **library_versions()}
-    return {"name": run.name, "steps": run.steps, "environment": environment} | describe_training(run.identity)
+    about = {"name": run.name, "steps": run.steps, "environment": environment, VALIDATION_INDEX: run.val.fingerprint}
+    return about | describe_training(run.identity)
 
 
 def _load(run: Run, rank: Rank) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def train_and_publish(run: Run, folder: Path, start: str | None) -> None:
         start: see `student_start` and `finetune_start`.
     """
     metrics = train_to_completion(run)
-    if Rank.init_process_group(run.device).rank:
+    if Rank.current(run.device).rank:
         return
     description = describe_model(run.model, run.train.classes, run.size, run.crop, run.distilled).as_json()
     about = {"run": fingerprint(run.identity), TRAINED: describe_training(run.identity), DESCRIPTION: description}
@@ -150,13 +150,13 @@ def publish(
     run: Run | None = None,
     last_epoch: dict[str, Any] | None = None,
 ) -> None:
-    """Write weights.safetensors, curve.csv, model.json and metrics.json; both JSON files have the run's
-    fingerprint as `run`.
+    """Write weights.safetensors, curve.csv, model.json and metrics.json; with `run`, both JSON files also hold its
+    fingerprint.
 
     Args:
         save: writes the weights, with the description in their metadata.
-        description: of the model, for people and scripts; nothing here reads it.
-        run: the run of the weights; None: they were not trained here.
+        description: of the model, for people and scripts; the pipeline does not read it.
+        run: the run of the weights; None: the pipeline did not train them.
         last_epoch: metrics of the run's last epoch.
     """
     with atomic_write(folder / "weights.safetensors") as temporary:
@@ -164,5 +164,4 @@ def publish(
     write_curve(folder / "curve.csv", run.folder / "log.jsonl" if run else None, last_epoch)
     named = {"run": fingerprint(run.identity)} if run else {}
     for name, values in {"model.json": description, "metrics.json": metrics}.items():
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(json.dumps({**values, **named}, indent=1) + "\n")
+        write_json(folder / name, {**values, **named})

@@ -12,7 +12,7 @@ from pipeline.config.validation import fingerprint
 from pipeline.models.provenance import code_of, teacher_architecture
 from pipeline.views.draw import recipe_fingerprint
 
-TRAINING_VERSION = 4  # bump on any change of what a step computes, or finished runs would be taken for it
+TRAINING_VERSION = 4  # bump on any change of what a step computes: otherwise runs finished before would be reused
 
 INHERITED_FIELDS = ("model", "kwargs", "distillation", "alpha", "tau", "soft_reduction")
 """What fine-tuning keeps of a student's own settings."""
@@ -30,39 +30,39 @@ def configured_teacher(config: Config, index: str | None) -> dict[str, Any]:
         del settings[other]
     for key in ("head_epochs", "class_map"):
         if not settings[key]:
-            del settings[key]  # as before there was such a key
+            del settings[key]  # as before this key existed
     if config.teacher.weights and not config.teacher.timm_tag:
         del settings["weights"]  # a run's identity has the initial weights themselves
     return {"teacher_settings": settings | code_of(config.teacher.model), **_views(config.teacher_recipe(), index)}
 
 
 def configured_teacher_finetune(config: Config, index: str | None) -> dict[str, Any]:
-    """That of `teacher-finetune`, where it is trained."""
+    """The configuration's part of the identity of `teacher-finetune`, where it is trained."""
     settings = result_fields(config.teacher_finetune)
     return {"teacher_finetune": settings, **_views(config.teacher_finetune_recipe(), index)}
 
 
 def configured_student(config: Config, student: Student, index: str | None) -> dict[str, Any]:
-    """That of `train-student`, with the settings of one student."""
+    """The configuration's part of the identity of `train-student`, with the settings of one student."""
     settings = result_fields(student)
     if student.weights is None:
-        del settings["weights"]  # as before there was such a key
+        del settings["weights"]  # as before this key existed
     elif not student.timm_tag:
         settings["weights"] = "file"  # a run's identity has the initial weights themselves
     if student.reuse_view is None:
-        del settings["reuse_view"]  # as before there was such a key
+        del settings["reuse_view"]  # as before this key existed
     return {"student": settings | code_of(student.model), "views": config.teacher_logits.views, **_views(config.recipe, index)}
 
 
 def configured_finetune(config: Config, student: Student, index: str | None) -> dict[str, Any]:
-    """That of `finetune`, with the settings of one student."""
+    """The configuration's part of the identity of `finetune`, with the settings of one student."""
     inherited = {key: getattr(student, key) for key in INHERITED_FIELDS} | code_of(student.model)
     settings = finetune_fields(config.finetune)
     return {"finetune": settings, "student": inherited, **_views(config.finetune_recipe(), index)}
 
 
 def teacher_fingerprint(config: Config, index: str | None, purpose: str) -> str:
-    """Fingerprint of all that a configuration says of the teacher of a store.
+    """Fingerprint of everything that a configuration specifies about a store's teacher.
 
     Args:
         purpose: train-student or finetune.
@@ -82,8 +82,8 @@ def run_identity(configured: dict[str, Any], settings: Training, batch_norm: boo
     Args:
         configured: the configuration's part.
         batch_norm: whether a batch norm is in training mode. It takes its statistics over a slice of the batch, so
-            accumulation counts, which otherwise changes only rounding. So would the number of ranks, but that is no
-            setting: a run cannot be resumed with another number, see `Run.checkpoint_identity`.
+            accumulation counts, which otherwise changes only rounding. So does the number of ranks, but it is not a
+            setting: a run cannot be resumed with a different number, see `Run.checkpoint_identity`.
         dependencies: the weights that the run starts from, the teacher and its store, as JSON values.
     """
     identity = configured | dependencies | {"training_version": TRAINING_VERSION}
@@ -101,14 +101,14 @@ def validation_fingerprint(index: str | None, crop: float) -> str:
 
 
 def run_summary(identity: dict[str, Any]) -> dict[str, Any]:
-    """What run.json holds of an identity: what a configuration and its index determine, and the store's fingerprint."""
+    """The part of an identity that run.json holds: what configuration and index determine, and the store's fingerprint."""
     teacher = identity.get("teacher")
     store = {"store": teacher["store"]} if isinstance(teacher, dict) and "store" in teacher else {}
     return {key: identity[key] for key in SUMMARY_FIELDS if key in identity} | store
 
 
 def run_dependencies(identity: dict[str, Any]) -> dict[str, Any]:
-    """The other part of an identity; of a store's units, which may be many, the fingerprint."""
+    """The other part of an identity, with a fingerprint in place of a store's units, which may be many."""
     found = {key: value for key, value in identity.items() if key not in SUMMARY_FIELDS}
     teacher = found.get("teacher")
     if isinstance(teacher, dict) and "units" in teacher:
@@ -117,9 +117,9 @@ def run_dependencies(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def configured_runs(config: Config, index: str | None) -> dict[str, dict[str, Any]]:
-    """What run.json holds of each run that a configuration can start, by the stage's name in dvc.yaml.
+    """What run.json holds for each run that a configuration can start, by the stage's name in dvc.yaml.
 
-    Of its `dependencies`, there are only those that the configuration determines.
+    Its `dependencies` include only those that the configuration determines.
 
     Every entry of `variants` counts as a student. Several runs may match a stage: they may use different stores or
     start from different weights.
@@ -144,7 +144,7 @@ def configured_runs(config: Config, index: str | None) -> dict[str, dict[str, An
 
 
 def _accumulations(config: Config) -> dict[str, int]:
-    """By the stage's name in dvc.yaml. A run names its own only where it counts, see `run_identity`."""
+    """`accumulation` by the stage's name in dvc.yaml. A run records its own only where it counts, see `run_identity`."""
     found = {"teacher": config.teacher.accumulation, "teacher-finetune": config.teacher_finetune.accumulation}
     for name in config.variants:
         found |= {f"train-student@{name}": config.student_named(name).accumulation}
@@ -155,8 +155,8 @@ def _accumulations(config: Config) -> dict[str, int]:
 def is_run_of(configured: dict[str, Any], described: dict[str, Any]) -> bool:
     """Whether a run.json, `described`, belongs to a run of `configured_runs`.
 
-    Dependencies that it does not name, as it was written by an earlier version or does not depend on them, are not
-    compared.
+    Dependencies that it does not name are not compared: it was written by an earlier version, or the run does not
+    depend on them.
     """
     settings = dict(configured)
     expected, known = settings.pop("dependencies", {}), _dependencies(described)
@@ -165,8 +165,12 @@ def is_run_of(configured: dict[str, Any], described: dict[str, Any]) -> bool:
     )
 
 
+VALIDATION_INDEX = "validation_index"
+"""Key of run.json: the fingerprint of the validation images, on which the weights do not depend."""
+
+
 def used_other_predictions(described: dict[str, Any], kind: str, views: int, manifest: dict[str, Any]) -> bool:
-    """Whether a run.json names other predictions than the published ones: of another kind, or computed again since.
+    """Whether a run.json names predictions other than the published ones: of another kind, or since recomputed.
 
     Args:
         kind: what the student reads: argmax, or the configured kind.

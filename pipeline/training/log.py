@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import PipelineError, unwritable
-from pipeline.common.files import atomic_write
+from pipeline.common.files import atomic_write, write_text
 from pipeline.config.validation import short_repr
 
 CHECK = "check"  # a line's last key, and a curve's last column
@@ -47,8 +47,7 @@ class Log:
         """
         lines = read_log(self.path)
         kept = [x for x in lines if x["step"] < step or (x["kind"] == "epoch" and x["step"] == step)]
-        with atomic_write(self.path) as temporary:
-            temporary.write_text("".join(map(_line, kept)))
+        write_text(self.path, "".join(map(_line, kept)))
 
 
 def _line(values: dict[str, Any]) -> str:
@@ -96,8 +95,8 @@ def write_curve(path: Path, log: Path | None = None, last: dict[str, Any] | None
     """Write a log's epochs as CSV, for `dvc plots` and the report; validation columns are empty where there was none.
 
     Args:
-        log: without it, for a model that was not trained here, the curve has no epochs.
-        last: metrics of the last epoch, as published; validation on other images than these is left out.
+        log: None for a model that the pipeline did not train: the curve then has no epochs.
+        last: metrics of the last epoch, as published; validation on other images is left out.
 
     Raises:
         PipelineError: the log is damaged.
@@ -133,7 +132,7 @@ def _chained_checksums(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def read_curve(path: Path) -> list[dict[str, str]]:
-    """The epochs that `write_curve` wrote: a dict of column to text each; the text is empty where there is no value.
+    """The epochs that `write_curve` wrote, each a dict from column to text, which is empty where there is no value.
 
     Raises:
         PipelineError: the file is damaged.
@@ -143,7 +142,7 @@ def read_curve(path: Path) -> list[dict[str, str]]:
         (*header, mark), rows = table[0], [row[:-1] for row in table[1:]]
         valid = mark == CHECK and all(len(row) == len(header) for row in rows) and (rows or header == EMPTY_HEADER)
         if not valid or [row[-1] for row in table[1:]] != _chained_checksums(header, rows):
-            raise ValueError("it has another checksum")
+            raise ValueError("it has a different checksum")
     except (OSError, ValueError, IndexError, csv.Error) as error:
         raise PipelineError(
             f"{path}: the curve is damaged",

@@ -41,6 +41,40 @@ class Throughput:
         return {name: round(value, 3) for name, value in values.items()}
 
 
+    def state_dict(self) -> dict[str, float]:
+        """What was counted since the last snapshot, for a checkpoint."""
+        counts = {"samples": self.samples, "waited": self.waited, "views": self.views, "decodes": self.decodes}
+        return {"seconds": self.clock() - self.start, **counts}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on counting from what `state_dict` returned."""
+        self.start = self.clock() - state["seconds"]
+        self.samples, self.waited = int(state["samples"]), state["waited"]
+        self.views, self.decodes = int(state["views"]), int(state["decodes"])
+
+
+class Meters:
+    """Throughput since the last logged step, and since the start of the epoch."""
+
+    def __init__(self):
+        self.steps, self.epoch = Throughput(), Throughput()
+
+    def add_batch(self, views: int, decodes: int, waited: float) -> None:
+        """See `Throughput.add_batch`."""
+        self.steps.add_batch(views, decodes, waited)
+        self.epoch.add_batch(views, decodes, waited)
+
+    def add_step(self, samples: int) -> None:
+        """See `Throughput.add_step`."""
+        self.steps.add_step(samples)
+        self.epoch.add_step(samples)
+
+    def restart(self) -> None:
+        """Count from zero: the time since the last snapshot belongs to no step."""
+        self.steps.snapshot()
+        self.epoch.snapshot()
+
+
 def reset_peak_memory() -> None:
     """Measure the peak of a GPU's memory from now on, where one is in use."""
     if torch.cuda.is_initialized():

@@ -8,18 +8,16 @@ import torch
 
 from pipeline.common.errors import PipelineError
 from pipeline.models.build import NormalizedModel
-from pipeline.models.evaluation import predict, top_k_accuracy
+from pipeline.models.evaluation import classifiers, predict, top_k_accuracy
 from pipeline.training.run import Run
 
 
 def validate(run: Run, model: NormalizedModel, prefix: str = "") -> dict[str, float]:
     """Top-1 on the validation set: of the class head and, after distillation, of the mean of both heads' logits."""
     logits = predict(model, run.val, run.size, run.crop, 256, run.settings.workers, run.device, run.settings.precision)
-    heads = {"class": logits[0]}
-    if model.distilled and run.distilled:
-        heads["mean"] = (logits[0] + logits[1]) / 2
+    scores = classifiers(logits, model.distilled and run.distilled)
     labels = torch.from_numpy(run.val.labels())
-    return {f"{prefix}val_top1_{head}": top_k_accuracy(scores, labels, 1) for head, scores in heads.items()}
+    return {f"{prefix}val_top1_{name}": top_k_accuracy(scores[name], labels, 1) for name in ("class", "mean") if name in scores}
 
 
 def describe_epoch(run: Run, metrics: dict[str, Any]) -> str:
@@ -36,8 +34,8 @@ def accuracy_warning(run: Run, metrics: dict[str, Any]) -> str:
         return ""
     return (
         f"{run.name}: top-1 {metrics['val_top1_class']:.2%} at epoch {metrics['epoch']} of {run.settings.epochs} is hardly"
-        f" better than always predicting the most frequent class ({frequent:.2%}): check the learning rate, the views (pipeline views), and whether train and"
-        " val have the same classes"
+        f" better than always predicting the most frequent class ({frequent:.2%}): check the learning rate, the views"
+        " (pipeline views), and whether train and val have the same classes"
     )
 
 

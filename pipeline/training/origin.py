@@ -1,6 +1,6 @@
-"""Whether published weights were trained as configured. Stages that use them refuse others, as `dvc repro` trains them anew.
+"""Whether published weights were trained as configured. Stages refuse weights that were not; `dvc repro` retrains them.
 
-What earlier versions published does not say how it was trained, and is accepted.
+Weights that earlier versions published do not say how they were trained, and are accepted.
 """
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.common.errors import NotReady
 from pipeline.common.files import read_json_object
-from pipeline.config.paths import FINETUNED, digests_folder, finetune_folder, student_folder, teacher_folder
+from pipeline.config.paths import FINETUNED, checksums_folder, finetune_folder, student_folder, teacher_folder
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import store_spec
 from pipeline.config.validation import differences
@@ -18,12 +18,12 @@ from pipeline.training.identity import configured_runs, is_run_of, run_dependenc
 
 
 def describe_training(identity: dict[str, Any]) -> dict[str, Any]:
-    """What published weights say of their run's identity: what `is_run_of` compares."""
+    """What published weights say about their run's identity: what `is_run_of` compares."""
     return run_summary(identity) | {"dependencies": run_dependencies(identity)}
 
 
 def require_teacher(config: Config, index: str, purpose: str = "train-student") -> None:
-    """Refuse a published teacher that was trained, or comes from, otherwise than configured; a missing one is none.
+    """Refuse a published teacher whose training or source differs from the configuration; a missing teacher is accepted.
 
     Args:
         index: fingerprint of the training index.
@@ -34,8 +34,8 @@ def require_teacher(config: Config, index: str, purpose: str = "train-student") 
     """
     folder = teacher_folder(config)
     first = read_json_object(folder / "metrics.json")
-    if is_other_source(config.teacher, digests_folder(config), first):
-        expected, found = (f"weights from {source or 'a training here'}" for source in (config.teacher.weights, first["source"]))
+    if is_other_source(config.teacher, checksums_folder(config), first):
+        expected, found = (f"weights from {source or 'training on the shards'}" for source in (config.teacher.weights, first["source"]))
         raise _refusal(folder, expected, found, "teacher")
     architecture = teacher_architecture(config.teacher)
     if found := differences(first.get("architecture", architecture), architecture, "teacher"):
@@ -54,7 +54,7 @@ def require_teacher(config: Config, index: str, purpose: str = "train-student") 
 
 
 def require_student(config: Config, index: str, name: str) -> None:
-    """Refuse a published student that was trained otherwise than configured, or from another store than the published one.
+    """Refuse a published student trained with other settings, or from a store other than the published one.
 
     Args:
         index: fingerprint of the training index.
@@ -73,9 +73,9 @@ def require_student(config: Config, index: str, name: str) -> None:
     published = manifest.get("fingerprint")
     if trained and None not in (trained.get("store"), published) and trained["store"] != published:
         raise _refusal(folder, f"trained from the store {published}", f"trained from the store {trained['store']}", command)
-    kind = "argmax" if student.distillation == "hard" else spec.kind
+    kind = spec.kind_for(student.distillation)
     if used_other_predictions(trained, kind, spec.views, manifest):
-        raise _refusal(folder, f"trained from the published predictions, as {kind}", "trained from others", command)
+        raise _refusal(folder, f"trained from the published predictions, as {kind}", "trained from other predictions", command)
     start = student_start(config, student) if source == name else finetune_start(config, source)
     started = read_json_object(folder / "metrics.json").get(START)
     if None not in (start, started) and start != started:
@@ -86,7 +86,7 @@ def _require(config: Config, index: str, stage: str, folder: Path, command: str)
     """The training that published weights name, if any.
 
     Raises:
-        NotReady: it is not the one that the configuration has for the stage.
+        NotReady: it differs from the one that the configuration specifies for the stage.
     """
     path = folder / "weights.safetensors"
     trained = read_metadata(path).get(TRAINED) if path.exists() else None

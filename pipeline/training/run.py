@@ -16,8 +16,8 @@ from pipeline.common.errors import NotReady
 from pipeline.config.paths import state_folder
 from pipeline.config.schema import Config, Recipe, Student, Training
 from pipeline.config.validation import fingerprint
+from pipeline.models.activation_checkpointing import checkpoint_activations
 from pipeline.models.build import NormalizedModel, parameter_count
-from pipeline.models.recomputation import checkpoint_activations
 from pipeline.shards.index import Index
 from pipeline.shards.published import check_cache
 from pipeline.training.identity import run_identity, validation_fingerprint
@@ -63,7 +63,7 @@ class Run:
     size: int
     """Height and width of views and validation images, in pixels."""
     crop: float
-    """Of validation images: the centre crop, as a fraction."""
+    """Centre crop of validation images, as a fraction."""
     teacher: Callable[[Batch, torch.Tensor], TeacherOutput | None] = field(default_factory=NoTeacher)
     distillation: Student | None = None
     """Settings of distillation: kind, alpha, tau and reduction; None trains on labels alone."""
@@ -102,7 +102,7 @@ class Run:
 
     @property
     def checkpoint_identity(self) -> dict[str, Any]:
-        """What must be the same where the run is resumed."""
+        """What must be unchanged for the run to be resumed."""
         return self.identity | {"ranks": world_size()} if self.depends_on_slices else self.identity
 
     @property
@@ -133,7 +133,7 @@ def prepare_run(
         configured: the configuration's part of the identity.
         dependencies: the other part, see `run_identity`.
         views: the number of views per image that the plan cycles through.
-        fields: further fields of Run.
+        fields: additional fields of Run.
 
     Raises:
         UsageError: it needs labels, and there are images without; or its model cannot checkpoint activations.
@@ -170,7 +170,7 @@ def describe_run(run: Run) -> str:
     )
     if run.depends_on_slices:
         slots = plan.batch_groups * plan.recipe.group_size // (world_size() * run.settings.accumulation)
-        text += f"\n  ranks: {world_size()}; it resumes only with as many, as batch norm sees {slots} images at a time"
+        text += f"\n  ranks: {world_size()}; it resumes only with this number, as batch norm sees {slots} images at a time"
     if run.distillation and run.distillation.reuse_view is not None:
         text += (
             f"\n  warning: reuse_view {run.distillation.reuse_view}: every view is trained with the predictions for this one,"

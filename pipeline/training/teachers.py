@@ -1,5 +1,6 @@
 """Where a student's training gets the teacher's predictions from: the store, or the teacher in the loop."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,14 @@ from pipeline.common.errors import NotReady, PipelineError, UsageError
 from pipeline.common.files import read_json_object
 from pipeline.config.paths import store_path
 from pipeline.config.schema import Config, Student
-from pipeline.config.store_spec import StoreSpec, store_spec
+from pipeline.config.store_spec import COMPUTED_WITH, StoreSpec, store_spec
+from pipeline.models.class_map import check_same_classes
+from pipeline.models.provenance import architecture_differences
 from pipeline.models.teacher import TeacherForward, describe_teacher, load_teacher
+from pipeline.models.weights import DESCRIPTION, read_metadata
 from pipeline.shards.index import Index
 from pipeline.store.encoding import decode_logits, decode_samples
-from pipeline.store.manifest import TEACHER, build_manifest, read_manifest, require_fetched
+from pipeline.store.manifest import build_manifest, read_manifest, require_fetched
 from pipeline.store.reader import Store, StoredPredictions
 from pipeline.store.sampling import Sampler, check_sampling
 from pipeline.training.identity import teacher_fingerprint
@@ -105,8 +109,8 @@ def _compare_check(store: Store, predictions: StoredPredictions, batch: Batch, n
         raise PipelineError(
             f"{store.path}: group {item.group} of shard {store.index.names[item.shard]}, view {item.view}",
             expected=f"the pictures and mixing that the teacher saw (check {stored:016x}; written with {versions})",
-            found=f"check {here:016x}: another order, lambda, partner or pixel",
-            do="install the versions that wrote the store, or compute another with these",
+            found=f"check {here:016x}: a different order, lambda, partner or pixel",
+            do="install the versions that wrote the store, or compute a new store with these",
         )
 
 
@@ -128,7 +132,7 @@ def create_teacher(
         store: path of a store; None: the published one.
 
     Raises:
-        NotReady: there is no store, or no teacher, yet.
+        NotReady: there is no store or no teacher yet.
         PipelineError: the store is incomplete, or differs from its manifest.
         UsageError: it belongs to another index or recipe, or its classes were drawn at another temperature; reuse_view
             with a teacher in the loop or in fine-tuning.
@@ -155,8 +159,8 @@ def _stored_teacher(
     store = Store.open(path, index, spec.recipe)
     if published:
         check_origin(config, store, spec)
-    views, kind = spec.views, "argmax" if settings.distillation == "hard" else spec.kind
-    # reads the store itself: a manifest cannot know that a unit was deleted since
+    views, kind = spec.views, spec.kind_for(settings.distillation)
+    # reads the store itself: the manifest does not show whether a unit was deleted since
     manifest = build_manifest(store, views, kind)
     if published and published["views"] == views and published != (
         manifest if published["kind"] == kind else build_manifest(store, views, published["kind"])
@@ -164,8 +168,8 @@ def _stored_teacher(
         raise PipelineError(
             f"{store.path}: the teacher predictions",
             expected=f"those that {manifest_path} names",
-            found="others: the store was computed again since",
-            do=f"run: {spec.command}, so that its manifest is of this store",
+            found="other predictions: the store was recomputed since",
+            do=f"run: {spec.command}, which writes the manifest of this store",
         )
     if kind == "sampled":
         check_sampling(store, spec)
@@ -177,26 +181,27 @@ def _stored_teacher(
 
 
 def check_origin(config: Config, store: Store, spec: StoreSpec) -> None:
-    """Refuse a published store of another teacher than the configured one, or fetched from elsewhere than configured.
+    """Refuse a published store whose teacher, or the place it was fetched from, differs from the configuration.
 
     Raises:
-        NotReady, UsageError: it is.
+        NotReady, UsageError: they differ.
     """
     require_fetched(spec)
     if not spec.fetch:
         require_teacher(config, store.index.fingerprint, spec.purpose)
-        check_same_teacher(store, spec)
+        _check_classes(spec, store.index.classes)
+        check_same_teacher(config, store, spec)
         check_recorded_teacher(config, store.index.fingerprint, spec)
 
 
 def check_recorded_teacher(config: Config, index: str, spec: StoreSpec) -> None:
-    """Where the teacher's weights are gone, compare what summary.json says of the teacher with the configuration.
+    """If the teacher's weights are gone, compare what summary.json says about the teacher with the configuration.
 
     Raises:
-        NotReady: the store is of another teacher.
+        NotReady: the store is of a different teacher.
     """
     expected = teacher_fingerprint(config, index, spec.purpose)
-    recorded = read_json_object(spec.folder / "summary.json").get(TEACHER)  # null, or no key: nothing to compare
+    recorded = read_json_object(spec.folder / "summary.json").get(COMPUTED_WITH)  # null, or no key: nothing to compare
     if recorded not in (None, expected) and not (spec.teacher_folder / "weights.safetensors").exists():
         raise NotReady(
             f"{spec.folder / 'manifest.json'}: the store of another teacher", expected="predictions of the configured teacher",
@@ -205,11 +210,24 @@ def check_recorded_teacher(config: Config, index: str, spec: StoreSpec) -> None:
         )  # fmt: skip
 
 
-def check_same_teacher(store: Store, spec: StoreSpec) -> None:
-    """Refuse a published store of another teacher than the published one, where there is one, or run otherwise than configured.
+def _check_classes(spec: StoreSpec, classes: Sequence[str]) -> None:
+    """Refuse a published teacher with class names other than the index's: a class map may select its outputs by name.
 
     Raises:
-        UsageError: it is.
+        PipelineError: they differ.
+    """
+    path = spec.teacher_folder / "weights.safetensors"
+    described = read_metadata(path).get(DESCRIPTION) if path.exists() else None
+    if isinstance(described, dict) and "classes" in described:
+        do = f"run: pipeline teacher, then {spec.command} (or dvc repro)"
+        check_same_classes(f"{path}: a teacher", described["classes"], classes, do)
+
+
+def check_same_teacher(config: Config, store: Store, spec: StoreSpec) -> None:
+    """Refuse a published store whose teacher is not the published one, or was run with different settings.
+
+    Raises:
+        UsageError: they differ.
     """
     own = read_json_object(spec.teacher_folder / "metrics.json").get("weights")
     if own is None:
@@ -217,13 +235,15 @@ def check_same_teacher(store: Store, spec: StoreSpec) -> None:
     teacher = store.attributes["teacher"]
     stored = {"weights": teacher.get("weights"), "size": teacher.get("size"), "precision": store.attributes["precision"]}
     expected = {"weights": own, "size": spec.teacher_size, "precision": spec.precision}
-    if wrong := [key for key, value in expected.items() if stored[key] not in (None, value)]:
+    wrong = [key for key, value in expected.items() if stored[key] not in (None, value)]
+    found = [f"{key}: {stored[key]}, {expected[key]}" for key in wrong] + architecture_differences(config.teacher, teacher)
+    if found:
         do = f"run: {spec.command}; or set teacher_logits.fetch or finetune.fetch, if the store was fetched"
-        if wrong == ["precision"]:
+        if wrong == ["precision"] and len(found) == 1:
             do = f"set teacher_logits.precision to {stored['precision']}; or remove the store and run: {spec.command}"
         raise UsageError(
-            f"{store.path}: its teacher", expected=", ".join(f"{key} {expected[key]}" for key in wrong),
-            found=", ".join(f"{key} {stored[key]}" for key in wrong), do=do,
+            f"{store.path}: its teacher", expected="the published teacher, run as configured",
+            found=f"{'; '.join(found[:5])} (store, configured)", do=do,
         )  # fmt: skip
 
 
@@ -243,10 +263,10 @@ def _online_teacher(
 
 
 def _check_tau(config: Config, student: Student) -> None:
-    """Refuse a student of another temperature than the one at which classes are drawn."""
+    """Refuse a student whose temperature differs from the one at which classes are drawn."""
     settings = config.teacher_logits
     if (settings.kind, student.distillation) == ("sampled", "soft") and student.tau != settings.sample_tau:
         raise UsageError(
             "the student's tau", expected=f"teacher_logits.sample_tau, {settings.sample_tau:g}, with kind sampled",
-            found=f"{student.tau:g}", do="change one of them, or use another kind: logits serve every temperature",
+            found=f"{student.tau:g}", do="change one of them, or use a different kind: logits allow any temperature",
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """Experiment trackers that a run's log.jsonl is copied to: TensorBoard, W&B and others with its interface.
 
 A tracker gets every line of the log once, however often the run is resumed. None is imported unless it is configured,
-and none can stop a training: one that fails is reported and not used any more.
+and none can stop a training run: one that fails is reported and disabled.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ class WandbTracker:
     """
 
     def __init__(self, module: str, project: str, folder: Path, **about: Any):
-        """`about` are further arguments of init; those that it does not have are left out."""
+        """`about` holds additional arguments of init; those that it does not take are left out."""
         self.module = importlib.import_module(module)
         self.sent_path = folder / f"sent-{fingerprint([module, project])[:8]}"
         self.sent = self._read_sent()
@@ -153,7 +153,7 @@ class OpenTrackers:
             yield
         except Exception as error:  # trackers may raise anything
             self.open.pop(key, None)
-            print_line(f"warning: {key} failed and is not used any more: {type(error).__name__}: {error}")
+            print_line(f"warning: {key} failed and has been disabled: {type(error).__name__}: {error}")
 
 
 def check_trackers(logging: Logging) -> None:

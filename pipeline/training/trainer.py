@@ -27,7 +27,7 @@ from pipeline.common.signals import Interrupted, SignalRecorder
 from pipeline.models.build import NormalizedModel
 from pipeline.training import checkpoint
 from pipeline.training.losses import distillation_losses
-from pipeline.training.meters import Throughput, reset_peak_memory
+from pipeline.training.meters import Meters, reset_peak_memory
 from pipeline.training.monitoring import check_step, validate
 from pipeline.training.optim import ModelEma, add_momentum_buffers, build_optimizer, build_schedule, scheduled_epoch
 from pipeline.training.parallel import parallel_model, set_trainable
@@ -73,7 +73,7 @@ class Trainer:
 
     def __init__(self, run: Run):
         self.run, settings = run, run.settings
-        self.rank = Rank.init_process_group(run.device)
+        self.rank = Rank.current(run.device)
         self.slices = self.rank.world_size * settings.accumulation
         if run.plan.batch_groups % self.slices:
             raise PipelineError(
@@ -93,7 +93,7 @@ class Trainer:
         self.step, self.epoch_loss, self.first_loss = 0, 0.0, None
         self.metrics: dict[str, Any] = {}  # of the last completed epoch
         self.recorder = Recorder(run, self.rank.rank)
-        self.throughput, self.epoch_throughput = Throughput(), Throughput()
+        self.meters = Meters()
         self.pending: PendingValues | None = None
         self.signals = SignalRecorder()
         self.stop, self.last_loss = False, math.nan
@@ -133,6 +133,8 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.epoch_loss, self.first_loss = state["step"], state["epoch_loss"], state["first_loss"]
         self.metrics = state["metrics"]
+        if "speed" in state:  # not in checkpoints of earlier versions
+            self.meters.epoch.load_state_dict(state["speed"])
         if self.trained != run.trained_modules(self.step):
             self.select_modules()
         self.recorder.start(self.step)
@@ -144,6 +146,7 @@ class Trainer:
             self.recorder.sync()
             state = {"model": self.run.model.model.state_dict(), "optimizer": self.optimizer.state_dict()}
             state |= {"epoch_loss": self.epoch_loss, "first_loss": self.first_loss, "metrics": self.metrics}
+            state["speed"] = self.meters.epoch.state_dict()
             parts = {"ema": self.ema, "scaler": self.scaler}
             state |= {name: part.state_dict() for name, part in parts.items() if part}
             checkpoint.save(self.run.folder, self.step, self.run.checkpoint_identity, state)
@@ -160,7 +163,7 @@ class Trainer:
                 values = self.train_step(batches)
                 self.collect_values()
                 logged = self.rank.rank == 0 and self.step % settings.log_steps == 0
-                fields = {"lr": self.lr(), **self.throughput.snapshot()} if logged else {}
+                fields = {"lr": self.lr(), **self.meters.steps.snapshot()} if logged else {}
                 self.pending = PendingValues(self.step, fields, DeviceToHostCopy(values))
                 self.step += 1
                 bar.set_postfix_str(f"loss {self.last_loss:.3f}", refresh=False)
@@ -169,7 +172,7 @@ class Trainer:
                     self.end_epoch(self.step // run.plan.steps_per_epoch)
                 if self.step == run.thaw_step:
                     self.select_modules()
-                stop = self.stop  # the same on all ranks; saving, which may be due on one alone, collects a further step
+                stop = self.stop  # the same on all ranks; saving, which may be due on one alone, collects one more step
                 if self.checkpoint_due(time.monotonic() - saved) or stop:
                     self.save()
                     stop, saved = self.stop if self.rank.world_size == 1 else stop, time.monotonic()
@@ -204,8 +207,7 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.ema:
             self.ema.update(self.step)
-        for throughput in (self.throughput, self.epoch_throughput):
-            throughput.add_step(weight)
+        self.meters.add_step(weight)
         return torch.cat(values)
 
     def update_weights(self) -> list[torch.Tensor]:
@@ -222,8 +224,7 @@ class Trainer:
         """The next slice; the time spent waiting for it is recorded."""
         start = time.monotonic()
         batch = next(batches)
-        for throughput in (self.throughput, self.epoch_throughput):
-            throughput.add_batch(batch.views, batch.decodes, time.monotonic() - start)
+        self.meters.add_batch(batch.views, batch.decodes, time.monotonic() - start)
         return batch
 
     def gradient_sync(self, last: bool) -> contextlib.AbstractContextManager:
@@ -279,7 +280,7 @@ class Trainer:
         self.collect_values()
         run, settings = self.run, self.run.settings
         metrics = {"epoch": epoch, "loss": self.epoch_loss / run.plan.steps_per_epoch, "lr": self.lr()}
-        self.epoch_loss, speed = 0.0, self.epoch_throughput.snapshot()
+        self.epoch_loss, speed = 0.0, self.meters.epoch.snapshot()
         if epoch % settings.eval_epochs == 0 or epoch == settings.epochs:
             metrics |= {"validation": run.validation} | self.validate(run.model)
             if self.ema:
@@ -287,8 +288,7 @@ class Trainer:
         self.metrics = metrics
         self.recorder.write_epoch(self.step, metrics, speed)
         self.rank.barrier()
-        for throughput in (self.throughput, self.epoch_throughput):
-            throughput.snapshot()  # the time of validation does not count
+        self.meters.restart()  # the time of validation does not count
         reset_peak_memory()
 
     def validate(self, model: NormalizedModel, prefix: str = "") -> dict[str, float]:

@@ -19,7 +19,7 @@ def check_unlabelled(unlabelled: int, name: str, student: Student | None, distil
     if not unlabelled or (student is not None and not student.uses_labels and not distilled):
         return
     found = "a teacher, which learns from labels"
-    do = "use a pretrained teacher with the classes of the index as it is, or remove these images"
+    do = "use a pretrained teacher with the index's classes, which is not trained, or remove these images"
     if student is not None:
         found = f"distillation {student.distillation}, alpha {student.alpha:g}"
         do = "set its distillation to soft or hard and alpha to 1, or remove these images"

@@ -29,6 +29,10 @@ RESOLUTION = 65536  # magnitudes and lambdas are multiples of 1 / RESOLUTION
 ATTEMPTS = 10  # of crop and erasing, as in timm
 NORMAL = NormalDist()
 
+# which of a view's uniform numbers draw what
+CROP, FLIP, ERASE = slice(0, 22), 22, slice(23, 46)
+OPS = 46  # and all after it
+
 Box = tuple[int, int, int, int]  # left, top, width, height, in pixels
 Ops = tuple[tuple[str, float | None], ...]
 
@@ -37,12 +41,12 @@ class ViewParams(NamedTuple):
     """The parameters of one view of one image."""
 
     crop: Box
-    """In the image, before resizing to size x size."""
+    """The crop in the image, which is then resized to size x size."""
     flip: bool
     ops: Ops
     """The ops to apply, in order, each with its argument (degrees, bits, factor, ...)."""
     erase: Box | None
-    """In the view."""
+    """The erased box in the view; None: nothing is erased."""
     noise_key: bytes
     """The view's key, 16 bytes, from which `noise_words` draws the pixels of the erased box."""
 
@@ -70,12 +74,12 @@ def draw_view(recipe: Recipe, sample_key: str, view: int, width: int, height: in
     """Draw the parameters of view number `view` of a sample whose image is width x height pixels."""
     key = stream_key(recipe.seed, "view", f"{sample_key}\x1f{view}")
     draw_ops, words = _augmentation(recipe.auto_augment, recipe.color_jitter)
-    numbers = uniforms(raw_words(key, 46 + words))
+    numbers = uniforms(raw_words(key, OPS + words))
     return ViewParams(
-        crop=_draw_crop(recipe, width, height, numbers[:22]),
-        flip=numbers[22] < recipe.hflip,
-        ops=draw_ops(numbers[46:]),
-        erase=_draw_erase(recipe, numbers[23:46]),
+        crop=_draw_crop(recipe, width, height, numbers[CROP]),
+        flip=numbers[FLIP] < recipe.hflip,
+        ops=draw_ops(numbers[OPS:]),
+        erase=_draw_erase(recipe, numbers[ERASE]),
         noise_key=key,
     )
 

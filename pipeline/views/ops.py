@@ -23,7 +23,7 @@ LEVELS = np.arange(256)
 
 Fill = tuple[int, int, int]
 
-# A worker forked from a process whose OpenCV has threads would wait for ever for threads that it lacks; a view is too
+# A worker forked from a process whose OpenCV has threads would wait forever for threads that it lacks; a view is too
 # small to parallelize anyway, and the loader has processes for that.
 cv2.setNumThreads(1)
 

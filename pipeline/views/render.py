@@ -38,7 +38,7 @@ def render(image: np.ndarray, params: ViewParams, recipe: Recipe, out: np.ndarra
     for plane, target in zip(view, out, strict=True):
         target[:] = cv2.flip(plane, 1) if params.flip else plane
     if params.ops:
-        fill = _fill(recipe.mean)
+        fill = fill_colour(recipe.mean)
         view = cv2.merge(list(out))
         for name, argument in params.ops:
             view = apply_op(view, name, argument, fill)
@@ -50,7 +50,8 @@ def render(image: np.ndarray, params: ViewParams, recipe: Recipe, out: np.ndarra
 
 
 @lru_cache
-def _fill(mean: tuple[float, ...]) -> tuple[int, int, int]:
+def fill_colour(mean: tuple[float, ...]) -> tuple[int, int, int]:
+    """What an op shows where it has moved the picture away, in 0..255: the recipe's mean, as in timm."""
     red, green, blue = (round(255 * value) for value in mean)
     return red, green, blue
 

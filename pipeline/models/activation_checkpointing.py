@@ -28,7 +28,7 @@ def checkpoint_activations(model: NormalizedModel, in_training: Iterable[nn.Modu
         raise _unsupported(model, "a model without batch norm", f"{', '.join(sorted(norms))}")
     try:
         model.model.set_grad_checkpointing(True)
-    except Exception as error:  # AssertionError of timm's models; whatever a model of one's own raises
+    except Exception as error:  # AssertionError of timm's models; whatever a custom model raises
         raise _unsupported(model, "a model that supports it", str(error) or type(error).__name__) from error
 
 

@@ -1,4 +1,4 @@
-"""Whether weights that timm names can be had: from the local cache, or from the Hugging Face Hub."""
+"""Whether weights that timm names are available: from the local cache, or from the Hugging Face Hub."""
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -11,7 +11,7 @@ TIMEOUT = 10.0
 
 
 def missing_weights(tag: str, offline: bool = False) -> str:
-    """Why a timm tag's weights cannot be had; empty if they can. timm itself tries for a minute before it says so.
+    """Why a timm tag's weights are not available; empty if they are. timm itself tries for a minute before it says so.
 
     Args:
         tag: one of timm's, or hf-hub: and a repository.
@@ -34,7 +34,7 @@ def missing_weights(tag: str, offline: bool = False) -> str:
             return ""
         return "they are not in the local cache" if offline else _missing_on_hub(repository, revision or None)
     except HFValidationError:
-        return f"{repository!r} is no name of a repository"
+        return f"{repository!r} is not a repository name"
 
 
 def _missing_on_hub(repository: str, revision: str | None) -> str:

@@ -17,7 +17,7 @@ from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.params import dump
 from pipeline.config.paths import external_path, outputs, student_folder, teacher_folder
 from pipeline.config.schema import Config
-from pipeline.models.build import OwnModel
+from pipeline.models.build import CustomModel
 from pipeline.models.description import load_model
 from pipeline.models.provenance import teacher_architecture
 from pipeline.models.weights import read_weights, save_weights
@@ -112,7 +112,7 @@ def test_stored_predictions_of_a_teacher_of_ones_own_are_the_online_ones(own):
 
 
 def test_weights_of_a_model_of_ones_own_are_used_as_they_are(own):
-    source = OwnModel(code.import_function("mine.nets:build", "model")(3), (0, 0, 0), (1, 1, 1), "mine.nets:build", {}, 3)
+    source = CustomModel(code.import_function("mine.nets:build", "model")(3), (0, 0, 0), (1, 1, 1), "mine.nets:build", {}, 3)
     save_weights(Path("own.safetensors"), source.model)
     config = own_teacher("teacher.weights=own.safetensors")
     check(config, "teacher")
@@ -149,9 +149,9 @@ def test_results_of_a_changed_source_are_not_taken_for_the_new_ones(own):
     with pytest.raises(PipelineError, match="(?s)another configuration.*code"):
         teacher_logits.run(config, CPU)
     with pytest.raises(PipelineError, match="(?s)the source that it was trained with.*mine/nets.py"):
-        load_model(student_folder(own, "hard") / "weights.safetensors", own.own_models)
+        load_model(student_folder(own, "hard") / "weights.safetensors", own.custom_models)
     (entry,) = [each for each in list_entries(own) if each.name == "hard"]
-    with pytest.raises(PipelineError, match="weights of a model of another source"):
+    with pytest.raises(PipelineError, match="weights of a model whose source has changed"):
         load_entry(own, entry, ["cat", "dog", "eel"], CPU)
     train_student.run(own, CPU, "hard", store=store)
     assert first != json.loads((student_folder(own, "hard") / "metrics.json").read_text())["run"]
@@ -204,7 +204,7 @@ def test_a_file_of_weights_alone_does_not_get_a_function_imported(own):
     with pytest.raises(UsageError, match="a function that the configuration names too"):
         load_model(path)
     assert "mine.nets" not in sys.modules
-    model, description, _ = load_model(path, own.own_models)
+    model, description, _ = load_model(path, own.custom_models)
     assert description.model == "mine.nets:build" and description.code and model(torch.zeros(2, 3, 16, 16))[0].shape == (2, 3)
 
 
@@ -237,7 +237,7 @@ def test_the_reports_code_loads_a_model_of_ones_own(own):
         (["student.model=mine.nets:ten", "student.kwargs={}"], r"(?s)\(images, 3\).*found: +shape \(1, 10\)"),
         (["student.model=mine.nets:pair", "student.kwargs={}"], "(?s)output of model 'mine.nets:pair'.*found: +tuple"),
         (["student.model=mine.nets:broken", "student.kwargs={}"], "(?s)mine.nets:broken with pictures of 16 px.*no_such"),
-        (["student.drop_path=0.1"], "(?s)drop_path: 0 with a model of your own.*pass what the function takes in kwargs"),
+        (["student.drop_path=0.1"], "(?s)drop_path: 0 with a custom model.*pass what the function takes in kwargs"),
     ],
 )
 def test_a_function_that_does_not_fit_is_refused_in_a_dry_run_too(own, changes, message):
@@ -262,7 +262,7 @@ def test_a_module_that_fails_is_named_with_its_error(own):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["student.weights=deit_tiny_patch16_224.fb_in1k"], "weights in a local file with a model of your own"),
+        (["student.weights=deit_tiny_patch16_224.fb_in1k"], "weights in a local file with a custom model"),
         (["student.kwargs={num_classes: 3}"], "num_classes, which is passed anyway"),
         (["student.model=hf-hub:timm/x"], "mypackage.models:build"),
         (["student.model=a/b:build"], "mypackage.models:build"),

@@ -11,8 +11,8 @@ from torch import nn
 from pipeline.common.errors import UsageError
 from pipeline.config.paths import student_folder
 from pipeline.config.schema import Config, Student, Teacher
+from pipeline.models.activation_checkpointing import checkpoint_activations
 from pipeline.models.build import NormalizedModel, build, build_teacher
-from pipeline.models.recomputation import checkpoint_activations
 from pipeline.models.weights import read_weights
 from pipeline.training.identity import configured_student
 from stages import finetune, teacher, train_student
