@@ -7,7 +7,7 @@ import pytest
 from test_store_commands import call
 
 from pipeline.cli.durations import Hardware, Rates, stage_seconds
-from pipeline.cli.estimate import Images, Student, generate_picture, table_by_kind, table_by_views
+from pipeline.cli.estimate import Images, StudentTimes, generate_picture, table_by_kind, table_by_views
 from pipeline.common.wording import duration, size_of
 from pipeline.config.params import resolve
 from pipeline.config.store_spec import store_spec
@@ -82,17 +82,17 @@ def test_a_store_of_a_view_per_epoch_pays_off_after_about_one_student():
     assert 0.5 < after["30"] < after["60"] < 1.1
 
 
-def student() -> Student:
+def student() -> StudentTimes:
     config, machine = config_of(), Hardware(2, False)
     each = (machine.training(config, config.student_named("hard"), RATES, step, 200) for step in (0.13, 0.03))
-    return Student(*each)
+    return StudentTimes(*each)
 
 
 def test_a_store_never_pays_where_rendering_is_slower_than_the_teacher():
     config, machine, slow = config_of("student.workers=1"), Hardware(2, True), replace(RATES, render=0.5)
     online, offline = (machine.training(config, config.student_named("hard"), slow, step, 200) for step in (0.13, 0.03))
-    assert Student(online, offline).pays_after(3600) is None
-    assert Student(7200, 3600).pays_after(3600) == 1.0
+    assert StudentTimes(online, offline).pays_after(3600) is None
+    assert StudentTimes(7200, 3600).pays_after(3600) == 1.0
 
 
 def test_kinds_have_the_bytes_of_their_estimates():

@@ -206,7 +206,7 @@ def test_a_fine_tuned_student_is_a_cell_whose_name_says_what_it_started_from():
 @pytest.mark.parametrize(
     ("study", "message"),
     [
-        ({"axes": {"student": {"a": {}}}}, "none of .*seed.*student"),
+        ({"axes": {"student": {"a": {}}}}, "other than .*seed.*student"),
         ({"axes": {"run": {"a": {}}}}, "found run"),
         ({"axes": {"student.epochs": [1], "finetune.epochs": [2]}}, "two called epochs"),
         ({"students": ["soft"], "set": {"student.alpha": 0.3}}, "variants.soft.alpha"),
