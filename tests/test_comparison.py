@@ -107,6 +107,12 @@ def test_headline_compares_no_student_of_another_architecture_or_length_of_train
     assert found.lines()[-2] == "  no student without distillation has the same architecture, initial weights, size and epochs"
 
 
+def test_headline_prefers_the_counterpart_that_differs_least_and_names_what_else_differs():
+    others = {"none-fast": {"lr": 1e-3, "seed": 1}, "none": {"seed": 1}}
+    found = compared({"none-fast": 75, "none": 70, "hard": 80}, others).comparisons[0]
+    assert (found.second, found.about) == ("none", "trained without distillation and with other settings too (seed)")
+
+
 def test_distillation_token_is_no_other_architecture():
     plain, token = ({"model": f"deit_tiny_{name}patch16_224"} for name in ("", "distilled_"))
     found = compared({"none": 70, "token": 80}, {"none": plain, "token": token})

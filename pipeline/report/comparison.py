@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.config.paths import FINETUNED, TEACHER
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, result_fields
 from pipeline.report.entries import Entry
 from pipeline.report.intervals import Estimate, accuracy_interval, difference_interval
 
 TRUTH = "truth"
+DISTILLATION = ("model", "distillation", "alpha", "tau", "soft_reduction", "reuse_view")
+"""Settings of a student that distillation may change: `model` by a distillation token alone, see `compared_settings`."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def find_headline(entries: list[Entry], predictions: AllPredictions, labels: np.
     best = ranked[0]
     tied = [e.name for e in ranked[1:] if correct[e.name].sum() == correct[best.name].sum()]
     pair = _distillation_pair(best, ranked)
-    pairs = [(*pair, f"trained {'with' if pair[1].distilled else 'without'} distillation")] if pair else []
+    pairs = [(*pair, _about(*pair))] if pair else []
     pairs += [(best, entry, "") for entry in entries if entry.name == TEACHER]
     comparisons = [
         Comparison(first.name, second.name, about, difference_interval(correct[first.name], correct[second.name]))
@@ -120,14 +122,21 @@ def find_headline(entries: list[Entry], predictions: AllPredictions, labels: np.
     return Headline(best, tied, classifier, top1, len(labels), comparisons, missing, float(guess))
 
 
+def _about(first: Entry, second: Entry) -> str:
+    others = other_differences(first, second)
+    also = f" and with other settings too ({', '.join(others)})" if others else ""
+    return f"trained {'with' if second.distilled else 'without'} distillation{also}"
+
+
 def _distillation_pair(best: Entry, ranked: list[Entry]) -> tuple[Entry, Entry] | None:
-    """The best student and the best one that differs from it in distillation alone; or such a pair for the student
-    that was fine-tuned into it."""
+    """The best student and, of those that share `compared_settings` but for distillation, the best with the fewest other
+    differences; or such a pair for the student that was fine-tuned into it."""
     source = best.name.removesuffix(f"-{FINETUNED}")
     for first in [best, *(entry for entry in ranked if entry.name == source and entry is not best)]:
-        for second in ranked:
-            if second.distilled != first.distilled and compared_settings(second) == compared_settings(first):
-                return first, second
+        others = [each for each in ranked if each.distilled != first.distilled]
+        others = [each for each in others if compared_settings(each) == compared_settings(first)]
+        if others:
+            return first, min(others, key=lambda other: len(other_differences(first, other)))
     return None
 
 
@@ -136,6 +145,13 @@ def compared_settings(entry: Entry) -> tuple[object, ...]:
     assert entry.student
     model, fine_tuned = entry.student.model.replace("_distilled", ""), entry.name.endswith(FINETUNED)
     return model, entry.student.kwargs, entry.student.weights, entry.student.epochs, entry.size, fine_tuned
+
+
+def other_differences(first: Entry, second: Entry) -> list[str]:
+    """The settings, besides those of distillation and of `compared_settings`, in which two students differ."""
+    assert first.student and second.student
+    one, two = result_fields(first.student), result_fields(second.student)
+    return [key for key in one if key not in DISTILLATION and one[key] != two[key]]
 
 
 def compared_predictions(config: Config, predictions: AllPredictions, labels: np.ndarray) -> dict[str, np.ndarray]:

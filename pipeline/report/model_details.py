@@ -7,16 +7,14 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from pipeline.config.paths import TEACHER
-from pipeline.config.schema import Config, result_fields
+from pipeline.config.schema import Config
 from pipeline.config.types import is_custom_model
 from pipeline.models.build import build_student
-from pipeline.report.comparison import AllPredictions, compared_settings, joint_classifier
+from pipeline.report.comparison import AllPredictions, compared_settings, joint_classifier, other_differences
 from pipeline.report.entries import Entry
 
 UNDISTILLED = "undistilled"
 CLASSIFIERS = ("class", "distillation", "mean")
-DISTILLATION = ("model", "distillation", "alpha", "tau", "soft_reduction", "reuse_view")
-"""Settings of a student that distillation may change: `model` by a distillation token alone, see `compared_settings`."""
 Disagreement = dict[str, dict[str, float]]
 """Share of the images that are classified differently, by a model's own classifier and what it is compared with."""
 
@@ -60,10 +58,5 @@ def _disagreement(entry: Entry, entries: list[Entry], predictions: AllPrediction
 
 def _undistilled(entry: Entry, entries: list[Entry]) -> Entry | None:
     plain = [each for each in entries if each.student and not each.distilled]
-    return next((each for each in plain if _without_distillation(each) == _without_distillation(entry)), None)
-
-
-def _without_distillation(entry: Entry) -> tuple[object, ...]:
-    assert entry.student
-    others = {key: value for key, value in result_fields(entry.student).items() if key not in DISTILLATION}
-    return others, *compared_settings(entry)
+    plain = [each for each in plain if compared_settings(each) == compared_settings(entry)]
+    return next((each for each in plain if not other_differences(each, entry)), None)
