@@ -4,7 +4,6 @@ The stage graph is the same for every configuration. So this stage writes what i
 when the needs change; a stage whose teacher or store is not needed writes a placeholder and returns at once.
 """
 
-
 from pipeline.common.files import write_json
 from pipeline.config.paths import needed_path
 from pipeline.config.schema import PURPOSES, Config

@@ -350,7 +350,7 @@ def test_ctrl_c_ends_a_command_in_one_line(project, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("stages.prepare.run", interrupted)
-    assert call("prepare", code=130).strip() == "interrupted; run the same command again to resume"
+    assert call("prepare", code=130).strip() == "interrupted; run the same command again: it resumes, or starts over"
 
 
 @pytest.mark.parametrize("group", [(), ("store",)])

@@ -286,6 +286,11 @@ def test_weights_on_the_hub_are_those_of_the_configured_model(tagged):
     assert teacher_architecture(teacher)["model"] == "test_resnet"
 
 
+def test_a_timm_tag_builds_its_own_model_whatever_model_says(tagged):
+    built = build_teacher(tagged.model_copy(update={"model": "test_vit"}), 3).model
+    assert type(built) is type(timm.create_model("test_resnet"))
+
+
 def test_a_student_whose_distillation_head_was_not_trained_is_no_teacher(tagged, monkeypatch):
     monkeypatch.setattr(pretrained, "_expected_input", lambda model: {"heads": "class"})
     with pytest.raises(PipelineError, match="distillation head was not trained"):

@@ -188,7 +188,7 @@ def _few_images_gate(facts: InitFacts) -> Choice:
     gate = round(min(2 * facts.majority, facts.majority + 0.1 * (1 - facts.majority)), 2)
     return Choice(
         gate,
-        f"just clearly above {facts.majority:.2f}, which always predicting the most frequent class gives: with"
+        f"only a little above {facts.majority:.2f}, which always predicting the most frequent class gives: with"
         f" {facts.images / facts.classes:.0f} images per class a teacher from scratch cannot be expected to reach more",
     )
 

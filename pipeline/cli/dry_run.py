@@ -76,11 +76,10 @@ def check_one_teacher(section: Teacher, classes: Sequence[str] | None, size: int
         if section.class_map is not None and classes:
             check_range(class_numbers(section.class_map, classes), has)
         fits = section.class_map is not None or not classes or has == len(classes)
-    section = section.model_copy(update={"model": section.architecture})
-    with only_shapes(section.model):
+    with only_shapes(section.architecture):
         teacher = build_teacher(section, len(classes or range(1000)))
-    if is_custom_model(section.model):
-        check_input_size(teacher, size, "correct the model, or choose another size", section.model)
+    if is_custom_model(section.architecture):
+        check_input_size(teacher, size, "correct the model, or choose another size", section.architecture)
     if section.checkpoint_activations and not weights:
         checkpoint_activations(teacher, [teacher])
     if state is not None and classes:

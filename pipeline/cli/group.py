@@ -26,7 +26,7 @@ class Group(click.Group):
             if message is None:
                 raise
         except KeyboardInterrupt:
-            click.echo("interrupted; run the same command again to resume", err=True)
+            click.echo("interrupted; run the same command again: it resumes, or starts over", err=True)
             context.exit(INTERRUPTED)
         click.echo(f"error: {message}", err=True)
         context.exit(message.exit_code)

@@ -65,7 +65,7 @@ def gather(found: photos.Photos, device: torch.device, offline: bool, given: Giv
     released = {"teacher": released_teacher(gpu), "student": released_student(gpu)}
     missing = {section: missing_weights(tag, offline) for section, tag in released.items() if f"{section}.weights" not in given}
     if classes == IMAGENET_CLASSES and "teacher" in missing:
-        missing["teacher"] = "your data set has as many classes as ImageNet, so they would be used unchanged"
+        missing["teacher"] = "your data set has as many classes as ImageNet, so their classifier would be kept, although its classes are others"
     for section, reason in missing.items():
         if reason:
             print(f"pretrained weights {released[section]} are not used: {reason}")

@@ -21,7 +21,7 @@ from pipeline.shards.sources import UNLABELLED_FOLDER, list_splits
 SAMPLE = 200
 """Files whose headers are read."""
 ENOUGH, FRACTION = 4_000, 0.1
-"""From ENOUGH images on, use FRACTION of each class for validation."""
+"""Without a validation set: from ENOUGH images on, FRACTION of each class is used for validation."""
 
 ImageFile = Path | io.BytesIO
 

@@ -203,7 +203,7 @@ class Evaluate(Section):
     in timm. The samples' keys have to contain ImageNet's file names (ILSVRC2012_val_00000293)."""
     sets: dict[SetName, LocalFolder] = {}
     """Additional evaluation sets, for `NAME_top1`: folders by name, for example {v2: imagenetv2-matched-frequency-format-val}.
-    Each has one folder of images per class of the index, named after the class or, for ImageNet, by its number (0 to 999)."""
+    Each has one folder of images per class of the index, named after the class or, for ImageNet, after its number (0 to 999)."""
     workers: Workers = None
     """Loading processes; null: chosen for the machine."""
     throughput_seconds: NonNegative = 5.0

@@ -46,6 +46,12 @@ class StoreSpec:
         return "pipeline teacher-logits" + " --for finetune" * (self.purpose == "finetune")
 
     @property
+    def commands(self) -> str:
+        """The commands that compute it and, before, its teacher."""
+        adapted = ", then pipeline teacher --for finetune" if self.purpose == "finetune" else ""
+        return f"pipeline teacher{adapted}, then {self.command}"
+
+    @property
     def blocks(self) -> int:
         return self.views // self.recipe.block
 

@@ -104,7 +104,7 @@ class TeacherMember(Section):
     kwargs: Arguments = {}
     """Passed to timm.create_model."""
     weights: File
-    """A timm tag, or a local file, with as many classes as the index unless there is a class_map. To fine-tune a member,
+    """As `teacher.weights`, with as many classes as the index unless there is a class_map. To fine-tune a member,
     make it the teacher of another experiment, and name the weights.safetensors that this experiment publishes."""
     class_map: ClassMap | None = None
     """As `teacher.class_map`."""
@@ -132,7 +132,8 @@ class Teacher(Training):
     weights: File | None = None
     """A timm tag such as regnety_160.deit_in1k, which names the model, too; or weights of `model`: a local .safetensors
     or .pth file, or hf-hub:OWNER/NAME. With as many classes as the index they are used as they are; otherwise the
-    classifier is replaced, and the teacher is trained for `epochs`."""
+    classifier is replaced, and the teacher is trained for `epochs`. Files that the pipeline published must have the index's
+    classes and the mean and std below, timm tags these two; of a repository nothing is checked."""
     head_epochs: CountOrZero = 0
     """How many of the `epochs`, at the start, train only a replaced classifier, with all other layers frozen in eval mode.
     If equal to `epochs`, only the classifier is trained."""

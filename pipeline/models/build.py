@@ -202,6 +202,7 @@ def build_student(section: Student, recipe: Recipe, classes: int, size: int) -> 
 
 def build_teacher(section: Teacher, classes: int) -> NormalizedModel:
     """Build the teacher, normalized with its own mean and std, its weights untrained."""
+    section = section.model_copy(update={"model": section.architecture})
     return build(section, classes, section.mean, section.std, joint=True)
 
 

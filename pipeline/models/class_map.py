@@ -46,20 +46,22 @@ def class_numbers(class_map: ClassMap, classes: Sequence[str]) -> list[int]:
     return [numbers[name] for name in classes]
 
 
-def check_same_classes(what: str, published: Sequence[str], classes: Sequence[str], do: str) -> None:
+def check_same_classes(
+    what: str, published: Sequence[str], classes: Sequence[str], do: str, error: type[PipelineError] = PipelineError
+) -> None:
     """Check that weights were published with the classes of the index, in its order.
 
     Where either has numbers instead of names, as existing shards may have, only the number of classes is compared.
 
     Raises:
-        PipelineError: they were not; `what` and `do` are for its message.
+        PipelineError: they were not; of the type `error`, with `what` and `do` in its message.
     """
     published, classes = list(published), list(classes)
     if not are_other_classes(published, classes):
         return
     number = next((i for i, pair in enumerate(zip(published, classes, strict=False)) if pair[0] != pair[1]), None)
     at = "" if number is None else f", class {number} being {{}}"
-    raise PipelineError(
+    raise error(
         f"{what} whose classes differ from the index's",
         expected=f"{len(classes):,} classes" + at.format(repr(classes[number or 0])),
         found=f"{len(published):,} classes" + at.format(repr(published[number or 0])),

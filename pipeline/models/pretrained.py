@@ -63,7 +63,6 @@ def load_pretrained(section: Teacher, classes: Sequence[str], checksums: Path) -
         PipelineError: no network, weights of another model, or weights that were published for other classes or input.
     """
     state = read_source(section, checksums, **section.kwargs)
-    section = section.model_copy(update={"model": section.architecture})
     teacher = build_teacher(section, len(classes))
     return teacher, fit_weights(section, teacher.model, state, classes)
 
@@ -172,7 +171,7 @@ def read_source(section: Teacher | Student, checksums: Path, **kwargs: Any) -> S
 def _no_download(key: str, tag: str, found: str) -> PipelineError:
     return PipelineError(
         f"{key} {tag!r}",
-        expected="a timm tag that can be downloaded, or a local .safetensors or .pth file",
+        expected="a timm tag or hf-hub:OWNER/NAME that can be downloaded, or a local .safetensors or .pth file",
         found=found,
         do="check the tag and the network, or download the file and name it",
     )

@@ -124,7 +124,7 @@ def load_teacher(
         )
     if described:
         check_same_classes(f"{path}: a teacher", described["classes"], classes, f"run: {command}")
-    members = [member.model_copy(update={"drop_path": 0.0, "model": member.architecture}) for member in section.members]
+    members = [member.model_copy(update={"drop_path": 0.0}) for member in section.members]
     teacher = join(section, [build_teacher(member, len(classes)) for member in members])
     load_weights(teacher.model, state, str(path))
     return teacher.to(device).eval()

@@ -227,7 +227,8 @@ def read_teacher_metrics(folder: Path, teacher: dict[str, Any]) -> dict[str, Any
     """What a published teacher's metrics.json says about its accuracy; empty if it is missing or another teacher's."""
     try:
         metrics = json.loads((folder / "metrics.json").read_text())
-        described = {**metrics.get("architecture", {}), "weights": metrics.get("weights"), "size": metrics.get("size")}
+        described = {**metrics.get("architecture", {}), "weights": metrics.get("weights")}
+        described |= {"size": metrics["size"]} if "size" in metrics else {}
         same = all(teacher.get(key) == value for key, value in described.items())
     except (OSError, ValueError, AttributeError, TypeError):
         return {}

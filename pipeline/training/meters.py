@@ -40,7 +40,6 @@ class Throughput:
         self._reset()
         return {name: round(value, 3) for name, value in values.items()}
 
-
     def state_dict(self) -> dict[str, float]:
         """What was counted since the last snapshot, for a checkpoint."""
         counts = {"samples": self.samples, "waited": self.waited, "views": self.views, "decodes": self.decodes}

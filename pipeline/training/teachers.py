@@ -206,7 +206,7 @@ def check_recorded_teacher(config: Config, index: str, spec: StoreSpec) -> None:
         raise NotReady(
             f"{spec.folder / 'manifest.json'}: the store of another teacher", expected="predictions of the configured teacher",
             found="those of a teacher with other settings, whose weights are gone",
-            do=f"run: pipeline teacher, then {spec.command} (or dvc repro); or set the configuration back",
+            do=f"run: {spec.commands} (or dvc repro); or set the configuration back",
         )  # fmt: skip
 
 
@@ -214,13 +214,13 @@ def _check_classes(spec: StoreSpec, classes: Sequence[str]) -> None:
     """Refuse a published teacher with class names other than the index's: a class map may select its outputs by name.
 
     Raises:
-        PipelineError: they differ.
+        NotReady: they differ.
     """
     path = spec.teacher_folder / "weights.safetensors"
     described = read_metadata(path).get(DESCRIPTION) if path.exists() else None
     if isinstance(described, dict) and "classes" in described:
-        do = f"run: pipeline teacher, then {spec.command} (or dvc repro)"
-        check_same_classes(f"{path}: a teacher", described["classes"], classes, do)
+        do = f"run: {spec.commands} (or dvc repro)"
+        check_same_classes(f"{path}: a teacher", described["classes"], classes, do, NotReady)
 
 
 def check_same_teacher(config: Config, store: Store, spec: StoreSpec) -> None:
