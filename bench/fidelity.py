@@ -19,7 +19,8 @@ from pipeline.config.paths import index_path
 from pipeline.config.schema import Config, TeacherLogits
 from pipeline.models.teacher import TeacherForward, load_teacher, resize_pictures, teacher_logits
 from pipeline.shards.index import Index
-from pipeline.store.encoding import decode_logits, encode, row_bytes
+from pipeline.store.encoding import decode_logits, encode
+from pipeline.store.kinds import row_bytes
 from pipeline.views.draw import group_count
 
 TAUS = (1.0, 3.0)

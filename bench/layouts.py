@@ -14,7 +14,7 @@ from pipeline.batches.plan import Item, Plan, Unit, training_plan
 from pipeline.config.schema import Recipe, Student
 from pipeline.shards.index import Index
 from pipeline.shards.indexing import write_index
-from pipeline.store.encoding import DTYPES, payload_width
+from pipeline.store.kinds import KINDS, payload_width
 from pipeline.store.reader import Store, StoreIdentity
 from pipeline.store.writer import StoreWriter
 from pipeline.training.teachers import read_predictions
@@ -59,7 +59,7 @@ class Case:
     @cached_property
     def payload(self) -> np.ndarray:
         """(shards, views, samples, width): any bits, but top-k classes are classes, the first being the argmax."""
-        rng, dtype = np.random.default_rng(1), np.dtype(DTYPES[self.kind])
+        rng, dtype = np.random.default_rng(1), np.dtype(KINDS[self.kind].dtype)
         shape = (SHARDS, self.views, SAMPLES, self.width)
         payload = np.frombuffer(bytearray(rng.bytes(int(np.prod(shape)) * dtype.itemsize)), dtype).reshape(shape)
         if self.kind == "topk":
@@ -144,8 +144,8 @@ class Mapped(Layout):
     """The same argmax and payload, row after row of a view, as raw memory maps; copied out, not checked."""
 
     def _maps(self, mode: Literal["r", "w+"]) -> list[np.memmap]:
-        shape, dtype = (self.case.views, SHARDS * SAMPLES), np.dtype(DTYPES[self.case.kind])
-        maps = [np.memmap(self.folder / "argmax", np.dtype(np.uint16), mode, shape=shape)]
+        shape, dtype = (self.case.views, SHARDS * SAMPLES), np.dtype(KINDS[self.case.kind].dtype)
+        maps: list[np.memmap] = [np.memmap(self.folder / "argmax", np.dtype(np.uint16), mode, shape=shape)]
         if self.case.width:
             maps.append(np.memmap(self.folder / "payload", dtype, mode, shape=(*shape, self.case.width)))
         return maps

@@ -23,7 +23,7 @@ from pipeline.config.store_spec import store_spec
 from pipeline.models.teacher import TeacherForward
 from pipeline.report.agreement import describe_agreement, write_agreement
 from pipeline.store.agreement import QUANTITIES, Mean, measure_agreement, most_frequent
-from pipeline.store.encoding import FILL
+from pipeline.store.kinds import NO_CLASS
 from stages import teacher_logits
 
 property_settings = settings(derandomize=True, deadline=None, max_examples=60)
@@ -32,13 +32,13 @@ property_settings = settings(derandomize=True, deadline=None, max_examples=60)
 @property_settings
 @given(
     hnp.arrays(
-        np.uint16, st.tuples(st.integers(1, 8), st.integers(1, 5)), elements=st.sampled_from([0, 1, 2, 65534, FILL])
+        np.uint16, st.tuples(st.integers(1, 8), st.integers(1, 5)), elements=st.sampled_from([0, 1, 2, 65534, NO_CLASS])
     )
 )
 def test_the_most_frequent_class_is_as_counted(classes):
     for column, found in zip(classes.T.tolist(), most_frequent(classes).tolist(), strict=True):
-        counts = Counter(number for number in column if number != FILL)
-        expected = min((-count, number) for number, count in counts.items())[1] if counts else FILL
+        counts = Counter(number for number in column if number != NO_CLASS)
+        expected = min((-count, number) for number, count in counts.items())[1] if counts else NO_CLASS
         assert found == expected
 
 

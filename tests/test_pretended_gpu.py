@@ -18,7 +18,7 @@ from pipeline.config.schema import Student, Teacher, TeacherLogits
 from pipeline.models.build import NormalizedModel, build_student, build_teacher
 from pipeline.models.teacher import TeacherForward
 from pipeline.store import labelling
-from pipeline.store.encoding import payload_width
+from pipeline.store.kinds import payload_width
 from pipeline.training import teachers as teaching
 from pipeline.training.run import NoTeacher, Run
 from pipeline.training.scaling import SCALER_VALUES

@@ -28,8 +28,9 @@ from pipeline.config.store_spec import store_spec
 from pipeline.store import encoding as kinds
 from pipeline.store import layout as store_files
 from pipeline.store import writer as store_writer
-from pipeline.store.encoding import DTYPES, KINDS, payload_width, to_numpy
+from pipeline.store.encoding import to_numpy
 from pipeline.store.estimate import equal_shards, estimate
+from pipeline.store.kinds import KINDS, payload_width
 from pipeline.store.maintenance import remove_damaged
 from pipeline.store.manifest import (
     build_manifest,
@@ -160,7 +161,7 @@ def whole_units(draw, kind: str):
     if kind != "argmax":
         payload = draw(bits)
         # any bits, NaN and infinity too
-        buffers[kind] = payload.astype(np.uint8) if kind == "dense8" else payload.view(DTYPES[kind])
+        buffers[kind] = payload.astype(np.uint8) if kind == "dense8" else payload.view(KINDS[kind].dtype)
     shape = (BLOCK, group_count(samples, 4))
     return unit, buffers, draw(hnp.arrays(np.uint64, shape, elements=st.integers(0, 2**64 - 1)))
 
@@ -815,7 +816,7 @@ def test_an_estimate_has_the_bytes_and_files_of_the_chunks(kind, samples, tmp_pa
         count = samples[unit.shard]
         buffers = {"argmax": np.zeros((BLOCK, count), np.uint16)}
         if kind != "argmax":
-            buffers[kind] = rng.integers(0, 99, (BLOCK, count, payload_width(kind, CLASSES, TOP_K))).astype(DTYPES[kind])
+            buffers[kind] = rng.integers(0, 99, (BLOCK, count, payload_width(kind, CLASSES, TOP_K))).astype(KINDS[kind].dtype)
         store.write_unit(unit, buffers, np.zeros((BLOCK, group_count(count, 4)), np.uint64))
     spec = store_spec(Config(), "train-student")
     draws = DRAWS if kind == "sampled" else None

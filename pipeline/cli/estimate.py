@@ -20,10 +20,8 @@ from pipeline.config.schema import Config
 from pipeline.config.store_spec import StoreSpec, store_spec
 from pipeline.shards.index import Index
 from pipeline.store.estimate import equal_shards, estimate
+from pipeline.store.kinds import KINDS
 
-KINDS = {"argmax": "hard", "topk": "hard, soft", "dense8": "hard, soft", "dense": "hard, soft",
-         "sampled": "hard, soft at one tau"}  # fmt: skip
-"""Kinds of store and the distillation that each allows."""
 FRACTIONS = (0.1, 0.25, 0.5, 1.0)
 """Views per epoch in the table by views."""
 SAMPLED = 24
@@ -185,10 +183,10 @@ def table_by_views(
 def table_by_kind(config: Config, samples: Sequence[int], classes: int) -> str:
     """Bytes and files of every kind of store."""
     rows = []
-    for kind, distillation in KINDS.items():
+    for kind, about in KINDS.items():
         settings = config.teacher_logits.model_copy(update={"kind": kind})
         spec = store_spec(config.model_copy(update={"teacher_logits": settings}), "train-student")
         size = estimate(spec, samples, classes)
         mark = " *" if kind == config.teacher_logits.kind else ""
-        rows.append([kind + mark, f"{size.row_bytes:,}", size_of(size.bytes), f"{size.files:,}", distillation])
+        rows.append([kind + mark, f"{size.row_bytes:,}", size_of(size.bytes), f"{size.files:,}", about.distillation])
     return tabulate(rows, ["kind", "bytes per view", "size", "files", "distillation"], disable_numparse=True)

@@ -10,13 +10,12 @@ from pipeline.batches.plan import Item, Unit, group_members
 from pipeline.common.progress import progress
 from pipeline.config.store_spec import StoreSpec
 from pipeline.shards.index_file import UNLABELLED
-from pipeline.store.encoding import FILL, decode_logits
+from pipeline.store.encoding import decode_logits
+from pipeline.store.kinds import KINDS, NO_CLASS
 from pipeline.store.manifest import require_complete
 from pipeline.store.reader import Store
 from pipeline.views.draw import draw_mix, group_count
 
-WITH_LOGITS = ("topk", "dense", "dense8")
-"""Kinds from which the teacher's confidence can be computed."""
 ROWS = 4096
 """Rows whose logits are decoded at once."""
 
@@ -76,7 +75,8 @@ def measure_agreement(store: Store, spec: StoreSpec) -> Agreement:
 
 
 def has_logits(spec: StoreSpec) -> bool:
-    return spec.kind in WITH_LOGITS
+    """Whether the teacher's confidence can be computed from what is stored."""
+    return KINDS[spec.kind].has_logits
 
 
 def _measure_shard(store: Store, spec: StoreSpec, shard: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -89,7 +89,7 @@ def _measure_shard(store: Store, spec: StoreSpec, shard: int) -> dict[str, tuple
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {
         "label": (main != UNLABELLED, argmax == main),
         "label, not mixed": (mixing.unmixed & (main != UNLABELLED), argmax == main),
-        "most frequent": (own, argmax == most_frequent(np.where(own, argmax, FILL))),
+        "most frequent": (own, argmax == most_frequent(np.where(own, argmax, NO_CLASS))),
     }
     if has_logits(spec):
         confidence = np.stack([_confidence(store, spec, shard, view, argmax[view]) for view in range(spec.views)])
@@ -125,7 +125,7 @@ def read_mixing(store: Store, spec: StoreSpec, shard: int) -> ShardMixing:
 
 
 def most_frequent(classes: np.ndarray) -> np.ndarray:
-    """The class that each column of (V, N) classes has most often, the smallest if several are as frequent; FILL counts
+    """The class that each column of (V, N) classes has most often, the smallest if several are as frequent; NO_CLASS counts
     for nothing, and stands where there is nothing else.
     """
     ordered = np.sort(classes, axis=0)
@@ -133,7 +133,7 @@ def most_frequent(classes: np.ndarray) -> np.ndarray:
     begins = np.ones(ordered.shape, bool)
     begins[1:] = ordered[1:] != ordered[:-1]
     lengths = places - np.maximum.accumulate(np.where(begins, places, 0), axis=0)
-    lengths[ordered == FILL] = -1
+    lengths[ordered == NO_CLASS] = -1
     return np.take_along_axis(ordered, lengths.argmax(0)[None], axis=0)[0]
 
 

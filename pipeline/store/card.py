@@ -7,16 +7,10 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from pipeline.store.kinds import KINDS
+
 if TYPE_CHECKING:
     from pipeline.store.publication import Publication
-
-KINDS = {
-    "argmax": "the class with the largest logit: for hard distillation",
-    "topk": "the largest logits and the log-sum-exp of the others: for hard and soft distillation",
-    "dense8": "every logit in 256 steps between the view's smallest and largest: for hard and soft distillation",
-    "dense": "every logit as float16: for hard and soft distillation",
-    "sampled": "classes drawn from the softmax at a temperature: for hard distillation, and soft at this temperature",
-}
 
 CARD = """\
 # Teacher predictions for offline distillation
@@ -71,7 +65,7 @@ def describe(publication: Publication) -> str:
         **_accuracy(publication),
         "images": f"{samples:,} in {len(publication.shards):,} shards, {len(publication.classes):,} classes",
         "views": f"{recipe['size']} x {recipe['size']} pixels, in blocks of {recipe['block']}",
-        "kept for each view": f"`{publication.kind}`, {KINDS[publication.kind]}",
+        "kept for each view": f"`{publication.kind}`, {KINDS[publication.kind].kept}",
         "computed in": publication.precision,
         "store": publication.fingerprint,
         "written with": ", ".join(f"{name} {version}" for name, version in sorted(publication.versions.items())),

@@ -1,41 +1,11 @@
-"""Encoding of the teacher's logits for the store, and decoding.
-
-The kinds, and what a row of a kind's own array holds (its payload):
-
-* `argmax`: nothing more; enough for hard distillation;
-* `topk`: 2k + 2 uint16: k classes, the bits of their float16 logits, and of the float32 log-sum-exp of the others;
-* `dense8`: classes + 8 uint8: each logit in 256 steps between the row's minimum and maximum, and these two as float32;
-* `dense`: a float16 logit per class;
-* `sampled`: k uint16: classes drawn from the teacher's softmax at a temperature (pipeline.store.sampling).
-
-The argmax, uint16, is that of the unrounded logits and is stored with every kind.
-"""
+"""Encoding of the teacher's logits for the store, and decoding; see `pipeline.store.kinds` for the kinds."""
 
 import math
 
 import numpy as np
 import torch
 
-KINDS = ("argmax", "topk", "dense", "dense8", "sampled")
-SHARDED = ("dense", "dense8")  # read a few views at a time; the other kinds a block at a time
-DTYPES = {"argmax": np.uint16, "topk": np.uint16, "dense": np.float16, "dense8": np.uint8, "sampled": np.uint16}
-FILL = 65535  # the number of no class
-
-
-def payload_width(kind: str, classes: int, k: int) -> int:
-    """Numbers per row of a kind's own array, 0 for argmax; with fewer classes than k, topk stores all of them."""
-    widths = {"argmax": 0, "topk": 2 * min(k, classes) + 2, "dense": classes, "dense8": classes + 8, "sampled": k}
-    return widths[kind]
-
-
-def classes_per_row(kind: str, width: int) -> int:
-    """The k of a payload of topk or sampled; 1 for the other kinds, whose width does not depend on it."""
-    return {"topk": (width - 2) // 2, "sampled": width}.get(kind, 1)
-
-
-def row_bytes(kind: str, classes: int, k: int) -> int:
-    """Bytes per row and view: the argmax and the payload."""
-    return 2 + payload_width(kind, classes, k) * np.dtype(DTYPES[kind]).itemsize
+from pipeline.store.kinds import KINDS
 
 
 def encode(
@@ -67,7 +37,7 @@ def encode(
 
 def to_numpy(kind: str, encoded: torch.Tensor) -> np.ndarray:
     """A result of `encode`, moved to the CPU, as an array of the type that the store holds for `kind`."""
-    return encoded.numpy().view(DTYPES[kind])
+    return encoded.numpy().view(KINDS[kind].dtype)
 
 
 def _uint16(numbers: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from pipeline.config.store_spec import StoreSpec
 from pipeline.models.build import build_student
 from pipeline.models.ensemble import build_ensemble
 from pipeline.models.evaluation import multiply_adds
-from pipeline.store.encoding import payload_width, row_bytes
+from pipeline.store.kinds import payload_width, row_bytes
 from pipeline.store.layout import Dimensions
 
 

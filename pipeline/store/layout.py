@@ -28,7 +28,7 @@ from pipeline.common.files import is_local
 from pipeline.config.schema import Recipe
 from pipeline.config.validation import differences
 from pipeline.shards.index import Index
-from pipeline.store.encoding import DTYPES, FILL, KINDS, SHARDED
+from pipeline.store.kinds import KINDS, NO_CLASS
 from pipeline.store.metadata import read_metadata
 from pipeline.views.draw import group_count
 
@@ -74,11 +74,10 @@ class Dimensions:
             shape, chunks, names = (views, rows), (block, self.capacity), ["view", "row"]
         else:
             shape, chunks = (views, rows, width), (block, self.capacity, width)
-            names = ["view", "row", {"topk": "packed", "sampled": "sample"}.get(name, "class")]
-        if name != "check":
-            fill = np.nan if name == "dense" else 255 if name == "dense8" else FILL
-            settings |= {"dtype": DTYPES[name], "fill_value": fill}
-        if name in SHARDED:
+            names = ["view", "row", KINDS[name].axis]
+        if name in KINDS:
+            settings |= {"dtype": KINDS[name].dtype, "fill_value": KINDS[name].fill}
+        if name in KINDS and KINDS[name].sharded:
             settings["shards"], chunks = chunks, (self.recipe.repeats, *chunks[1:])
         return settings | {"shape": shape, "chunks": chunks, "dimension_names": names}
 
@@ -86,7 +85,7 @@ class Dimensions:
         """Bytes of the file that holds a unit of an array."""
         settings = self.array(name, self.recipe.block, width)
         chunk = math.prod(settings["chunks"]) * np.dtype(settings["dtype"]).itemsize + 4  # with its CRC-32C
-        if name not in SHARDED:
+        if "shards" not in settings:
             return chunk
         count = self.recipe.block // self.recipe.repeats
         return count * (chunk + 16) + 4  # an index of 2 x uint64 per inner chunk, with its CRC-32C, ends a zarr shard
@@ -120,7 +119,7 @@ class StoreLayout:
                     do=f"run: {MAKE_STORE}, which makes one for this configuration; or undo the change, or name another store",
                 )
         capacity = int(self.attributes["capacity"])
-        if capacity != self.capacity or not 0 < self.classes < FILL:
+        if capacity != self.capacity or not 0 < self.classes < NO_CLASS:
             error = ValueError(f"capacity {capacity}, classes {self.classes}")
             raise _damaged_metadata(self.path, error)
 

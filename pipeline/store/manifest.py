@@ -18,7 +18,7 @@ from pipeline.common.wording import count_of, size_of
 from pipeline.config.paths import FINGERPRINT, NOT_NEEDED
 from pipeline.config.store_spec import COMPUTED_WITH, StoreSpec
 from pipeline.config.validation import fingerprint
-from pipeline.store.encoding import KINDS
+from pipeline.store.kinds import KINDS
 from pipeline.store.layout import FORMAT, MAKE_STORE
 from pipeline.store.reader import Store
 from pipeline.store.writer import sweep_store
@@ -152,7 +152,7 @@ FETCHED = "fetched"
 MANIFEST: dict[str, Callable[[Any], bool]] = {
     "format": lambda value: True,  # the store has its own, which is compared
     "fingerprint": lambda value: isinstance(value, str) and FINGERPRINT.fullmatch(value) is not None,
-    "kind": lambda value: value in KINDS,
+    "kind": lambda value: isinstance(value, str) and value in KINDS,
     "views": _is_count,
     "rows": _is_count,
     "units": lambda value: isinstance(value, dict),

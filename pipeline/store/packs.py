@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.batches.plan import Unit
-from pipeline.store.encoding import DTYPES
+from pipeline.store.kinds import KINDS
 from pipeline.store.reader import Store
 from pipeline.views.draw import group_count
 
@@ -104,7 +104,7 @@ def pack_bytes(shapes: dict[int, dict[str, tuple[int, ...]]]) -> int:
 
 
 def _dtype(name: str) -> np.dtype:
-    return np.dtype(np.uint64 if name == "check" else DTYPES[name])
+    return np.dtype(np.uint64 if name == "check" else KINDS[name].dtype)
 
 
 def parse_pack(data: bytes, shapes: dict[int, dict[str, tuple[int, ...]]]) -> dict[int, dict[str, np.ndarray]]:

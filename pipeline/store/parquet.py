@@ -12,7 +12,8 @@ from pipeline.common.errors import UsageError
 from pipeline.common.files import atomic_write
 from pipeline.common.progress import progress
 from pipeline.config.store_spec import StoreSpec
-from pipeline.store.encoding import decode_logits, encode, payload_width, to_numpy
+from pipeline.store.encoding import decode_logits, encode, to_numpy
+from pipeline.store.kinds import payload_width
 from pipeline.store.manifest import require_complete
 from pipeline.store.reader import Store
 

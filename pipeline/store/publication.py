@@ -25,7 +25,7 @@ from pipeline.common.wording import size_of
 from pipeline.config.schema import Recipe
 from pipeline.config.validation import fingerprint, short_repr
 from pipeline.shards.index import Index
-from pipeline.store.encoding import KINDS, classes_per_row, payload_width
+from pipeline.store.kinds import KINDS, classes_per_row, payload_width
 from pipeline.store.reader import StoreIdentity
 from pipeline.views.draw import recipe_fingerprint
 

@@ -15,7 +15,7 @@ from pipeline.config.store_spec import StoreSpec
 from pipeline.store import publication as form
 from pipeline.store.card import TITLE
 from pipeline.store.card import describe as describe_card
-from pipeline.store.encoding import classes_per_row, row_bytes
+from pipeline.store.kinds import classes_per_row, row_bytes
 from pipeline.store.manifest import build_manifest
 from pipeline.store.packs import array_bytes, build_pack, pack_bytes, pack_shapes, read_arrays, shard_ranges
 from pipeline.store.publication import File, PackFile, Publication, Source

@@ -19,7 +19,7 @@ from pipeline.common.errors import Damaged, PipelineError, UsageError
 from pipeline.config.schema import Recipe
 from pipeline.config.validation import fingerprint
 from pipeline.shards.index import Index
-from pipeline.store.encoding import FILL, SHARDED
+from pipeline.store.kinds import KINDS, NO_CLASS
 from pipeline.store.layout import MAKE_STORE, StoreLayout, open_group, store_exists
 from pipeline.views.draw import group_count, recipe_fingerprint
 
@@ -112,7 +112,7 @@ class Store(StoreLayout):
         argmax, check = self._cached("argmax", shard, block * self.recipe.block, self._read_argmax)
         payload = None
         if kind != "argmax":
-            views = self.recipe.repeats if kind in SHARDED else self.recipe.block
+            views = self.recipe.repeats if KINDS[kind].sharded else self.recipe.block
             first = view // views * views
             payload = self._cached(kind, shard, first, lambda *at: self._read_payload(kind, *at))[view - first]
         groups = group_count(int(self.index.samples[shard]), self.recipe.group_size)
@@ -142,7 +142,7 @@ class Store(StoreLayout):
         """
         first, views = unit.block * self.recipe.block, self.recipe.repeats
         _, check = self._read_argmax(unit.shard, first)
-        if kind in SHARDED:
+        if KINDS[kind].sharded:
             for view in range(first, first + self.recipe.block, views):
                 self._read_payload(kind, unit.shard, view, check)
         elif kind != "argmax":
@@ -161,7 +161,7 @@ class Store(StoreLayout):
         """Read argmax (block, samples) and check (block, groups + kinds) of the unit whose first view is `first`."""
         check = self._read_chunk("check", shard, first)[:, 0]
         argmax = self._read_chunk("argmax", shard, first)[:, : int(self.index.samples[shard])]
-        if (argmax == FILL).any():
+        if (argmax == NO_CLASS).any():
             raise self._damage("argmax", shard, first, "the fill value, which no prediction has")
         self._compare("argmax", shard, first, argmax, check)
         return argmax, check
@@ -171,7 +171,7 @@ class Store(StoreLayout):
         block, samples = self.recipe.block, int(self.index.samples[shard])
         unit = first // block * block
         recorded = self._cached("argmax", shard, unit, self._read_argmax)[1] if check is None else check
-        payload = (self._read_inner if kind in SHARDED else self._read_chunk)(kind, shard, first)[:, :samples]
+        payload = (self._read_inner if KINDS[kind].sharded else self._read_chunk)(kind, shard, first)[:, :samples]
         self._compare(kind, shard, first, payload, recorded[first % block : first % block + len(payload)])
         return payload
 

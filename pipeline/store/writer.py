@@ -18,7 +18,7 @@ from pipeline.common.errors import Damaged, PipelineError, UsageError, is_io_err
 from pipeline.common.lease import possibly_held
 from pipeline.common.versions import library_versions
 from pipeline.shards.index import Index
-from pipeline.store.encoding import payload_width
+from pipeline.store.kinds import payload_width
 from pipeline.store.layout import FORMAT, NO_CHECK, open_group, store_exists
 from pipeline.store.metadata import create_array, create_group
 from pipeline.store.reader import Store, StoreIdentity, checksum
