@@ -18,7 +18,6 @@ from pipeline.report.comparison import Comparison, Predictions, find_headline
 from pipeline.report.entries import Entry
 from pipeline.report.intervals import Estimate, accuracy_interval, difference_interval
 from pipeline.report.pictures import LOSSLESS, THUMBNAIL, thumbnail
-from pipeline.report.settings import format_duration
 
 property_settings = settings(derandomize=True, deadline=None, max_examples=40)
 
@@ -150,11 +149,6 @@ def test_thumbnails_are_small_and_small_pictures_keep_every_pixel(side):
         assert image.height == min(side, THUMBNAIL) and shown.small == (side <= LOSSLESS)
         if shown.small:
             assert (np.array(image) == picture).all()
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (3725, "1 h 2 min")])
-def test_durations_are_in_units_that_suit(seconds, text):
-    assert format_duration(seconds) == text
 
 
 def test_a_student_is_set_against_one_without_distillation_of_all_its_other_settings():

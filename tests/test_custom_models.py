@@ -21,8 +21,7 @@ from pipeline.models.build import CustomModel
 from pipeline.models.description import load_model
 from pipeline.models.provenance import teacher_architecture
 from pipeline.models.weights import read_weights, save_weights
-from pipeline.report.entries import list_entries
-from pipeline.report.entries import load_model as load_entry
+from pipeline.report.entries import list_entries, load_entry
 from pipeline.report.settings import loading_code
 from pipeline.training.identity import configured_finetune, configured_student, configured_teacher
 from stages import finetune, prepare, teacher, teacher_logits, train_student

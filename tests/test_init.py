@@ -281,7 +281,7 @@ def init(*arguments: str, code: int = 0) -> str:
 
 def test_it_writes_params_yaml_and_names_the_next_command(project):
     said = init("My photos")
-    assert "11 training images" in said and "2 classes of 5 to 6" in said and "run: dvc repro" in said
+    assert "11 training images" in said and "2 classes with 5 to 6" in said and "run: dvc repro" in said
     written = load_config()
     assert written.name == "My-photos"
     assert (written.data.train, written.data.val) == ("My photos/Train", "My photos/test")
@@ -520,7 +520,7 @@ def test_a_class_folder_called_unlabelled_is_warned_of(tmp_path):
 
 def test_of_many_images_a_smaller_part_is_for_validation(tmp_path, monkeypatch):
     write_folders(tmp_path, {"cat": 10, "dog": 10})
-    monkeypatch.setattr("pipeline.cli.photos.ENOUGH", 20)
+    monkeypatch.setattr("pipeline.cli.photos.MANY", 20)
     found = look(tmp_path)
     assert (found.data.val_fraction, len(found.val.names)) == (0.1, 2)
 
@@ -596,7 +596,7 @@ def test_the_preset_for_photographs_holds_these_choices():
 def test_options_that_are_not_repeated_are_named(project):
     assert "not repeated" not in init("My photos", "recipe.size=48", "student.epochs=30")
     said = init("My photos", "student.epochs=60")
-    assert "not repeated from the command that wrote params.yaml: recipe.size=48; give them again to keep them" in said
+    assert "dropped, although the command that wrote params.yaml had them: recipe.size=48; repeat them to keep them" in said
 
 
 @pytest.mark.parametrize(("overrides", "wanted"), [

@@ -239,7 +239,7 @@ def learn_statistics(rank: int, folder: Path, port: int) -> None:
     trainer = Trainer(run)
     trainer.train_step(iter(step_loader(run.plan, run.train, range(1), range(rank, rank + 1), 2, 0, False)))
     before = [buffer.clone() for buffer in run.model.buffers()]
-    synchronised = trainer.forward.will_sync_module_buffers()
+    synchronised = trainer.wrapped_model.will_sync_module_buffers()
     trainer.validate(run.model, "")
     torch.save([synchronised, before, list(run.model.buffers())], folder / f"rank-{rank}.pt")
     Rank.destroy_process_group()

@@ -40,8 +40,7 @@ from pipeline.report.analysis import Analysis
 from pipeline.report.calibration import calibrate
 from pipeline.report.classes import class_results, confusions
 from pipeline.report.comparison import Predictions, find_headline
-from pipeline.report.entries import Entry, list_entries
-from pipeline.report.entries import load_model as load_entry
+from pipeline.report.entries import Entry, list_entries, load_entry
 from pipeline.report.evaluator import Evaluator
 from pipeline.report.examples import (
     Example,
@@ -568,7 +567,7 @@ def test_settings_and_training_time_come_from_configuration_and_log(mini, monkey
         metrics.unlink()
         log.path.unlink()
     assert list(rows) == ["teacher", "token", "plain", "token-finetuned"]
-    assert (rows["plain"].time, rows["token"].time) == ("3 min 21 s", "")
+    assert (rows["plain"].time, rows["token"].time) == ("3 min", "")
     assert (rows["plain"].objective, rows["token"].objective) == ("labels only", "hard distillation, α 0.5")
     assert (rows["plain"].lr, rows["plain"].batch_size) == (f"{5e-4 * 8 / 512:.3g}", "8")
 
@@ -699,7 +698,7 @@ def test_weights_that_are_missing_or_damaged_are_named(mini, tmp_path, content):
 
 
 def test_a_student_cannot_take_the_name_of_another_row():
-    with pytest.raises(UsageError, match="neither truth nor teacher"):
+    with pytest.raises(UsageError, match="must be none of class, images, teacher, truth"):
         resolve({"variants": {"hard": {}, "teacher": {}}}, (), "test")
 
 

@@ -32,7 +32,7 @@ def annotate(config: Config, choices: Choices) -> str:
 def _section(values: dict[str, Any], chosen: Choices) -> str:
     lines = [_comment(choice.reason, "  ") + _indented(key, values[key]) for key, choice in chosen.items()]
     rest = [_indented(key, value) for key, value in values.items() if key not in chosen]
-    return "".join(lines) + (f"  {DEFAULTS}\n" + "".join(rest)) * bool(rest)
+    return "".join([*lines, f"  {DEFAULTS}\n", *rest] if rest else lines)
 
 
 def _comment(reason: str, indent: str) -> str:

@@ -15,13 +15,11 @@ from pipeline.config.schema import Config, Student
 from pipeline.config.validation import flatten
 from pipeline.report.plots import Curve
 from pipeline.report.runs import TrainedRun, aligned, comparison_json, format_comparison, numbers, plot_runs
-from pipeline.report.settings import objective
+from pipeline.report.settings import OBJECTIVE, objective
 from pipeline.training.identity import VALIDATION_INDEX
 from pipeline.training.log import read_curve, read_log
 from pipeline.views.draw import recipe_fingerprint
 
-OBJECTIVE = ("distillation", "alpha", "tau", "soft_reduction")
-"""The settings of a student that say what its loss measures."""
 NO_SETTINGS = ("name", "steps", "environment", VALIDATION_INDEX)
 """Keys of run.json that are not settings."""
 LOG_ONLY = ("kind", "step", "time", "speed")
@@ -59,8 +57,10 @@ def find(name: str) -> Path:
     experiment, _, model = name.rpartition("/")
     if not experiment and Path("params.yaml").exists():
         experiment = load_config("params.yaml").name
-    short = [Path("outputs", experiment, "students", model), Path("outputs", experiment, model)]
-    for place in [Path(name), *short * bool(experiment and model)]:
+    places = [Path(name)]
+    if experiment and model:
+        places += [Path("outputs", experiment, "students", model), Path("outputs", experiment, model)]
+    for place in places:
         if (place / "metrics.json").exists() or (place / "run.json").exists():
             return place
     found = []
@@ -144,7 +144,8 @@ def read_run(folder: Path, name: str, recipes: dict[str, dict[str, Any]]) -> Tra
         epochs = [{key: "" if value is None else str(value) for key, value in line.items()} for line in logged]
     described = read_json(state / "run.json") if state else {}
     settings = settings_of(described, recipes) if run else _origin(published)
-    environment, curve = flatten(described.get("environment", {})), Curve(_objective(described), epochs)
+    environment = flatten(described.get("environment", {}))
+    curve = Curve(_objective(described), epochs)
     note = _note(state, described) if run else "not trained by the pipeline"
     return TrainedRun(name, run, numbers(metrics), settings, environment, metrics.get("validation"), curve, note)
 

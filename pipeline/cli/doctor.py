@@ -1,6 +1,7 @@
 """`pipeline doctor`: what on this machine will fail, or slow the experiment down."""
 
-from collections.abc import Callable, Iterator
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from pipeline.cli.machine import (
     measure_disk,
 )
 from pipeline.cli.scan import read_json
-from pipeline.common.cores import OPEN_FILES, OPEN_FILES_PER_WORKER, resolve_workers
+from pipeline.common.cores import needed_open_files, resolve_workers
 from pipeline.common.errors import PipelineError
 from pipeline.common.wording import count_of, size_of
 from pipeline.config.params import load_config
@@ -112,7 +113,7 @@ def check_disk(work: Path) -> Finding:
         speed = measure_disk(folder)
     except OSError as error:
         return Finding(Level.FAIL, "disk", f"{folder}: cannot be written: {error.strerror}")
-    text = f"{folder.resolve()}: writes {speed.write / 1e6:,.0f} MB/s, reads {speed.read / 1e6:,.0f} MB/s"
+    text = f"{folder.resolve()}: writes {size_of(speed.write)}/s, reads {size_of(speed.read)}/s"
     if speed.read < SLOW_DISK:
         return Finding(Level.WARN, "disk", f"{text}: slow, training may wait for images; set `work` to a faster disk")
     return Finding(Level.OK, "disk", text)
@@ -171,13 +172,11 @@ def check_shared_memory(config: Config, gpu: bool, folder: Path) -> Finding:
     return Finding(Level.OK, name, text)
 
 
-def check_open_files(config: Config, gpu: bool, limits: Callable[[], tuple[int, int]] | None = None) -> Finding:
+def check_open_files(config: Config, gpu: bool) -> Finding:
     """Compare the limit of open files with what loader workers need."""
-    import resource
-
-    _, hard = limits() if limits else resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     workers = _most_workers(config, gpu)
-    needed = OPEN_FILES + OPEN_FILES_PER_WORKER * workers if workers else 0
+    needed = needed_open_files(workers)
     if hard == resource.RLIM_INFINITY or hard >= needed:
         limit = "no limit" if hard == resource.RLIM_INFINITY else f"up to {hard:,} allowed"
         return Finding(Level.OK, "open files", f"{limit}, {workers} workers need {needed:,}")

@@ -170,7 +170,8 @@ class Hardware:
 
 def stage_seconds(config: Config, rates: Rates, images: int, val_images: int, machine: Hardware) -> dict[str, float]:
     """Seconds per stage that `dvc repro` runs; fine-tuning is not included."""
-    evaluation, result = config.evaluate, {"prepare": START + (images + val_images) * 2 * rates.decode / machine.cores}
+    evaluation = config.evaluate
+    result = {"prepare": START + (images + val_images) * 2 * rates.decode / machine.cores}
     forwards = {
         name: val_images * machine.per_view(each, rates.decode + rates.render, evaluation.workers)
         for name, each in rates.forward.items()

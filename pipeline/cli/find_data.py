@@ -7,8 +7,10 @@ from pipeline.config.schema import Data
 from pipeline.shards.listing import TRAIN_NAMES, VAL_NAMES
 from pipeline.shards.tables import TABLES, has_validation_rows, is_table
 
-FRACTION = 0.2
-"""The part of the images of each class that is used for validation if there is nothing else for it."""
+VAL_FRACTION, VAL_FRACTION_OF_MANY = 0.2, 0.1
+"""The part of the images of each class that is used for validation if there is nothing else for it; from MANY images on,
+the smaller one."""
+MANY = 4_000
 
 
 def find_data(root: Path) -> Data:
@@ -20,7 +22,7 @@ def find_data(root: Path) -> Data:
     """
     if root.is_file() and root.suffix[1:].lower() in TABLES:
         images = root.suffix.lower() == ".parquet" and not is_table(root)
-        return Data(source="parquet", train=str(root), val_fraction=FRACTION) if images else _of_tables(root, None)
+        return Data(source="parquet", train=str(root), val_fraction=VAL_FRACTION) if images else _of_tables(root, None)
     if not root.is_dir():
         raise UsageError(
             f"{root}", expected="a folder of images or a table", found="no such folder or table", do="correct the path"
@@ -31,7 +33,7 @@ def find_data(root: Path) -> Data:
 def _of_tables(train: Path, val: Path | None) -> Data:
     if val:
         return Data(source="table", train=str(train), val=str(val))
-    return Data(source="table", train=str(train), val_fraction=0.0 if has_validation_rows(train) else FRACTION)
+    return Data(source="table", train=str(train), val_fraction=0.0 if has_validation_rows(train) else VAL_FRACTION)
 
 
 def _tables(root: Path) -> Data | None:
@@ -53,7 +55,7 @@ def _parquet(root: Path) -> Data | None:
         return next((str(root / f"{each}.parquet") for each in patterns if any(root.glob(f"{each}.parquet"))), "")
 
     train, val = find(TRAIN_NAMES), find(VAL_NAMES)
-    return Data(source="parquet", train=train, val=val, val_fraction=0.0 if val else FRACTION) if train else None
+    return Data(source="parquet", train=train, val=val, val_fraction=0.0 if val else VAL_FRACTION) if train else None
 
 
 def _class_folders(root: Path) -> Data:
@@ -72,7 +74,7 @@ def _class_folders(root: Path) -> Data:
             found=", ".join(str(path.name) for path in sorted(root.iterdir())[:5]) or "an empty folder",
             do="put the images of each class, of at least two, into a folder of its own, or name the folder that holds the class folders",
         )
-    return Data(train=str(train), val_fraction=FRACTION)
+    return Data(train=str(train), val_fraction=VAL_FRACTION)
 
 
 def _has_folders(path: Path) -> bool:

@@ -53,7 +53,7 @@ def run(
     if with_estimate:
         _print_estimate(config, found, device)
     if dropped := dropped_options(output, overrides):
-        print(f"not repeated from the command that wrote {output}: {' '.join(dropped)}; give them again to keep them")
+        print(f"dropped, although the command that wrote {output} had them: {' '.join(dropped)}; repeat them to keep them")
     text = annotate(config, _unchanged(choices, overrides))
     write_params(output, ["pipeline", "init", str(root), *overrides], text)
     print(f"{output}: {config.name}, with a reason for each choice; {what_next(output)}")

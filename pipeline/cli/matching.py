@@ -1,4 +1,4 @@
-"""Whether what is published or stored is a configuration's own, for `pipeline status`.
+"""Whether what is published or stored is a configuration's own, from files alone: for status, study and compare.
 
 Fields that an earlier version did not write are not compared.
 """

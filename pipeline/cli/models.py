@@ -73,8 +73,8 @@ def export(
     write_model_card(card, weights, model, description, about, [*others, *(written.path for written in exports)])
     for written in exports:
         print(
-            f"{written.path}: {written.agreement:.0%} of {len(pictures)} {source} have the model's class,"
-            f" logits differ by {written.difference:.1g} at most"
+            f"{written.path}: same predicted class for {100 * written.agreement:.0f} % of {len(pictures)} {source};"
+            f" logits differ by at most {written.difference:.1g}"
         )
     print(f"{card}: model card")
 
@@ -180,7 +180,7 @@ def _best_student(models: dict[str, Path]) -> str:
 
 
 def _comparison_pictures(config: Config, description: ModelDescription) -> tuple[torch.Tensor, str]:
-    """100 validation views, or noise where the experiment has no validation set."""
+    """100 validation views, or random pixels where the experiment has no validation set."""
     import torch
 
     from pipeline.batches.loader import evaluation_loader
@@ -190,7 +190,7 @@ def _comparison_pictures(config: Config, description: ModelDescription) -> tuple
     index = index_path(config, "val")
     if not index.exists():
         noise = torch.rand(100, 3, description.size, description.size, generator=torch.Generator().manual_seed(0))
-        return 255 * noise, "pictures of noise"
+        return 255 * noise, "random images"
     val = Index(index)
     loader = evaluation_loader(val, range(min(100, len(val))), description.size, description.crop, 100, 0, False)
     return torch.cat([batch.float() for batch in loader]), "validation images"

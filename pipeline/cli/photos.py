@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.cli.find_data import find_data
+from pipeline.cli.find_data import MANY, VAL_FRACTION_OF_MANY, find_data
 from pipeline.common.errors import PipelineError
 from pipeline.common.wording import count_of, three_digits
 from pipeline.config.schema import Data
@@ -20,8 +20,6 @@ from pipeline.shards.sources import UNLABELLED_FOLDER, list_splits
 
 SAMPLE = 200
 """Files whose headers are read."""
-ENOUGH, FRACTION = 4_000, 0.1
-"""Without a validation set: from ENOUGH images on, FRACTION of each class is used for validation."""
 
 ImageFile = Path | io.BytesIO
 
@@ -69,8 +67,8 @@ def look(root: Path) -> Photos:
     """
     data = find_data(root)
     train, val = list_splits(data).values()
-    if data.val_fraction and len(train.names) + len(val.names) >= ENOUGH:
-        data = data.model_copy(update={"val_fraction": FRACTION})
+    if data.val_fraction and len(train.names) + len(val.names) >= MANY:
+        data = data.model_copy(update={"val_fraction": VAL_FRACTION_OF_MANY})
         train, val = list_splits(data).values()
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
@@ -129,9 +127,9 @@ def describe(photos: Photos) -> str:
         f"{len(train.names):,} training images in {photos.data.train}, {len(val.names):,} for validation"
         + (f" in {photos.data.val}" if photos.data.val else "")
         + (f": {photos.data.val_fraction:.0%} of each class" if photos.data.val_fraction else ""),
-        f"{len(train.classes):,} classes of {fewest:,} training images"
+        f"{len(train.classes):,} classes with {fewest:,} training images each"
         if fewest == most
-        else f"{len(train.classes):,} classes of {fewest:,} to {most:,} training images",
+        else f"{len(train.classes):,} classes with {fewest:,} to {most:,} training images each",
         f"{photos.megapixels:.2g} megapixels on average, {photos.short_side} px the median of the shorter side"
         f" (headers of {len(photos.sizes)} files)",
     ]

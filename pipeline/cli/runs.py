@@ -52,7 +52,8 @@ class Experiment:
         found = [path for path in (local_work(config.work) / "state").glob("*") if FINGERPRINT.fullmatch(path.name)]
         folders = [(folder, read_json(folder / "run.json")) for folder in found]
         self.states = [StateFolder(folder, described, modification_times(folder)) for folder, described in folders if described]
-        self.known_runs, own = {state.folder.name for state in self.states}, [x.folder.name for x in self.states_of("teacher")]
+        self.known_runs = {state.folder.name for state in self.states}
+        own = [state.folder.name for state in self.states_of("teacher")]
         self.foreign_teachers = foreign_teachers(config, own, self.known_runs)
         self.foreign_stores = self._foreign_stores()
 

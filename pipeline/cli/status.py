@@ -115,8 +115,8 @@ def gather(experiment: Experiment) -> list[StageFacts]:
         facts.append(_training(experiment, f"train-student@{name}", settings, folder, other))
     if config.needs_teacher("finetune"):
         folder = teacher_folder(config, "finetune")
-        settings, other = adapted if adapted.epochs else None, "finetune" in experiment.foreign_teachers
-        facts.append(_training(experiment, "teacher-finetune", settings, folder, other))
+        other = "finetune" in experiment.foreign_teachers
+        facts.append(_training(experiment, "teacher-finetune", adapted if adapted.epochs else None, folder, other))
     if config.needs_store("finetune"):
         facts.append(_store(experiment, "teacher-logits-finetune", store_spec(config, "finetune")))
     if config.students or tuned.weights:
@@ -136,7 +136,7 @@ def _prepare(experiment: Experiment) -> StageFacts:
         modified = latest(newest(index_path(config, split).parent) for split in indices)
         other = bool(other_settings(config))
         return StageFacts("prepare", "shards", count, count, published=True, foreign=other, modified=modified, note=f"{images} images")
-    # until it has an index, nothing says whose a folder is: per split, take the last modified one that is nobody else's
+    # without an index, the owner of a folder is unknown: per split, take the newest one that no other experiment uses
     data, times = local_work(config.work) / "data", []
     others = [path for path in Path("outputs").glob("*/data/*/index.json") if path.parents[2].name != config.name]
     theirs = {Path(str(read_json(path).get("location"))).parent.name for path in others}
@@ -152,7 +152,8 @@ def _prepare(experiment: Experiment) -> StageFacts:
 
 def _teacher_training(experiment: Experiment) -> Teacher | None:
     """The teacher's settings if it is trained: without weights, or if their classes are not the index's."""
-    teacher, run = experiment.config.teacher, read_json(teacher_folder(experiment.config) / "metrics.json").get("run")
+    teacher = experiment.config.teacher
+    run = read_json(teacher_folder(experiment.config) / "metrics.json").get("run")
     return teacher if not teacher.weights or run or experiment.states_of("teacher") else None
 
 
@@ -210,12 +211,16 @@ def _store(experiment: Experiment, stage: str, spec: StoreSpec) -> StageFacts:
     foreign = published and (other or is_foreign(fingerprint, own, known))
     units = max(own.values(), key=lambda units: units.modified, default=None)
     total = spec.blocks * len(samples) if samples else None
+    if units:
+        done = len(units.times)
+    else:
+        done = total if total and published and not foreign else 0
     note = f"{units.writers} writers" if units and units.writers > 1 else ""
     agreement = number(summary.get("agreement_with_labels"))
     if published and not foreign and agreement is not None:
-        note = f"labels agree: {100 * agreement:.1f} %"
+        note = f"agreement with labels: {100 * agreement:.1f} %"
     return StageFacts(
-        stage, "units", len(units.times) if units else (total or 0) * (published and not foreign), total,
+        stage, "units", done, total,
         begun=units is not None,
         published=published,
         foreign=foreign,

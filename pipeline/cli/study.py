@@ -239,8 +239,8 @@ def _done_run(cell: Cell, experiment: Experiment) -> str | None:
     start = finetune_start(config, cell.variant) if cell.finetuned else student_start(config, student)
     if None not in (start, metrics.get(START)) and start != metrics[START]:
         return None
-    purpose, distilled = "finetune" if cell.finetuned else "train-student", student.distillation != "none"
-    if distilled and (purpose in experiment.foreign_stores or "fingerprint" not in experiment.manifest(cell.stage)):
+    purpose = "finetune" if cell.finetuned else "train-student"
+    if student.distillation != "none" and (purpose in experiment.foreign_stores or "fingerprint" not in experiment.manifest(cell.stage)):
         return None
     complete = {state.folder.name for state in experiment.states if state.complete}
     run = metrics.get("run") if (cell.folder / "weights.safetensors").exists() else None

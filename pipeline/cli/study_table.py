@@ -87,7 +87,8 @@ def show(matrix: Matrix, cells: Path | None, folder: Path | None) -> None:
         folder: where to write; None: outputs/studies/NAME.
     """
     done = {} if cells else done_runs(matrix.cells)
-    values, files = read_cells(cells) if cells else list(collect(matrix, done)), Files.of(matrix.name, folder)
+    values = read_cells(cells) if cells else list(collect(matrix, done))
+    files = Files.of(matrix.name, folder)
     if cells is None:
         print(f"{matrix.name}: {len(done)} of {count_of(len(matrix.cells), 'cell')} done")
         if not done:

@@ -35,10 +35,8 @@ def source_digest(path: str) -> str | None:
     It covers neither what the module imports nor data that it reads.
     """
     module = path.partition(":")[0]
-    return _imported[module] if module in _imported else _file_digest(path)
-
-
-def _file_digest(path: str) -> str | None:
+    if module in _imported:
+        return _imported[module]
     file = source_file(path)
     return file_sha256(file) if file else None
 
@@ -81,7 +79,7 @@ def import_function(path: str, what: str) -> Callable[..., Any]:
         raise UsageError(
             f"{what} {path!r}",
             expected=f"a function {name} in {file}",
-            found="another module of this name" * (origin != file) or f"{function!r}",
+            found="another module of this name" if origin != file else f"{function!r}",
             do="correct the name" + (f": Python imports {origin}" if origin != file else ""),
         )
     return function

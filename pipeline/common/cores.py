@@ -5,9 +5,6 @@ import resource
 
 from pipeline.common.errors import UsageError
 
-OPEN_FILES, OPEN_FILES_PER_WORKER = 32, 16
-"""Upper bounds for a process with loader workers; 8 workers were observed to need 116."""
-
 
 def available_cores() -> int:
     """Cores available to this process: an equal share if torchrun started several on this machine."""
@@ -35,6 +32,11 @@ def limit_threads(workers: int) -> None:
         torch.set_num_threads(max(available_cores() - workers, 1))
 
 
+def needed_open_files(workers: int) -> int:
+    """An upper bound for a process with loader workers, 8 of which were observed to need 116; 0 without workers."""
+    return 32 + 16 * workers if workers else 0
+
+
 def allow_open_files(workers: int) -> None:
     """Raise this process's limit of open files as far as its loader workers need.
 
@@ -44,7 +46,7 @@ def allow_open_files(workers: int) -> None:
         UsageError: the hard limit is lower.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = OPEN_FILES + OPEN_FILES_PER_WORKER * workers if workers else 0
+    needed = needed_open_files(workers)
     if soft >= needed or soft == resource.RLIM_INFINITY:
         return
     if hard < needed and hard != resource.RLIM_INFINITY:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.common.errors import UsageError
+from pipeline.common.errors import UsageError, reason
 from pipeline.common.files import write_if_changed
 from pipeline.config.paths import recorded_params
 from pipeline.config.schema import Config
@@ -157,7 +157,7 @@ def read_text(path: str | Path) -> str:
         raise UsageError(
             f"{path}: the configuration cannot be read",
             expected="a text file such as params.yaml or a file in configs/",
-            found=getattr(error, "strerror", None) or str(error),
+            found=reason(error),
             do="choose it with --config, or write one: pipeline configure digits",
         ) from None
 

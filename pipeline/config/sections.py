@@ -158,7 +158,7 @@ class TeacherLogits(Section):
     samples: Annotated[int, Field(ge=1, le=255)] = 4
     """Classes drawn per view by kind sampled, from the teacher's softmax; one class may be drawn several times."""
     sample_tau: Annotated[float, Field(gt=0)] = 1.0
-    """Temperature of the softmax that kind sampled draws from; softly distilled students need the same `tau`. Above 1 the
+    """Temperature of the softmax that kind sampled draws from; students with soft distillation need the same `tau`. Above 1 the
     draws are much noisier."""
     fetch: str | None = None
     """Path or URL of a published store (pipeline store publish): it is fetched, and no teacher is needed."""
@@ -212,7 +212,7 @@ class Evaluate(Section):
     @property
     def further_sets(self) -> list[str]:
         """The names of the evaluation sets besides validation."""
-        return [*["real"] * (self.real_labels is not None), *self.sets]
+        return [*self.sets] if self.real_labels is None else ["real", *self.sets]
 
     def sets_identity(self, data: Data) -> dict[str, str]:
         """The entry of metrics.json that says where these sets are and how they are decoded; empty without any."""

@@ -6,10 +6,10 @@ import torch
 from timm.data import ImageNetInfo  # pyright: ignore[reportPrivateImportUsage]
 
 from pipeline.common.errors import PipelineError, UsageError
+from pipeline.config.types import ClassMap
 from pipeline.config.validation import short_repr
 
 StateDict = dict[str, torch.Tensor]
-ClassMap = str | list[int] | dict[str, int]
 
 
 def class_numbers(class_map: ClassMap, classes: Sequence[str]) -> list[int]:
@@ -32,15 +32,16 @@ def class_numbers(class_map: ClassMap, classes: Sequence[str]) -> list[int]:
                 do="list the teacher's class for each class of the index, in its order, or map names to numbers",
             )
         return class_map
-    numbers = _label_set(class_map) if isinstance(class_map, str) else class_map
+    numbers = label_set(class_map) if isinstance(class_map, str) else class_map
     unknown = [name for name in classes if name not in numbers]
     surplus = sorted(numbers.keys() - set(classes)) if isinstance(class_map, dict) else []
     if unknown or surplus:
-        lacking, more = (", ".join(names[:5]) + ", ..." * (len(names) > 5) for names in (unknown, surplus))
+        differences = [(word, names) for word, names in (("no", unknown), ("also", surplus)) if names]
+        found = [f"{word} {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" for word, names in differences]
         raise UsageError(
             f"teacher.class_map {class_map}" if isinstance(class_map, str) else "teacher.class_map",
             expected=f"the {len(classes):,} class names of the index",
-            found=" and ".join([f"no {lacking}"] * bool(unknown) + [f"also {more}"] * bool(surplus)),
+            found=" and ".join(found),
             do="correct the names: index.json lists the classes",
         )
     return [numbers[name] for name in classes]
@@ -76,8 +77,12 @@ def are_other_classes(published: Sequence[str], classes: Sequence[str]) -> bool:
     return len(published) != len(classes) or (published != classes and unnamed not in (published, classes))
 
 
-def _label_set(name: str) -> dict[str, int]:
-    """Class numbers by class name of a label set that timm knows."""
+def label_set(name: str) -> dict[str, int]:
+    """Class numbers by class name of a label set that timm knows.
+
+    Raises:
+        UsageError: timm does not know it.
+    """
     try:
         labels = ImageNetInfo(name).label_names()
     except AssertionError as error:

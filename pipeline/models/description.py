@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import timm
-import torch
 
 from pipeline.common.code import source_digest, source_file
 from pipeline.common.errors import PipelineError, UsageError
@@ -181,19 +180,3 @@ def _check_allowed(path: Path, named: list[str], allowed: Collection[str]) -> No
             found="a configuration that does not name it",
             do="choose the experiment's configuration with --config, if you trust this code",
         )
-
-
-class Classifier(torch.nn.Module):
-    """A model with its normalization, for export: images in, logits out.
-
-    Args:
-        model: in eval mode.
-    """
-
-    def __init__(self, model: NormalizedModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Float32 RGB images (N, 3, size, size) in [0, 1] to float32 logits (N, classes)."""
-        return self.model(images * 255)[0]

@@ -20,7 +20,7 @@ import torch
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.config.types import is_custom_model
 from pipeline.models.build import NormalizedModel
-from pipeline.models.description import Classifier, ModelDescription
+from pipeline.models.description import ModelDescription
 
 FILES = {"timm": "timm", "onnx": "model.onnx", "torch": "model.pt2"}
 """What each format writes into the folder of an export."""
@@ -39,6 +39,21 @@ class Export:
     """Largest absolute difference of a logit from the exported model's, over the images compared."""
     agreement: float
     """Share of the images compared whose most probable class is the same."""
+
+class Classifier(torch.nn.Module):
+    """A model with its normalization, for export: images in, logits out.
+
+    Args:
+        model: in eval mode.
+    """
+
+    def __init__(self, model: NormalizedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Float32 RGB images (N, 3, size, size) in [0, 1] to float32 logits (N, classes)."""
+        return self.model(images * 255)[0]
 
 
 def export(

@@ -1,6 +1,5 @@
 """The teacher's agreement and confidence per view, as text, CSV and PNG."""
 
-import csv
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 
-from pipeline.common.files import atomic_write
+from pipeline.common.files import write_csv
 from pipeline.report.grid import save_figure
 from pipeline.report.plots import DPI, LIGHT, LINE_STYLES, MARKERS, style_axes
 from pipeline.store.agreement import QUANTITIES, Agreement
@@ -35,12 +34,12 @@ def describe_agreement(agreement: Agreement) -> str:
 
 def write_agreement(folder: Path, agreement: Agreement) -> None:
     """Write agreement.csv, a row per quantity and view, and agreement.png."""
-    with atomic_write(folder / "agreement.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["quantity", "view", "images", "mean"])
-        for name, mean in agreement.items():
-            for view, (images, value) in enumerate(zip(mean.counts.tolist(), mean.per_view.tolist(), strict=True)):
-                writer.writerow([name, view, images, value if images else ""])
+    rows = [
+        {"quantity": name, "view": view, "images": images, "mean": value if images else ""}
+        for name, mean in agreement.items()
+        for view, (images, value) in enumerate(zip(mean.counts.tolist(), mean.per_view.tolist(), strict=True))
+    ]
+    write_csv(folder / "agreement.csv", ["quantity", "view", "images", "mean"], rows)
     _draw(folder / "agreement.png", agreement)
 
 

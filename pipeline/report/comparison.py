@@ -46,7 +46,7 @@ class Comparison:
     first: str
     second: str
     about: str
-    """Says what the second is."""
+    """How the second was trained in comparison; empty for the teacher."""
     difference: Estimate
 
     @property
@@ -93,7 +93,8 @@ class Headline:
         for each in self.comparisons:
             than = f"the student `{each.second}`, {each.about}" if each.about else f"the {each.second}"
             lines.append(f"  {each.first}: {each.points} {than} ({each.interval})")
-        lines += [f"  {self.missing}"] * bool(self.missing)
+        if self.missing:
+            lines.append(f"  {self.missing}")
         return [*lines, f"  always predicting the most frequent class: {100 * self.guess:.2f} %"]
 
 
@@ -123,6 +124,7 @@ def find_headline(entries: list[Entry], predictions: AllPredictions, labels: np.
 
 
 def _about(first: Entry, second: Entry) -> str:
+    """Says of the second that it was trained with or without distillation, and in which other settings it differs."""
     others = other_differences(first, second)
     also = f" and with other settings too ({', '.join(others)})" if others else ""
     return f"trained {'with' if second.distilled else 'without'} distillation{also}"

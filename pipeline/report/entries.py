@@ -92,7 +92,7 @@ def require_weights(entries: list[Entry]) -> None:
         )
 
 
-def load_model(
+def load_entry(
     config: Config, entry: Entry, classes: list[str], device: torch.device, size: int | None = None
 ) -> NormalizedModel:
     """Load an entry's model in eval mode on the device, at `size` pixels instead of its own if given.

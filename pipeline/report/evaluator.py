@@ -16,7 +16,7 @@ from pipeline.models.evaluation import classifiers, multiply_adds, predict, thro
 from pipeline.models.teacher import check_input_size
 from pipeline.models.tokens import LayerCosine, TokenCosines
 from pipeline.report.comparison import Predictions
-from pipeline.report.entries import Entry, load_model
+from pipeline.report.entries import Entry, load_entry
 from pipeline.report.further_sets import open_further_sets
 from pipeline.report.tables import Result, SizeResult
 from pipeline.shards.index import Index
@@ -57,7 +57,7 @@ class Evaluator:
         self.further = open_further_sets(self.config, self.val)
 
     def load(self, entry: Entry, size: int | None = None) -> NormalizedModel:
-        return load_model(self.config, entry, self.val.classes, self.device, size)
+        return load_entry(self.config, entry, self.val.classes, self.device, size)
 
     def evaluate(self, entry: Entry, model: NormalizedModel) -> Evaluation:
         """Results, predictions and token cosines, from one pass over the images."""

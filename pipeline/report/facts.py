@@ -52,7 +52,8 @@ def _describe_teacher(config: Config, store: Store) -> Terms:
 
 
 def _describe_students(config: Config) -> Terms:
-    students, tuned = {name: _describe_student(config.student_named(name)) for name in config.students}, config.finetune
+    students = {name: _describe_student(config.student_named(name)) for name in config.students}
+    tuned = config.finetune
     if students or tuned.weights:
         about = f"at {tuned.size} px, epochs: {tuned.epochs}"
         students |= {f"{name}-{FINETUNED}": f"{tuned.weights or name} {about}" for name in tuned.students}

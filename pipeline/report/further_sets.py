@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from timm.data import ImageNetInfo  # pyright: ignore[reportPrivateImportUsage]
 
-from pipeline.common.errors import PipelineError, UsageError
+from pipeline.common.errors import PipelineError, UsageError, reason
 from pipeline.config.schema import Config
 from pipeline.shards.image_folder import ImageFolder
 from pipeline.shards.index import Index
@@ -119,11 +119,11 @@ def folder_labels(where: str, folders: Sequence[str], classes: Sequence[str]) ->
     if len(names) == len(folders) and found and sorted(names.values()) == sorted(found):
         return [found[names[name]] for name in folders]
     missing, more = (sorted(one) for one in (set(classes) - set(folders), set(folders) - set(classes)))
-    parts = [
-        f"{len(folders):,} folders",
-        *[f"none called {_some(missing)}"] * bool(missing),
-        *[f"also {_some(more)}"] * bool(more),
-    ]
+    parts = [f"{len(folders):,} folders"]
+    if missing:
+        parts.append(f"none called {_some(missing)}")
+    if more:
+        parts.append(f"also {_some(more)}")
     raise UsageError(
         f"{where}: class folders",
         expected=f"one per class of the index ({len(classes):,}) with its name. Numbers are understood where the index has"
@@ -201,11 +201,11 @@ def read_real_labels(path: str) -> list[list[int]]:
         )
         problem = "" if valid else "something else"
     except (OSError, ValueError, RecursionError) as error:
-        found, problem = [], getattr(error, "strerror", None) or str(error)
+        found, problem = [], reason(error)
     if problem:
         raise UsageError(
             f"evaluate.real_labels {path}", expected="a JSON list with a list of class numbers per image, as in real.json",
-            found=problem[:500], do="get real.json from github.com/google-research/reassessed-imagenet, or set it to timm",
+            found=problem, do="get real.json from github.com/google-research/reassessed-imagenet, or set it to timm",
         )  # fmt: skip
     return found
 

@@ -137,6 +137,6 @@ def plot_disagreement(path: Path, table: dict[str, dict[str, float]]) -> None:
     save_figure(figure, path)
 
 
-def plain_text(text: str, length: int = 60) -> str:
-    """Shortened text that matplotlib does not read as mathematics."""
-    return shorten(text, length).replace("$", r"\$")
+def plain_text(text: str, length: int | None = 60) -> str:
+    """Text that matplotlib does not read as mathematics, shortened to a length if there is one."""
+    return (text if length is None else shorten(text, length)).replace("$", r"\$")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from pipeline.common.files import read_json_object
+from pipeline.common.wording import duration
 from pipeline.config.paths import TEACHER, index_path, state_folder
 from pipeline.config.schema import Config, Student
 from pipeline.config.types import is_custom_model
@@ -15,6 +16,9 @@ from pipeline.models.build import build_student
 from pipeline.report.entries import Entry
 from pipeline.training.log import read_log
 from pipeline.training.optim import peak_lr
+
+OBJECTIVE = ("distillation", "alpha", "tau", "soft_reduction", "reuse_view")
+"""The settings of a student that `objective` describes."""
 
 LOADING = """\
 import json
@@ -98,16 +102,7 @@ def _training_time(config: Config, entry: Entry) -> str:
     if log is None or not log.exists():
         return ""
     seconds = sum(line["speed"]["seconds"] for line in read_log(log) if line["kind"] == "epoch")
-    return format_duration(seconds)
-
-
-def format_duration(seconds: float) -> str:
-    """For example 45 s, 3 min 20 s or 14 h 5 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return duration(seconds)
 
 
 def describe_report() -> dict[str, dict[str, str]]:

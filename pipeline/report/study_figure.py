@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, ScalarForma
 from pipeline.config.study import FINETUNED_COLUMN, is_number
 from pipeline.config.study import Figure as Settings
 from pipeline.report.grid import save_figure
-from pipeline.report.plots import DPI, LIGHT, LINE_STYLES, MARKERS
+from pipeline.report.plots import DPI, LIGHT, LINE_STYLES, MARKERS, plain_text
 from pipeline.report.study import Summary, heading, is_share, varying_axes
 
 
@@ -49,42 +49,43 @@ def draw_lines(path: Path, summaries: Sequence[Summary], x: str, log: bool) -> N
 
     A line is interrupted where it has no result and another line has one.
     """
+    others = [axis for axis in varying_axes(summaries) if axis != x]
     lines: dict[str, list[Point]] = {}
     for each in summaries:
-        others = [axis for axis in varying_axes(summaries) if axis != x]
         lines.setdefault(_label(others, each), []).append(Point(float(each.levels[x]), 0.0, *_scaled(each)))
     places = {point.x for points in lines.values() for point in points}
     for points in lines.values():
         points += [Point(place, 0.0, math.nan, math.nan) for place in places - {point.x for point in points}]
-    axes = _plot(lines, log)
+    figure, axes = _plot(lines, log)
     axes.xaxis.set_major_locator(FixedLocator(sorted(places)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(_plain(x), color=LIGHT.muted)
+    axes.set_xlabel(plain_text(x, None), color=LIGHT.muted)
     _finish(axes, summaries, "y")
-    save_figure(_figure(axes), path)
+    save_figure(figure, path)
 
 
 def draw_against_metric(path: Path, summaries: Sequence[Summary], others: Sequence[Summary], settings: Settings) -> None:
     """Plot one metric against another, `others`: a line along one axis per combination of the remaining ones."""
     places = {tuple(each.levels.items()): _scaled(each) for each in others}
+    remaining = [axis for axis in varying_axes(summaries) if axis != settings.along]
     lines: dict[str, list[Point]] = {}
     for each in summaries:
         if (place := places.get(tuple(each.levels.items()))) is not None:
-            remaining = [axis for axis in varying_axes(summaries) if axis != settings.along]
-            text = _plain(each.levels[settings.along]) if settings.along else ""
+            text = plain_text(each.levels.get(settings.along, ""), None) if settings.along else ""
             lines.setdefault(_label(remaining, each), []).append(Point(*place, *_scaled(each), text))
-    axes = _plot(lines, settings.log)
+    figure, axes = _plot(lines, settings.log)
     if settings.log:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(_plain(heading(settings.x)), color=LIGHT.muted)
+    axes.set_xlabel(plain_text(heading(settings.x), None), color=LIGHT.muted)
     _finish(axes, summaries, "y")
-    save_figure(_figure(axes), path)
+    save_figure(figure, path)
 
 
 def draw_dots(path: Path, summaries: Sequence[Summary]) -> None:
     """Plot one metric: a dot with its standard deviation for each combination of levels, one below the other."""
-    labels = [_label(varying_axes(summaries), each) for each in summaries]
+    varying = varying_axes(summaries)
+    labels = [_label(varying, each) for each in summaries]
     figure = Figure((6.4, 1.0 + 0.3 * len(labels)), dpi=DPI, layout="constrained", facecolor=LIGHT.page)
     axes = figure.subplots()
     means, deviations = zip(*map(_scaled, summaries), strict=True)
@@ -95,7 +96,7 @@ def draw_dots(path: Path, summaries: Sequence[Summary]) -> None:
     save_figure(figure, path)
 
 
-def _plot(lines: dict[str, list[Point]], log: bool) -> Axes:
+def _plot(lines: dict[str, list[Point]], log: bool) -> tuple[Figure, Axes]:
     """Plot lines that can be told apart without colours."""
     figure = Figure((6.4, 4.2), dpi=DPI, layout="constrained", facecolor=LIGHT.page)
     axes = figure.subplots()
@@ -113,20 +114,14 @@ def _plot(lines: dict[str, list[Point]], log: bool) -> Axes:
     axes.xaxis.set_major_formatter(ScalarFormatter())
     if any(lines):
         axes.legend(frameon=False, handlelength=3.5, labelcolor=LIGHT.ink)
-    return axes
-
-
-def _figure(axes: Axes) -> Figure:
-    figure = axes.get_figure()
-    assert isinstance(figure, Figure)
-    return figure
+    return figure, axes
 
 
 def _label(names: Sequence[str], each: Summary) -> str:
     """Levels as they stand in a legend: numbers, yes and no with their axis."""
     levels = [(axis, level) for axis in names if (level := each.levels.get(axis))]
     named = [f"{axis} {level}" if is_number(level) or axis == FINETUNED_COLUMN else level for axis, level in levels]
-    return _plain(", ".join(named))
+    return plain_text(", ".join(named), None)
 
 
 def _scaled(each: Summary) -> tuple[float, float]:
@@ -140,14 +135,9 @@ def _finish(axes: Axes, summaries: Sequence[Summary], value_axis: str) -> None:
     counts = sorted({len(each.values) for each in summaries})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     bars = "one seed" if counts == [1] else f"mean ± standard deviation of {seeds} seeds"
-    text = f"{_plain(heading(summaries[0].metric))} ({bars})"
+    text = f"{plain_text(heading(summaries[0].metric), None)} ({bars})"
     (axes.set_ylabel if value_axis == "y" else axes.set_xlabel)(text, color=LIGHT.muted)
     axes.grid(axis="both", color=LIGHT.line, lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=LIGHT.muted, length=0)
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib does not read as mathematics."""
-    return text.replace("$", r"\$")

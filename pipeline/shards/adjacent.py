@@ -39,7 +39,7 @@ def read_class_names(path: str) -> list[str]:
         raise UsageError(
             f"data.class_names: {path}",
             expected="one class name per line, all different; or JSON: a list of names, or an object of names and their numbers",
-            found=str(error)[:500] if isinstance(error, ValueError) else reason(error),
+            found=reason(error),
             do="correct the file or data.class_names",
         ) from error
 

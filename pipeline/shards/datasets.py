@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.common.errors import PipelineError, UsageError
+from pipeline.common.errors import PipelineError, UsageError, reason
 from pipeline.common.files import StatSignature, stat_signature
 from pipeline.config.schema import Data
 from pipeline.shards.containers import Container
@@ -129,7 +129,7 @@ def _not_there(data: Data, error: Exception) -> PipelineError:
     return PipelineError(
         f"{data.dataset} in {data.train}",
         expected="the files of torchvision's data set",
-        found=str(error)[:300] or type(error).__name__,
+        found=str(error) or type(error).__name__,
         do=f"correct data.train, or {wanted}",
     )
 
@@ -153,7 +153,7 @@ def _labelled(data: Data, dataset: Any) -> list[tuple[Path | None, int]]:
         raise UsageError(
             f"data.dataset: {data.dataset}",
             expected="images with one class number each",
-            found=str(error)[:300],
+            found=reason(error),
             do="name another data set, or prepare class folders or a table",
         ) from error
 

@@ -62,14 +62,16 @@ class Index:
                 raise ValueError("the digest does not match the contents")
             if samples_fingerprint(content) != content["fingerprint"]:
                 raise ValueError("the fingerprint does not match the samples")
-            if invalid := invalid_value(content) or ("max_pixels" * (type(self.max_pixels) is not int)):
+            if invalid := invalid_value(content):
                 raise ValueError(f"invalid: {invalid}")
+            if type(self.max_pixels) is not int:
+                raise ValueError("invalid: max_pixels")
         except FileNotFoundError:
             raise NotReady(f"{path}: no index", do="run: pipeline prepare") from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise PipelineError(
                 f"{path}: not a complete index of format {FORMAT}",
-                found=reason(error) if isinstance(error, OSError) else str(error)[:500],
+                found=reason(error),
                 do="run: pipeline prepare",
             ) from error
         self.fingerprint: str = content["fingerprint"]
@@ -104,7 +106,7 @@ class Index:
             raise PipelineError(
                 f"{self.table}: the table of {self.path} cannot be read",
                 expected=f"{len(self)} rows",
-                found=str(error)[:500],
+                found=reason(error),
                 do="run: pipeline prepare",
             ) from error
 

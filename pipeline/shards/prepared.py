@@ -23,7 +23,8 @@ def data_settings(data: Data, source: str) -> dict[str, Any]:
 
 def record_settings(config: Config, complete: bool) -> None:
     """Record the settings of the indices, when they are complete."""
-    settings, path = data_settings(config.data, config.data.source) if complete else INCOMPLETE, data_settings_path(config)
+    settings = data_settings(config.data, config.data.source) if complete else INCOMPLETE
+    path = data_settings_path(config)
     if read_json_object(path) != settings:
         write_json(path, settings)
 

@@ -181,7 +181,7 @@ def _read(table: Path) -> list[Row]:
         raise PipelineError(
             f"{table}: the table cannot be read",
             expected=f"a table of the type {table.suffix[1:].lower()}, in UTF-8 if it is text",
-            found=reason(error) if isinstance(error, OSError) else str(error)[:300],
+            found=reason(error),
             do="correct or restore it",
         ) from error
     if len({bool(row.split) for row in rows}) > 1:

@@ -1,4 +1,4 @@
-"""How sure the teacher is of each view, how often it agrees with the label, and with itself across an image's views."""
+"""How confident the teacher is in each view, how often it agrees with the label, and with itself across an image's views."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -71,12 +71,8 @@ def measure_agreement(store: Store, spec: StoreSpec) -> Agreement:
                 sums[name][0][:] += counted.sum(1)
                 sums[name][1][:] += np.where(counted, values, 0).sum(1, dtype=np.float64)
             bar.update()
-    return {name: Mean(*found) for name, found in sums.items() if has_logits(spec) or not name.startswith("confidence")}
-
-
-def has_logits(spec: StoreSpec) -> bool:
-    """Whether the teacher's confidence can be computed from what is stored."""
-    return KINDS[spec.kind].has_logits
+    has_confidence = KINDS[spec.kind].has_logits
+    return {name: Mean(*found) for name, found in sums.items() if has_confidence or not name.startswith("confidence")}
 
 
 def _measure_shard(store: Store, spec: StoreSpec, shard: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -91,7 +87,7 @@ def _measure_shard(store: Store, spec: StoreSpec, shard: int) -> dict[str, tuple
         "label, not mixed": (mixing.unmixed & (main != UNLABELLED), argmax == main),
         "most frequent": (own, argmax == most_frequent(np.where(own, argmax, NO_CLASS))),
     }
-    if has_logits(spec):
+    if KINDS[spec.kind].has_logits:
         confidence = np.stack([_confidence(store, spec, shard, view, argmax[view]) for view in range(spec.views)])
         everywhere = np.ones_like(mixing.unmixed)
         found |= {"confidence": (everywhere, confidence), "confidence, not mixed": (mixing.unmixed, confidence)}

@@ -1,7 +1,7 @@
 """The kinds of predictions that a store can hold.
 
 The argmax, uint16, is that of the unrounded logits and is stored with every kind. All kinds but `argmax` have an array
-of their own; what it holds of a view, a row, is the payload.
+of their own; its row for a sample, in one view, is the payload.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ class Kind:
     """What the store keeps of a view besides the argmax."""
 
     kept: str
-    """In words, with the distillation that it is enough for."""
+    """Description, with the distillation that it suffices for."""
     distillation: str
-    """The same in short, for tables."""
+    """That distillation in short, for tables."""
     width: Callable[[int, int], int]
     """Numbers per row for so many classes and k; with fewer classes than k, topk stores all of them."""
     dtype: type[Any]

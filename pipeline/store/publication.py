@@ -130,7 +130,7 @@ def parse(data: bytes) -> Publication:
         identity = StoreIdentity(publication.index, Recipe.model_validate_json(json.dumps(publication.recipe_settings)),
                                  publication.teacher, publication.sampling)  # fmt: skip
     except (ValidationError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(str(error)[:500]) from error
+        raise ValueError(str(error)) from error
     if invalid := _invalid_value(publication, identity.recipe.block):
         raise ValueError(f"invalid: {invalid}")
     if recipe_fingerprint(identity.recipe) == publication.recipe and identity.fingerprint != publication.fingerprint:

@@ -93,5 +93,5 @@ def loader_warning(speed: dict[str, float], workers: int) -> str:
     sharing = f", {speed['views_per_decode']:.2f} views per decode" if "views_per_decode" in speed else ""
     return (
         f"{waited:.0%} of the epoch was spent waiting for views ({workers} workers{sharing}). Where cores are idle, more"
-        " workers help; so do fewer accumulation steps, whose larger slices share more decodes"
+        " workers help; so do fewer accumulation steps, in whose larger slices more views share a decoded image"
     )

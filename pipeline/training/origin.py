@@ -43,7 +43,8 @@ def require_teacher(config: Config, index: str, purpose: str = "train-student") 
     _require(config, index, "teacher", folder, "teacher")
     if purpose == "finetune":
         folder, command = teacher_folder(config, purpose), "teacher --for finetune"
-        trained, second = _require(config, index, "teacher-finetune", folder, command), read_json_object(folder / "metrics.json")
+        trained = _require(config, index, "teacher-finetune", folder, command)
+        second = read_json_object(folder / "metrics.json")
         adapted, epochs = "run" in second, config.teacher_finetune.epochs
         if second and adapted != bool(epochs):
             raise _refusal(folder, f"teacher_finetune.epochs {epochs}", f"{'trained' if adapted else 'not trained'} further", command)

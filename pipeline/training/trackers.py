@@ -16,7 +16,7 @@ from pipeline.common.errors import UsageError
 from pipeline.common.progress import print_line
 from pipeline.config.paths import tensorboard_folder
 from pipeline.config.schema import Config, Logging
-from pipeline.config.validation import fingerprint
+from pipeline.config.validation import fingerprint, flatten
 from pipeline.training.identity import run_summary
 
 Line = dict[str, Any]
@@ -92,15 +92,11 @@ def _position(line: Line) -> tuple[int, int]:
 
 def scalars(line: Line) -> dict[str, float]:
     """The numbers of a line by name: step/loss, epoch/val_top1_class, epoch/speed/samples_per_s, ..."""
-    found, pending = {}, [(line["kind"], line)]
-    while pending:
-        prefix, values = pending.pop()
-        for key, value in values.items():
-            if isinstance(value, dict):
-                pending.append((f"{prefix}/{key}", value))
-            elif isinstance(value, int | float) and (prefix, key) not in [(line["kind"], "step"), (line["kind"], "time")]:
-                found[f"{prefix}/{key}"] = value
-    return found
+    return {
+        f"{line['kind']}/{key.replace('.', '/')}": value
+        for key, value in flatten(line).items()
+        if isinstance(value, int | float) and key not in ("step", "time")
+    }
 
 
 Trackers = dict[str, Callable[[], Tracker]]
@@ -114,7 +110,8 @@ def configured_trackers(config: Config, name: str, identity: dict[str, Any], sta
         name: the run's.
         state: its state folder.
     """
-    logging, run_id, found = config.logging, fingerprint(identity), dict[str, Callable[[], Tracker]]()
+    logging, run_id = config.logging, fingerprint(identity)
+    found: Trackers = {}
     label = f"{name.replace(' ', '-')}-{run_id[:8]}"
     if logging.tensorboard:
         found["logging.tensorboard"] = lambda: TensorBoardTracker(tensorboard_folder(config, label))

@@ -105,14 +105,14 @@ class Trainer:
         if self.scaler or (self.run.thaw_step and self.step >= self.run.thaw_step):
             add_momentum_buffers(self.optimizer)
         set_trainable(self.run.model, self.trained)
-        self.forward = parallel_model(self.run, self.rank)
+        self.wrapped_model = parallel_model(self.run, self.rank)
         # listed once: asking a model for its parameters, or setting its mode, takes the host half a ms
         self.parameters = [parameter for parameter in self.run.model.parameters() if parameter.requires_grad]
         self.set_modes()
 
     def set_modes(self) -> None:
         """Set every module's mode for a training step; validation changes them."""
-        self.forward.train(self.run.train_mode and not self.trained)
+        self.wrapped_model.train(self.run.train_mode and not self.trained)
         for module in self.trained:
             module.train()
 
@@ -230,7 +230,7 @@ class Trainer:
     def gradient_sync(self, last: bool) -> contextlib.AbstractContextManager:
         """Let DDP reduce gradients in a step's last slice only; until then they accumulate locally."""
         exchanges = last or self.rank.world_size == 1
-        return contextlib.nullcontext() if exchanges else cast(DistributedDataParallel, self.forward).no_sync()
+        return contextlib.nullcontext() if exchanges else cast(DistributedDataParallel, self.wrapped_model).no_sync()
 
     def gradient_norm(self) -> torch.Tensor:
         """Clip gradients to `clip_grad`, where it is set; returns the total norm before."""
@@ -248,7 +248,7 @@ class Trainer:
             pictures = pictures.contiguous(memory_format=torch.channels_last)
         weights = batch.weights.flatten()
         with autocast(run.device.type, run.settings.precision):
-            logits, distilled = self.forward(pictures)
+            logits, distilled = self.wrapped_model(pictures)
         labels = targets(batch, logits.shape[1], run.settings.smoothing)
         return distillation_losses(logits, distilled, labels, weights, predictions, run.distillation)
 
