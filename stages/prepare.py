@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from pipeline.common.code import source_digest
-from pipeline.common.files import file_sha256, write_if_changed
+from pipeline.common.files import file_sha256, read_json_object, write_if_changed
 from pipeline.common.signals import raise_on_sigterm
 from pipeline.config.paths import evaluation_sets_path, external_path, index_path
 from pipeline.config.schema import Config
@@ -47,7 +47,8 @@ def run(config: Config, dry_run: bool = False, quick: bool = False) -> None:
                 report_counts(shards.split, index)
             if shards.split == "train" and not shards.written_here:
                 report_order(index, config.recipe.group_size)
-            if other_settings(config):
+            published = read_json_object(index_path(config, shards.split)).get("fingerprint")
+            if other_settings(config) or published not in (None, index.fingerprint):
                 record_settings(config, complete=False)
             publish_index(index, index_path(config, shards.split))
         classes = index.classes

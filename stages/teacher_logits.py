@@ -66,7 +66,7 @@ def run(
         return
     share = part or (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     arguments = (path, identity, index, spec.views, spec.kind, spec.k, spec.precision)
-    # a complete store needs no lock, for which a read-only disk has no place
+    # a complete store needs no lock, which could not be created on a read-only disk
     store, bad, verified = StoreWriter.open_complete(*arguments), [], []
     if store and share[0] and not part:
         print("the store is complete; the first process of the job publishes it")

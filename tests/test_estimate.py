@@ -10,9 +10,11 @@ from pipeline.cli.durations import Hardware, Rates, stage_seconds
 from pipeline.cli.estimate import Images, StudentTimes, generate_picture, table_by_kind, table_by_views
 from pipeline.common.wording import duration, size_of
 from pipeline.config.params import resolve
+from pipeline.config.paths import index_path
 from pipeline.config.store_spec import store_spec
 from pipeline.shards.images import decode
-from pipeline.store.estimate import estimate
+from pipeline.shards.index import Index
+from pipeline.store.estimate import describe_break_even, estimate
 
 RATES = Rates(
     decode=0.006, render=0.002, forward={"teacher": 0.1, "hard": 0.01}, step={"teacher": 0.3, "hard": 0.03},
@@ -51,6 +53,22 @@ def test_numbers_of_images_and_classes_need_no_data(taught, quick, tmp_path, mon
 def test_without_an_index_the_number_of_images_is_asked_for(taught, quick, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "--images N" in call("estimate", "--config", "taught/params.yaml", "--device", "cpu", code=2)
+
+
+@pytest.mark.parametrize("class_map", ["imagenet-1k", "{n01440764: 0, n01443537: 1}", "[0, 1]"])
+def test_a_teacher_with_a_class_map_is_not_trained_for_assumed_images(taught, quick, tmp_path, monkeypatch, class_map):
+    monkeypatch.chdir(tmp_path)
+    changes = "--set", "teacher.weights=regnety_004.tv2_in1k", "--set", f"teacher.class_map={class_map}", "--set", "teacher.kwargs={}"
+    said = call("estimate", "--config", "taught/params.yaml", "--device", "cpu", "--images", "900", "--classes", "2", *changes)
+    assert "900 images, 2 classes" in said
+
+
+def test_existing_shards_take_no_further_space(taught, quick):
+    places = {split: f"{Index(index_path(taught, split)).location}/*.tar" for split in ("train", "val")}
+    shards = [f"--set=data.{split}={place}" for split, place in places.items()]
+    for command in ("prepare", "teacher", "estimate"):
+        said = call(command, "--set", "data.source=shards", *shards)
+    assert "disk" in said and "shards " not in said.partition("disk")[2].partition("\n")[0]
 
 
 def test_nothing_is_written(taught, quick):
@@ -103,6 +121,11 @@ def test_kinds_have_the_bytes_of_their_estimates():
         found = estimate(spec, IMAGES.samples, 10)
         assert found.row_bytes == size and {f"{size}", f"{found.files:,}"} <= set(row.split())
         assert f" {size_of(found.bytes)} " in row
+
+
+def test_a_store_pays_off_by_the_epochs_of_a_distilled_student():
+    config = config_of("variants.hard.epochs=30", "variants.none.distillation=none", "students=[none,hard]")
+    assert "pays   after 2.00 students of 30 epochs" in describe_break_even(config, store_spec(config, "train-student"), 10)
 
 
 def test_a_teacher_that_is_used_as_it_is_is_only_evaluated():

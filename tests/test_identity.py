@@ -186,11 +186,36 @@ def test_a_student_of_other_predictions_than_the_published_ones_is_not_evaluated
         ("dense", {"kind": "dense", "views": 8, "units": {}}, True),
         ("dense", {"kind": "argmax", "views": 8, "units": {}}, False),  # the units of another kind are others anyway,
         ("dense", {"kind": "dense", "views": 4, "units": {}}, False),  # and those of another number of views
+        ("dense", {"kind": "argmax", "views": 8, "units": {}, "argmax_units": "v"}, False),
     ],
 )
 def test_predictions_are_compared_by_kind_and_by_the_units_of_a_manifest_of_the_same_kind_and_views(kind, manifest, differ):
     described = {"dependencies": {"teacher": {"store": "s", "kind": "dense", "units": "u"}}}
     assert used_other_predictions(described, kind, 8, manifest) == differ
+
+
+@pytest.mark.parametrize(("argmax", "differ"), [({"argmax_units": "v"}, True), ({"argmax_units": "u"}, False), ({}, False)])
+def test_the_argmax_that_a_student_read_is_compared_with_that_of_a_store_of_every_kind(argmax, differ):
+    described = {"dependencies": {"teacher": {"store": "s", "kind": "argmax", "units": "u"}}}
+    assert used_other_predictions(described, "argmax", 8, {"kind": "dense", "views": 8, "units": {}} | argmax) == differ
+
+
+def test_a_student_of_the_argmax_of_another_dense_store_is_not_evaluated(taught):
+    train_student.run(taught, CPU, "hard")
+    require_student(taught, training_index().fingerprint, "hard")
+    path = teacher_logits_folder(taught, "train-student") / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"argmax_units": "0" * 32}))
+    with pytest.raises(NotReady, match="trained from the published predictions, as argmax"):
+        require_student(taught, training_index().fingerprint, "hard")
+
+
+def test_a_manifest_without_a_fingerprint_of_the_argmax_is_accepted(taught):
+    path = teacher_logits_folder(taught, "train-student") / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["argmax_units"]
+    path.write_text(json.dumps(manifest))
+    train_student.run(taught, CPU, "hard")
+    require_student(taught, training_index().fingerprint, "hard")
 
 
 def test_a_student_with_the_teacher_in_the_loop_used_no_other_predictions():

@@ -241,3 +241,11 @@ def test_files_whose_names_give_equal_keys_are_refused(in_tmp):
     for name in ("a.b", "a_b"):
         write_parquet(in_tmp / f"data/{name}.parquet", [0, 1])
     assert "rename one of them" in refusal(parquet_config(in_tmp, "data/*.parquet", "", data__val_fraction=0.5))
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_split_without_rows_is_refused(in_tmp, split):
+    for name in ("train", "validation"):
+        write_parquet(in_tmp / f"data/{name}-00000-of-00001.parquet", [] if name == split else [1, 2, 3])
+    with pytest.raises(PipelineError, match=f"{split}-00000-of-00001.parquet: no rows"):
+        prepare.run(parquet_config(in_tmp))

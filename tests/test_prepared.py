@@ -1,5 +1,7 @@
 """Indices of other data than the configured ones are refused, with the settings that differ."""
 
+from pathlib import Path
+
 import pytest
 from conftest import make_data_set
 
@@ -51,6 +53,22 @@ def test_an_interrupted_prepare_is_refused_until_it_is_finished(config):
         open_index(config, "train")
     prepare.run(config, quick=True)
     open_index(config, "train")
+
+
+def test_a_prepare_that_was_interrupted_between_the_splits_is_refused_where_images_changed(config, monkeypatch):
+    min(Path(config.data.train).glob("cat/*")).unlink()
+    build = prepare.build
+
+    def interrupted(config, shards, *arguments):
+        if shards.split == "val":
+            raise KeyboardInterrupt
+        return build(config, shards, *arguments)
+
+    monkeypatch.setattr(prepare, "build", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.run(config)
+    with pytest.raises(NotReady, match="prepare was interrupted"):
+        open_index(config, "val")
 
 
 def test_indices_of_an_earlier_version_are_accepted(config):

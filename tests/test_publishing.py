@@ -148,6 +148,13 @@ def test_fetching_says_which_key_makes_later_commands_need_no_teacher(lab):
     assert f"set teacher_logits.fetch: {lab} in params.yaml" in said
 
 
+@pytest.mark.parametrize("name", ["2024", "null"])
+def test_a_folder_whose_name_is_a_word_of_yaml_is_fetched(lab, name):
+    lab.rename(name)
+    call("store", "fetch", name)
+    assert json.loads(Path("outputs/small/teacher-logits/summary.json").read_text())["fetched"] == name
+
+
 def test_a_dry_run_of_fetching_writes_nothing(lab):
     before = tree(Path())
     assert "images x" in call("teacher-logits", "--dry-run", "--set", f"teacher_logits.fetch={lab}", "--device", "cpu")

@@ -73,11 +73,28 @@ def test_units_computed_again_are_the_same(taught):
     assert said.count(" 0 of ") == 2 and said.count("predictions differ, 0 checks, logits by at most 0") == 2
 
 
+def test_a_store_that_was_killed_before_its_manifest_is_published_as_a_whole_later(taught, monkeypatch):
+    config = loaded("teacher_logits.kind=argmax", "students=[hard]")
+    path = store_spec(taught, WANTED).folder / "manifest.json"
+    before = path.read_bytes()
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pipeline.store.manifest.write_summary", killed)
+        teacher_logits.run(config, CPU)
+    assert path.read_bytes() == before
+    teacher_logits.run(config, CPU)
+    assert json.loads(path.read_text())["kind"] == "argmax"
+
+
 def test_another_teacher_s_predictions_are_found(taught, monkeypatch):
     right = TeacherForward.logits
     monkeypatch.setattr(TeacherForward, "logits", lambda *arguments: -right(*arguments))
     said = call("store", "verify", "--teacher", "1", "--device", "cpu", code=1)
     assert "a different teacher?" in said
+    assert "move the store away" in said and "store repair" not in said  # which finds nothing damaged
 
 
 def verify(config: Config) -> None:

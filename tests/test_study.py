@@ -212,6 +212,11 @@ def test_a_fine_tuned_student_is_a_cell_whose_name_says_what_it_started_from():
         ({"students": ["soft"], "set": {"student.alpha": 0.3}}, "variants.soft.alpha"),
         ({"students": ["soft"], "set": {"variants.soft.kwargs.depth": 2, "student.kwargs.depth": 6}}, "kwargs.depth: 2 there"),
         ({"set": {"student.seed": 3}}, "student.seed in set"),
+        ({"set": {"student": {"alpha": 0.3}}}, "single keys.*found student in set"),
+        ({"set": {"students": ["none"]}}, "found students in set"),
+        ({"set": {"finetune.from": ["none"]}}, "`finetune` in place of finetune.from in set"),
+        ({"finetune": "only", "axes": {"a": {"x": {"finetune.seed": 5}, "y": {"finetune.seed": 6}}}}, "`seeds` in place of"),
+        ({"axes": {"student.alpha": [0.1, 0.2], "b": {"y": {"variants.soft.alpha": 0.5}}}}, "both alpha and b change"),
         ({"axes": {"a": {"x": {"student.seed": 3}}}}, "student.seed in a"),
         ({"axes": {"a": {"x": {"recipe.hflip": 0.1}}, "b": {"y": {"recipe.hflip": 0.2}}}}, "both a and b change recipe.hflip"),
         ({"axes": {"student.kwargs.depth": [2, 6], "b": {"y": {"student.kwargs": {"embed_dim": 64}}}}}, "depth and b change"),
@@ -335,6 +340,13 @@ def test_tables_and_figures_of_a_folder_of_cells_are_made_again_without_data_or_
     assert f"results: {', '.join(sorted(made))}" in call("study", "digits-quick", "--from", "results/digits-quick.csv", "--to", "results")
     assert tree(Path("results")) == before
     assert not Path("outputs").exists()
+
+
+def test_a_figure_along_an_axis_that_the_cells_do_not_have_is_drawn(tmp_path):
+    metrics = {"top1": 0.5, "throughput.images_per_second": 900.0}
+    summaries = summarize([Value("x/none-0", {"student": "none"}, 0, "run", name, number) for name, number in metrics.items()])
+    draw_figure(tmp_path / "figure.png", summaries, "top1", Figure(x="throughput.images_per_second", along="size"))
+    assert (tmp_path / "figure.png").exists()
 
 
 def test_a_figure_over_a_metric_has_a_point_for_every_row(tmp_path, monkeypatch):

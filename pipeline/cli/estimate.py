@@ -18,6 +18,7 @@ from pipeline.common.wording import count_of, duration, size_of
 from pipeline.config.paths import index_path
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import StoreSpec, store_spec
+from pipeline.shards.cache import GB
 from pipeline.shards.index import Index
 from pipeline.store.estimate import equal_shards, estimate
 from pipeline.store.kinds import KINDS
@@ -44,6 +45,8 @@ class Images:
     files: list[BytesIO]
     """Some of them, encoded."""
     source: str
+    names: list[str] | None = None
+    """Of the classes; None if unknown."""
 
     @property
     def count(self) -> int:
@@ -80,7 +83,7 @@ def run(config: Config, device: torch.device, images: int | None, classes: int) 
     """
     limit_threads(resolve_workers(config.student.workers, device.type == "cuda"))
     found = indexed_images(config) if images is None else assumed_images(config, images, classes)
-    trained = config.needs_teacher("train-student") and not _used_as_it_is(config, found.classes)
+    trained = config.needs_teacher("train-student") and not _used_as_it_is(config, found)
     rates = durations.measure(config, found.files, found.classes, device, trained)
     print(describe(config, found, rates, Hardware(available_cores(), device.type == "cuda"), device))
 
@@ -101,7 +104,7 @@ def indexed_images(config: Config) -> Images:
     rows = np.linspace(0, len(train) - 1, min(SAMPLED, len(train)), dtype=int)
     files = [BytesIO(train.read(*train.locate(int(row)))) for row in rows]
     size = sum(shard["bytes"] for index in (train, val) for shard in index.shards)
-    return Images(train.samples.tolist(), len(train.classes), len(val), size, files, f"{len(files)} of the images")
+    return Images(train.samples.tolist(), len(train.classes), len(val), size, files, f"{len(files)} of the images", train.classes)
 
 
 def assumed_images(config: Config, images: int, classes: int) -> Images:
@@ -120,24 +123,35 @@ def generate_picture(seed: int) -> BytesIO:
     return buffer
 
 
-def _used_as_it_is(config: Config, classes: int) -> bool:
+def _used_as_it_is(config: Config, images: Images) -> bool:
     """Whether the teacher's weights have the classes of the images, so that it is not trained."""
-    names = Index(path).classes if (path := index_path(config, "train")).exists() else [str(n) for n in range(classes)]
     first = config.teacher.members[0]
+    names = images.names
+    if names is None and first.class_map is None:
+        names = [str(number) for number in range(images.classes)]
     return bool(first.weights) and check_one_teacher(first, names, config.teacher_size("train-student"))
+
+
+def _shard_bytes(config: Config, images: Images) -> int | None:
+    """Bytes of shards below `work`: written, or copies of remote ones; None if unknown."""
+    if config.data.source != "shards" or images.bytes is None:
+        return images.bytes
+    return min(int(config.data.cache_gb * GB), images.bytes) if "://" in config.data.train else 0
 
 
 def describe(config: Config, images: Images, rates: Rates, machine: Hardware, device: torch.device) -> str:
     """The estimate as text."""
     seconds = durations.stage_seconds(config, rates, images.count, images.val, machine)
-    sizes = durations.bytes_written(config, rates, images.count, images.classes, images.bytes or 0)
+    sizes = durations.bytes_written(config, rates, images.count, images.classes, _shard_bytes(config, images) or 0)
     known = {name: size for name, size in sizes.items() if size}
     text = [
         f"{config.name}: {images.count:,} images, {count_of(images.classes, 'class')}",
         f"decoding and rendering measured with {images.source}; one process, without torch.compile",
         durations.describe(seconds, known, device),
     ]
-    left_out = ["the shards"] * (images.bytes is None) + ["fine-tuning"] * bool(config.finetune.students)
+    left_out = ["the shards"] if _shard_bytes(config, images) is None else []
+    if config.finetune.students:
+        left_out.append("fine-tuning")
     if config.needs_store("train-student") and config.fetch_source("train-student"):
         left_out.append("fetching the published store")
     if left_out:
@@ -176,7 +190,7 @@ def table_by_views(
         paid = "never" if after is None else f"{after:.2f} students"
         mark = " *" if views == spec.views else ""
         rows.append([f"{views}{mark}", size_of(size.bytes), duration(seconds), paid, duration(ten), duration(10 * student.online)])
-    headers = ["views", spec.kind, "the teacher takes", "pays off after", "10 students and store", "10 with the teacher"]
+    headers = ["views", spec.kind, "teacher's time", "pays off after", "10 students and store", "10 students online"]
     return tabulate(rows, headers, disable_numparse=True) + "\n* as configured"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -182,7 +183,7 @@ def publish(path: str, overrides: tuple[str, ...], purpose: str, named: str | No
     """
     from pipeline.cli.find_store import find_configured_store
     from pipeline.config.params import load_config
-    from pipeline.config.store_spec import store_spec
+    from pipeline.config.store_spec import store_section, store_spec
     from pipeline.store.publishing import publish_store, read_teacher_metrics
 
     config = load_config(path, overrides)
@@ -190,9 +191,9 @@ def publish(path: str, overrides: tuple[str, ...], purpose: str, named: str | No
     found = find_configured_store(config, spec, named)
     metrics = read_teacher_metrics(spec.teacher_folder, found.attributes["teacher"])
     if published := publish_store(found, spec, target, metrics, dry_run):
-        option, section = (" --for finetune", "finetune") if purpose == "finetune" else ("", "teacher_logits")
+        option = " --for finetune" if purpose == "finetune" else ""
         click.echo(f"{target}: {published.describe()}")
-        click.echo(f"fetch it: pipeline store fetch {target}{option}, or set {section}.fetch: {target}")
+        click.echo(f"fetch it: pipeline store fetch {target}{option}, or set {store_section(purpose)}.fetch: {target}")
 
 
 @store.command()
@@ -213,10 +214,11 @@ def fetch(path: str, overrides: tuple[str, ...], purpose: str, source: str) -> N
     import torch
 
     from pipeline.config.params import load_config
+    from pipeline.config.store_spec import store_section
     from stages import teacher_logits
 
-    section = "finetune" if purpose == "finetune" else "teacher_logits"
-    config = load_config(path, (*overrides, f"{section}.fetch={source}"))
+    section = store_section(purpose)
+    config = load_config(path, (*overrides, f"{section}.fetch={json.dumps(source)}"))
     teacher_logits.run(config, torch.device("cpu"), purpose)
     if getattr(load_config(path, overrides), section).fetch != source:
         print(f"set {section}.fetch: {source} in {path}, so that `pipeline evaluate` and `dvc repro` need no teacher either")
@@ -237,9 +239,9 @@ def prune(yes: bool, work: str) -> None:
     Example:
       pipeline prune
     """
-    from pipeline.cli import prune as stage
+    from pipeline.cli import prune as prune_command
     from pipeline.cli.configure import experiments
 
     used = sorted(Path("outputs").glob("*/params.yaml"))
     named = [Path("params.yaml"), *experiments().values(), *used]
-    stage.run([file for file in named if file.exists()], work, yes)
+    prune_command.run([file for file in named if file.exists()], work, yes)

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from pipeline.config.schema import Config
     from pipeline.config.training_sections import Training
 
+RESERVED = ("class", "images", "teacher", "truth")
+"""Names in the report beside those of students."""
+
 
 def conflicting_settings(config: "Config") -> Iterator[str]:
     """Yield a message for each conflict between settings, with the keys' full names."""
@@ -64,10 +67,10 @@ def _compiled(config: "Config") -> Iterator[str]:
 
 def _names(config: "Config") -> Iterator[str]:
     for name in config.variants:
-        if name in ("truth", "teacher") or name.endswith("finetuned") or not re.fullmatch(NAME, name):
+        if name in RESERVED or name.endswith("finetuned") or not re.fullmatch(NAME, name):
             yield (
                 f"variants.{name}: the name must consist of letters, digits and ._-, must not begin with . or - or end in"
-                " `finetuned`, and must be neither truth nor teacher"
+                f" `finetuned`, and must be none of {', '.join(RESERVED)}"
             )
 
 
@@ -138,7 +141,7 @@ def _students(config: "Config") -> Iterator[str]:
     for name in config.trained_students:
         if config.student_named(name).distillation == "soft" and config.teacher_logits.kind == "argmax":
             yield (
-                f"teacher_logits.kind must be topk, dense8, dense or sampled: student {name} distils softly; found argmax"
+                f"teacher_logits.kind must be topk, dense8, dense or sampled: student {name} uses soft distillation; found argmax"
             )
 
 
@@ -150,7 +153,7 @@ def _sample_tau(config: "Config") -> Iterator[str]:
         student = config.student_named(name)
         if student.distillation == "soft" and student.tau != tau:
             yield (
-                "teacher_logits.sample_tau must be the tau of softly distilled students, which is that of the drawn"
+                "teacher_logits.sample_tau must be the tau of students with soft distillation, which is that of the drawn"
                 f" classes: {tau:g}, student {name} has tau {student.tau:g}"
             )
 

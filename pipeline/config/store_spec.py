@@ -8,10 +8,11 @@ from pipeline.config.paths import teacher_folder, teacher_logits_folder
 from pipeline.config.schema import Config, Recipe, TeacherLogits
 
 SAMPLING_VERSION = 1  # bump on any change of a class that kind sampled draws
-
-
-COMPUTED_WITH = "teacher"
-"""Key of a store's summary.json: the `teacher_fingerprint` of the configuration that it was computed with; null if fetched."""
+COMPUTED_WITH, FETCHED = "teacher", "fetched"
+"""Keys of a store's summary.json: the `teacher_fingerprint` of the configuration that it was computed with, and where it was
+fetched from; the other is null."""
+ARGMAX_UNITS = "argmax_units"
+"""Key of a store's manifest.json: the fingerprint of what `units` would be for the kind argmax."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class StoreSpec:
     def kind_for(self, distillation: str) -> str:
         """The kind of predictions that a student reads: hard distillation takes the argmax, which stores of every kind have."""
         return "argmax" if distillation == "hard" else self.kind
+
+
+def store_section(purpose: str) -> str:
+    """The section of the configuration with the store's `views` and `fetch`."""
+    return "finetune" if purpose == "finetune" else "teacher_logits"
 
 
 def store_spec(config: Config, purpose: str) -> StoreSpec:

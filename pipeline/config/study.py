@@ -109,6 +109,7 @@ class Study(Section):
                 raise ValueError(f"an axis name of letters, digits and ._-, other than {reserved}: found {axis}")
             if not levels:
                 raise ValueError(f"at least one level of axes.{axis}")
+        self._check_keys()
         self._check_changes()
         named = [("skip", axis, level) for each in self.skip for axis, levels in each.items() for level in levels]
         referred = [("reference", axis, level) for each in self.reference for axis, level in each.items()]
@@ -129,12 +130,23 @@ class Study(Section):
         keys = {axis: {key for changes in levels.values() for key in changes} for axis, levels in self.axes.items()}
         for (one, first), (other, second) in itertools.combinations(keys.items(), 2):
             for a, b in itertools.product(sorted(first), sorted(second)):
-                if f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}."):
+                if any(_overlap(*pair) for pair in [(a, b), (_of_student(a), b), (a, _of_student(b))]):
                     both = a if a == b else f"{a} and {b}"
                     raise ValueError(f"axes that change different keys: both {one} and {other} change {both}; make them one axis,"
                                      " or name single entries, as student.kwargs.depth")  # fmt: skip
-        if seeded := [where for where, found in {"set": {*self.set}, **keys}.items() if f"{STUDENT}.{SEED}" in found]:
-            raise ValueError(f"the students' seeds in `seeds`, not as {STUDENT}.{SEED} in {seeded[0]}")
+
+    def _check_keys(self) -> None:
+        """Refuse changes of keys that a study sets itself, and of more than one key: it would change others unnoticed."""
+        own = {f"{STUDENT}.{SEED}": "seeds", "finetune.from": "finetune"}
+        if self.finetune == "only":
+            own["finetune.seed"] = "seeds"
+        levels = {axis: {key for changes in known.values() for key in changes} for axis, known in self.axes.items()}
+        for where, keys in {"set": {*self.set}, **levels}.items():
+            for key in sorted(keys):
+                if key in own:
+                    raise ValueError(f"the study's key `{own[key]}` in place of {key} in {where}")
+                if "." not in key and key != "work":
+                    raise ValueError(f"changes of single keys, as section.key: found {key} in {where}")
 
     def _check_figure(self, figure: Figure) -> None:
         by_metric = figure.x in self.metrics[1:]
@@ -144,6 +156,16 @@ class Study(Section):
             raise ValueError(f"figure.along must be an axis, and figure.x a metric: found {figure.along}")
         if figure.log and any(float(level) <= 0 for level in self.axes.get(figure.x, ())):
             raise ValueError(f"figure.log needs levels above 0: found {figure.x} {', '.join(self.axes[figure.x])}")
+
+
+def _overlap(a: str, b: str) -> bool:
+    """Whether two keys are the same, or one is part of the other."""
+    return f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
+
+
+def _of_student(key: str) -> str:
+    """The key of `student` that a key of a variant replaces; any other key itself."""
+    return re.sub(r"^variants\.[^.]+", STUDENT, key)
 
 
 def load_study(path: Path) -> Study:

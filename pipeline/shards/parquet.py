@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.common.errors import PipelineError, UsageError
+from pipeline.common.errors import PipelineError, UsageError, reason
 from pipeline.common.files import StatSignature, stat_signature
 from pipeline.config.schema import Data
 from pipeline.shards.containers import Container
@@ -92,6 +92,8 @@ def _listing(files: list[Path], labels: dict[Path, list[str]], numbers: dict[str
     counts = {file: len(labels[file]) for file in files}
     container = ParquetImages(root, sum(at[0] for at in signatures.values()), sum(counts.values()), files)
     names = [_name(root, file, row) for file in files for row in range(counts[file])]
+    if not names:
+        raise PipelineError(f"{', '.join(map(str, files[:5]))}: no rows", expected="images", found="none", do="name other files")
     if len(set(names)) < len(names):
         raise PipelineError(
             f"{root}: Parquet files",
@@ -180,5 +182,5 @@ def _class_names(file: Path) -> list[str]:
 
 def _unreadable(path: Path, error: Exception) -> PipelineError:
     return PipelineError(
-        f"{path}: the file cannot be read", expected="a Parquet file", found=str(error)[:300], do="restore it"
+        f"{path}: the file cannot be read", expected="a Parquet file", found=reason(error), do="restore it"
     )

@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.common.errors import PipelineError, UsageError
 from pipeline.common.wording import count_of
-from pipeline.config.store_spec import StoreSpec
+from pipeline.config.store_spec import StoreSpec, store_section
 from pipeline.config.validation import differences
 from pipeline.shards.index import Index
 from pipeline.store.packs import parse_array
@@ -40,7 +40,7 @@ def check_belongs(source: Source, index: Index, spec: StoreSpec) -> None:
         raise refuse("its drawn classes", json.dumps(published.sampling), f"as configured, {json.dumps(spec.sampling)}",
                      "set teacher_logits.samples and teacher_logits.sample_tau to those published")  # fmt: skip
     if spec.views > published.views:
-        key = "finetune.views" if spec.purpose == "finetune" else "teacher_logits.views"
+        key = f"{store_section(spec.purpose)}.views"
         raise refuse("its views", f"{published.views} per image", f"{spec.views}, as configured", f"lower {key}")
 
 

@@ -103,7 +103,9 @@ def describe_break_even(config: Config, spec: StoreSpec, classes: int) -> str:
 
     In multiply-adds: a student's step costs three of its forward passes and, online, one of the teacher's in addition.
     """
-    epochs, student = config.student.epochs, config.student
+    distilled = [each for each in map(config.student_named, config.students) if each.distillation != "none"]
+    student = distilled[0] if distilled else config.student
+    epochs = student.epochs
     if spec.purpose == "finetune":
         epochs = config.finetune.epochs
         if config.finetune.students:
@@ -113,6 +115,6 @@ def describe_break_even(config: Config, spec: StoreSpec, classes: int) -> str:
     return (
         f"  pays   after {spec.views / epochs:.2f} students of {epochs} epochs: the store takes {spec.views} forward passes\n"
         f"         of the teacher per image, each student with the teacher in the loop {epochs}\n"
-        f"  then   a step is {1 + teacher / (3 * own):.2f} times as fast as with the teacher in the loop, by"
+        f"  then   each step is {1 + teacher / (3 * own):.2f} times as fast as with the teacher in the loop, by"
         f" multiply-adds\n         ({teacher / 1e9:.3g} G the teacher, 3 x {own / 1e9:.3g} G {student.model})"
     )

@@ -3,17 +3,14 @@
 Everything works on a partial store and says what is missing.
 """
 
-import hashlib
 import json
 from pathlib import Path
-from typing import Any, cast
 
-import fsspec
 import numpy as np
 import torch
 
 from pipeline.batches.plan import Unit
-from pipeline.common.errors import IO_ERRORS, PipelineError
+from pipeline.common.errors import PipelineError
 from pipeline.common.lease import part_lease
 from pipeline.common.progress import progress
 from pipeline.common.wording import count_of, size_of
@@ -21,8 +18,9 @@ from pipeline.config.paths import index_path
 from pipeline.config.schema import Config
 from pipeline.config.store_spec import StoreSpec
 from pipeline.shards.index import Index
+from pipeline.shards.indexing import shard_sha256
 from pipeline.store.labelling import recompute
-from pipeline.store.manifest import build_manifest, damaged_units, read_manifest, store_bytes
+from pipeline.store.manifest import build_manifest, damaged_units, is_manifest_of, read_manifest, store_bytes
 from pipeline.store.reader import Store
 from pipeline.store.writer import StoreWriter
 
@@ -69,19 +67,21 @@ def verify(
     problems = [*_damaged_data(store.index), *_damaged_data(val), *_damaged_store(store, spec)]
     if published and published.exists() and not problems:
         problems += _other_manifest(store, published)
-    if count and not problems:
-        problems += _other_predictions(config, spec, store, count, device)
-    for problem in problems:
-        print(problem)
-    if problems:
-        raise PipelineError(
-            f"{store.path}: {count_of(len(problems), 'problem')}, named above",
-            do=f"pipeline store repair, then {spec.command}; for shards and index: pipeline prepare",
-        )
+    _raise_if(problems, store, f"pipeline store repair, then {spec.command}; for shards and index: pipeline prepare")
+    problems = _other_predictions(config, spec, store, count, device) if count else []
+    _raise_if(problems, store, f"compare teacher, precision and versions: pipeline store info; or move the store away, then {spec.command}")
     if further := _incomplete_beyond(store, spec):
         print(further)
     units = len(store.units(spec.views))
     print(f"{store.path}: valid: {count_of(units, 'unit')}, {count_of(len(store.index.names), 'shard')}, every checksum as recorded")
+
+
+def _raise_if(problems: list[str], store: Store, do: str) -> None:
+    """Print the problems, if any, and raise PipelineError."""
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise PipelineError(f"{store.path}: {count_of(len(problems), 'problem')}, named above", do=do)
 
 
 def _damaged_data(index: Index) -> list[str]:
@@ -92,12 +92,10 @@ def _damaged_data(index: Index) -> list[str]:
             where = f"{index.location}/{shard['name']}"
             try:
                 index.rows(number)
-                with fsspec.open(where, "rb") as file:
-                    same = hashlib.file_digest(cast(Any, file), "sha256").hexdigest() == shard["sha256"]
-                if not same:
+                if shard_sha256(index.location, shard["name"]) != shard["sha256"]:
                     found.append(f"{where}: its SHA-256 is not that of the index: damaged or replaced")
-            except (PipelineError, *IO_ERRORS) as error:
-                found.append(f"{where}: {error}")
+            except PipelineError as error:
+                found.append(str(error))
             bar.update()
     return found
 
@@ -126,7 +124,7 @@ def _other_manifest(store: Store, path: Path) -> list[str]:
     """How a published manifest differs from the store."""
     published = read_manifest(path)
     try:
-        same = build_manifest(store, published["views"], published["kind"]) == published
+        same = is_manifest_of(published, build_manifest(store, published["views"], published["kind"]))
     except (PipelineError, KeyError, TypeError) as error:
         return [f"{path}: {error}"]
     return [] if same else [f"{path}: it does not match {store.path}: damaged, or the store was recomputed"]

@@ -16,7 +16,7 @@ from pipeline.common.files import read_json_object, write_json
 from pipeline.common.progress import progress
 from pipeline.common.wording import count_of, size_of
 from pipeline.config.paths import FINGERPRINT, NOT_NEEDED
-from pipeline.config.store_spec import COMPUTED_WITH, StoreSpec
+from pipeline.config.store_spec import ARGMAX_UNITS, COMPUTED_WITH, FETCHED, StoreSpec
 from pipeline.config.validation import fingerprint
 from pipeline.store.kinds import KINDS
 from pipeline.store.layout import FORMAT, MAKE_STORE
@@ -65,17 +65,25 @@ def build_manifest(store: Store, views: int, kind: str) -> dict[str, Any]:
         PipelineError: units are missing; Damaged: the checksums of one are damaged.
     """
     require_complete(store, views, kind)
-    hashes: dict[str, list[str]] = {name: [] for name in store.index.names}
+    hashes: dict[str, dict[str, list[str]]] = {each: {name: [] for name in store.index.names} for each in (kind, "argmax")}
     for unit in store.units(views):
-        hashes[store.index.names[unit.shard]].append(hash_check(store, store.read_check(unit), kind))
+        check = store.read_check(unit)
+        for each, units in hashes.items():
+            units[store.index.names[unit.shard]].append(hash_check(store, check, each))
     return {
         "format": FORMAT,
         "fingerprint": store.fingerprint,
         "kind": kind,
         "views": views,
         "rows": len(store.index),
-        "units": hashes,
+        "units": hashes[kind],
+        ARGMAX_UNITS: fingerprint(hashes["argmax"]),
     }
+
+
+def is_manifest_of(published: dict[str, Any], built: dict[str, Any]) -> bool:
+    """Whether a published manifest is that of the store for which `built` was built; it may lack keys that are new."""
+    return published.items() <= built.items()
 
 
 def hash_check(store: Store, check: np.ndarray, kind: str) -> str:
@@ -146,9 +154,6 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-FETCHED = "fetched"
-"""Key of summary.json: where the store was fetched from; null if it was computed locally."""
-
 MANIFEST: dict[str, Callable[[Any], bool]] = {
     "format": lambda value: True,  # the store has its own, which is compared
     "fingerprint": lambda value: isinstance(value, str) and FINGERPRINT.fullmatch(value) is not None,
@@ -202,13 +207,14 @@ def publish(spec: StoreSpec, store: Store, teacher: str | None, verified: Collec
             do=f"run: {spec.command}, which computes them again",
         )
     sweep_store(store.path)
-    write_manifest(spec.folder / "manifest.json", build_manifest(store, spec.views, spec.kind))
+    manifest = build_manifest(store, spec.views, spec.kind)
     size, agreement = kind_bytes(store, spec.views, spec.kind), _agreement(store, spec.views)
     summary = {
         "rows": rows, "views": spec.views, "kind": spec.kind, "bytes": size, "agreement_with_labels": agreement,
         FETCHED: spec.fetch, COMPUTED_WITH: teacher,
     }  # fmt: skip
     write_summary(spec.folder / "summary.json", summary)
+    write_manifest(spec.folder / "manifest.json", manifest)  # last: with it the store counts as published
     agrees = "" if agreement is None else f"the teacher agrees with the label on {agreement:.1%} of the (mixed) views; "
     print(
         f"store complete: {rows:,} rows x {spec.views} views, {size_of(size)}; {agrees}verified in"

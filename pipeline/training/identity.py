@@ -8,6 +8,7 @@ No module imported here needs torch.
 from typing import Any
 
 from pipeline.config.schema import Config, Recipe, Student, Training, finetune_fields, result_fields
+from pipeline.config.store_spec import ARGMAX_UNITS
 from pipeline.config.validation import fingerprint
 from pipeline.models.provenance import code_of, teacher_architecture
 from pipeline.views.draw import recipe_fingerprint
@@ -182,8 +183,12 @@ def used_other_predictions(described: dict[str, Any], kind: str, views: int, man
         return False
     if teacher.get("kind", kind) != kind:
         return True
-    comparable = (manifest.get("kind"), manifest.get("views")) == (kind, views) and isinstance(teacher.get("units"), str)
-    return comparable and teacher["units"] != fingerprint(manifest.get("units"))
+    if manifest.get("views") != views or not isinstance(teacher.get("units"), str):
+        return False
+    published = manifest.get(ARGMAX_UNITS) if kind == "argmax" else None
+    if manifest.get("kind") == kind:
+        published = fingerprint(manifest.get("units"))
+    return published is not None and teacher["units"] != published
 
 
 def _dependencies(described: dict[str, Any]) -> dict[str, Any]:

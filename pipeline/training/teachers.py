@@ -20,7 +20,7 @@ from pipeline.models.teacher import TeacherForward, describe_teacher, load_teach
 from pipeline.models.weights import DESCRIPTION, read_metadata
 from pipeline.shards.index import Index
 from pipeline.store.encoding import decode_logits, decode_samples
-from pipeline.store.manifest import build_manifest, read_manifest, require_fetched
+from pipeline.store.manifest import build_manifest, is_manifest_of, read_manifest, require_fetched
 from pipeline.store.reader import Store, StoredPredictions
 from pipeline.store.sampling import Sampler, check_sampling
 from pipeline.training.identity import teacher_fingerprint
@@ -162,8 +162,8 @@ def _stored_teacher(
     views, kind = spec.views, spec.kind_for(settings.distillation)
     # reads the store itself: the manifest does not show whether a unit was deleted since
     manifest = build_manifest(store, views, kind)
-    if published and published["views"] == views and published != (
-        manifest if published["kind"] == kind else build_manifest(store, views, published["kind"])
+    if published and published["views"] == views and not is_manifest_of(
+        published, manifest if published["kind"] == kind else build_manifest(store, views, published["kind"])
     ):
         raise PipelineError(
             f"{store.path}: the teacher predictions",
@@ -173,7 +173,8 @@ def _stored_teacher(
         )
     if kind == "sampled":
         check_sampling(store, spec)
-    store.cache_size = (settings.open_shards + 4) * (1 if settings.reuse_view is None else 2)
+    order = config.finetune if purpose == "finetune" else settings
+    store.cache_size = (order.open_shards + 4) * (1 if settings.reuse_view is None else 2)
     identity = {"store": store.fingerprint, "kind": kind, "units": manifest["units"]}
     if settings.reuse_view is not None:
         identity["reuse_view"] = settings.reuse_view
