@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import ImageNetInfo  # pyright: ignore[reportPrivateImportUsage]
 
 from pipeline.common.errors import PipelineError, UsageError, reason
 from pipeline.config.schema import Config
+from pipeline.models.class_map import label_set
 from pipeline.shards.image_folder import ImageFolder
 from pipeline.shards.index import Index
 
@@ -112,7 +112,7 @@ def folder_labels(where: str, folders: Sequence[str], classes: Sequence[str]) ->
     if set(folders) == set(classes):
         return [classes.index(name) for name in folders]
     found = number_labels(classes)
-    wordnet = {name: number for number, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+    wordnet = label_set("imagenet-1k")
     names = {name: int(name) for name in folders if name.isdecimal()} or {
         name: wordnet[name] for name in folders if name in wordnet
     }
@@ -135,9 +135,9 @@ def folder_labels(where: str, folders: Sequence[str], classes: Sequence[str]) ->
 
 def number_labels(classes: Sequence[str]) -> dict[int, int] | None:
     """The index's label of each class number, where its class names tell: numbers, or WordNet's names of ImageNet-1k."""
-    labels, wordnet = {name: label for label, name in enumerate(classes)}, ImageNetInfo("imagenet-1k").label_names()
+    labels = {name: label for label, name in enumerate(classes)}
     numbers = [str(number) for number in range(len(classes))]
-    for names in (numbers, wordnet):
+    for names in (numbers, label_set("imagenet-1k")):
         if set(names) == set(classes):
             return {number: labels[name] for number, name in enumerate(names)}
     return None
