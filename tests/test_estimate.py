@@ -56,7 +56,7 @@ def test_without_an_index_the_number_of_images_is_asked_for(taught, quick, tmp_p
 
 
 @pytest.mark.parametrize("class_map", ["imagenet-1k", "{n01440764: 0, n01443537: 1}", "[0, 1]"])
-def test_a_teacher_with_a_class_map_is_not_trained_for_assumed_images(taught, quick, tmp_path, monkeypatch, class_map):
+def test_a_class_map_needs_no_names_of_assumed_images(taught, quick, tmp_path, monkeypatch, class_map):
     monkeypatch.chdir(tmp_path)
     changes = "--set", "teacher.weights=regnety_004.tv2_in1k", "--set", f"teacher.class_map={class_map}", "--set", "teacher.kwargs={}"
     said = call("estimate", "--config", "taught/params.yaml", "--device", "cpu", "--images", "900", "--classes", "2", *changes)

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Set
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -125,10 +126,13 @@ class Study(Section):
             self._check_figure(self.figure)
         return self
 
+    def _changed_keys(self) -> dict[str, Set[str]]:
+        """The keys that the levels of each axis change."""
+        return {axis: {key for changes in levels.values() for key in changes} for axis, levels in self.axes.items()}
+
     def _check_changes(self) -> None:
         """Refuse a key that two axes change: one of them would have no effect."""
-        keys = {axis: {key for changes in levels.values() for key in changes} for axis, levels in self.axes.items()}
-        for (one, first), (other, second) in itertools.combinations(keys.items(), 2):
+        for (one, first), (other, second) in itertools.combinations(self._changed_keys().items(), 2):
             for a, b in itertools.product(sorted(first), sorted(second)):
                 if any(_overlap(*pair) for pair in [(a, b), (_of_student(a), b), (a, _of_student(b))]):
                     both = a if a == b else f"{a} and {b}"
@@ -140,8 +144,7 @@ class Study(Section):
         own = {f"{STUDENT}.{SEED}": "seeds", "finetune.from": "finetune"}
         if self.finetune == "only":
             own["finetune.seed"] = "seeds"
-        levels = {axis: {key for changes in known.values() for key in changes} for axis, known in self.axes.items()}
-        for where, keys in {"set": {*self.set}, **levels}.items():
+        for where, keys in {"set": {*self.set}, **self._changed_keys()}.items():
             for key in sorted(keys):
                 if key in own:
                     raise ValueError(f"the study's key `{own[key]}` in place of {key} in {where}")
